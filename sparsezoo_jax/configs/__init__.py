@@ -1,0 +1,1 @@
+"""Presets: one module per architecture, one literal per preset."""

@@ -1,0 +1,1 @@
+"""What a trained model is worth: perplexity, bits per byte and sparsity."""

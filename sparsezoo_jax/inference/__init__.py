@@ -1,0 +1,1 @@
+"""Decoding: the key/value cache, sampling and the token loop."""

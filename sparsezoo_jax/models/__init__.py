@@ -1,0 +1,1 @@
+"""One decoder, composed of attention kinds, FFN kinds and residual kinds."""
