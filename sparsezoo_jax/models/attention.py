@@ -1,0 +1,133 @@
+"""Grouped-query attention over all keys or a sliding window, and the projections that attention kinds share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.cache import LayerCache
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.pallas_kernels.spark_attention import NEGATIVE, softcapped
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GQAConfig:
+    """Grouped-query attention; as many key/value heads as query heads make it multi-head attention."""
+
+    kind: Literal["gqa"] = "gqa"
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key/value heads; must divide the query heads."""
+    head_dim: int
+    """Width of one head."""
+    window: int | None = None
+    """Keys that a query of a local layer sees, itself included."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary position embeddings; None: none."""
+    query_scale: float | None = None
+    """Factor on the scores; None: head_dim^-1/2."""
+    softcap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head, before rotation."""
+    bias: bool = False
+    """Biases on the four projections."""
+
+    def __post_init__(self):
+        check_heads(self.heads, self.kv_heads, self.head_dim, self.window, self.rope)
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
+        return GQA(self, ctx, rngs)
+
+
+def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, rope: RopeConfig | None) -> None:
+    """Raise `ConfigError` for head counts and widths that can't be built."""
+    field = "model.attention"
+    require(heads > 0, f"{field}.heads", heads, "must be above 0")
+    require(kv_heads > 0, f"{field}.kv_heads", kv_heads, "must be above 0")
+    require(heads % kv_heads == 0, f"{field}.kv_heads", kv_heads, f"must divide {field}.heads={heads}")
+    require(head_dim > 0, f"{field}.head_dim", head_dim, "must be above 0")
+    require(rope is None or head_dim % 2 == 0, f"{field}.head_dim", head_dim, "must be even to rotate")
+    require(window is None or window > 0, f"{field}.window", window, "must be above 0")
+
+
+class Projections(nnx.Module):
+    """The query, key, value and output maps of an attention layer."""
+
+    def __init__(self, config, ctx: BuildContext, rngs: nnx.Rngs):
+        d, heads, kv_heads, width = ctx.d_model, config.heads, config.kv_heads, config.head_dim
+        self.dtype = ctx.dtype
+        self.q_DNH = ctx.weight(rngs, (d, heads, width), ("embed", "heads", "head_dim"), d)
+        self.k_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), d)
+        self.v_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), d)
+        self.o_NHD = ctx.weight(rngs, (heads, width, d), ("heads", "head_dim", "embed"), heads * width, output=True)
+        self.q_bias = ctx.constant(0.0, (heads, width), ("heads", "head_dim")) if config.bias else None
+        self.k_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
+        self.v_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
+        self.o_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
+        norm = NormConfig()
+        self.q_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
+        self.k_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
+
+    def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
+
+        def project(weight, bias):
+            y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(self.dtype))
+            return y if bias is None else y + bias[...].astype(self.dtype)
+
+        q = project(self.q_DNH, self.q_bias)
+        k = project(self.k_DKH, self.k_bias)
+        v = project(self.v_DKH, self.v_bias)
+        return (q if self.q_norm is None else self.q_norm(q)), (k if self.k_norm is None else self.k_norm(k)), v
+
+    def output(self, y_BTNH: jax.Array) -> jax.Array:
+        y = jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+        return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
+
+
+def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None) -> jax.Array:
+    """`softmax(cap(scale * q k) + mask) v` with float32 scores; a query that sees nothing gets zeros."""
+    batch, queries, heads, width = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    scores = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    visible = mask_BTS[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, softcapped(scores, softcap), NEGATIVE), axis=-1)
+    weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(batch, queries, heads, v_BSKH.shape[-1])
+
+
+class GQA(nnx.Module):
+    """Softmax attention; see `GQAConfig`."""
+
+    def __init__(self, config: GQAConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config = config
+        self.layer_type = ctx.layer_type
+        self.projections = Projections(config, ctx, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
+        config = self.config
+        q, k, v = self.projections.qkv(x_BTD)
+        if config.rope is not None:
+            base = config.rope.base_of(self.layer_type)
+            q = apply_rope(q, ctx.positions_BT, base, config.rope.fraction)
+            k = apply_rope(k, ctx.positions_BT, base, config.rope.fraction)
+        if cache is not None:
+            cache = cache.updated(k, v, ctx.cache_end)
+            k, v = cache
+        mask = ctx.masks_BTS[self.layer_type]
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        y = dense_attention(q, k, v, mask, scale=scale, softcap=config.softcap)
+        attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
+        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache

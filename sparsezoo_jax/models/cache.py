@@ -1,0 +1,42 @@
+"""The key/value cache of incremental decoding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, S, K, H] each; slots that were not written yet hold zeros."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+    def updated(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
+        """The cache with the keys and values of T new tokens in slots `slot` .. `slot + T - 1`."""
+        start = (0, slot, 0, 0)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(self.k_BSKH, k_BTKH.astype(self.k_BSKH.dtype), start),
+            jax.lax.dynamic_update_slice(self.v_BSKH, v_BTKH.astype(self.v_BSKH.dtype), start),
+        )
+
+
+class DecoderCache(NamedTuple):
+    """The caches of all layers, and where each slot's token stands.
+
+    `positions_BS` is -1 for slots that hold no token (not yet written, or padding); `end` is the first free slot, the
+    same for all rows.
+    """
+
+    layers: tuple[LayerCache, ...]
+    positions_BS: jax.Array
+    end: jax.Array
+
+    def advanced(self, positions_BT: jax.Array, valid_BT: jax.Array) -> DecoderCache:
+        """The cache after T more tokens at `positions_BT`; tokens that are not valid leave their slots unused."""
+        positions_BS = jax.lax.dynamic_update_slice(
+            self.positions_BS, jnp.where(valid_BT, positions_BT, -1).astype(jnp.int32), (0, self.end)
+        )
+        return self._replace(positions_BS=positions_BS, end=self.end + positions_BT.shape[1])

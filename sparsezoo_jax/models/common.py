@@ -1,0 +1,120 @@
+"""What every layer kind shares: building context, initialisers, call context and the auxiliary results of a layer.
+
+Shape letters in this package: B batch, T query position, S key position, D model width, F FFN width, N query heads,
+K key/value heads, H head width, E experts, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass as config_dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+
+LayerType = Literal["global", "local"]
+DType = Literal["float32", "bfloat16"]
+
+
+@config_dataclass(frozen=True, kw_only=True, config=STRICT)
+class InitConfig:
+    """How weights start."""
+
+    kind: Literal["fan_in", "fixed"] = "fan_in"
+    """fan_in: normal with std = scale / sqrt(inputs); fixed: normal with std = scale."""
+    scale: float = 1.0
+    """Scale of the above."""
+    embedding_std: float | None = None
+    """Standard deviation of embeddings. None: 1 / sqrt(d_model) under fan_in, `scale` under fixed."""
+    residual_depth_scaling: bool = False
+    """Divide the std of projections that write to the residual stream by sqrt(2 * layers), as GPT-2 does."""
+
+    def __post_init__(self):
+        require(self.scale > 0, "model.init.scale", self.scale, "must be above 0")
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a layer kind needs to know of the decoder it is built into."""
+
+    d_model: int
+    layers: int
+    init: InitConfig
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+    layer_type: LayerType = "global"
+
+    def weight(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        inputs: int,
+        *,
+        scale: float = 1.0,
+        **kwargs,
+    ) -> nnx.Param:
+        """A normally initialised parameter; `axes` are its logical axis names, `inputs` its fan-in.
+
+        `output=True` marks a projection that writes to the residual stream.
+        """
+        output = kwargs.pop("output", False)
+        std = scale * self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
+        if output and self.init.residual_depth_scaling:
+            std *= (2 * self.layers) ** -0.5
+        return nnx.Param(std * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
+
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """A parameter that starts at `value` everywhere (norm scales, biases)."""
+        return nnx.Param(jnp.full(shape, value, self.param_dtype), axes=axes)
+
+
+class LayerAux(NamedTuple):
+    """Results of a layer beside its output: losses to be weighted by objectives, and statistics to be reported.
+
+    A kind always returns the same keys, so that layers stack under `jax.lax.scan`. All values are scalars.
+    """
+
+    losses: dict[str, jax.Array] = {}
+    stats: dict[str, jax.Array] = {}
+
+    def merged(self, other: LayerAux) -> LayerAux:
+        return LayerAux({**self.losses, **other.losses}, {**self.stats, **other.stats})
+
+
+@dataclass
+class CallContext:
+    """What the layers of one forward pass share: positions, masks and which tokens are real."""
+
+    positions_BT: jax.Array
+    """Position of each token within its document."""
+    valid_BT: jax.Array
+    """True for tokens that are no padding; statistics average over these."""
+    masks_BTS: dict[LayerType, jax.Array] = field(default_factory=dict)
+    """For each layer type, true where the query may see the key."""
+    cache_end: Any = None
+    """First free slot of the key/value cache, when one is in use."""
+
+    def mean_over_tokens(self, x_BT: jax.Array) -> jax.Array:
+        """Average of a per-token quantity over real tokens, float32."""
+        weights = self.valid_BT.astype(jnp.float32)
+        return jnp.sum(x_BT.astype(jnp.float32) * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def activation_fn(name: str):
+    """The pointwise non-linearity called `name`."""
+    return {
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "silu": jax.nn.silu,
+        "relu": jax.nn.relu,
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    }[name]
+
+
+ActivationName = Literal["gelu_tanh", "gelu", "silu", "relu", "relu2"]
+EXACT_ZERO_ACTIVATIONS = ("relu", "relu2")

@@ -1,0 +1,111 @@
+"""The decoder's configuration, and how its layers group into scanned segments."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
+from sparsezoo_jax.models.kinds import AttentionConfig, FFNConfig, ResidualConfig
+from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.residual import PreNormConfig
+
+
+class LayerSpec(NamedTuple):
+    """What one layer is made of."""
+
+    layer_type: LayerType
+    attention: AttentionConfig
+    ffn: FFNConfig
+
+
+class SegmentSpec(NamedTuple):
+    """A run of layers: the period's layers, and how often the period repeats."""
+
+    period: tuple[LayerSpec, ...]
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DecoderConfig:
+    """A decoder-only transformer, composed of one attention, one FFN and one residual kind."""
+
+    vocab_size: int
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    d_model: int
+    """Width of the residual stream."""
+    layers: int
+    """Number of layers."""
+    max_seq_len: int
+    """Longest sequence, in tokens."""
+    attention: AttentionConfig
+    """The attention kind of every layer."""
+    ffn: FFNConfig
+    """The feed-forward kind of every layer."""
+    residual: ResidualConfig = PreNormConfig()
+    """How sublayers join the residual stream."""
+    norm: NormConfig = NormConfig()
+    """Normalisation of sublayer inputs and of the final state."""
+    layer_pattern: tuple[LayerType, ...] = Field(default=("global",), min_length=1)
+    """Layer types, repeated from the first layer on; local layers use the attention's window."""
+    embedding_scale: float | Literal["sqrt_d_model"] = 1.0
+    """Factor on embeddings, rounded to the activations' dtype first."""
+    learned_positions: bool = False
+    """Add a learned embedding of each position (GPT-2)."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output projection."""
+    final_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap)."""
+    init: InitConfig = InitConfig()
+    """Initialisation of weights."""
+    dtype: DType = "float32"
+    """Activations and matrix products. Norms, softmax, statistics and logits are float32 whatever this says."""
+    param_dtype: DType = "float32"
+    """Stored parameters."""
+    scan_layers: bool = True
+    """Compile one period and loop over it; off unrolls the layers (slower to compile, the same numbers)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, everything between layers."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "layers", "max_seq_len"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be above 0")
+        require(
+            "local" not in self.layer_pattern or self.attention.window is not None,
+            "model.attention.window",
+            None,
+            "must be set, for model.layer_pattern has local layers",
+        )
+        r = getattr(self.ffn, "r", None)
+        require(r is None or r < self.d_model, "model.ffn.r", r, f"must be below model.d_model={self.d_model}")
+        self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """What each layer is made of, in order."""
+        pattern = self.layer_pattern
+        return tuple(
+            LayerSpec(pattern[i % len(pattern)], self.attention, self.ffn.for_layer(i, self.layers))
+            for i in range(self.layers)
+        )
+
+    def segments(self) -> tuple[SegmentSpec, ...]:
+        """Runs of equal periods: the units that are scanned. Layers past the last whole period form their own."""
+        specs, width = self.layer_specs(), len(self.layer_pattern)
+        segments: list[SegmentSpec] = []
+        for start in range(0, self.layers, width):
+            period = specs[start : start + width]
+            if segments and segments[-1].period == period:
+                segments[-1] = SegmentSpec(period, segments[-1].repeats + 1)
+            else:
+                segments.append(SegmentSpec(period, 1))
+        return tuple(segments)
+
+    def build_context(self, layer_type: LayerType = "global") -> BuildContext:
+        """What layer kinds need to know to build themselves into this decoder."""
+        return BuildContext(
+            self.d_model, self.layers, self.init, jnp.dtype(self.param_dtype), jnp.dtype(self.dtype), layer_type
+        )

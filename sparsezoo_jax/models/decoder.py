@@ -1,0 +1,264 @@
+"""The decoder: embedding, layers in scanned segments, final norm, logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.models.cache import DecoderCache, LayerCache
+from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
+
+
+class Output(NamedTuple):
+    """Result of a forward pass."""
+
+    logits: jax.Array
+    """float32 [B, T, V]."""
+    losses: dict[str, jax.Array]
+    """Auxiliary losses, averaged over the layers that have them."""
+    stats: dict[str, jax.Array]
+    """Statistics per layer, float32 [L], averaged over real tokens; NaN where a layer has no such statistic."""
+    cache: DecoderCache | None = None
+    """The cache after this call, when one was given."""
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a feed-forward network, each in a residual connection."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, rngs: nnx.Rngs):
+        ctx = config.build_context(spec.layer_type)
+        self.attention_residual = config.residual.build(ctx, config.norm, rngs)
+        self.attention = spec.attention.build(ctx, rngs)
+        self.ffn_residual = config.residual.build(ctx, config.norm, rngs)
+        self.ffn = spec.ffn.build(ctx, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
+        def attend(h_BTD):
+            y, aux, updated = self.attention(h_BTD, ctx, cache)
+            return y, (aux, updated)
+
+        x_BTD, (attention_aux, cache) = self.attention_residual(x_BTD, attend)
+        x_BTD, ffn_aux = self.ffn_residual(x_BTD, lambda h_BTD: self.ffn(h_BTD, ctx))
+        return x_BTD, attention_aux.merged(ffn_aux), cache
+
+
+class Period(nnx.Module):
+    """The layers of one period of the layer pattern; a segment stacks its repeats along a leading axis."""
+
+    def __init__(self, blocks: list[Block]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext, caches: tuple[LayerCache | None, ...] | None):
+        auxes, updated = [], []
+        for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks), strict=True):
+            x_BTD, aux, cache = block(x_BTD, ctx, cache)
+            auxes.append(aux)
+            updated.append(cache)
+        return x_BTD, tuple(auxes), tuple(updated)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer; see `DecoderConfig`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.stacked = True
+        ctx = config.build_context()
+        vocab, d = config.vocab_size, config.d_model
+        embedding_std = config.init.embedding_std
+        if embedding_std is None:
+            embedding_std = d**-0.5 if config.init.kind == "fan_in" else config.init.scale
+
+        def table(rows: int, axes: tuple[str, str]) -> nnx.Param:
+            return nnx.Param(embedding_std * jax.random.normal(rngs.params(), (rows, d), ctx.param_dtype), axes=axes)
+
+        self.embedding_VD = table(vocab, ("vocab", "embed"))
+        self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
+        self.segments = nnx.List([self._stack(segment, rngs) for segment in config.segments()])
+        self.final_norm = config.norm.build(ctx)
+        self.output_DV = None if config.tie_embeddings else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d)
+
+    def _stack(self, segment: SegmentSpec, rngs: nnx.Rngs) -> Period:
+        @nnx.split_rngs(splits=segment.repeats)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def build(rngs):
+            return Period([Block(self.config, spec, rngs) for spec in segment.period])
+
+        return build(rngs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Output:
+        """Logits of every next token.
+
+        Args:
+          tokens_BT: int [B, T].
+          segment_ids: int [B, T], the document of each token; tokens see their own document only. 0 marks padding.
+            With a cache: 0 for padding, anything else for tokens.
+          positions: int [B, T] within the document. Default: counted from the start of each segment, or on from the
+            tokens in the cache.
+          cache: keys and values of earlier tokens; see `init_cache`. Layers run unrolled then.
+        """
+        config = self.config
+        ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
+        dtype = jnp.dtype(config.dtype)
+        x_BTD = self.embedding_VD[...][tokens_BT].astype(dtype)
+        scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
+        x_BTD = x_BTD * jnp.asarray(scale, dtype)
+        if self.positions_PD is not None:
+            x_BTD = x_BTD + self.positions_PD[...][ctx.positions_BT].astype(dtype)
+
+        auxes: list[LayerAux] = []
+        caches: list[LayerCache] = []
+        unused = None if cache is None else list(cache.layers)
+        for period, spec in zip(self.segments, config.segments() if self.stacked else self._single(), strict=True):
+            if not self.stacked or unused is not None or not config.scan_layers:
+                x_BTD, segment_auxes, updated = self._unrolled(period, spec, x_BTD, ctx, unused)
+                caches.extend(updated)
+            else:
+                x_BTD, segment_auxes = self._scanned(period, x_BTD, ctx)
+            auxes.extend(segment_auxes)
+
+        losses, stats = _collect(auxes)
+        if cache is not None:
+            assert ctx.cache_end is not None
+            cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
+        return Output(self._logits(self.final_norm(x_BTD)), losses, stats, cache)
+
+    def _single(self) -> tuple[SegmentSpec, ...]:
+        return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+        if self.output_DV is None:
+            weight, equation = self.embedding_VD[...], "btd,vd->btv"
+        else:
+            weight, equation = self.output_DV[...], "btd,dv->btv"
+        logits = jnp.einsum(equation, x_BTD, weight.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _scanned(self, period: Period, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, list[LayerAux]]:
+        graphdef, state = nnx.split(period)
+
+        def body(x_BTD, state):
+            x_BTD, auxes, _ = nnx.merge(graphdef, state)(x_BTD, ctx, None)
+            return x_BTD, auxes
+
+        x_BTD, stacked = jax.lax.scan(_rematerialised(body, self.config.remat), x_BTD, state)
+        repeats = jax.tree.leaves(state)[0].shape[0]
+        return x_BTD, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
+
+    def _unrolled(self, period: Period, spec: SegmentSpec, x_BTD: jax.Array, ctx: CallContext, unused):
+        graphdef, state = nnx.split(period)
+        auxes, caches = [], []
+        for i in range(spec.repeats):
+            state_i = jax.tree.map(lambda leaf, i=i: leaf[i], state) if self.stacked else state
+            layer_caches = None if unused is None else tuple(unused.pop(0) for _ in spec.period)
+
+            def body(x_BTD, state, layer_caches=layer_caches):
+                return nnx.merge(graphdef, state)(x_BTD, ctx, layer_caches)
+
+            x_BTD, aux, updated = _rematerialised(body, self.config.remat)(x_BTD, state_i)
+            auxes.extend(aux)
+            caches.extend(cache for cache in updated if cache is not None)
+        return x_BTD, auxes, caches
+
+    def _call_context(self, tokens_BT, segment_ids, positions, cache: DecoderCache | None) -> CallContext:
+        batch, length = tokens_BT.shape
+        if segment_ids is None:
+            segment_ids = jnp.ones((batch, length), jnp.int32)
+        valid_BT = segment_ids > 0
+        if cache is None:
+            require(length <= self.config.max_seq_len, "tokens", f"<{length} long>", _limit(self.config))
+            if positions is None:
+                positions = positions_within_segments(segment_ids)
+            key_positions, seen_BTS = positions, segment_ids[:, :, None] == segment_ids[:, None, :]
+            end = None
+        else:
+            end = cache.end
+            if positions is None:
+                held = jnp.max(cache.positions_BS, axis=-1, keepdims=True) + 1
+                positions = held + jnp.cumsum(valid_BT, axis=-1) - 1
+            key_positions = cache.advanced(positions, valid_BT).positions_BS
+            seen_BTS = (key_positions >= 0)[:, None, :] & valid_BT[:, :, None]
+        positions = jnp.maximum(positions, 0)
+        distance_BTS = positions[:, :, None] - key_positions[:, None, :]
+        masks: dict[LayerType, jax.Array] = {"global": seen_BTS & (distance_BTS >= 0)}
+        if "local" in self.config.layer_pattern:
+            masks["local"] = masks["global"] & (distance_BTS < (self.config.attention.window or 0))
+        return CallContext(positions, valid_BT, masks, end)
+
+    def init_cache(self, batch: int, length: int) -> DecoderCache:
+        """An empty cache for `batch` sequences of up to `length` tokens (padding included)."""
+        config = self.config
+        require(0 < length <= config.max_seq_len, "cache length", length, _limit(config))
+        attention, dtype = config.attention, jnp.dtype(config.dtype)
+
+        def empty() -> jax.Array:
+            return jnp.zeros((batch, length, attention.kv_heads, attention.head_dim), dtype)
+
+        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.layers))
+        return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+
+    def unstacked(self) -> Decoder:
+        """The same model with one set of arrays a layer instead of stacks, for decoding.
+
+        Slicing a layer out of a stack copies its weights in every step; doing it once, outside jit, does not.
+        """
+        if not self.stacked:
+            return self
+        graphdef, state = nnx.split(self)
+        model = nnx.merge(graphdef, state)
+        layers = []
+        for period, spec in zip(self.segments, self.config.segments(), strict=True):
+            for i in range(spec.repeats):
+                for block in period.blocks:
+                    block_def, block_state = nnx.split(block)
+                    single = nnx.merge(block_def, jax.tree.map(lambda leaf, i=i: leaf[i], block_state))
+                    layers.append(Period([single]))
+        model.segments = nnx.List(layers)
+        model.stacked = False
+        return model
+
+
+def _limit(config: DecoderConfig) -> str:
+    return f"must be at most model.max_seq_len={config.max_seq_len}"
+
+
+def _rematerialised(body: Any, remat: str):
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy)
+
+
+def _collect(auxes: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Losses averaged over the layers that have them; statistics as one array over all layers."""
+    loss_names = sorted({name for aux in auxes for name in aux.losses})
+    losses = {
+        name: jnp.mean(jnp.stack([aux.losses[name] for aux in auxes if name in aux.losses])) for name in loss_names
+    }
+    stat_names = sorted({name for aux in auxes for name in aux.stats})
+    absent = jnp.float32(jnp.nan)
+    stats = {name: jnp.stack([aux.stats.get(name, absent) for aux in auxes]) for name in stat_names}
+    return losses, stats
+
+
+def positions_within_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """Position of each token counted from the first token of its run of equal segment ids, int32 [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
+    previous = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids_BT != previous, index, 0), axis=1)
+    return index - start

@@ -1,0 +1,140 @@
+"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate) and plain."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.common import (
+    EXACT_ZERO_ACTIVATIONS,
+    ActivationName,
+    BuildContext,
+    CallContext,
+    LayerAux,
+    activation_fn,
+)
+from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GatedFFNConfig:
+    """`W_down (act(W_gate x) * (W_up x))`."""
+
+    kind: Literal["gated"] = "gated"
+    d_ff: int
+    """Inner width."""
+    activation: ActivationName = "gelu_tanh"
+    """Non-linearity of the gate."""
+    bias: bool = False
+    """Biases on the three maps."""
+    activation_sparsity_pattern: tuple[float, ...] = ()
+    """Per layer, the target share of zeros among the gates (Gemma 3n: 0.95 in the first ten layers); 0 is dense."""
+    selection: Selection = "statistical"
+    """Rule that zeroes gates where the pattern asks for it."""
+    ddof: int = 0
+    """Divisor of that rule's variance is d_ff - ddof (Gemma 3n: 0)."""
+
+    def __post_init__(self):
+        require(self.d_ff > 0, "model.ffn.d_ff", self.d_ff, "must be above 0")
+        for value in self.activation_sparsity_pattern:
+            require(0 <= value < 1, "model.ffn.activation_sparsity_pattern", value, "must be in [0, 1)")
+
+    def for_layer(self, layer: int, layers: int) -> GatedFFNConfig:
+        """The configuration of one layer: its own entry of the pattern."""
+        if not self.activation_sparsity_pattern:
+            return self
+        require(
+            len(self.activation_sparsity_pattern) in (1, layers),
+            "model.ffn.activation_sparsity_pattern",
+            f"<{len(self.activation_sparsity_pattern)} values>",
+            f"must have one value for each of the {layers} layers (or one for all)",
+        )
+        pattern = self.activation_sparsity_pattern
+        return dataclasses.replace(self, activation_sparsity_pattern=(pattern[layer if len(pattern) > 1 else 0],))
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GatedFFN:
+        return GatedFFN(self, ctx, rngs)
+
+
+class GatedFFN(nnx.Module):
+    """Gated feed-forward layer; see `GatedFFNConfig`."""
+
+    def __init__(self, config: GatedFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config, self.dtype = config, ctx.dtype
+        d, f = ctx.d_model, config.d_ff
+        self.gate_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
+        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
+        self.down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, output=True)
+        self.gate_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
+        self.up_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
+        self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        config = self.config
+        sparsity = config.activation_sparsity_pattern[0] if config.activation_sparsity_pattern else 0.0
+        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype)
+        if sparsity > 0:
+            gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
+        gate = activation_fn(config.activation)(gate)
+        hidden = gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
+        exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
+        aux = LayerAux(stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)})
+        return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PlainFFNConfig:
+    """`W_down act(W_up x)`."""
+
+    kind: Literal["plain"] = "plain"
+    d_ff: int
+    """Inner width."""
+    activation: ActivationName = "gelu_tanh"
+    """Non-linearity."""
+    bias: bool = False
+    """Biases on both maps."""
+
+    def __post_init__(self):
+        require(self.d_ff > 0, "model.ffn.d_ff", self.d_ff, "must be above 0")
+
+    def for_layer(self, layer: int, layers: int) -> PlainFFNConfig:
+        """The configuration of one layer: all are alike."""
+        return self
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> PlainFFN:
+        return PlainFFN(self, ctx, rngs)
+
+
+class PlainFFN(nnx.Module):
+    """Two-matrix feed-forward layer; see `PlainFFNConfig`."""
+
+    def __init__(self, config: PlainFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config, self.dtype = config, ctx.dtype
+        d, f = ctx.d_model, config.d_ff
+        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
+        self.down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, output=True)
+        self.up_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
+        self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        hidden = activation_fn(self.config.activation)(linear(x_BTD, self.up_DF, self.up_bias, self.dtype))
+        exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
+        aux = LayerAux(stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)})
+        return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
+
+
+def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: jnp.dtype) -> jax.Array:
+    """`x W + b` in `dtype`, for x [..., inputs] and W [inputs, outputs]."""
+    y = jnp.einsum("...i,io->...o", x, weight[...].astype(dtype))
+    return y if bias is None else y + bias[...].astype(dtype)
+
+
+def density(hidden_BTF: jax.Array, ctx: CallContext) -> jax.Array:
+    """Share of non-zero entries of `hidden_BTF`, averaged over real tokens."""
+    return ctx.mean_over_tokens(jnp.mean(hidden_BTF != 0, axis=-1, dtype=jnp.float32))

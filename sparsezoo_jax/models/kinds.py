@@ -1,0 +1,20 @@
+"""The unions of layer kinds that a decoder can be composed of: a new kind is added here and nowhere else.
+
+A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
+have `for_layer(layer, layers)`, which gives one layer's own configuration.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.residual import PreNormConfig
+from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
+
+AttentionConfig = Annotated[GQAConfig | SparkAttentionConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig, Field(discriminator="kind")]
+ResidualConfig = PreNormConfig

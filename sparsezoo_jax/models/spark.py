@@ -1,0 +1,203 @@
+"""Spark Transformer (arXiv 2506.06644): FFN and attention whose first-r input dimensions select what is computed.
+
+The predictor is part of the function, not an approximation of one: nothing else of a neuron or key enters the choice.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.attention import Projections, check_heads
+from sparsezoo_jax.models.cache import LayerCache
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.ffn import density
+from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.pallas_kernels.spark_attention import spark_attention
+from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparkFFNConfig:
+    """`V [GELU(StatTop_k(K1^T x[:r])) * (K2^T x[r:])]`; 1.5 times the width of a gated FFN of equal parameters."""
+
+    kind: Literal["spark"] = "spark"
+    d_ff: int
+    """Neurons."""
+    top_k: int
+    """Target number of active neurons for each token; must be below d_ff."""
+    r: int
+    """Input dimensions that select neurons; must be below d_model. About d_model / 2 is best."""
+    ddof: int = 1
+    """Divisor of the variance is d_ff - ddof."""
+    huber_delta: float = 0.0
+    """Width of the smooth start of the soft threshold; 0 is the plain one, which the paper trains with."""
+    selection: Selection = "statistical"
+    """Rule that picks neurons. The others are controls: sorted, by approx_max_k, positive ones, all."""
+    v_init_scale: float = 1.0
+    """Factor on the down-projection's initial std. Without a norm after the FFN, about 4.6 restores a dense scale."""
+    implementation: str | None = None
+    """Kernel; None picks by platform."""
+
+    def __post_init__(self):
+        field = "model.ffn"
+        require(self.d_ff > 1, f"{field}.d_ff", self.d_ff, "must be above 1")
+        require(
+            0 < self.top_k < self.d_ff,
+            f"{field}.top_k",
+            self.top_k,
+            f"must be between 1 and d_ff - 1 = {self.d_ff - 1}",
+        )
+        require(self.r > 0, f"{field}.r", self.r, "must be above 0")
+        require(self.ddof in (0, 1), f"{field}.ddof", self.ddof, "must be 0 or 1")
+        require(self.huber_delta >= 0, f"{field}.huber_delta", self.huber_delta, "must be 0 or above")
+
+    def for_layer(self, layer: int, layers: int) -> SparkFFNConfig:
+        """The configuration of one layer: all are alike."""
+        return self
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkFFN:
+        require(self.r < ctx.d_model, "model.ffn.r", self.r, f"must be below model.d_model={ctx.d_model}")
+        return SparkFFN(self, ctx, rngs)
+
+
+class SparkFFN(nnx.Module):
+    """Feed-forward layer with a built-in predictor; see `SparkFFNConfig`."""
+
+    def __init__(self, config: SparkFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config, self.dtype = config, ctx.dtype
+        d, f, r = ctx.d_model, config.d_ff, config.r
+        # K1's input axis is not sharded with the model width: its r rows are a slice of it.
+        self.k1_RF = ctx.weight(rngs, (r, f), ("predictor", "ffn"), r)
+        self.k2_DF = ctx.weight(rngs, (d - r, f), ("embed", "ffn"), d - r)
+        self.v_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, scale=config.v_init_scale, output=True)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        config = self.config
+        y, gate = spark_ffn(
+            x_BTD,
+            self.k1_RF[...].astype(self.dtype),
+            self.k2_DF[...].astype(self.dtype),
+            self.v_FD[...].astype(self.dtype),
+            top_k=config.top_k,
+            ddof=config.ddof,
+            huber_delta=config.huber_delta,
+            selection=config.selection,
+            return_gate=True,
+            implementation=config.implementation,
+        )
+        return y, LayerAux(stats={"ffn_density": density(jax.lax.stop_gradient(gate), ctx)})
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparkAttentionConfig:
+    """`V [softmax(StatTop_k^-inf(K1^T q[:r])) * softplus(K2^T q[r:])]` per head; no parameters beyond GQA's."""
+
+    kind: Literal["spark"] = "spark"
+    heads: int
+    """Query heads; each selects its own keys."""
+    kv_heads: int
+    """Key/value heads; must divide the query heads."""
+    head_dim: int
+    """Width of one head."""
+    top_k: int
+    """Target number of attended keys for each query."""
+    r: int
+    """Head dimensions that select keys; must be even and below head_dim."""
+    window: int | None = None
+    """Keys that a query of a local layer sees, itself included."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary embeddings, applied to the first r and the other dimensions separately."""
+    predictor_scale: float | None = None
+    """Factor on the selecting scores; None: r^-1/2."""
+    value_scale: float | None = None
+    """Factor on the softplus's argument; None: (head_dim - r)^-1/2."""
+    softcap: float | None = None
+    """Cap on the selecting scores, before their statistics."""
+    softcap_values: float | None = None
+    """Cap on the softplus's argument."""
+    ddof: int = 1
+    """Divisor of the variance is n - ddof for n visible keys."""
+    selection: Literal["statistical", "exact", "none"] = "statistical"
+    """Rule that picks keys; "exact" (sorted) and "none" (all visible) are controls."""
+    weighting: Literal["softplus", "none"] = "softplus"
+    """Factor on the softmax's weights; "none" leaves the head's other dimensions unused."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head, before the split."""
+    bias: bool = False
+    """Biases on the four projections."""
+    implementation: str | None = None
+    """Kernel; None picks by platform."""
+
+    def __post_init__(self):
+        field = "model.attention"
+        check_heads(self.heads, self.kv_heads, self.head_dim, self.window, self.rope)
+        require(self.top_k > 0, f"{field}.top_k", self.top_k, "must be above 0")
+        limit = self.head_dim if self.weighting == "none" else self.head_dim - 1
+        require(
+            0 < self.r <= limit, f"{field}.r", self.r, f"must be between 1 and {limit} for head_dim={self.head_dim}"
+        )
+        require(
+            self.rope is None or self.r % 2 == 0, f"{field}.r", self.r, "must be even, for each part rotates separately"
+        )
+        require(self.ddof in (0, 1), f"{field}.ddof", self.ddof, "must be 0 or 1")
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkAttention:
+        return SparkAttention(self, ctx, rngs)
+
+
+def apply_split_rope(x_BTNH: jax.Array, positions_BT: jax.Array, r: int, base: float, fraction: float) -> jax.Array:
+    """Rotate the first r head dimensions and the others, each within itself.
+
+    Rotating the whole head and slicing afterwards would put the two members of a pair into different parts, and the
+    predictor's scores would no longer depend on relative position only.
+    """
+    if r == x_BTNH.shape[-1]:
+        return apply_rope(x_BTNH, positions_BT, base, fraction)
+    parts = (x_BTNH[..., :r], x_BTNH[..., r:])
+    return jnp.concatenate([apply_rope(part, positions_BT, base, fraction) for part in parts], axis=-1)
+
+
+class SparkAttention(nnx.Module):
+    """Attention over about `top_k` selected keys; see `SparkAttentionConfig`."""
+
+    def __init__(self, config: SparkAttentionConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config = config
+        self.layer_type = ctx.layer_type
+        self.projections = Projections(config, ctx, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
+        config = self.config
+        q, k, v = self.projections.qkv(x_BTD)
+        if config.rope is not None:
+            rope = (config.r, config.rope.base_of(self.layer_type), config.rope.fraction)
+            q = apply_split_rope(q, ctx.positions_BT, *rope)
+            k = apply_split_rope(k, ctx.positions_BT, *rope)
+        if cache is not None:
+            cache = cache.updated(k, v, ctx.cache_end)
+            k, v = cache
+        y, attended_BTN = spark_attention(
+            q,
+            k,
+            v,
+            ctx.masks_BTS[self.layer_type],
+            r=config.r,
+            top_k=config.top_k,
+            ddof=config.ddof,
+            predictor_scale=config.predictor_scale,
+            value_scale=config.value_scale,
+            softcap=config.softcap,
+            softcap_values=config.softcap_values,
+            selection=config.selection,
+            weighting=config.weighting,
+            implementation=config.implementation,
+        )
+        attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
+        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache

@@ -1,0 +1,83 @@
+"""Spark attention: part of the head width selects about k keys, the rest of it weighs them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.spark_attention import reference
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, select_keys, softcapped
+
+__all__ = ["NEGATIVE", "select_keys", "softcapped", "spark_attention"]
+
+
+def spark_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    r: int,
+    top_k: int,
+    ddof: int = 1,
+    predictor_scale: float | None = None,
+    value_scale: float | None = None,
+    softcap: float | None = None,
+    softcap_values: float | None = None,
+    selection: Literal["statistical", "exact", "none"] = "statistical",
+    weighting: Literal["softplus", "none"] = "softplus",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`V [softmax(StatTop_k^-inf(K1^T q[:r])) * softplus(K2^T q[r:])]`, per head and query.
+
+    The softmax runs over the selected keys only and its product with the softplus is not renormalised. Rotary
+    embeddings must already be applied, separately to the first r and to the remaining dimensions.
+
+    Args:
+      q: [B, T, N, H] queries.
+      k, v: [B, S, K, H] keys and values; K divides N and a key/value head serves N/K query heads, each of which makes
+        its own selection.
+      mask: [B, T, S] booleans, true where the query may see the key.
+      r: head dimensions of the predictor, below H (equal to H only with `weighting="none"`).
+      top_k: target number of attended keys; queries that see no more than that attend to all they see.
+      ddof: divisor of the variance, n - ddof.
+      predictor_scale, value_scale: default r^-1/2 and (H - r)^-1/2.
+      softcap: cap of the predictor's scores, applied before their statistics; `softcap_values`: cap of the softplus's
+        argument. None: no cap.
+      selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
+      weighting: "softplus", or "none" for the softmax alone.
+      implementation: "xla", or None for the platform's default.
+
+    Returns:
+      [B, T, N, H], and the number of attended keys [B, T, N] (int32).
+
+    Source: Spark Transformer (arXiv 2506.06644), section 3, Spark-Attn.
+    """
+    width = q.shape[-1]
+    limit = width if weighting == "none" else width - 1
+    require(1 <= r <= limit, "spark_attention.r", r, f"must be between 1 and {limit} for head width {width}")
+    require(
+        q.shape[2] % k.shape[2] == 0,
+        "spark_attention.k",
+        k.shape,
+        f"its head count must divide the queries' {q.shape[2]}",
+    )
+    apply = choose("spark_attention", implementation, {"xla": reference.spark_attention}, "xla")
+    return apply(
+        q,
+        k,
+        v,
+        mask,
+        r=r,
+        top_k=top_k,
+        ddof=ddof,
+        predictor_scale=r**-0.5 if predictor_scale is None else predictor_scale,
+        value_scale=max(width - r, 1) ** -0.5 if value_scale is None else value_scale,
+        softcap=softcap,
+        softcap_values=softcap_values,
+        selection=selection,
+        weighting=weighting,
+    )

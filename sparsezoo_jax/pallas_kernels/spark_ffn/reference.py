@@ -1,0 +1,22 @@
+"""Spark FFN in plain JAX: predictor scores, statistical top-k, GELU, product with the second branch, down-projection.
+
+Shapes: B... leading axes, D model width, r predictor width, F FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def spark_ffn(
+    x: jax.Array, k1: jax.Array, k2: jax.Array, v: jax.Array, *, select: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`V [GELU(select(K1^T x[:r])) * (K2^T x[r:])]`, and the gate [..., F] whose non-zeros are the active neurons."""
+    r = k1.shape[0]
+    scores = jnp.einsum("...r,rf->...f", x[..., :r], k1)
+    gate = jax.nn.gelu(select(scores), approximate=True)
+    hidden = gate * jnp.einsum("...d,df->...f", x[..., r:], k2)
+    return jnp.einsum("...f,fd->...d", hidden, v), gate

@@ -1,0 +1,105 @@
+"""Statistical top-k: keep about k entries of a row at the cost of a mean and a standard deviation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.statistical_topk import reference
+from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
+    RowStatistics,
+    normal_quantile,
+    row_statistics,
+)
+
+__all__ = ["RowStatistics", "normal_quantile", "row_statistics", "statistical_topk"]
+
+
+def statistical_topk(
+    x: jax.Array,
+    k: float,
+    *,
+    axis: int = -1,
+    ddof: int = 1,
+    where: jax.Array | None = None,
+    huber_delta: float = 0.0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Soft-threshold `x` so that about `k` entries along `axis` stay positive; all others become 0.
+
+    `theta = mean(x) + std(x) * Q(1 - k/d)` and the result is `max(x - theta, 0)`: survivors are shifted down, large
+    *positive* values survive, and for Gaussian rows the expected number of survivors is k. Gradients flow through the
+    mean and the standard deviation, by the closed form of the operator rather than by differentiating the reductions.
+
+    Args:
+      x: any float array; statistics are float32 (float64 for float64 input) whatever its dtype.
+      k: target number of survivors, 0 < k; may be fractional. `k >= d` returns `x` unchanged.
+      axis: the axis of length d.
+      ddof: the variance's divisor is d - ddof: 1 as in the paper, 0 as in Gemma 3n.
+      where: booleans broadcastable to `x`: statistics and result cover only true entries, others are 0; a row with at
+        most `k` true entries passes through.
+      huber_delta: 0, or the width of the quadratic start that makes the result continuously differentiable.
+      implementation: "xla", or None for the platform's default.
+
+    Returns:
+      An array like `x`. Rows without an entry above the threshold (constant rows, say) are all 0.
+
+    Source: Spark Transformer (arXiv 2506.06644), section 3, equations of StatTop_k and Theorems 3.1 and 3.2.
+    """
+    require(k > 0, "statistical_topk.k", k, "must be above 0")
+    require(huber_delta >= 0, "statistical_topk.huber_delta", huber_delta, "must be 0 or above")
+    apply = choose("statistical_topk", implementation, {"xla": _topk}, "xla")
+    if where is not None:
+        where = jnp.moveaxis(jnp.broadcast_to(where, x.shape), axis, -1)
+    x = jnp.moveaxis(x, axis, -1)
+    if where is None and k >= x.shape[-1]:
+        return jnp.moveaxis(x, -1, axis)
+    return jnp.moveaxis(apply(x, where, float(k), ddof, float(huber_delta)), -1, axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _topk(x, where, k, ddof, huber_delta):
+    return reference.statistical_topk(x, k, ddof=ddof, where=where, huber_delta=huber_delta)
+
+
+def _topk_forward(x, where, k, ddof, huber_delta):
+    statistics = row_statistics(x, k, ddof=ddof, where=where)
+    y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
+    if where is not None:
+        y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
+    # The count and quantile of unmasked rows are numbers, not arrays: they are made again in the backward pass.
+    kept = (statistics.mean, statistics.std) if where is None else tuple(statistics)
+    return y.astype(x.dtype), (x, where, kept)
+
+
+def _topk_backward(k, ddof, huber_delta, residuals, g):
+    """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m_i: slope of the threshold)."""
+    x, where, kept = residuals
+    if where is None:
+        d = x.shape[-1]
+        statistics = RowStatistics(d, *kept, normal_quantile(1 - k / d))
+    else:
+        statistics = RowStatistics(*kept)
+    count, mean, std, z = statistics
+    g = g.astype(mean.dtype)
+    wide_x = x.astype(mean.dtype)
+    s = wide_x - statistics.threshold
+    slope = (s > 0).astype(mean.dtype) if huber_delta == 0 else jnp.clip(s / huber_delta, 0, 1)
+    if where is not None:
+        slope = jnp.where(where, slope, 0)
+    direct = g * slope
+    total = jnp.sum(direct, axis=-1, keepdims=True)
+    # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
+    inverse_std = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 0)
+    a = total * z * inverse_std / jnp.maximum(count - ddof, 1)
+    grad = direct - (total / jnp.maximum(count, 1) - a * mean) - a * wide_x
+    if where is not None:
+        grad = jnp.where(where, jnp.where(count > k, grad, g), 0)
+    return grad.astype(x.dtype), None
+
+
+_topk.defvjp(_topk_forward, _topk_backward)
