@@ -14,7 +14,13 @@ from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
-from sparsezoo_jax.pallas_kernels.spark_attention import NEGATIVE, softcapped
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import (
+    NEGATIVE,
+    attention_scores,
+    attention_values,
+    softcapped,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -81,7 +87,9 @@ class Projections(nnx.Module):
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
 
         def project(weight, bias):
-            y = jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(self.dtype))
+            heads, width = weight.shape[1:]
+            y = matmul(x_BTD, weight[...].astype(self.dtype).reshape(-1, heads * width))
+            y = y.reshape(*x_BTD.shape[:2], heads, width)
             return y if bias is None else y + bias[...].astype(self.dtype)
 
         q = project(self.q_DNH, self.q_bias)
@@ -96,14 +104,11 @@ class Projections(nnx.Module):
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None) -> jax.Array:
     """`softmax(cap(scale * q k) + mask) v` with float32 scores; a query that sees nothing gets zeros."""
-    batch, queries, heads, width = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible = mask_BTS[:, None, None]
-    weights = jax.nn.softmax(jnp.where(visible, softcapped(scores, softcap), NEGATIVE), axis=-1)
-    weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(batch, queries, heads, v_BSKH.shape[-1])
+    queries, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
+    scores_BKRS = softcapped(attention_scores(q_BTNH, k_BSKH, scale), softcap)
+    visible = jnp.tile(mask_BTS, (1, group, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores_BKRS, NEGATIVE), axis=-1)
+    return attention_values(jnp.where(visible, weights, 0), v_BSKH, queries)
 
 
 class GQA(nnx.Module):

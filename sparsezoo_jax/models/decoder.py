@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
+from sparsezoo_jax.pallas_kernels.matmul import matmul
 
 
 class Output(NamedTuple):
@@ -141,11 +142,8 @@ class Decoder(nnx.Module):
         return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
-        if self.output_DV is None:
-            weight, equation = self.embedding_VD[...], "btd,vd->btv"
-        else:
-            weight, equation = self.output_DV[...], "btd,dv->btv"
-        logits = jnp.einsum(equation, x_BTD, weight.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        weight_DV = self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
+        logits = matmul(x_BTD, weight_DV.astype(x_BTD.dtype), jnp.dtype(jnp.float32))
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -19,6 +19,7 @@ from sparsezoo_jax.models.common import (
     LayerAux,
     activation_fn,
 )
+from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 
 
@@ -131,7 +132,7 @@ class PlainFFN(nnx.Module):
 
 def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: jnp.dtype) -> jax.Array:
     """`x W + b` in `dtype`, for x [..., inputs] and W [inputs, outputs]."""
-    y = jnp.einsum("...i,io->...o", x, weight[...].astype(dtype))
+    y = matmul(x, weight[...].astype(dtype))
     return y if bias is None else y + bias[...].astype(dtype)
 
 

@@ -9,9 +9,15 @@ import jax
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import choose
 from sparsezoo_jax.pallas_kernels.spark_attention import reference
-from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, select_keys, softcapped
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
+    NEGATIVE,
+    attention_scores,
+    attention_values,
+    select_keys,
+    softcapped,
+)
 
-__all__ = ["NEGATIVE", "select_keys", "softcapped", "spark_attention"]
+__all__ = ["NEGATIVE", "attention_scores", "attention_values", "select_keys", "softcapped", "spark_attention"]
 
 
 def spark_attention(

@@ -1,7 +1,7 @@
 """Spark attention in plain JAX: a thresholded softmax on the first r head dimensions times a softplus on the others.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value
-head, H head width.
+head, R = G * T rows of such a group, H head width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def select_keys(
     lowest = jnp.where(visible, scores, NEGATIVE)
     best = lowest >= jnp.max(lowest, axis=-1, keepdims=True)
     if selection == "none":
-        return visible
+        return jnp.broadcast_to(visible, scores.shape)
     if selection == "exact":
         k = min(top_k, scores.shape[-1])
         keep = lowest >= jax.lax.top_k(lowest, k)[0][..., -1:]
@@ -40,6 +40,30 @@ def select_keys(
 def softcapped(scores: jax.Array, cap: float | None) -> jax.Array:
     """`cap * tanh(scores / cap)`, or `scores` without a cap."""
     return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """`log(1 + exp(x))`, spelled so that its derivative reuses the exponential."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    """Scores float32 [B, K, G * T, S] of queries [B, T, N, H] and keys [B, S, K, H], times `scale`.
+
+    The queries of a key/value head form one matrix (row g * T + t), so that the product comes out in the order in
+    which it is used; the other orders make XLA for CPU transpose the scores, which are much larger than q and k.
+    """
+    batch, queries, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q_BKRH = (scale * q).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads * queries, width)
+    return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+
+
+def attention_values(weights_BKRS: jax.Array, v: jax.Array, queries: int) -> jax.Array:
+    """Mix values [B, S, K, H] by weights [B, K, G * T, S] (as `attention_scores` orders them) to [B, T, N, H]."""
+    batch, kv_heads, rows, _ = weights_BKRS.shape
+    y_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS.astype(v.dtype), v.transpose(0, 2, 1, 3))
+    return y_BKRH.reshape(batch, kv_heads * rows // queries, queries, -1).transpose(0, 2, 1, 3)
 
 
 def spark_attention(
@@ -60,22 +84,19 @@ def spark_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mixed values [B, T, N, H] and the number of attended keys [B, T, N]."""
     batch, queries, heads, width = q.shape
-    kv_heads = k.shape[2]
-    q_BTKGH = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    group = heads // k.shape[2]
 
     def scores_of(part: slice, scale: float) -> jax.Array:
-        return scale * jnp.einsum(
-            "btkgh,bskh->bkgts", q_BTKGH[..., part], k[..., part], preferred_element_type=jnp.float32
-        )
+        return attention_scores(q[..., part], k[..., part], scale)
 
-    visible = mask[:, None, None]
+    visible = jnp.tile(mask, (1, group, 1))[:, None]
     predictor = softcapped(scores_of(slice(0, r), predictor_scale), softcap)
     selected = select_keys(predictor, visible, top_k, ddof=ddof, selection=selection)
     weights = jax.nn.softmax(jnp.where(selected, predictor, NEGATIVE), axis=-1)
     # A query that sees nothing (padding of a cache) has a softmax over nothing: its weights are zero, not uniform.
     weights = jnp.where(selected, weights, 0)
     if weighting == "softplus":
-        weights = weights * jax.nn.softplus(softcapped(scores_of(slice(r, width), value_scale), softcap_values))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-    return out.reshape(batch, queries, heads, v.shape[-1]), attended.reshape(batch, heads, queries).swapaxes(1, 2)
+        weights = weights * softplus(softcapped(scores_of(slice(r, width), value_scale), softcap_values))
+    attended_BKR = jnp.sum(selected, axis=-1, dtype=jnp.int32)
+    attended_BTN = attended_BKR.reshape(batch, heads, queries).swapaxes(1, 2)
+    return attention_values(weights, v, queries), attended_BTN

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+
+from sparsezoo_jax.pallas_kernels.matmul import matmul
 
 
 def spark_ffn(
@@ -16,7 +17,7 @@ def spark_ffn(
 ) -> tuple[jax.Array, jax.Array]:
     """`V [GELU(select(K1^T x[:r])) * (K2^T x[r:])]`, and the gate [..., F] whose non-zeros are the active neurons."""
     r = k1.shape[0]
-    scores = jnp.einsum("...r,rf->...f", x[..., :r], k1)
+    scores = matmul(x[..., :r], k1)
     gate = jax.nn.gelu(select(scores), approximate=True)
-    hidden = gate * jnp.einsum("...d,df->...f", x[..., r:], k2)
-    return jnp.einsum("...f,fd->...d", hidden, v), gate
+    hidden = gate * matmul(x[..., r:], k2)
+    return matmul(hidden, v), gate

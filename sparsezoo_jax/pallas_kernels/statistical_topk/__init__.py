@@ -77,7 +77,7 @@ def _topk_forward(x, where, k, ddof, huber_delta):
 
 
 def _topk_backward(k, ddof, huber_delta, residuals, g):
-    """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m_i: slope of the threshold)."""
+    """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m: slope)."""
     x, where, kept = residuals
     if where is None:
         d = x.shape[-1]
