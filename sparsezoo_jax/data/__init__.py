@@ -1,1 +1,56 @@
-"""From a corpus to batches: documents, tokenizers, packed records and the Grain pipeline."""
+"""Corpora, tokenizers, packing and batches.
+
+`open_documents` -> `build_tokenizer` -> `prepare` -> `prepared_batches` (or `streaming_batches` without preparing).
+Importing this is
+cheap: TFDS, Grain, PyArrow and the tokenizer libraries are imported by the functions that need them.
+"""
+
+from sparsezoo_jax.data.batches import Batch, BatchIterator, State
+from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.documents import Document, Documents, open_documents
+from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
+from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
+from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy
+from sparsezoo_jax.data.streaming import StreamingBatches, merge_states, streaming_batches
+from sparsezoo_jax.data.tokenizer import (
+    HFTokenizer,
+    SentencePieceTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    build_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "BigramEntropy",
+    "DataConfig",
+    "Document",
+    "Documents",
+    "HFTokenizer",
+    "PreparedBatches",
+    "PreparedSplit",
+    "SentencePieceTokenizer",
+    "State",
+    "StreamDecoder",
+    "StreamingBatches",
+    "Tokenizer",
+    "UnigramEntropy",
+    "bigram_entropy",
+    "build_tokenizer",
+    "cache_directory",
+    "evaluation_batches",
+    "find_tokenizer",
+    "load_prepared",
+    "load_tokenizer",
+    "merge_states",
+    "open_documents",
+    "prepare",
+    "prepared_batches",
+    "streaming_batches",
+    "train_bpe",
+    "unigram_entropy",
+]

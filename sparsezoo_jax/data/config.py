@@ -1,0 +1,106 @@
+"""Configuration of the corpus, the tokenizer and the batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+
+#: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
+MIN_BPE_VOCAB_SIZE = 259
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """What a run reads: corpus, tokenizer, and the shape and order of its batches.
+
+    Raises `ConfigError` that names the field for a value that is not allowed.
+    """
+
+    dataset: str = "sotu"
+    """Corpus: 'sotu' (embedded), a TFDS name such as 'c4/en', or a path, directory or glob of local .txt, .jsonl or
+    .parquet files."""
+
+    text_field: str = "text"
+    """Field (TFDS feature, JSON key, Parquet column) that holds the text of a document."""
+
+    train_split: str = "train"
+    """Training split; TFDS slices such as 'train[:99%]' work. In a local directory: its subdirectory of this name, if
+    there is one."""
+
+    validation_split: str = "validation"
+    """Validation split; TFDS slices such as 'train[99%:]' work. In a local directory: its subdirectory of this name,
+    if there is one."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents of local files to hold out for validation, when they have no validation files of their
+    own."""
+
+    validation_dataset: str | None = None
+    """Another corpus to validate on, named as in `dataset` (a TFDS name is read at `validation_split`, local files
+    whole)."""
+
+    tokenizer: str | None = None
+    """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; None trains a byte-level BPE on the
+    training split."""
+
+    bpe_vocab_size: int = 4096
+    """Vocabulary size of the trained BPE, specials included (a small corpus may yield fewer)."""
+
+    seq_len: int = 256
+    """Tokens in a sequence."""
+
+    batch_size: int = 8
+    """Sequences in a batch, over all hosts together."""
+
+    mode: Literal["prepared", "streaming"] = "prepared"
+    """'prepared' tokenises once into files with O(1) exact resume; 'streaming' tokenises while training."""
+
+    seed: int = 0
+    """Seed of the data order."""
+
+    cache_dir: str | None = None
+    """Where prepared corpora and trained tokenizers are kept; None is $SPARSEZOO_CACHE or ~/.cache/sparsezoo_jax."""
+
+    tfds_data_dir: str | None = None
+    """Directory of prepared TFDS data sets; None is TFDS's own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
+
+    prefetch: int = 2
+    """Batches made ahead in the background; 0 makes each batch when it is asked for."""
+
+    workers: int = 0
+    """Threads that read documents ahead in streaming mode; 0 reads them one after another."""
+
+    def __post_init__(self):
+        for name in ("dataset", "text_field", "train_split", "validation_split"):
+            require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
+        for name in ("validation_dataset", "tokenizer", "cache_dir", "tfds_data_dir"):
+            value = getattr(self, name)
+            require(value is None or bool(value.strip()), f"data.{name}", repr(value), "must not be empty")
+        require(
+            0 <= self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must be at least 0 and below 1",
+        )
+        require(
+            MIN_BPE_VOCAB_SIZE <= self.bpe_vocab_size <= 2**20,
+            "data.bpe_vocab_size",
+            self.bpe_vocab_size,
+            f"must be from {MIN_BPE_VOCAB_SIZE} (3 specials + 256 bytes) to {2**20}",
+        )
+        require(1 <= self.seq_len <= 2**24, "data.seq_len", self.seq_len, f"must be from 1 to {2**24}")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "must be at least 1")
+        require(0 <= self.seed < 2**32, "data.seed", self.seed, f"must be from 0 to {2**32 - 1}")
+        require(0 <= self.prefetch <= 1024, "data.prefetch", self.prefetch, "must be from 0 to 1024")
+        require(0 <= self.workers <= 256, "data.workers", self.workers, "must be from 0 to 256")
+
+
+def cache_directory(config: DataConfig) -> Path:
+    """The directory for prepared corpora and trained tokenizers (not created here)."""
+    path = config.cache_dir or os.environ.get("SPARSEZOO_CACHE") or "~/.cache/sparsezoo_jax"
+    return Path(path).expanduser()

@@ -1,0 +1,162 @@
+"""Text datasets from the TFDS catalogue, read without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.data.documents import Document, digest, tfds_directory
+from sparsezoo_jax.errors import DataError, StorageError
+
+
+class TfdsDocuments:
+    """One split of a TFDS dataset; a document's id is its `id` feature, or its index in the split."""
+
+    def __init__(self, source: Any, name: str, text_field: str, fingerprint: str):
+        self._source, self._name, self._text_field = source, name, text_field
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self._source):
+            raise IndexError(f"document {index} of {len(self._source)}")
+        example = self._source[index]
+        where = f"{self._name}:{index}"
+        return Document(
+            _text(example["id"], where) if "id" in example else where, _text(example[self._text_field], where)
+        )
+
+
+def _text(value: Any, where: str) -> str:
+    # ArrayRecord examples come back as bytes, mocked ones as str.
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+
+
+def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
+    """Opens a split of a TFDS dataset, preparing it first (ArrayRecord) if the data directory does not hold it.
+
+    Raises `DataError` for an unknown name, split or text field, or a dataset that can't be prepared here;
+    `StorageError` if writing fails.
+    """
+    builder = _builder(config, name)
+    _prepare(builder, name)
+    info = builder.info
+    features = list(info.features or {})
+    if config.text_field not in features:
+        raise DataError(f"data.text_field={config.text_field}: {name} has the fields {', '.join(features)}")
+    try:
+        source = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise DataError(
+            f"data.dataset={name}: prepared in {builder.data_dir} as {info.file_format}, which has no random access; "
+            "prepare it with file_format=array_record in another data.tfds_data_dir"
+        ) from error
+    except (KeyError, ValueError) as error:
+        splits = ", ".join(info.splits) or "none"
+        raise DataError(
+            f"data.dataset={name}: no split '{split}'; it has {splits}, and slices such as 'train[99%:]'"
+        ) from error
+    try:
+        sizes = (info.splits[split].num_examples, info.splits[split.split("[")[0]].num_bytes)
+    except (KeyError, ValueError):
+        sizes = (len(source),)  # a dataset that doesn't record its splits
+    fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
+    return TfdsDocuments(source, f"{name}:{split}", config.text_field, fingerprint)
+
+
+def _builder(config: DataConfig, name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    # TFDS imports its collections in a fixed order and stops at the first that lacks an optional dependency, which
+    # hides the text datasets (c4, wiki40b, ...) behind e.g. a missing pydub. So import the ones with text in them one
+    # by one.
+    for collection in ("text", "summarization", "question_answering", "translate"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{collection}")
+    if name == "sotu":
+        importlib.import_module("sparsezoo_jax.data.sotu")
+    try:
+        with _without_warnings():
+            return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(f"data.dataset={name}: {_suggestion(name)}") from error
+    except ImportError as error:
+        raise DataError(
+            f"data.dataset={name}: this TFDS dataset needs a package that is not installed: {error}"
+        ) from error
+    except (ValueError, RuntimeError, AssertionError) as error:  # an unknown config or version, a malformed name
+        raise DataError(f"data.dataset={name}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """TFDS warns about every dataset that is not prepared yet."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _suggestion(name: str) -> str:
+    from tensorflow_datasets.core import registered
+
+    known = [*registered.list_imported_builders(), "sotu"]
+    close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"neither a file on this machine nor a TFDS dataset{hint}"
+
+
+def _prepare(builder: Any, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    if builder.is_prepared():
+        return
+    quiet = name == "sotu"  # takes a second; its progress bars would only be noise
+    if quiet:
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
+    except DataError:
+        raise
+    except Exception as error:
+        # TFDS lets through whatever its many builders raise; a concurrent process may also have been first.
+        if _prepared_by_another(builder):
+            return
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
+            raise StorageError(f"{builder.data_dir}: could not prepare {name}: {error}") from error
+        raise DataError(
+            f"data.dataset={name}: not prepared in {builder.data_dir} and can't be prepared here: {_first_line(error)}"
+        ) from error
+    finally:
+        if quiet:
+            tfds.enable_progress_bar()
+
+
+def _prepared_by_another(builder: Any) -> bool:
+    if not builder.is_prepared():
+        return False
+    builder.info.read_from_directory(builder.data_dir)
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,353 @@
+"""Tokenizers: Hugging Face `tokenizer.json`, SentencePiece `.model`, and a byte-level BPE trained on the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.documents import Documents, digest
+from sparsezoo_jax.errors import DataError, StorageError
+
+HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+#: Changes whenever `train_bpe` would give another tokenizer for the same corpus.
+BPE_RECIPE = "byte-bpe-1"
+#: A BPE is trained on at most so many documents (spread evenly over the corpus) and characters.
+BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS = 200_000, 256_000_000
+
+
+class StreamDecoder:
+    """Turns token ids into text piece by piece; no piece ends inside a UTF-8 character.
+
+    The pieces of `push` and the final `flush` concatenate to `decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # ids already shown: SentencePiece strips the space of a first piece
+        self._window: list[int] = []
+        self._emitted = 0
+
+    def push(self, token: int) -> str:
+        """Adds one id; returns the text that is complete now, possibly empty."""
+        self._window.append(int(token))
+        text = self._text()
+        # A character whose bytes are still missing shows up as a trailing replacement character.
+        complete = text.rstrip(REPLACEMENT)
+        if len(complete) == len(text) and text:
+            piece = text[self._emitted :]
+            self._context, self._window, self._emitted = self._window, [], 0
+            return piece
+        piece = complete[self._emitted :]
+        self._emitted = max(self._emitted, len(complete))
+        return piece
+
+    def flush(self) -> str:
+        """Returns what is left, with U+FFFD for bytes that never became a character."""
+        piece = self._text()[self._emitted :]
+        self._context, self._window, self._emitted = [], [], 0
+        return piece
+
+    def _text(self) -> str:
+        prefix = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._window)[len(prefix) :]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `encode` adds no special tokens and never reads any out of the text: a document that contains the characters
+    '<eos>' is plain text. `decode` leaves special tokens out; an id outside the vocabulary becomes U+FFFD.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def stream_decoder(self) -> StreamDecoder: ...
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes the tokenizer into a directory; returns the file. Raises `StorageError`."""
+        ...
+
+
+class _Base:
+    """What both tokenizers do alike."""
+
+    vocab_size: int
+    bos_id: int | None
+
+    def stream_decoder(self: Any) -> StreamDecoder:
+        """A new incremental decoder."""
+        return StreamDecoder(self)
+
+    def _prompt(self, ids: list[int], missing: Iterable[str]) -> list[int]:
+        names = sorted(set("".join(missing)))
+        if names:
+            listed = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in names[:8])
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise DataError(f"prompt: the tokenizer can't represent {listed}{more}")
+        return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def _decode_known(self, ids: Sequence[int], decode: Any) -> str:
+        """Decodes runs of known ids; the others become U+FFFD (a model may have more rows than the tokenizer has
+        tokens).
+        """
+        ids = [int(i) for i in ids]
+        if all(0 <= i < self.vocab_size for i in ids):
+            return decode(ids)
+        text, run = "", []
+        for i in ids:
+            if 0 <= i < self.vocab_size:
+                run.append(i)
+            else:
+                text, run = text + decode(run) + REPLACEMENT, []
+        return text + decode(run)
+
+
+class HFTokenizer(_Base):
+    """A Hugging Face fast tokenizer (`tokenizer.json`), its special tokens from `tokenizer_config.json` or by their
+    usual names.
+    """
+
+    _USUAL = {
+        "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+        "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
+        "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+    }
+
+    def __init__(self, tokenizer: Any, special_tokens: dict[str, str | None] | None = None):
+        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        named = {} if special_tokens is None else special_tokens
+        self.bos_id, self.eos_id = self._special("bos", named), self._special("eos", named)
+        pad = self._special("pad", named)
+        # Padding is masked by segment ids, so without a pad token any id will do.
+        self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
+        self.fingerprint = digest("hf", tokenizer.to_str(), self.pad_id, self.bos_id, self.eos_id)
+        unk = getattr(tokenizer.model, "unk_token", None)
+        self._unk_id = None if unk is None else tokenizer.token_to_id(unk)
+
+    def _special(self, role: str, named: dict[str, str | None]) -> int | None:
+        key = f"{role}_token"
+        candidates = (named[key],) if key in named else self._USUAL[role]
+        ids = (self._tokenizer.token_to_id(token) for token in candidates if token is not None)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, in parallel."""
+        # The `fast` variant skips offsets, which nobody reads here.
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        # Unknown characters become <unk> or, in a model without one, vanish.
+        covered = [False] * len(text)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != self._unk_id:
+                covered[start:end] = [True] * (end - start)
+        return self._prompt(encoding.ids, (c for c, ok in zip(text, covered, strict=True) if not (ok or c.isspace())))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some token ids, special tokens left out."""
+        return self._decode_known(ids, lambda known: self._tokenizer.decode(known, skip_special_tokens=True))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes `tokenizer.json` and the names of its special tokens; returns the former. Raises `StorageError`."""
+        name = self._tokenizer.id_to_token
+        specials = {
+            f"{role}_token": None if i is None else name(i)
+            for role, i in (("pad", self.pad_id), ("bos", self.bos_id), ("eos", self.eos_id))
+        }
+        write_atomic(Path(directory) / HF_CONFIG_FILE, (json.dumps(specials, indent=1) + "\n").encode())
+        return write_atomic(Path(directory) / HF_FILE, self._tokenizer.to_str(pretty=True).encode())
+
+
+class SentencePieceTokenizer(_Base):
+    """A SentencePiece model (`tokenizer.model`)."""
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+        self.vocab_size = processor.vocab_size()
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+        self.pad_id = next((i for i in (processor.pad_id(), processor.eos_id()) if i >= 0), 0)
+        self._special = {i for i in range(self.vocab_size) if processor.is_control(i)}
+        self.fingerprint = digest("sp", hashlib.sha256(processor.serialized_model_proto()).hexdigest())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, in parallel."""
+        return self._processor.encode(list(texts))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
+        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        unk = self._processor.unk_id()
+        return self._prompt([piece.id for piece in pieces], (piece.surface for piece in pieces if piece.id == unk))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some token ids, control tokens left out."""
+        return self._decode_known(
+            ids, lambda known: self._processor.decode([i for i in known if i not in self._special])
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes `tokenizer.model`; returns it. Raises `StorageError`."""
+        return write_atomic(Path(directory) / SENTENCEPIECE_FILE, self._processor.serialized_model_proto())
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Writes a file that is either whole or absent, even after a crash; raises `StorageError`."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise StorageError(f"{path}: could not write: {error.strerror or error}") from error
+    return path
+
+
+def find_tokenizer(run_dir: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer in a directory, or None if it holds none; raises `DataError` for a damaged one."""
+    for name in (HF_FILE, SENTENCEPIECE_FILE):
+        if (Path(run_dir) / name).is_file():
+            return load_tokenizer(Path(run_dir) / name)
+    return None
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Loads a `tokenizer.json`, a SentencePiece `.model`, or the one that a directory holds.
+
+    Raises `DataError` naming the file if it is missing, damaged or of neither kind.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        tokenizer = find_tokenizer(path)
+        if tokenizer is None:
+            raise DataError(f"{path}: holds neither {HF_FILE} nor {SENTENCEPIECE_FILE}")
+        return tokenizer
+    if path.suffix not in (".json", ".model"):
+        raise DataError(f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, or a directory with one")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: can't read the tokenizer: {error.strerror}") from error
+    if path.suffix == ".json":
+        return _load_hf(path, content)
+    import sentencepiece
+
+    try:
+        return SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=content))
+    except Exception as error:  # C++ errors of several types
+        raise DataError(f"{path}: not a SentencePiece model, or damaged") from error
+
+
+def _load_hf(path: Path, content: bytes) -> HFTokenizer:
+    import tokenizers
+
+    # Silences the library's warning when a data worker is forked after it has used threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise DataError(f"{path}: not a Hugging Face tokenizer, or damaged: {error}") from error
+    config_path = path.with_name(HF_CONFIG_FILE)
+    if not config_path.is_file():
+        return HFTokenizer(tokenizer)
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        # A special token is a string or, in older files, an object that describes one.
+        entries = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
+    except (ValueError, AttributeError, OSError) as error:
+        raise DataError(f"{config_path}: damaged: {error}") from error
+    return HFTokenizer(tokenizer, {k: v for k, v in entries.items() if k in ("pad_token", "bos_token", "eos_token")})
+
+
+def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
+    """The tokenizer that `config` names, or a byte-level BPE trained on `documents` (the training split)."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    return train_bpe(documents, config.bpe_vocab_size, cache_directory(config))
+
+
+def train_bpe(documents: Documents, vocab_size: int, cache_dir: str | os.PathLike[str]) -> HFTokenizer:
+    """Trains a byte-level BPE with `<pad>`=0, `<bos>`=1, `<eos>`=2 and all 256 bytes, so that every text round-trips.
+
+    The result is kept in `cache_dir` under the fingerprint of (documents, size, recipe). A corpus with few distinct
+    words gives fewer than `vocab_size` tokens. Raises `DataError` for a corpus without text, `StorageError` if the
+    cache can't be written.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    directory = Path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
+    if (directory / HF_FILE).is_file():
+        return _load_hf(directory / HF_FILE, (directory / HF_FILE).read_bytes())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(_sample(documents), trainer)
+    trained = HFTokenizer(tokenizer)
+    trained.save(directory)
+    return trained
+
+
+def _sample(documents: Documents) -> Iterator[str]:
+    stride = -(-len(documents) // BPE_MAX_DOCUMENTS)
+    characters = 0
+    for index in range(0, len(documents), stride):
+        text = documents[index].text
+        characters += len(text)
+        yield text
+        if characters >= BPE_MAX_CHARACTERS:
+            return
+    if characters == 0:
+        raise DataError("data.dataset: no text to train a tokenizer on, every document is empty")
