@@ -1,0 +1,327 @@
+"""Checkpoints: Orbax underneath, plain nested dicts of arrays inside, every array verified when it is read back.
+
+A step holds three items: `model` (params and model_state: all that evaluation needs), `training` (optimizer,
+objectives, counters) and `meta` (position of the data iterator, validation loss; and shape, type and fingerprint of
+every array).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.training.state import PureDict, TrainState, flatten
+
+MODEL_FIELDS = ("params", "model_state")
+
+
+class DamagedCheckpointError(Exception):
+    """A step that can't be read back as it was written."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A train state read from disk, and what was saved beside it."""
+
+    state: TrainState
+    data_state: dict[str, Any]
+    """Position of the data iterator."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one training run.
+
+    Saving is asynchronous: `save` returns once the arrays are copied off the devices. At most one save is under way.
+    A step becomes visible when it is complete; the newest `keep_last` and, with `keep_best`, the one with the lowest
+    validation loss are kept.
+
+    Raises:
+      StorageError: saving or reading failed, from the call that finds out: `save`, `wait` or `close`.
+    """
+
+    def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True):
+        self.directory = Path(directory).absolute()
+        policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        with self._storage_errors("opening"):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                    cleanup_tmp_directories=True,
+                ),
+            )
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, state: TrainState, data_state: dict[str, Any], validation_loss: float | None = None, *, step: int
+    ) -> None:
+        """Start saving `state` as `step`; `data_state` is JSON."""
+        model, training = _split(state)
+        items = {"model": _nested(flatten(model)), "training": _nested(flatten(training))}
+        meta = {"step": step, "data": data_state, "validation_loss": validation_loss, "arrays": describe(items)}
+        # A validation loss that is not finite can't be the best one.
+        ranked = validation_loss is not None and math.isfinite(validation_loss)
+        with self._storage_errors("saving a checkpoint"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(items["model"]),
+                    training=ocp.args.StandardSave(items["training"]),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics={"loss": validation_loss} if ranked else None,
+            )
+
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """The newest step that can be read, on the shardings of `abstract`; None if there is no step at all.
+
+        A damaged step is reported on stderr and set aside as '<step>.damaged'.
+
+        Raises:
+          StorageError: there are steps, but none can be read.
+          UserError: the newest step belongs to another model or optimizer.
+        """
+        steps = self.steps()
+        reasons = []
+        for step in reversed(steps):
+            try:
+                restored = self._restore_step(step, abstract)
+            except DamagedCheckpointError as error:
+                reasons.append(f"step {step}: {error}")
+                print(
+                    f"warning: checkpoint {self.directory / str(step)} is damaged ({error}); trying the one before it",
+                    file=sys.stderr,
+                )
+                continue
+            self._set_aside([later for later in steps if later > step])
+            return restored
+        if reasons:
+            raise StorageError(f"no checkpoint in {self.directory} can be read; {'; '.join(reasons)}")
+        return None
+
+    def _restore_step(self, step: int, abstract: TrainState) -> Restored:
+        meta = _read_meta(self._manager, step)
+        model, training = _split(abstract)
+        wanted = {"model": flatten(model), "training": flatten(training)}
+        _check_fits(self.directory / str(step), meta["arrays"], wanted)
+        items = _read_arrays(
+            self._manager, step, {name: _nested(flat) for name, flat in wanted.items()}, meta["arrays"]
+        )
+        found = {f"{name}/{path}": leaf for name, tree in items.items() for path, leaf in flatten(tree).items()}
+        treedefs = {"model": jax.tree.structure(model), "training": jax.tree.structure(training)}
+        parts = {
+            name: jax.tree.unflatten(treedefs[name], [found[f"{name}/{path}"] for path in flat])
+            for name, flat in wanted.items()
+        }
+        return Restored(TrainState(**parts["model"], **parts["training"]), meta["data"])
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Make room for the steps that will be made again."""
+        if not steps:
+            return
+        with self._storage_errors("setting a damaged checkpoint aside"):
+            if jax.process_index() == 0:
+                for step in steps:
+                    target = self.directory / f"{step}.damaged"
+                    shutil.rmtree(target, ignore_errors=True)
+                    (self.directory / str(step)).rename(target)
+            if jax.process_count() > 1:
+                from jax.experimental import multihost_utils
+
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Return when the save under way is complete."""
+        with self._storage_errors("saving a checkpoint"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Finish the save under way and release the directory."""
+        try:
+            self.wait()
+        finally:
+            with self._storage_errors("closing"):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _storage_errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # An incomplete step is not visible, but takes space that the user may be short of.
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise StorageError(f"{doing} in {self.directory} failed: {_brief(error)}") from error
+
+
+def saved_steps(directory: Path | str) -> list[int]:
+    """Complete steps in a checkpoint directory, oldest first; empty if there is no such directory."""
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        return []
+    with _reader(directory) as manager:
+        return sorted(manager.all_steps())
+
+
+def restore_params(
+    directory: Path | str,
+    step: int | None = None,
+    *,
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[PureDict, PureDict]:
+    """Parameters and model state of a step (default: the newest), as nested dicts of arrays, for reading only.
+
+    `sharding_of` gives the sharding of an array from its path ('params/...' or 'model_state/...') and shape; default:
+    the first device. `ModelTemplate.merge` makes a model of the result.
+
+    Raises:
+      UserError: there is no such step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    steps = saved_steps(directory)
+    chosen = step if step is not None else max(steps, default=None)
+    if chosen is None or chosen not in steps:
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    with _reader(directory) as manager:
+        try:
+            meta = _read_meta(manager, chosen)
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            flat = {}
+            for path, (shape, dtype, _) in meta["arrays"].items():
+                item, _, name = path.partition("/")
+                if item == "model":
+                    sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
+                    flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
+            model = _read_arrays(manager, chosen, {"model": _nested(flat)}, meta["arrays"])["model"]
+        except DamagedCheckpointError as error:
+            raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
+    return model["params"], model.get("model_state", {})
+
+
+@contextlib.contextmanager
+def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
+    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def _split(state: TrainState) -> tuple[PureDict, PureDict]:
+    """What evaluation needs, and the rest."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    return {name: fields.pop(name) for name in MODEL_FIELDS}, fields
+
+
+def _nested(flat: dict[str, Any]) -> PureDict:
+    """Nested dicts by the parts of the path, whatever containers (tuples, optax states) the leaves came from."""
+    tree: PureDict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> Any:
+    """For each array, sum of bits * (2 * index + 1) modulo 2^32: one flipped bit always changes it.
+
+    Integer sums do not depend on their order, so the number is the same on every mesh.
+    """
+
+    def of(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+        index = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of, tree)
+
+
+def describe(items: PureDict) -> dict[str, list[Any]]:
+    """Shape, type and fingerprint of every array by path."""
+    arrays = flatten(items)
+    fingerprints = jax.device_get(flatten(_fingerprint(items)))
+    return {path: [list(x.shape), str(x.dtype), int(fingerprints[path])] for path, x in arrays.items()}
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        missing = {"step", "data", "arrays"} - set(meta)
+    except Exception as error:
+        raise DamagedCheckpointError(f"its meta data can't be read: {_brief(error)}") from error
+    if missing:
+        raise DamagedCheckpointError(f"its meta data lacks {', '.join(sorted(missing))}")
+    return meta
+
+
+def _check_fits(directory: Path, saved: dict[str, list[Any]], wanted: dict[str, dict[str, Any]]) -> None:
+    here = {f"{n}/{path}": [list(x.shape), str(x.dtype)] for n, flat in wanted.items() for path, x in flat.items()}
+    there = {path: entry[:2] for path, entry in saved.items()}
+    differing = sorted(path for path in here.keys() | there.keys() if here.get(path) != there.get(path))
+    if differing:
+        path = differing[0]
+        saved_as, wanted_as = (f"{e[1]}{e[0]}" if e else "absent" for e in (there.get(path), here.get(path)))
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise UserError(
+            f"checkpoint {directory} is of another configuration: {path} is {saved_as} there, {wanted_as} here{more}; "
+            "resume with the run's own config.json, or choose another workdir"
+        )
+
+
+def _read_arrays(
+    manager: ocp.CheckpointManager, step: int, wanted: dict[str, PureDict], saved: dict[str, list[Any]]
+) -> dict[str, PureDict]:
+    try:
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+        items = {name: restored[name] for name in wanted}
+    except Exception as error:
+        raise DamagedCheckpointError(_brief(error)) from error
+    for path, (_, _, fingerprint) in describe(items).items():
+        if fingerprint != saved[path][2]:
+            raise DamagedCheckpointError(f"{path} is not what was saved")
+    return items
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error that may come with pages of storage details."""
+    text = str(error) or type(error).__name__
+    lines = re.split(r"\s*(?:\n|See full TensorStore details)", text.strip())
+    return lines[0][:300]

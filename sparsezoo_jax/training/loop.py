@@ -1,0 +1,390 @@
+"""A training run from start to finish; read `fit` from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparsezoo_jax.errors import StorageError, UserError, require
+from sparsezoo_jax.training.checkpoint import Checkpointer
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.interrupts import StopRequest
+from sparsezoo_jax.training.objectives import check_objectives
+from sparsezoo_jax.training.optimizer import build_optimizer
+from sparsezoo_jax.training.state import (
+    Build,
+    ModelTemplate,
+    Placement,
+    TrainState,
+    initial_state,
+    parameter_count,
+    state_shardings,
+)
+from sparsezoo_jax.training.step import Batch, Metrics, build_train_step, call_model
+from sparsezoo_jax.training.writers import (
+    JsonlWriter,
+    MetricWriter,
+    ProgressWriter,
+    TensorBoardWriter,
+    Writers,
+)
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+"""From the model (an nnx.Module) to metrics of the validation split, `loss` (nats a token) among them."""
+
+
+class TrainingDiverged(UserError):  # noqa: N818
+    """Too many steps in a row had a non-finite loss or gradient. Exit status 1."""
+
+    exit_status = 1
+
+
+class BatchIterator(Protocol):
+    """Endless batches: dicts of [B, T] numpy arrays tokens, targets, segment_ids, positions (int32) and mask (bool).
+
+    With several processes each gives its own rows.
+    """
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Position in the data, JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to that position."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    model: nnx.Module
+    """The trained model."""
+    state: TrainState
+    """The final train state."""
+    metrics: dict[str, Any]
+    """Metrics of the last step made; empty if none was made."""
+    evaluation: dict[str, float]
+    """Metrics of the last evaluation; empty if there was none."""
+    step: int
+    """Train step counter at the end."""
+    resumed_from: int
+    """Step of the checkpoint that the run went on from, 0 if none."""
+    finished: bool
+    """False if the run stopped early: by `stop_at` or by a signal."""
+    seconds: float
+    """Wall-clock time of this call."""
+    tokens_per_second: float
+    """Target tokens a second without the first step (compilation), evaluations and checkpoints; NaN if unknown."""
+    time_to_first_step: float
+    """Seconds from the call to the end of its first step; NaN if none was made."""
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    build: Build,
+    data: BatchIterator,
+    batch_shape: tuple[int, int],
+    workdir: Path | str,
+    evaluate: Evaluate | None = None,
+    place: Placement | None = None,
+    before_writing: Callable[[], None] | None = None,
+    writers: Sequence[MetricWriter] | None = None,
+) -> FitResult:
+    """Train a model until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      build: makes the model; called under jit.
+      data: training batches; not closed here.
+      batch_shape: (B, T) of a global batch.
+      workdir: gets checkpoints/, metrics.jsonl, tensorboard/ and profile/.
+      evaluate: called on the model every `eval_every` steps, with every checkpoint if `keep_best`, and at the end.
+      place: from the logical axes and shape of an array to its sharding; axes of a batch are ('batch', 'length').
+        Default: everything on the first device.
+      before_writing: called once when the configuration has been checked, before the first file is written.
+      writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
+
+    Raises:
+      ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
+        that does not divide B.
+      UserError: the checkpoint belongs to another model or optimizer.
+      StorageError: saving failed, or no checkpoint in `workdir` can be read.
+      TrainingDiverged: `max_skipped_steps` steps in a row were not finite.
+    """
+    started = time.monotonic()
+    workdir = Path(workdir)
+    is_main = jax.process_index() == 0
+
+    # ---------------------------------------------------------------------------------------------------------- Build
+    template = ModelTemplate(build)
+    optimizer = build_optimizer(config, template.parameters)
+    initialise = partial(initial_state, template, build, optimizer, config.objectives)
+    abstract = jax.eval_shape(initialise, jax.random.key(config.seed))
+    _check_run(config, template, abstract, batch_shape)
+
+    if place is None:
+        place = _first_device
+    shardings = state_shardings(template, abstract, place)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+    )
+    batch_sharding = place(("batch", "length"), batch_shape)
+    train_step = jax.jit(
+        build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+    )
+
+    # ------------------------------------------------------------------------------------------ Initialise or restore
+    if before_writing is not None:
+        before_writing()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"creating {workdir} failed: {error.strerror}") from error
+    checkpointer = Checkpointer(workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
+    # Order of restoring:
+    # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
+    # 2. the position in the data, saved with them;
+    # 3. the metrics files, cut back to that step (below, when they are opened).
+    # Without a checkpoint: initialise, and the data start at the beginning.
+    restored = checkpointer.restore(abstract)
+    if restored is None:
+        state = jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.seed))
+        first = 0
+    else:
+        state = restored.state
+        data.set_state(restored.data_state)
+        first = int(state.step)
+    if is_main:
+        parameters = parameter_count(template)
+        origin = f"resuming from step {first} in {workdir}" if restored else f"training from step 0 in {workdir}"
+        print(f"{origin}: {parameters:,} parameters, {config.steps} steps", file=sys.stderr)
+
+    last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
+    if writers is None:
+        writers = _usual_writers(workdir, last, first) if is_main else ()
+    writer = Writers(writers)
+    meter = _Meter(config, writer, checkpointer, first, last)
+    evaluation: dict[str, float] = {}
+    time_to_first_step = float("nan")
+    interrupted = False
+    step = first
+
+    with (
+        contextlib.closing(writer),
+        contextlib.closing(checkpointer),
+        StopRequest() as stop,
+        _Profiler(config, workdir) as profiler,
+    ):
+        # ------------------------------------------------------------------------------------------------- Step loop
+        while step < last and not interrupted:
+            profiler.before_step(step + 1)
+            batch = _to_device(next(data), batch_shape, batch_sharding)
+            state, metrics = train_step(state, batch)
+            # The device works on this step while the host reads the metrics of the one before.
+            meter.read()
+            step += 1
+            meter.pending = (step, metrics)
+            if step == first + 1:
+                meter.read()
+                time_to_first_step = time.monotonic() - started
+            profiler.after_step(step, state)
+            # With several processes, agreeing takes a collective, so it is done now and then.
+            if jax.process_count() == 1 or step % config.log_every == 0:
+                interrupted = stop.agreed()
+
+            # ---------------------------------------------------------------------------------------------- Evaluate
+            saves = step == last or interrupted or _is_due(step, config.checkpoint_every)
+            evaluates = step == config.steps or (saves and config.keep_best) or _is_due(step, config.eval_every)
+            validation_loss = None
+            # Whoever sends a signal may soon send a harder one: save first of all.
+            if evaluate is not None and evaluates and not interrupted:
+                with meter.paused():
+                    evaluation = dict(evaluate(template.merge(state.params, state.model_state)))
+                    writer.write(step, evaluation, split="validation")
+                validation_loss = evaluation.get("loss")
+
+            # -------------------------------------------------------------------------------------------- Checkpoint
+            if saves:
+                with meter.paused():
+                    checkpointer.save(state, data.get_state(), validation_loss, step=step)
+
+        # ---------------------------------------------------------------------------------------------------- Finish
+        meter.read()
+        checkpointer.wait()
+        signal_name = stop.signal.name if stop.signal else "the signal of another process"
+
+    finished = step >= config.steps
+    if is_main and not finished:
+        why = f"on {signal_name}" if interrupted else "at train.stop_at"
+        print(f"stopped {why} after step {step}; run the same command on {workdir} to go on", file=sys.stderr)
+    return FitResult(
+        model=template.merge(state.params, state.model_state),
+        state=state,
+        metrics=meter.metrics,
+        evaluation=evaluation,
+        step=step,
+        resumed_from=first,
+        finished=finished,
+        seconds=time.monotonic() - started,
+        tokens_per_second=meter.tokens_per_second,
+        time_to_first_step=time_to_first_step,
+    )
+
+
+class _Meter:
+    """Reads metrics one step late, writes their rows, measures speed, and stops a run that diverges."""
+
+    def __init__(self, config: TrainConfig, writer: Writers, checkpointer: Checkpointer, first: int, last: int):
+        self.pending: tuple[int, Metrics] | None = None
+        self.metrics: dict[str, Any] = {}
+        self.tokens_per_second = float("nan")
+        self._config, self._writer, self._checkpointer = config, writer, checkpointer
+        self._first, self._last = first, last
+        self._window = _Speed()
+        self._total = _Speed()
+
+    def read(self) -> None:
+        """Wait for the pending step, if any."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        self.metrics = {name: x if x.ndim else float(x) for name, x in jax.device_get(metrics).items()}
+        # The first step is mostly compilation; the clock starts when it is over.
+        if step == self._first + 1:
+            self._window.restart()
+            self._total.restart()
+        else:
+            self._window.add(self.metrics["tokens"])
+            self._total.add(self.metrics["tokens"])
+            self.tokens_per_second = self._total.per_second()
+        if step % self._config.log_every == 0 or step == self._last:
+            speed = self._window.per_second()
+            row = self.metrics if math.isnan(speed) else {**self.metrics, "tokens_per_second": speed}
+            self._writer.write(step, row)
+            self._window.restart()
+        self._stop_if_diverging(step)
+
+    def _stop_if_diverging(self, step: int) -> None:
+        skipped, limit = int(self.metrics["consecutive_skipped"]), self._config.max_skipped_steps
+        if skipped < limit:
+            return
+        self._checkpointer.wait()
+        steps = self._checkpointer.steps()
+        saved = (
+            f"the last checkpoint is step {steps[-1]} in {self._checkpointer.directory}" if steps else "no checkpoint"
+        )
+        raise TrainingDiverged(
+            f"loss or gradient was not finite in steps {step - skipped + 1} to {step} "
+            f"(train.max_skipped_steps={limit}); {saved}; lower the learning rate or grad_clip, or look at the data of these steps"
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Finish the pending step, then leave the time spent inside out of the speed."""
+        self.read()
+        start = time.monotonic()
+        yield
+        for speed in (self._window, self._total):
+            speed.skip(time.monotonic() - start)
+
+
+class _Speed:
+    """Tokens a second since the last restart."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._tokens, self._since = 0.0, time.monotonic()
+
+    def add(self, tokens: float) -> None:
+        self._tokens += tokens
+
+    def skip(self, seconds: float) -> None:
+        self._since += seconds
+
+    def per_second(self) -> float:
+        return self._tokens / max(time.monotonic() - self._since, 1e-9) if self._tokens else float("nan")
+
+
+class _Profiler:
+    """A jax.profiler trace of the steps that the configuration asks for."""
+
+    def __init__(self, config: TrainConfig, workdir: Path):
+        self._config, self._directory, self._running = config, workdir / "profile", False
+
+    def __enter__(self) -> _Profiler:
+        return self
+
+    def before_step(self, step: int) -> None:
+        if step == self._config.profile_start:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after_step(self, step: int, result: Any) -> None:
+        if self._running and step + 1 == (self._config.profile_start or 0) + self._config.profile_steps:
+            # Steps run asynchronously: without waiting the trace would end before they do.
+            jax.block_until_ready(result)
+            self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_run(
+    config: TrainConfig, template: ModelTemplate, abstract: TrainState, batch_shape: tuple[int, int]
+) -> None:
+    """Raise `ConfigError` for what can be found out without computing anything."""
+    batch_size, count = batch_shape[0], config.accumulation
+    require(batch_size % count == 0, "train.accumulation", count, f"must divide data.batch_size={batch_size}")
+    ints = jax.ShapeDtypeStruct((batch_size // count, batch_shape[1]), jnp.int32)
+    batch = {"tokens": ints, "segment_ids": ints, "positions": ints}
+
+    def losses(params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
+        return call_model(template.merge(params, model_state), batch).losses
+
+    known = jax.eval_shape(losses, abstract.params, abstract.model_state, batch) if config.objectives else {}
+    check_objectives(config.objectives, list(known))
+
+
+def _first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _to_device(batch: dict[str, np.ndarray], shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Batch:
+    local = (shape[0] // jax.process_count(), shape[1])
+    found = batch["tokens"].shape
+    if found != local:
+        raise ValueError(f"a batch of this process has shape {found}, not {local}")
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, x, shape) for name, x in batch.items()}
+
+
+def _usual_writers(workdir: Path, last: int, first: int) -> tuple[MetricWriter, ...]:
+    return (
+        JsonlWriter(workdir / "metrics.jsonl", resume_step=first),
+        TensorBoardWriter(workdir / "tensorboard", resume_step=first),
+        ProgressWriter(last, start=first),
+    )

@@ -1,0 +1,224 @@
+"""The training objective: token cross-entropy, z-loss, and weights for the auxiliary losses that a model returns.
+
+Shape letters: B batch, T position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, ConfigError, require
+
+
+class TokenLoss(NamedTuple):
+    """Sums over target tokens, so that several micro-batches add up to exactly one large batch."""
+
+    cross_entropy_sum: jax.Array
+    """Sum of -log p(target), nats, float32 scalar."""
+    z_sum: jax.Array
+    """Sum of log^2 Z, float32 scalar."""
+    count: jax.Array
+    """Number of target tokens, float32 scalar."""
+
+
+def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> TokenLoss:
+    """Cross-entropy and squared log-partition of the target tokens, in float32.
+
+    Shapes: logits [B, T, V] of any float type, targets int [B, T], mask bool [B, T] (true where there is a target).
+    Where the mask is false the target may be any number, and logits that are not finite do no harm.
+    """
+    # Masked positions are replaced before the logarithm: 0 * nan would put nan into the gradient.
+    logits_BTV = jnp.where(mask_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
+    targets_BT = jnp.where(mask_BT, targets_BT, 0)
+    weights_BT = mask_BT.astype(jnp.float32)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return TokenLoss(
+        cross_entropy_sum=jnp.sum((log_z_BT - target_logits_BT) * weights_BT),
+        z_sum=jnp.sum(jnp.square(log_z_BT) * weights_BT),
+        count=jnp.sum(weights_BT),
+    )
+
+
+class Objective(Protocol):
+    """Turns one auxiliary loss of the model into a weighted term of the training objective.
+
+    All three methods run inside the compiled train step; `step` is the int32 train step counter, 0 at the first step.
+    The state is a pytree of arrays with fixed shapes; it is checkpointed with the rest of the train state.
+    """
+
+    @property
+    def loss(self) -> str:
+        """Name of the entry of `out.losses` that this objective weights."""
+        ...
+
+    def init(self) -> Any:
+        """State before the first step."""
+        ...
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        """Weight of the loss at this step, float32 scalar."""
+        ...
+
+    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
+        """State after a step whose metrics are `loss`, `z_loss` and `losses/<name>` (unweighted, whole batch)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FixedObjective:
+    """A constant weight."""
+
+    kind: Literal["fixed"] = "fixed"
+    """Objective kind."""
+    loss: str
+    """Name of the model's auxiliary loss."""
+    weight: float
+    """Its weight, at least 0."""
+
+    def __post_init__(self):
+        require(self.weight >= 0, "train.objectives.weight", self.weight, "must be at least 0")
+
+    def init(self) -> dict[str, jax.Array]:
+        return {}
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        return jnp.float32(self.weight)
+
+    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
+        return state
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SineProgressive:
+    """A weight that climbs from peak to peak along half sine waves (ProSparse, arXiv 2402.13516, section 3.2).
+
+    With peaks l_1..l_S at steps T_1..T_S: l_1 up to T_1; l_{i-1} + eta * (l_i - l_{i-1}) on (T_{i-1}, T_i] with
+    eta = (sin(-pi/2 + pi * (t - T_{i-1}) / (T_i - T_{i-1})) + 1) / 2; l_S after T_S.
+    """
+
+    kind: Literal["sine_progressive"] = "sine_progressive"
+    """Objective kind."""
+    loss: str
+    """Name of the model's auxiliary loss."""
+    peaks: tuple[float, ...]
+    """Weights l_1..l_S, each at least 0."""
+    steps: tuple[int, ...]
+    """Train steps T_1 < ... < T_S, counted from the start of training, at which the peaks are reached."""
+
+    def __post_init__(self):
+        name = "train.objectives"
+        require(len(self.peaks) > 0, f"{name}.peaks", self.peaks, "needs at least one weight")
+        require(min(self.peaks) >= 0, f"{name}.peaks", self.peaks, "must all be at least 0")
+        require(
+            len(self.steps) == len(self.peaks),
+            f"{name}.steps",
+            self.steps,
+            f"needs {len(self.peaks)} entries, as peaks",
+        )
+        rising = all(a < b for a, b in zip((-1, *self.steps), self.steps, strict=False))
+        require(rising, f"{name}.steps", self.steps, "must be at least 0 and rise strictly")
+
+    def init(self) -> dict[str, jax.Array]:
+        return {}
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        value = jnp.float32(self.peaks[0])
+        stages = zip(self.peaks[:-1], self.peaks[1:], self.steps[:-1], self.steps[1:], strict=True)
+        for low, high, start, end in stages:
+            u = jnp.clip((t - start) / (end - start), 0.0, 1.0)
+            eta = 0.5 * (jnp.sin(jnp.pi * (u - 0.5)) + 1.0)
+            value = jnp.where(t > start, low + eta * (high - low), value)
+        return value
+
+    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
+        return state
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdaptiveFactor:
+    """A weight multiplied every `interval` steps by how much its loss changed (BlockFFN, arXiv 2507.08771).
+
+    With gamma = mean loss of the last `interval` steps / mean loss of the `interval` steps before them, the factor is
+    gamma if gamma <= 1, else max(min_factor, gamma), capped so that the weight never exceeds max_ratio * weight. The
+    change is spread linearly over the following `interval` steps. There is no target: sparsity is what `weight` yields.
+    """
+
+    kind: Literal["adaptive_factor"] = "adaptive_factor"
+    """Objective kind."""
+    loss: str
+    """Name of the model's auxiliary loss."""
+    weight: float
+    """Weight at the start, above 0."""
+    start: int = 1000
+    """Number of steps before the first adjustment (N_st), at least 2 * interval."""
+    interval: int = 100
+    """Number of steps between adjustments (N_adj)."""
+    min_factor: float = 1.025
+    """Smallest factor when the loss rose (gamma_min)."""
+    max_ratio: float = 4.0
+    """Largest ratio of the weight to its start."""
+
+    def __post_init__(self):
+        name = "train.objectives"
+        require(self.weight > 0, f"{name}.weight", self.weight, "must be above 0")
+        require(self.interval > 0, f"{name}.interval", self.interval, "must be above 0")
+        allowed = f"must be at least twice the interval ({2 * self.interval})"
+        require(self.start >= 2 * self.interval, f"{name}.start", self.start, allowed)
+        require(self.min_factor >= 1, f"{name}.min_factor", self.min_factor, "must be at least 1")
+        require(self.max_ratio >= 1, f"{name}.max_ratio", self.max_ratio, "must be at least 1")
+
+    def init(self) -> dict[str, jax.Array]:
+        return {
+            "weight": jnp.float32(self.weight),
+            "factor": jnp.float32(1.0),
+            "updates": jnp.int32(0),
+            "window_sum": jnp.float32(0.0),
+            "previous_mean": jnp.float32(0.0),
+        }
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        # `updates` losses have been seen, so this is step number updates + 1 in the paper's counting from 1.
+        number = state["updates"] + 1
+        since = (number - self.start - 1) % self.interval + 1
+        ramp = 1.0 + (state["factor"] - 1.0) * since / self.interval
+        return jnp.where(number > self.start, state["weight"] * ramp, state["weight"])
+
+    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
+        updates = state["updates"] + 1
+        window_sum = state["window_sum"] + metrics[f"losses/{self.loss}"]
+        window_ends = (updates - self.start) % self.interval == 0
+        mean = window_sum / self.interval
+        # A loss that was zero gives no ratio; the weight stays.
+        previous_mean = state["previous_mean"]
+        gamma = jnp.where(previous_mean > 0, mean / jnp.maximum(previous_mean, 1e-20), 1.0)
+        wanted = jnp.where(gamma <= 1.0, gamma, jnp.maximum(self.min_factor, gamma))
+        # The ramp of the factor in force ends at this very boundary.
+        weight = state["weight"] * state["factor"]
+        factor = jnp.minimum(wanted, self.weight * self.max_ratio / jnp.maximum(weight, 1e-20))
+        adjusts = window_ends & (updates >= self.start)
+        return {
+            "weight": jnp.where(adjusts, weight, state["weight"]),
+            "factor": jnp.where(adjusts, factor, state["factor"]),
+            "updates": updates,
+            "window_sum": jnp.where(window_ends, 0.0, window_sum),
+            "previous_mean": jnp.where(window_ends, mean, state["previous_mean"]),
+        }
+
+
+ObjectiveConfig = Annotated[FixedObjective | SineProgressive | AdaptiveFactor, Field(discriminator="kind")]
+
+
+def check_objectives(objectives: Sequence[Objective], losses: Sequence[str]) -> None:
+    """Raise `ConfigError` if an objective names a loss that the model, which returns `losses`, does not produce."""
+    known = ", ".join(sorted(losses)) or "none"
+    for objective in objectives:
+        if objective.loss not in losses:
+            raise ConfigError("train.objectives.loss", objective.loss, f"the model's auxiliary losses are: {known}")

@@ -1,0 +1,156 @@
+"""One training step as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.objectives import token_loss
+from sparsezoo_jax.training.optimizer import clip_gradients
+from sparsezoo_jax.training.schedules import build_schedule
+from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class ModelOutput(Protocol):
+    """What a model returns."""
+
+    @property
+    def logits(self) -> jax.Array:
+        """[B, T, V]."""
+        ...
+
+    @property
+    def losses(self) -> dict[str, jax.Array]:
+        """Auxiliary losses, scalars."""
+        ...
+
+    @property
+    def stats(self) -> dict[str, jax.Array]:
+        """Statistics, one value a layer, averaged over tokens."""
+        ...
+
+
+def call_model(model: Any, batch: Batch) -> ModelOutput:
+    """The model's output on a batch as the data pipeline gives it."""
+    return model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+
+
+def build_train_step(
+    config: TrainConfig, template: ModelTemplate, optimizer: optax.GradientTransformationExtraArgs
+) -> TrainStep:
+    """The function (state, batch) -> (state, metrics); pure, meant to be jitted with the state donated.
+
+    The batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int) and mask (bool); B is a multiple
+    of `config.accumulation`. Gradients are those of
+
+        (sum of cross-entropy + z_loss * sum of log^2 Z) / target tokens + sum over objectives of coefficient * loss
+
+    over the whole batch, however many micro-batches it is cut into. Auxiliary losses and statistics of micro-batches
+    are averaged with their target tokens as weights: exact for means over target tokens; a loss that is not one (a
+    product of averages, as in load balancing) is taken within each micro-batch.
+
+    If loss or gradient norm is not finite, parameters, optimizer, objectives and model state stay as they are and the
+    step is counted in `skipped`.
+
+    Metrics are float32 scalars: `loss` (nats a target token), `z_loss` (mean log^2 Z), `losses/<name>` (unweighted),
+    `coefficients/<name>`, `lr`, `grad_norm` (before clipping), `param_norm` (before the step), `tokens` (target
+    tokens), `skipped`, `consecutive_skipped`; and the model's statistics by name, [L].
+    """
+    schedule = build_schedule(config.schedule, config.steps)
+    count = config.accumulation
+
+    def objective_sum(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
+        model = template.merge(params, model_state)
+        out = call_model(model, batch)
+        sums = token_loss(out.logits, batch["targets"], batch["mask"])
+        auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
+        total = sums.cross_entropy_sum + config.z_loss * sums.z_sum + sums.count * auxiliary
+        averages = {**{f"losses/{name}": loss for name, loss in out.losses.items()}, **out.stats}
+        weighted = {name: sums.count * value.astype(jnp.float32) for name, value in averages.items()}
+        _, model_state = template.split(model)
+        metrics = {"loss": sums.cross_entropy_sum, "z_loss": sums.z_sum, **weighted}
+        return total, (model_state, sums.count, metrics)
+
+    gradient = jax.grad(objective_sum, has_aux=True)
+
+    def accumulated(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
+        """Gradient, target tokens and metrics, each summed over micro-batches; and the last model state."""
+        if count == 1:
+            grads, (model_state, tokens, metrics) = gradient(params, model_state, batch, coefficients)
+            return grads, model_state, tokens, metrics
+        # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
+        micro = {k: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+
+        def body(carry: Any, batch: Batch):
+            grads, model_state, tokens, metrics = carry
+            new_grads, (model_state, new_tokens, new_metrics) = gradient(params, model_state, batch, coefficients)
+            # Sums are float32 also for bfloat16 parameters.
+            sums = jax.tree.map(
+                lambda a, b: a + b.astype(a.dtype), (grads, tokens, metrics), (new_grads, new_tokens, new_metrics)
+            )
+            return (sums[0], model_state, sums[1], sums[2]), None
+
+        first = {name: x[0] for name, x in micro.items()}
+        shapes = jax.eval_shape(gradient, params, model_state, first, coefficients)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
+        (grads, model_state, tokens, metrics), _ = jax.lax.scan(
+            body, (zeros[0], model_state, zeros[1], zeros[2]), micro
+        )
+        return grads, model_state, tokens, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        coefficients = {
+            objective.loss: objective.coefficient(objective_state, state.step)
+            for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
+        }
+        grads, model_state, tokens, sums = accumulated(state.params, state.model_state, batch, coefficients)
+        total = jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
+        metrics = {name: value / total for name, value in sums.items()}
+        grads, grad_norm = clip_gradients(grads, config)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        objectives = tuple(
+            objective.update(objective_state, metrics, state.step)
+            for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
+        )
+
+        trained = [
+            metrics["loss"],
+            grad_norm,
+            *(coefficients[name] * metrics[f"losses/{name}"] for name in coefficients),
+        ]
+        good = jnp.all(jnp.isfinite(jnp.stack(trained)))
+        new = (optax.apply_updates(state.params, updates), model_state, opt_state, objectives)
+        old = (state.params, state.model_state, state.opt_state, state.objectives)
+        params, model_state, opt_state, objectives = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        bad = 1 - good.astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            objectives=objectives,
+            skipped=state.skipped + bad,
+            consecutive_skipped=(state.consecutive_skipped + bad) * bad,
+        )
+        metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()}
+        metrics |= {
+            "lr": schedule(state.step),
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(state.params),
+            "tokens": tokens,
+            "skipped": new_state.skipped,
+            "consecutive_skipped": new_state.consecutive_skipped,
+        }
+        return new_state, metrics
+
+    return train_step
