@@ -1,1 +1,30 @@
 """Presets: one module per architecture, one literal per preset."""
+
+from __future__ import annotations
+
+import difflib
+
+from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.configs import dense, spark
+from sparsezoo_jax.errors import ConfigError
+
+PRESETS: dict[str, dict[str, RunConfig]] = {"dense": dense.PRESETS, "spark": spark.PRESETS}
+
+
+def preset(arch: str, size: str = "tiny") -> RunConfig:
+    """The preset of an architecture and size.
+
+    Raises:
+      ConfigError: no such architecture, or it has no such size.
+    """
+    if arch not in PRESETS:
+        raise ConfigError("--arch", arch, _choices(arch, list(PRESETS)))
+    if size not in PRESETS[arch]:
+        raise ConfigError("--size", size, f"for --arch {arch} it {_choices(size, list(PRESETS[arch]))}")
+    return PRESETS[arch][size]
+
+
+def _choices(value: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"must be one of {', '.join(allowed)}{hint}"

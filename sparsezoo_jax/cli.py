@@ -1,0 +1,106 @@
+"""What the commands share: parsing into configurations, errors as one line, tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sparsezoo_jax.config import union_kinds, with_kind
+from sparsezoo_jax.configs import PRESETS, preset
+from sparsezoo_jax.errors import ConfigError, UserError
+
+Command = TypeVar("Command")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a command on the process's arguments; a user's error becomes one line on stderr and its exit status."""
+    # Library chatter that says nothing to a user of a command; set before those are loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        # The reader of stdout (head, say) left: not an error, and nobody is left to print one for.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def parse(command: type[Command], args: Sequence[str], *, prog: str, description: str) -> Command:
+    """Parse flags into a command's dataclass; exits with status 2 and suggestions on an unknown flag or bad value."""
+    return tyro.cli(command, args=list(args), prog=f"python -m sparsezoo_jax.{prog}", description=description)
+
+
+def parse_with_preset(
+    command: type[Command], args: Sequence[str], *, prog: str, description: str, default_arch: str = "spark"
+) -> Command:
+    """Parse flags into `command`, a subclass of `RunConfig`, over the preset that `--arch` and `--size` name.
+
+    `--a.b.kind NAME` exchanges a member of a union (`--train.optimizer.kind muon`) before the other flags apply.
+
+    Raises:
+      ConfigError: no such architecture, size or kind, or an impossible combination of values.
+    """
+    asks_help = any(arg in ("-h", "--help") for arg in args)
+    arch = _value_of(args, "--arch")
+    if arch is None and not asks_help:
+        raise ConfigError("--arch", "", f"is needed: one of {', '.join(PRESETS)}")
+    config = preset(arch or default_arch, _value_of(args, "--size") or "tiny")
+    for index, arg in enumerate(args):
+        name = arg.partition("=")[0]
+        if name.startswith("--") and name.endswith(".kind"):
+            path = name.removeprefix("--").removesuffix(".kind").replace("-", "_")
+            kind = _value_of(args[index:], name)
+            if kind is None:
+                raise ConfigError(name, "", "needs a value")
+            config = with_kind(config, path, kind)
+    kinds = "; ".join(f"--{path}.kind {'|'.join(members)}" for path, members in union_kinds(config).items())
+    presets = "; ".join(f"{name}: {' '.join(sizes)}" for name, sizes in PRESETS.items())
+    text = f"{description}\n\nPresets (--arch: --size): {presets}.\nExchangeable parts: {kinds}."
+    fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[command],  # pyright: ignore[reportInvalidTypeArguments]
+        default=command(**fields),
+        args=list(args),
+        prog=f"python -m sparsezoo_jax.{prog}",
+        description=text,
+    )
+
+
+def _value_of(args: Sequence[str], flag: str) -> str | None:
+    """The value after `flag` (or in `flag=value`), None without it."""
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table to stdout, first column left, others right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def print_layers(figures: Mapping[str, Any]) -> None:
+    """Print per-layer statistics: FFN density and attended keys."""
+    density, keys = figures.get("ffn_density"), figures.get("attended_keys")
+    if not density or not keys:
+        return
+    rows = [(layer, f"{d:.2%}", f"{k:.1f}") for layer, (d, k) in enumerate(zip(density, keys, strict=True))]
+    rows.append(("mean", f"{sum(density) / len(density):.2%}", f"{sum(keys) / len(keys):.1f}"))
+    print_table("Sparsity on the validation split", ("layer", "active neurons", "attended keys"), rows)

@@ -1,0 +1,22 @@
+"""Configuration of evaluation during and after training."""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvalConfig:
+    """How much of the validation split is read."""
+
+    batches: int | None = 8
+    """Batches of an evaluation during training; None reads the whole split."""
+    final_batches: int | None = None
+    """Batches of the evaluation at the end; None reads the whole split."""
+
+    def __post_init__(self):
+        for name in ("batches", "final_batches"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"eval.{name}", value, "must be above 0, or none for all")

@@ -1,0 +1,96 @@
+"""A run directory: configuration, tokenizer, checkpoints and metrics, all that is needed to load the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsezoo_jax.config import RunConfig, differences, read_config, to_json
+from sparsezoo_jax.data import Tokenizer, find_tokenizer
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.training.checkpoint import restore_params
+from sparsezoo_jax.training.merging import merge_params
+from sparsezoo_jax.training.state import ModelTemplate
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+class Loaded(NamedTuple):
+    """What `load` returns: unpacks as `model, config, tokenizer`."""
+
+    model: Decoder
+    config: RunConfig
+    tokenizer: Tokenizer | None
+
+
+def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1) -> Loaded:
+    """Load a run for evaluation or decoding: the model with its parameters, the configuration and the tokenizer.
+
+    Args:
+      directory: a run directory.
+      step: the checkpoint's step; None is the newest.
+      merge_last: average this many newest checkpoints with the weights of a 1-sqrt decay (see `training.merging`)
+        instead of taking one; not together with `step`.
+
+    Returns:
+      `(model, config, tokenizer)`; the tokenizer is None for a converted checkpoint that ships none.
+
+    Raises:
+      UserError: no run there, or no such step. StorageError: its checkpoints are damaged.
+    """
+    directory = Path(directory)
+    config = read_config(directory / CONFIG)
+    tokenizer = find_tokenizer(directory)
+    template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
+    if merge_last > 1 and step is not None:
+        raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
+    if merge_last > 1:
+        parameters, state = merge_params(directory / CHECKPOINTS, last=merge_last)
+    else:
+        parameters, state = restore_params(directory / CHECKPOINTS, step)
+    model = template.merge(parameters, state)
+    return Loaded(model, config, tokenizer)
+
+
+def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> bool:
+    """Check that `config` may train in `directory`; true when there is a run to go on with. Writes nothing.
+
+    Raises:
+      UserError: `fresh` and the directory is not empty; files that are no run; a run of another configuration.
+      StorageError: the directory can't be read.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--workdir={directory}: is a file; name a directory")
+        entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    except OSError as error:
+        raise StorageError(f"--workdir={directory}: {error.strerror}") from None
+    if not entries:
+        return False
+    if fresh:
+        raise UserError(f"--fresh: {directory} is not empty ({', '.join(entries[:4])}); name another --workdir")
+    if CONFIG not in entries:
+        raise UserError(f"--workdir={directory}: holds files but no run ({', '.join(entries[:4])}); name another")
+    changed = differences(read_config(directory / CONFIG), config)
+    if changed:
+        listed = "; ".join(f"{name} is {old} there, {new} here" for name, (old, new) in list(changed.items())[:6])
+        more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        raise UserError(f"--workdir={directory}: holds a run of another configuration: {listed}{more}")
+    return True
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Store the configuration, whole or not at all.
+
+    Raises:
+      StorageError: it can't be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".{CONFIG}.partial"
+        partial.write_text(to_json(config), encoding="utf-8")
+        partial.replace(directory / CONFIG)
+    except OSError as error:
+        raise StorageError(f"{directory / CONFIG}: {error.strerror}") from None
