@@ -9,6 +9,7 @@ from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
+from sparsezoo_jax.training.config import Cosine, TrainConfig
 
 TINY = RunConfig(
     arch="spark",
@@ -27,6 +28,7 @@ TINY = RunConfig(
         final_softcap=30.0,
         scan_layers=False,  # on a CPU a step is 1.3 times as fast, and four layers compile as quickly
     ),
+    train=TrainConfig(steps=300, schedule=Cosine(learning_rate=8e-3, warmup_steps=0.1)),
 )
 
 # About 100M parameters with a 32k vocabulary: a day on one accelerator rather than a month on many.

@@ -1,0 +1,1 @@
+"""Measurements that the README and docs quote; each is `python -m benchmarks.NAME`."""
