@@ -161,7 +161,7 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Muon:
-    """Muon for matrices (arXiv 2502.16982); AdamW, at the same learning rate, for embeddings, output head and vectors."""
+    """Muon for matrices (arXiv 2502.16982), AdamW at the same learning rate for embeddings, output head and vectors."""
 
     kind: Literal["muon"] = "muon"
     """Optimizer kind."""

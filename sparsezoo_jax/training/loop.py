@@ -290,7 +290,8 @@ class _Meter:
         )
         raise TrainingDiverged(
             f"loss or gradient was not finite in steps {step - skipped + 1} to {step} "
-            f"(train.max_skipped_steps={limit}); {saved}; lower the learning rate or grad_clip, or look at the data of these steps"
+            f"(train.max_skipped_steps={limit}); {saved}; "
+            "lower the learning rate or grad_clip, or look at the data of these steps"
         )
 
     @contextlib.contextmanager

@@ -196,8 +196,8 @@ def _stateless(function: Callable[[str, jax.Array, jax.Array], jax.Array]) -> op
 def _scale_by_schedule(
     schedule: Callable[[jax.Array], jax.Array], multiplier_of: Callable[[str], float]
 ) -> optax.GradientTransformationExtraArgs:
-    def update(updates: Any, state: Any, params: Any = None, *, step: jax.Array, **_: Any):
-        learning_rate = schedule(step)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        learning_rate = schedule(extra["step"])
         return map_with_path(lambda path, u: -learning_rate * multiplier_of(path) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
