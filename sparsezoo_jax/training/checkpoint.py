@@ -8,6 +8,7 @@ every array).
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 import shutil
@@ -26,6 +27,10 @@ from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.state import PureDict, TrainState, flatten
 
 MODEL_FIELDS = ("params", "model_state")
+
+# Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
+# read_only. What it raises becomes one StorageError here; pages before that line would hide it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class DamagedCheckpointError(Exception):

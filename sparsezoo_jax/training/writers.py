@@ -87,7 +87,10 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard events: scalars as '<split>/<name>', per-layer statistics as their mean and one scalar a layer."""
+    """TensorBoard events: scalars as '<split>/<name>', per-layer statistics as their mean and one scalar a layer.
+
+    Values that are not finite leave a gap in the curve.
+    """
 
     def __init__(self, directory: Path | str, *, resume_step: int = 0):
         # purge_step hides what an interrupted run wrote after the checkpoint.
@@ -101,10 +104,12 @@ class TensorBoardWriter:
         prefix = split or "train"
         for name, value in metrics.items():
             if np.ndim(value) == 0:
+                if not math.isfinite(value):
+                    continue
                 self._writer.add_scalar(f"{prefix}/{name}", float(value), step)
                 continue
             layers = np.asarray(value, np.float64)
-            present = ~np.isnan(layers)
+            present = np.isfinite(layers)
             if present.any():
                 self._writer.add_scalar(f"{prefix}/{name}", float(layers[present].mean()), step)
             for layer in np.flatnonzero(present):

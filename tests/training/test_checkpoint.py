@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +205,7 @@ def test_a_model_without_other_variables_can_be_saved(tmp_path, states):
 def test_a_step_that_is_not_there_lists_those_that_are(directory, tmp_path):
     with pytest.raises(UserError, match=r"no step 7 in .*; steps there are: 1, 2, 3"):
         restore_params(directory, 7)
-    with pytest.raises(UserError, match="no checkpoint in .*; steps there are: none"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*; steps there are: none"):
         restore_params(tmp_path / "absent")
 
 
@@ -234,10 +237,6 @@ assert len(four["up"].sharding.device_set) == 4 and four["up"].addressable_shard
 jax.tree.map(np.testing.assert_array_equal, one, four)
 print("same")
 """
-    import os
-    import subprocess
-    import sys
-
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "same", run.stderr

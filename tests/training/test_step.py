@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ def setup(build=ToyModel, **changes):
     train_config = config(**changes)
     template = ModelTemplate(build)
     optimizer = build_optimizer(train_config, template.parameters)
-    state = initial_state(template, build, optimizer, train_config.objectives, jax.random.key(0))
+    initialise = partial(initial_state, template, build, optimizer, train_config.objectives)
+    state = jax.jit(initialise)(jax.random.key(0))
     return template, state, jax.jit(build_train_step(train_config, template, optimizer))
 
 

@@ -1,0 +1,324 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsezoo_jax.errors import ConfigError, StorageError
+from sparsezoo_jax.training.checkpoint import restore_params, saved_steps
+from sparsezoo_jax.training.config import ParameterGroup
+from sparsezoo_jax.training.loop import TrainingDiverged, fit
+from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
+
+from .test_step import assert_equal
+from .toy import BATCH, LENGTH, ToyData, ToyModel, config
+
+
+class Recorder:
+    """A metric writer that remembers."""
+
+    def __init__(self):
+        self.rows, self.closed = [], False
+
+    def write(self, step, metrics, split=None):
+        self.rows.append((step, split, dict(metrics)))
+
+    def close(self):
+        self.closed = True
+
+    def losses(self):
+        return {step: metrics["loss"] for step, split, metrics in self.rows if split is None}
+
+
+def run(workdir, *, build=ToyModel, data=None, evaluate=None, writers=None, before_writing=None, place=None, **changes):
+    return fit(
+        config(**changes),
+        build=build,
+        data=data or ToyData(),
+        batch_shape=(BATCH, LENGTH),
+        workdir=workdir,
+        evaluate=evaluate,
+        place=place,
+        before_writing=before_writing,
+        writers=writers,
+    )
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+class NoisyModel(ToyModel):
+    """Draws from a random stream of its own in every call."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, tokens_BT, **arguments):
+        out = super().__call__(tokens_BT, **arguments)
+        return out._replace(logits=self.dropout(out.logits))
+
+
+@pytest.mark.parametrize("build", [ToyModel, NoisyModel])
+def test_resuming_is_bitwise_exact(tmp_path, build, capsys):
+    changes = {
+        "build": build,
+        "accumulation": 2,
+        "objectives": (AdaptiveFactor(loss="activation", weight=0.1, start=2, interval=1),),
+    }
+    whole = run(tmp_path / "whole", **changes)
+    first = run(tmp_path / "parts", stop_at=3, **changes)
+    assert (first.step, first.finished) == (3, False)
+    assert "stopped at train.stop_at after step 3" in capsys.readouterr().err
+    second = run(tmp_path / "parts", **changes)
+    assert (second.step, second.resumed_from, second.finished) == (6, 3, True)
+    assert "resuming from step 3" in capsys.readouterr().err
+    assert_equal(second.state, whole.state)
+    timeless = [
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(tmp_path / part)]
+        for part in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in timeless[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    first = run(tmp_path, steps=2)
+    again = run(tmp_path, steps=2)
+    assert (again.step, again.finished, again.metrics) == (2, True, {})
+    assert_equal(again.state, first.state)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_rows_after_the_checkpoint_are_made_again_once(tmp_path):
+    run(tmp_path, stop_at=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 9.0}\n')  # a run killed after step 5
+    run(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert rows(tmp_path)[4]["loss"] != 9.0
+
+
+def test_the_model_is_trained_and_the_checkpoint_is_the_model(tmp_path):
+    writer = Recorder()
+    result = run(tmp_path, steps=40, writers=[writer], log_every=4)
+    assert list(writer.losses()) == list(range(4, 41, 4))
+    assert writer.closed
+    assert np.mean([writer.losses()[s] for s in (36, 40)]) < writer.losses()[4]
+    params, model_state = restore_params(tmp_path / "checkpoints")
+    assert_equal(params, result.state.params)
+    np.testing.assert_array_equal(result.model.up[...], params["up"])
+    np.testing.assert_array_equal(result.model.tokens_seen[...], model_state["tokens_seen"])
+    assert result.metrics["loss"] == writer.losses()[40]
+    assert result.tokens_per_second > 0
+    assert 0 < result.time_to_first_step < result.seconds
+
+
+def test_seeds_differ(tmp_path):
+    one, other = (run(tmp_path / str(seed), steps=1, seed=seed, writers=[]) for seed in (0, 1))
+    assert not np.array_equal(one.state.params["up"], other.state.params["up"])
+
+
+def test_evaluates_when_due_and_keeps_the_best(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    seen = []
+
+    def evaluate(model):
+        seen.append(int(model.tokens_seen[...]))
+        return {"loss": next(losses), "bits_per_byte": 1.5}
+
+    result = run(tmp_path, evaluate=evaluate, eval_every=2, checkpoint_every=1, keep_last=1)
+    assert len(seen) == 6, "keep_best evaluates at every checkpoint"
+    assert seen == sorted(set(seen)), "each evaluation sees the newest model"
+    assert saved_steps(tmp_path / "checkpoints") == [2, 6]
+    validation = [row for row in rows(tmp_path) if row.get("split") == "validation"]
+    assert [row["step"] for row in validation] == [1, 2, 3, 4, 5, 6]
+    assert validation[1] == {"step": 2, "split": "validation", "loss": 1.0, "bits_per_byte": 1.5}
+    assert result.evaluation == {"loss": 2.7, "bits_per_byte": 1.5}
+
+
+def test_evaluates_seldom_without_keep_best(tmp_path):
+    writer = Recorder()
+    run(
+        tmp_path,
+        evaluate=lambda model: {"loss": 1.0},
+        eval_every=4,
+        checkpoint_every=1,
+        keep_best=False,
+        writers=[writer],
+    )
+    assert [step for step, split, _ in writer.rows if split] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": (FixedObjective(loss="balance", weight=1),)}, "auxiliary losses are: activation"),
+        ({"groups": (ParameterGroup(pattern="experts"),)}, "layers/0/norm"),
+        ({"accumulation": 3}, r"train\.accumulation=3: must divide data\.batch_size=4"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_model_writes_nothing(tmp_path, changes, message):
+    called = []
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", before_writing=lambda: called.append(1), **changes)
+    assert not (tmp_path / "run").exists()
+    assert not called
+
+
+def test_before_writing_comes_before_the_first_file(tmp_path):
+    run(tmp_path / "run", steps=1, before_writing=lambda: (tmp_path / "run").mkdir(exist_ok=False))
+
+
+class PoisonModel(ToyModel):
+    """Not finite on batches whose first token is 0; training batches start at 1."""
+
+    def __call__(self, tokens_BT, **arguments):
+        out = super().__call__(tokens_BT, **arguments)
+        return out._replace(logits=out.logits / (tokens_BT[0, 0] != 0))
+
+
+class PoisonData(ToyData):
+    """Batch numbers in `bad` give a loss that is not finite."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.n in self.bad:
+            batch["tokens"][0, 0] = 0
+        return batch
+
+
+def test_bad_steps_are_skipped_and_counted(tmp_path):
+    result = run(tmp_path, build=PoisonModel, data=PoisonData({2, 3, 5}), max_skipped_steps=3)
+    assert [row["skipped"] for row in rows(tmp_path)] == [0, 1, 2, 2, 3, 3]
+    assert [row["loss"] is None for row in rows(tmp_path)] == [False, True, True, False, True, False]
+    assert result.finished
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.state.params))
+
+
+def test_divergence_names_steps_and_the_last_checkpoint(tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"steps 4 to 6 .*last checkpoint is step 4 in") as caught:
+        run(
+            tmp_path,
+            steps=20,
+            build=PoisonModel,
+            data=PoisonData(range(4, 20)),
+            max_skipped_steps=3,
+            checkpoint_every=2,
+            keep_last=9,
+        )
+    assert caught.value.exit_status == 1
+    # Step 4 was skipped, so what is saved there is good.
+    params, _ = restore_params(tmp_path / "checkpoints", 4)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_full_disk_keeps_earlier_checkpoints_and_shows_no_half_written_one(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(model):
+        while saved_steps(tmp_path / "checkpoints") != [2]:  # saved in the background
+            time.sleep(0.01)
+        # From here on no file can grow beyond 256 bytes.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+        return {"loss": 1.0}
+
+    try:
+        with pytest.raises(StorageError, match=f"saving a checkpoint in {tmp_path}/checkpoints failed") as caught:
+            run(tmp_path, writers=[], checkpoint_every=2, keep_best=False, eval_every=3, evaluate=fill_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_status == 1
+    assert saved_steps(tmp_path / "checkpoints") == [2]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "2"] == []
+    resumed = run(tmp_path, writers=[], checkpoint_every=2)
+    assert (resumed.resumed_from, resumed.step) == (2, 6)
+    assert_equal(resumed.state, run(tmp_path / "whole", writers=[]).state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number, capsys):
+    class Signalling(ToyData):
+        def __next__(self):
+            if self.n == 3:
+                os.kill(os.getpid(), number)
+            return super().__next__()
+
+    before = signal.getsignal(number)
+    result = run(tmp_path, data=Signalling(), steps=50)
+    assert signal.getsignal(number) is before
+    assert (result.step, result.finished) == (4, False)
+    assert saved_steps(tmp_path / "checkpoints") == [4]
+    message = capsys.readouterr().err
+    assert f"stopped on {number.name} after step 4; run the same command on {tmp_path} to go on" in message
+    assert run(tmp_path, steps=6).resumed_from == 4
+
+
+def test_a_second_signal_aborts(tmp_path):
+    class Impatient(ToyData):
+        def __next__(self):
+            if self.n == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__next__()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=Impatient(), steps=50)
+
+
+def test_runs_outside_the_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path, steps=2, writers=[])))
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+def test_profile_writes_a_trace_of_the_window(tmp_path):
+    run(tmp_path, profile_start=2, profile_steps=2, writers=[])
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_batch_of_another_shape_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"\(2, 6\), not \(4, 6\)"):
+        run(tmp_path, data=ToyData(batch=2))
+
+
+def test_eight_devices_equal_one(tmp_path):
+    """Parameters sharded over one mesh axis and the batch over another train to the same numbers."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from training.test_loop import run
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+table = {{"batch": "data", "ffn": "fsdp", "embed": None}}
+place = lambda axes, shape: NamedSharding(mesh, P(*(table.get(axis) for axis in axes)))
+result = run({str(tmp_path / "eight")!r}, accumulation=2, writers=[], place=place, stop_at=3)
+result = run({str(tmp_path / "eight")!r}, accumulation=2, writers=[], place=place)
+assert result.resumed_from == 3
+assert result.state.params["up"].addressable_shards[0].data.shape == (2, 8, 4)
+assert result.state.opt_state[0].mu["up"].addressable_shards[0].data.shape == (2, 8, 4)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one = run(tmp_path / "one", accumulation=2, writers=[])
+    eight, _ = restore_params(tmp_path / "eight" / "checkpoints")
+    # Sums over devices are taken in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one.state.params)
