@@ -48,7 +48,7 @@ def softplus(x: jax.Array) -> jax.Array:
 
 
 def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-    """Scores float32 [B, K, G * T, S] of queries [B, T, N, H] and keys [B, S, K, H], times `scale`.
+    """Scores, at least float32, [B, K, G * T, S] of queries [B, T, N, H] and keys [B, S, K, H], times `scale`.
 
     The queries of a key/value head form one matrix (row g * T + t), so that the product comes out in the order in
     which it is used; the other orders make XLA for CPU transpose the scores, which are much larger than q and k.
@@ -56,7 +56,8 @@ def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
     q_BKRH = (scale * q).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads * queries, width)
-    return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=wide)
 
 
 def attention_values(weights_BKRS: jax.Array, v: jax.Array, queries: int) -> jax.Array:

@@ -1,0 +1,92 @@
+"""Small decoders of every kind, built once a session."""
+
+import jax
+import pytest
+from flax import nnx
+
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.residual import PreNormConfig
+from sparsezoo_jax.models.rope import RopeConfig
+from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
+
+BASE = {"vocab_size": 61, "d_model": 24, "layers": 5, "max_seq_len": 48}
+GEMMA = {
+    "residual": PreNormConfig(post_norm=True),
+    "norm": NormConfig(zero_centered=True),
+    "embedding_scale": "sqrt_d_model",
+    "final_softcap": 30.0,
+    "layer_pattern": ("local", "global"),
+}
+
+CONFIGS = {
+    "gemma2": DecoderConfig(
+        **BASE,
+        **GEMMA,
+        attention=GQAConfig(heads=4, kv_heads=2, head_dim=8, window=7, softcap=50.0),
+        ffn=GatedFFNConfig(d_ff=32),
+    ),
+    "spark": DecoderConfig(
+        **BASE,
+        **GEMMA,
+        attention=SparkAttentionConfig(heads=4, kv_heads=2, head_dim=8, window=12, softcap=50.0, r=4, top_k=6),
+        ffn=SparkFFNConfig(d_ff=48, top_k=5, r=12),
+    ),
+    "llama": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=4, kv_heads=2, head_dim=8, qk_norm=True, rope=RopeConfig(fraction=0.5, base=5e5)),
+        ffn=GatedFFNConfig(d_ff=32, activation="silu"),
+        norm=NormConfig(eps=1e-5),
+        tie_embeddings=False,
+    ),
+    "gpt2": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None, bias=True),
+        ffn=PlainFFNConfig(d_ff=32, bias=True),
+        norm=NormConfig(kind="layer", bias=True),
+        learned_positions=True,
+    ),
+    "gemma3n": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
+        ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9, 0.9, 0.0, 0.0, 0.0)),
+    ),
+}
+
+
+def build(config: DecoderConfig) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+def forward(model: Decoder):
+    """The model's call, jitted over everything but its structure."""
+    graphdef, state = nnx.split(model)
+    call = jax.jit(lambda state, tokens, **kwargs: nnx.merge(graphdef, state)(tokens, **kwargs))
+    return lambda tokens, **kwargs: call(state, tokens, **kwargs)
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    return build(config)
+
+
+@pytest.fixture(scope="session")
+def run(model):
+    return forward(model)
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, 30), 0, 61)
+
+
+@pytest.fixture(scope="session")
+def output(run, tokens):
+    return run(tokens)

@@ -1,0 +1,183 @@
+"""What every composition of the decoder must satisfy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.decoder import positions_within_segments
+from sparsezoo_jax.models.ffn import GatedFFNConfig
+from tests.models.conftest import BASE, CONFIGS, build, forward
+
+
+def test_output(config, output, tokens):
+    assert output.logits.shape == (*tokens.shape, config.vocab_size)
+    assert output.logits.dtype == jnp.float32
+    assert np.isfinite(output.logits).all()
+    assert output.stats["ffn_density"].shape == (config.layers,)
+    assert output.stats["attended_keys"].shape == (config.layers,)
+
+
+def test_scanned_layers_equal_unrolled_ones(config, model, tokens, output):
+    other = build(dataclasses.replace(config, scan_layers=False))
+    nnx.update(other, nnx.state(model))
+    unrolled = forward(other)(tokens)
+    # Compiled differently, so the last bits differ; a layer in the wrong place would differ by its whole output.
+    np.testing.assert_allclose(unrolled.logits, output.logits, atol=2e-5)
+    for name, value in output.stats.items():
+        np.testing.assert_allclose(unrolled.stats[name], value, rtol=1e-5)
+
+
+def test_unstacked_layers_equal_stacked_ones(model, tokens, output):
+    single = model.unstacked()
+    assert len(single.segments) == model.config.layers
+    np.testing.assert_allclose(forward(single)(tokens).logits, output.logits, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "remat"), [("gemma2", "dots"), ("spark", "full")])
+def test_rematerialisation_changes_no_gradient(name, remat, tokens):
+    def gradient(config):
+        graphdef, state = nnx.split(build(config))
+        loss = lambda state: jnp.mean(jnp.square(nnx.merge(graphdef, state)(tokens).logits))  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(state).compile()
+        return compiled(state), compiled.memory_analysis().temp_size_in_bytes
+
+    config = dataclasses.replace(CONFIGS[name], layers=4)
+    plain, plain_bytes = gradient(config)
+    saved, saved_bytes = gradient(dataclasses.replace(config, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), saved, plain)
+    assert saved_bytes < plain_bytes, "less is kept for the backward pass"
+
+
+@pytest.mark.parametrize("chunks", [[30], [13, 17], [1] * 30, [29, 1]], ids=str)
+def test_prefill_and_decode_equal_the_full_forward(model, tokens, output, chunks):
+    step = forward(model.unstacked())
+    cache, start, logits = model.init_cache(2, 32), 0, []
+    for length in chunks:
+        out = step(tokens[:, start : start + length], cache=cache)
+        logits.append(out.logits)
+        cache, start = out.cache, start + length
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), output.logits, atol=3e-5)
+
+
+def test_padding_in_front_of_a_prompt_does_not_matter(model, tokens, output):
+    step = forward(model.unstacked())
+    gap = 5
+    padded = jnp.pad(tokens[:, :20], ((0, 0), (gap, 0)))
+    real = jnp.broadcast_to(jnp.arange(20 + gap) >= gap, padded.shape).astype(jnp.int32)
+    out = step(padded, segment_ids=real, cache=model.init_cache(2, 40))
+    np.testing.assert_allclose(out.logits[:, gap:], output.logits[:, :20], atol=3e-5)
+    following = step(tokens[:, 20:21], cache=out.cache)
+    np.testing.assert_allclose(following.logits, output.logits[:, 20:21], atol=3e-5)
+
+
+def test_causality(run, tokens, output):
+    changed = run(tokens.at[:, 17].add(1).at[:, 17].set((tokens[:, 17] + 1) % 61))
+    np.testing.assert_array_equal(changed.logits[:, :17], output.logits[:, :17])
+    assert not np.allclose(changed.logits[:, 17:], output.logits[:, 17:], atol=1e-4)
+
+
+def test_documents_do_not_see_each_other(run, tokens, output):
+    # 11 tokens of one document, 14 of another, 5 of padding.
+    segment_ids = jnp.array([[1] * 11 + [2] * 14 + [0] * 5] * 2)
+    packed = run(tokens, segment_ids=segment_ids)
+    alone = run(tokens[:, 11:25])
+    np.testing.assert_allclose(packed.logits[:, :11], output.logits[:, :11], atol=2e-5)
+    np.testing.assert_allclose(packed.logits[:, 11:25], alone.logits, atol=2e-5)
+    other_first = run(tokens.at[:, 3].set((tokens[:, 3] + 1) % 61), segment_ids=segment_ids)
+    np.testing.assert_array_equal(other_first.logits[:, 11:25], packed.logits[:, 11:25])
+    other_padding = run(tokens.at[:, 25:].set(0), segment_ids=segment_ids)
+    np.testing.assert_array_equal(other_padding.logits[:, :25], packed.logits[:, :25])
+    for name in packed.stats:
+        np.testing.assert_array_equal(other_padding.stats[name], packed.stats[name])
+
+
+def test_window_of_local_layers(tokens):
+    config = dataclasses.replace(CONFIGS["gemma2"], layers=1, layer_pattern=("local",))
+    run = forward(build(config))
+    before, after = run(tokens), run(tokens.at[:, 10].set((tokens[:, 10] + 1) % 61))
+    differs = np.abs(before.logits - after.logits).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(10, 17), "7 keys, the query's own included")
+
+
+def test_bfloat16_stays_close(config, model, tokens, output):
+    half = build(dataclasses.replace(config, dtype="bfloat16"))
+    nnx.update(half, nnx.state(model))
+    logits = forward(half)(tokens).logits
+    assert logits.dtype == jnp.float32
+    error = jnp.linalg.norm(logits - output.logits) / jnp.linalg.norm(output.logits)
+    # Rounding moves neurons and keys across their thresholds, and each of these widths has few of them.
+    assert float(error) < (0.3 if config.ffn.kind == "spark" else 0.1)
+
+
+def test_positions_restart_with_each_segment():
+    ids = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4]])
+    expected = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
+    np.testing.assert_array_equal(positions_within_segments(ids), expected)
+
+
+def test_layers_group_into_segments():
+    layers = [(spec.repeats, len(spec.period)) for spec in CONFIGS["gemma2"].segments()]
+    assert layers == [(2, 2), (1, 1)], "five layers of a pattern of two"
+    layers = [(spec.repeats, spec.period[0].ffn.activation_sparsity_pattern) for spec in CONFIGS["gemma3n"].segments()]
+    assert layers == [(2, (0.9,)), (3, (0.0,))]
+
+
+def test_activation_sparsity_pattern(tokens):
+    density = forward(build(CONFIGS["gemma3n"]))(tokens).stats["ffn_density"]
+    np.testing.assert_allclose(density[:2], 0.1, atol=0.03)
+    np.testing.assert_array_equal(density[2:], 1.0)
+
+
+def test_parameters_carry_their_axes(model):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        axes = variable.get_metadata()["axes"]
+        assert variable.ndim - len(axes) == (1 if "segments" in path else 0), path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"attention": GQAConfig(heads=2, kv_heads=1, head_dim=8), "layer_pattern": ("local",)},
+            "model.attention.window",
+        ),
+        ({"layers": 0}, "model.layers=0: must be above 0"),
+        ({"ffn": GatedFFNConfig(d_ff=8, activation_sparsity_pattern=(0.5, 0.5))}, "one value for each of the 5 layers"),
+    ],
+)
+def test_impossible_configurations(change, message):
+    fields = {**BASE, "attention": GQAConfig(heads=2, kv_heads=1, head_dim=8), "ffn": GatedFFNConfig(d_ff=8), **change}
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GQAConfig(heads=6, kv_heads=4, head_dim=8), "model.attention.kv_heads=4: must divide"),
+        (lambda: GQAConfig(heads=4, kv_heads=4, head_dim=7), "model.attention.head_dim=7: must be even"),
+        (lambda: GatedFFNConfig(d_ff=0), "model.ffn.d_ff=0"),
+    ],
+)
+def test_impossible_layers(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_too_long_a_sequence(model):
+    with pytest.raises(ConfigError, match=r"tokens=<49 long>: must be at most model.max_seq_len=48"):
+        model(jnp.zeros((1, 49), jnp.int32))
+
+
+def test_decoder_is_deterministic_in_its_seed():
+    a, b, c = (Decoder(CONFIGS["spark"], rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), nnx.state(a, nnx.Param), nnx.state(b, nnx.Param))
+    assert all(jax.tree.leaves(same))
+    assert not np.array_equal(a.embedding_VD[...], c.embedding_VD[...])

@@ -1,0 +1,84 @@
+"""Presets: every one is built abstractly and has the parameters it should have."""
+
+import pytest
+
+from sparsezoo_jax.config import differences, flatten, from_json, to_json, union_kinds, with_kind
+from sparsezoo_jax.configs import PRESETS, preset
+from sparsezoo_jax.errors import ConfigError, UserError
+from sparsezoo_jax.models import count_parameters
+
+ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
+
+# (non-embedding, total), from the Spark and Gemma 2 papers for 2B and 9B, from GPT-2's release, and by hand otherwise.
+PARAMETERS = {
+    ("dense", "tiny"): (985_216, 1_509_504),
+    ("dense", "gemma2_2b"): (2_024_517_888, 2_614_636_800),
+    ("dense", "0_1b"): (75_516_672, 124_668_672),
+    ("dense", "gpt2"): (85_056_000, 124_439_808),
+    ("spark", "tiny"): (985_216, 1_509_504),
+    ("spark", "small"): (75_535_104, 100_111_104),
+    ("spark", "2b"): (2_024_517_888, 2_614_636_800),
+    ("spark", "9b"): (8_324_201_984, 9_242_164_736),
+}
+
+
+def test_every_preset_is_counted():
+    assert set(PARAMETERS) == set(ALL)
+
+
+@pytest.mark.parametrize(("arch", "size"), ALL)
+def test_parameter_count(arch, size):
+    config = preset(arch, size)
+    assert (config.arch, config.size) == (arch, size)
+    count = count_parameters(config.model)
+    assert (count.non_embedding, count.total) == PARAMETERS[arch, size]
+
+
+@pytest.mark.parametrize(("arch", "size"), ALL)
+def test_json_round_trip(arch, size):
+    config = preset(arch, size)
+    assert from_json(to_json(config)) == config
+
+
+def test_spark_2b_is_the_papers():
+    model = preset("spark", "2b").model
+    assert (model.ffn.d_ff, model.ffn.r, model.ffn.top_k) == (13_824, 1024, 1106)
+    assert (model.attention.r, model.attention.top_k, model.attention.head_dim) == (128, 256, 256)
+
+
+def test_unknown_presets():
+    with pytest.raises(ConfigError, match=r"--arch=sparc: must be one of dense, spark \(did you mean spark\?\)"):
+        preset("sparc")
+    with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):
+        preset("spark", "3b")
+
+
+def test_exchanging_kinds():
+    config = preset("spark")
+    muon = with_kind(config, "train.optimizer", "muon")
+    assert muon.train.optimizer.kind == "muon"
+    assert muon.train.optimizer.b2 == config.train.optimizer.b2
+    dense = with_kind(config, "model.attention", "gqa")
+    assert dense.model.attention.kind == "gqa"
+    assert dense.model.attention.window == config.model.attention.window
+    assert "model.ffn" in union_kinds(config)
+    with pytest.raises(ConfigError, match=r"train.optimizer.kind=moon: must be one of .* \(did you mean muon\?\)"):
+        with_kind(config, "train.optimizer", "moon")
+    with pytest.raises(ConfigError, match=r"model.ffn.kind=spark: the preset gives no r, top_k"):
+        with_kind(preset("dense"), "model.ffn", "spark")
+
+
+def test_differences_that_matter():
+    config = preset("spark")
+    assert differences(config, config) == {}
+    muon = with_kind(config, "train.optimizer", "muon")
+    assert differences(config, muon)["train.optimizer.kind"] == ("adamw", "muon")
+    assert flatten(config)["model.ffn.top_k"] == 61
+
+
+def test_damaged_json():
+    good = to_json(preset("spark"))
+    with pytest.raises(UserError, match="not a configuration"):
+        from_json(good[:-20])
+    with pytest.raises(UserError, match=r"model\.spark.*|ffn.*widht"):
+        from_json(good.replace('"d_ff"', '"widht"'))
