@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -54,11 +55,12 @@ class Checkpointer:
     validation loss are kept.
 
     Raises:
-      StorageError: saving or reading failed, from the call that finds out: `save`, `wait` or `close`.
+      StorageError: saving or reading failed, from the call that finds out: `save`, `check`, `wait` or `close`.
     """
 
     def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True):
         self.directory = Path(directory).absolute()
+        self._unchecked = False  # whether a save in the background may have failed without anybody knowing
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -101,6 +103,7 @@ class Checkpointer:
                 ),
                 metrics={"loss": validation_loss} if ranked else None,
             )
+        self._unchecked = True
 
     def restore(self, abstract: TrainState) -> Restored | None:
         """The newest step that can be read, on the shardings of `abstract`; None if there is no step at all.
@@ -161,8 +164,14 @@ class Checkpointer:
                 multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
 
+    def check(self) -> None:
+        """Raise what went wrong with a save in the background, once it is over; does not wait."""
+        if self._unchecked and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Return when the save under way is complete."""
+        self._unchecked = False
         with self._storage_errors("saving a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -328,5 +337,10 @@ def _read_arrays(
 def _brief(error: BaseException) -> str:
     """The first line of an error that may come with pages of storage details."""
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"os_error_code='(\d+)'", text)
+    if number is not None:
+        return os.strerror(int(number[1]))
     lines = re.split(r"\s*(?:\n|See full TensorStore details)", text.strip())
     return lines[0][:300]

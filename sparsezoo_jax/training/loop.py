@@ -203,6 +203,8 @@ def fit(
                 meter.read()
                 time_to_first_step = time.monotonic() - started
             profiler.after_step(step, state)
+            # A save that failed is to be known now, not at the next one, which may be hours away.
+            checkpointer.check()
             # With several processes, agreeing takes a collective, so it is done now and then.
             if jax.process_count() == 1 or step % config.log_every == 0:
                 interrupted = stop.agreed()

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -228,24 +227,26 @@ def test_divergence_names_steps_and_the_last_checkpoint(tmp_path):
 
 
 def test_a_full_disk_keeps_earlier_checkpoints_and_shows_no_half_written_one(tmp_path):
+    run(tmp_path, writers=[], stop_at=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk(model):
-        while saved_steps(tmp_path / "checkpoints") != [2]:  # saved in the background
-            time.sleep(0.01)
         # From here on no file can grow beyond 256 bytes.
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
         return {"loss": 1.0}
 
+    data = ToyData()
+    changes = {"steps": 10_000, "checkpoint_every": 500, "eval_every": 500, "log_every": 100}
     try:
-        with pytest.raises(StorageError, match=f"saving a checkpoint in {tmp_path}/checkpoints failed") as caught:
-            run(tmp_path, writers=[], checkpoint_every=2, keep_best=False, eval_every=3, evaluate=fill_disk)
+        with pytest.raises(StorageError) as caught:
+            run(tmp_path, data=data, writers=[], evaluate=fill_disk, **changes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"saving a checkpoint in {tmp_path}/checkpoints failed: File too large"
     assert caught.value.exit_status == 1
-    assert saved_steps(tmp_path / "checkpoints") == [2]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != "2"] == []
-    resumed = run(tmp_path, writers=[], checkpoint_every=2)
+    assert 500 <= data.n < 1000, "found out before the next save"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    resumed = run(tmp_path, writers=[])
     assert (resumed.resumed_from, resumed.step) == (2, 6)
     assert_equal(resumed.state, run(tmp_path / "whole", writers=[]).state)
 
