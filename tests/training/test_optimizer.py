@@ -88,6 +88,8 @@ def test_the_learning_rate_is_that_of_the_given_step():
     train = config(schedule=Constant(learning_rate=1e-2, warmup_steps=4), optimizer=AdamW(weight_decay=0.0))
     halfway, full = one_update(train, step=2)[2], one_update(train, step=4)[2]
     np.testing.assert_allclose(2 * halfway["up"], full["up"], rtol=1e-6)
+    # Adam's first update has the size of the learning rate.
+    np.testing.assert_allclose(np.abs(full["up"]).max(), 1e-2, rtol=1e-3)
 
 
 def test_groups_scale_the_rate_and_replace_the_decay():
