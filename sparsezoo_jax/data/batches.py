@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypedDict
 
@@ -67,10 +68,28 @@ def batch_from_records(records: Records) -> Batch:
 
 def endless_order(length: int, seed: int, *, shuffle: bool = True) -> Callable[[int], int]:
     """Maps position 0, 1, 2, ... of an endless stream to an index below `length`; every epoch is shuffled anew."""
+    if not shuffle:
+        return lambda position: position % length
+    # Grain shuffles without a table, by drawing numbers of at least 16 bits until one is below `length`: milliseconds
+    # an index when that is small. And for 4^k + 1 it gives one index twice and another never (seen in 0.2.18).
+    if length <= 2**16 or length - 1 in (4**k for k in range(8, 17)):
+        return _table_order(length, seed)
+    return _grain_order(length, seed)
+
+
+def _table_order(length: int, seed: int) -> Callable[[int], int]:
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch: int) -> np.ndarray:
+        # Sorted raw bits, because NumPy promises only those to be the same in every version.
+        return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(length), kind="stable")
+
+    return lambda position: int(permutation(position // length)[position % length])
+
+
+def _grain_order(length: int, seed: int) -> Callable[[int], int]:
     import grain
 
-    order = grain.MapDataset.range(length).seed(seed)
-    order = (order.shuffle() if shuffle else order).repeat()
+    order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
 
     def index(position: int) -> int:
         value = order[position]

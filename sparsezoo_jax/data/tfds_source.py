@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +50,9 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     Raises `DataError` for an unknown name, split or text field, or a dataset that can't be prepared here;
     `StorageError` if writing fails.
     """
-    builder = _builder(config, name)
-    _prepare(builder, name)
+    with _without_warnings():
+        builder = _builder(config, name)
+        _prepare(builder, name)
     info = builder.info
     features = list(info.features or {})
     if config.text_field not in features:
@@ -65,7 +67,7 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     except (KeyError, ValueError) as error:
         splits = ", ".join(info.splits) or "none"
         raise DataError(
-            f"data.dataset={name}: no split '{split}'; it has {splits}, and slices such as 'train[99%:]'"
+            f"data.dataset={name}: no documents in split '{split}'; it has {splits}, and slices such as 'train[99%:]'"
         ) from error
     try:
         sizes = (info.splits[split].num_examples, info.splits[split.split("[")[0]].num_bytes)
@@ -87,16 +89,15 @@ def _builder(config: DataConfig, name: str) -> Any:
     if name == "sotu":
         importlib.import_module("sparsezoo_jax.data.sotu")
     try:
-        with _without_warnings():
-            return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record")
+        return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"data.dataset={name}: {_suggestion(name)}") from error
     except ImportError as error:
         raise DataError(
             f"data.dataset={name}: this TFDS dataset needs a package that is not installed: {error}"
         ) from error
-    except (ValueError, RuntimeError, AssertionError) as error:  # an unknown config or version, a malformed name
-        raise DataError(f"data.dataset={name}: {_first_line(error)}") from error
+    except Exception as error:  # an unknown config or version, a malformed name, no network: TFDS has many types
+        raise DataError(f"data.dataset={name}: {_one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -129,7 +130,7 @@ def _prepare(builder: Any, name: str) -> None:
     if quiet:
         tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
             builder.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -143,7 +144,7 @@ def _prepare(builder: Any, name: str) -> None:
         if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
             raise StorageError(f"{builder.data_dir}: could not prepare {name}: {error}") from error
         raise DataError(
-            f"data.dataset={name}: not prepared in {builder.data_dir} and can't be prepared here: {_first_line(error)}"
+            f"data.dataset={name}: not prepared in {builder.data_dir} and can't be prepared here: {_one_line(error)}"
         ) from error
     finally:
         if quiet:
@@ -157,6 +158,7 @@ def _prepared_by_another(builder: Any) -> bool:
     return True
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    # TFDS puts its constructor's arguments in front of the reason.
+    reason = " ".join(str(error).split()).split('}": ')[-1]
+    return (reason if len(reason) <= 400 else f"{reason[:400]}...") or type(error).__name__

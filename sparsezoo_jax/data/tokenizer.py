@@ -213,9 +213,10 @@ class SentencePieceTokenizer(_Base):
 
     def encode_prompt(self, text: str) -> list[int]:
         """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
-        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
+        # The piece of an unknown token is the text it stands for.
         unk = self._processor.unk_id()
-        return self._prompt([piece.id for piece in pieces], (piece.surface for piece in pieces if piece.id == unk))
+        return self._prompt(ids, (p.replace("▁", "") for i, p in zip(ids, pieces, strict=True) if i == unk))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some token ids, control tokens left out."""
