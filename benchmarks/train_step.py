@@ -1,0 +1,111 @@
+"""Time of a train step, Spark against the dense twin of equal parameters: `python -m benchmarks.train_step`.
+
+The whole step (forward, backward, AdamW) of the `spark` preset with parts of it exchanged, in interleaved rounds. "FFN
+alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN with the threshold
+taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.timing import interleaved, print_ratios
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.pallas_kernels.statistical_topk import reference
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.optimizer import build_optimizer
+from sparsezoo_jax.training.state import ModelTemplate, initial_state
+from sparsezoo_jax.training.step import build_train_step
+
+
+def dense_attention_of(config: DecoderConfig) -> GQAConfig:
+    """Grouped-query attention of the same shape."""
+    spark = config.attention
+    return GQAConfig(
+        heads=spark.heads, kv_heads=spark.kv_heads, head_dim=spark.head_dim, window=spark.window, softcap=spark.softcap
+    )
+
+
+def step_of(config: DecoderConfig, batch: dict[str, np.ndarray]):
+    """A function that makes one train step and returns its metrics."""
+    train = TrainConfig()
+
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config, rngs=rngs)
+
+    template = ModelTemplate(build)
+    optimizer = build_optimizer(train, template.parameters)
+    state = jax.jit(lambda key: initial_state(template, build, optimizer, (), key))(jax.random.key(0))
+    compiled = jax.jit(build_train_step(train, template, optimizer), donate_argnums=0).lower(state, batch).compile()
+    held = [state]
+
+    def run():
+        held[0], metrics = compiled(held[0], batch)
+        return metrics
+
+    return run
+
+
+def main() -> None:
+    """Time the variants and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--layers", type=int, help="fewer layers of the preset, for large sizes on a small machine")
+    parser.add_argument("--rounds", type=int, default=25)
+    options = parser.parse_args()
+
+    spark = preset("spark", options.size).model
+    # Unrolled and in float32: what a CPU runs best, for all variants alike.
+    changes = {"scan_layers": False, "remat": "none", "dtype": "float32", "layers": options.layers or spark.layers}
+    spark = dataclasses.replace(spark, **changes)
+    plain = dense_attention_of(spark)
+    gated = GatedFFNConfig(d_ff=spark.ffn.d_ff * 2 // 3)
+    ffn_only = dataclasses.replace(spark, attention=plain)
+
+    draw = np.random.default_rng(0)
+    shape = (options.batch_size, options.seq_len)
+    batch = {
+        "tokens": draw.integers(0, spark.vocab_size, shape, np.int32),
+        "targets": draw.integers(0, spark.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "mask": np.ones(shape, bool),
+    }
+    configs = {
+        "dense": dataclasses.replace(spark, attention=plain, ffn=gated),
+        "Spark FFN alone": ffn_only,
+        "Spark FFN alone, lax.top_k": _selecting(ffn_only, "exact"),
+        "Spark FFN alone, approx_max_k": _selecting(ffn_only, "approximate"),
+        "Spark FFN and attention": spark,
+    }
+    variants = {name: step_of(config, batch) for name, config in configs.items()}
+
+    def autodiff(x, k, **kwargs):
+        kwargs.pop("implementation")
+        return reference.statistical_topk(x, k, **kwargs)
+
+    with mock.patch("sparsezoo_jax.pallas_kernels.spark_ffn.statistical_topk", autodiff):
+        variants["Spark FFN alone, autodiff of mean and std"] = step_of(ffn_only, batch)
+    print(
+        f"spark {options.size}, {spark.layers} layers, batch {shape[0]} x {shape[1]}, float32, {options.rounds} rounds\n"
+    )
+    print_ratios(interleaved(variants, options.rounds), "dense")
+
+
+def _selecting(config: DecoderConfig, selection: str) -> DecoderConfig:
+    return dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, selection=selection))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The commands as a user runs them, on a small corpus of local files."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sparsezoo_jax
+from sparsezoo_jax import cli, evaluate, generate, train
+
+SMALL = {
+    "model.vocab-size": 320,
+    "model.d-model": 32,
+    "model.layers": 2,
+    "model.max-seq-len": 64,
+    "model.attention.heads": 2,
+    "model.attention.kv-heads": 1,
+    "model.attention.head-dim": 16,
+    "model.attention.r": 8,
+    "model.attention.top-k": 8,
+    "model.attention.window": 16,
+    "model.ffn.d-ff": 64,
+    "model.ffn.top-k": 6,
+    "model.ffn.r": 16,
+    "data.bpe-vocab-size": 320,
+    "data.seq-len": 32,
+    "data.batch-size": 4,
+    "data.validation-fraction": 0.2,
+    "train.steps": 8,
+    "train.log-every": 1,
+    "train.checkpoint-every": 3,
+    "train.keep-last": 5,
+    "eval.batches": 2,
+}
+
+
+def flags(corpus, **changes):
+    values = {
+        **SMALL,
+        "data.dataset": corpus,
+        **{k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()},
+    }
+    return ["--arch", "spark", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
+
+
+def call(command, args, monkeypatch):
+    """Run a command's entry point; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+    try:
+        cli.run(command.main)
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_corpus):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*flags(small_corpus), "--workdir", str(workdir)])
+    return workdir
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_directory(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "evaluation.json"} <= names
+    steps = [row for row in rows(trained) if "split" not in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all({"loss", "grad_norm", "lr", "ffn_density", "attended_keys"} <= set(row) for row in steps)
+    assert [row["step"] for row in rows(trained) if row.get("split") == "validation"] == [3, 6, 8]
+    final = json.loads((trained / "evaluation.json").read_text())
+    assert final["step"] == 8
+    assert 0 < final["bigram_entropy"] < final["unigram_entropy"]
+
+
+def test_stop_and_resume_is_bitwise(trained, tmp_path, small_corpus, capsys):
+    workdir = tmp_path / "halves"
+    train.main([*flags(small_corpus, train__stop_at=4), "--workdir", str(workdir)])
+    assert "after step 4" in capsys.readouterr().err
+    assert not (workdir / "evaluation.json").exists()
+    train.main([*flags(small_corpus), "--workdir", str(workdir)])
+    assert "resuming from step 4" in capsys.readouterr().err
+
+    def losses(run):
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run) if "split" not in row]
+
+    assert losses(workdir) == losses(trained)
+    a, b = (nnx.state(sparsezoo_jax.load(run).model, nnx.Param) for run in (workdir, trained))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_finished_run_stays_finished(trained, tmp_path, small_corpus, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    before = rows(workdir)
+    train.main([*flags(small_corpus), "--workdir", str(workdir)])
+    assert "resuming from step 8" in capsys.readouterr().err
+    assert [row for row in rows(workdir) if "split" not in row] == [row for row in before if "split" not in row]
+
+
+def test_load_needs_the_directory_alone(trained, tmp_path, shared_cache, monkeypatch):
+    monkeypatch.setenv("SPARSEZOO_CACHE", str(tmp_path / "empty"))
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    model, config, tokenizer = sparsezoo_jax.load(moved)
+    assert config.model.d_model == 32
+    tokens = jnp.asarray([tokenizer.encode("The state of the union")])
+    out = model(tokens)
+    assert out.logits.shape == (*tokens.shape, 320)
+    earlier = sparsezoo_jax.load(moved, step=3).model(tokens)
+    assert not np.allclose(earlier.logits, out.logits)
+    merged = sparsezoo_jax.load(moved, merge_last=3).model(tokens)
+    assert not np.allclose(merged.logits, out.logits)
+
+
+def test_evaluate(trained, monkeypatch, capsys):
+    assert call(evaluate, [trained, "--json"], monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out)
+    final = json.loads((trained / "evaluation.json").read_text())
+    assert figures["loss"] == pytest.approx(final["loss"], rel=1e-6)
+    assert figures["tokens"] == final["tokens"]
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
+    assert len(figures["ffn_density"]) == len(figures["attended_keys"]) == 2
+    # The batch size regroups the same tokens.
+    assert call(evaluate, [trained, "--json", "--batch-size", "3"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+    assert call(evaluate, [trained, "--split", "train", "--batches", "2"], monkeypatch) == 0
+    table = capsys.readouterr().out
+    assert "bits per byte" in table
+    assert "attended keys" in table
+
+
+def test_bits_per_byte_is_what_it_says(trained, small_corpus):
+    from sparsezoo_jax import data
+    from sparsezoo_jax.config import read_config
+
+    config = read_config(trained / "config.json").data
+    documents = data.open_documents(config, "validation")
+    size = sum(len(documents[i].text.encode()) for i in range(len(documents)))
+    final = json.loads((trained / "evaluation.json").read_text())
+    assert final["bits_per_byte"] == pytest.approx(final["loss"] * final["tokens"] / np.log(2) / size)
+
+
+def test_generate(trained, monkeypatch, capsys):
+    args = [trained, "--prompt", "The state", "--max-new-tokens", 12, "--temperature", 0]
+    assert call(generate, args, monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("The state")
+    model, _, tokenizer = sparsezoo_jax.load(trained)
+    ids = [tokenizer.bos_id, *tokenizer.encode("The state")]
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
+    for _ in range(12):
+        padded = jnp.asarray([ids + [0] * (32 - len(ids))])
+        token = int(jnp.argmax(forward(state, padded)[0, len(ids) - 1]))
+        if token == tokenizer.eos_id:
+            break
+        ids.append(token)
+    assert tokenizer.decode(ids[1:]).strip() == text.strip()
+
+    drawn = []
+    for seed in (1, 1, 2):
+        sampled = [trained, "--prompt", "The", "--max-new-tokens", 12, "--top-p", 0.9, "--top-k", 50, "--seed", seed]
+        assert call(generate, sampled, monkeypatch) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+BAD_FLAGS = [
+    (["--arch", "sparc"], "--arch=sparc: must be one of dense, spark"),
+    (["--arch", "spark", "--size", "huge"], "--size=huge: for --arch spark"),
+    ([], "--arch=: is needed"),
+    (["--arch", "spark", "--model.ffn.widht", "3"], "Unrecognized options: --model.ffn.widht"),
+    (["--arch", "spark", "--train.steps", "many"], "invalid literal for int"),
+    (["--arch", "spark", "--model.ffn.top-k", "768"], "model.ffn.top_k=768: must be between 1 and d_ff - 1 = 767"),
+    (["--arch", "spark", "--model.ffn.r", "128"], "model.ffn.r=128: must be below model.d_model=128"),
+    (["--arch", "spark", "--model.attention.kv-heads", "3"], "model.attention.kv_heads=3: must divide"),
+    (["--arch", "spark", "--model.attention.r", "32"], "model.attention.r=32: must be between 1 and 31"),
+    (["--arch", "spark", "--data.seq-len", "4096"], "data.seq_len=4096: must be at most model.max_seq_len=1024"),
+    (["--arch", "spark", "--train.accumulation", "3"], "train.accumulation=3: must divide data.batch_size=8"),
+    (["--arch", "spark", "--data.dataset", "no/such"], "no/such"),
+    (["--arch", "spark", "--data.dataset", "sotuu"], "sotuu"),
+    (["--arch", "spark", "--train.optimizer.kind", "moon"], "train.optimizer.kind=moon: must be one of"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD_FLAGS, ids=[" ".join(args) for args, _ in BAD_FLAGS])
+def test_bad_flags(args, message, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    assert call(train, [*args, "--workdir", workdir], monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.replace("│", "")
+    assert not workdir.exists()
+
+
+def test_bad_corpora(tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Café".encode("latin-1"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab"')
+    for changes, message in (
+        ({"data__dataset": empty}, "empty"),
+        ({"data__dataset": latin}, "UTF-8"),
+        ({"data__dataset": tmp_path / "missing.txt"}, "missing.txt"),
+        ({"data__tokenizer": broken}, "tokenizer.json"),
+    ):
+        args = flags(str(small_text(tmp_path)), **changes)
+        assert call(train, [*args, "--workdir", workdir], monkeypatch) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert message in error
+        assert not workdir.exists()
+
+
+def small_text(folder):
+    path = folder / "text"
+    path.mkdir(exist_ok=True)
+    for i in range(4):
+        (path / f"{i}.txt").write_text("peace and law " * 40)
+    return path
+
+
+def test_bad_directories(trained, tmp_path, small_corpus, monkeypatch, capsys):
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+    wider = flags(small_corpus, model__ffn__top_k=7)
+    assert call(train, [*wider, "--workdir", trained], monkeypatch) == 2
+    assert "another configuration: model.ffn.top_k is 6 there, 7 here" in capsys.readouterr().err
+    assert call(train, [*flags(small_corpus), "--workdir", trained, "--fresh"], monkeypatch) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    assert call(train, [*flags(small_corpus), "--workdir", foreign], monkeypatch) == 2
+    assert "holds files but no run (thesis.tex)" in capsys.readouterr().err
+    assert call(train, [*flags(small_corpus), "--workdir", foreign / "thesis.tex"], monkeypatch) == 2
+    assert "is a file" in capsys.readouterr().err
+    for command, extra in ((evaluate, []), (generate, ["--prompt", "x"])):
+        assert call(command, [foreign, *extra], monkeypatch) == 2
+        assert "no run here" in capsys.readouterr().err
+        assert call(command, [trained, "--step", 77, *extra], monkeypatch) == 2
+        assert "step 77" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0: must be above 0"),
+        (["--prompt", "x", "--max-new-tokens", "64"], "exceed model.max_seq_len=64"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature=-1.0: must be 0 or above"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p=0.0: must be above 0"),
+        ([], "--prompt"),
+    ],
+)
+def test_bad_generation_flags(trained, extra, message, monkeypatch, capsys):
+    assert call(generate, [trained, *extra], monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompt_with_characters_the_tokenizer_lacks(trained, tmp_path, monkeypatch, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "peace": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(run / "tokenizer.json"))
+    assert call(generate, [run, "--prompt", "peace \u2603"], monkeypatch) == 2
+    assert "\u2603" in capsys.readouterr().err
+
+
+def test_help(monkeypatch, capsys):
+    for command, words in (
+        (train, ["--model.ffn.top-k", "--train.schedule.learning-rate", "spark: tiny small 2b 9b"]),
+        (evaluate, ["--merge-last", "--json"]),
+        (generate, ["--max-new-tokens", "--top-p"]),
+    ):
+        assert call(command, ["--help"], monkeypatch) == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words)
