@@ -1,7 +1,7 @@
 """Compile time of the train step by depth: `python -m benchmarks.compile_time`.
 
-Scanned layers compile once per period, so 26 layers should cost about what 4 cost. Spark tiny's widths; trace and compile
-are timed, without the persistent cache, in interleaved rounds.
+Scanned layers compile once per period, so 26 layers should cost about what 4 cost. Spark tiny's widths; tracing and
+compiling are timed without the persistent cache, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def compile_seconds(layers: int, scan: bool) -> float:
     template = ModelTemplate(build)
     optimizer = build_optimizer(train, template.parameters)
     state = jax.eval_shape(lambda key: initial_state(template, build, optimizer, (), key), jax.random.key(0))
-    integers = jax.ShapeDtypeStruct((8, 256), "int32")
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
-    batch["mask"] = jax.ShapeDtypeStruct((8, 256), "bool")
+    names = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "mask": "bool"}
+    batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in names.items()}
     started = time.perf_counter()
     jax.jit(build_train_step(train, template, optimizer), donate_argnums=0).lower(state, batch).compile()
     return time.perf_counter() - started

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import statistics
 import time
+from typing import Any
 
 from benchmarks.train_step import step_of
 from sparsezoo_jax import data
@@ -43,7 +44,7 @@ def main() -> None:
             options.batches // 2,
         ),
     }
-    batch = dict(next(data.prepared_batches(prepared, batch_size=config.data.batch_size, seed=0)))
+    batch: dict[str, Any] = dict(next(data.prepared_batches(prepared, batch_size=config.data.batch_size, seed=0)))
     step = step_of(config.model, batch)
     float(step()["loss"])
     seconds = []

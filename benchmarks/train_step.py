@@ -1,8 +1,8 @@
 """Time of a train step, Spark against the dense twin of equal parameters: `python -m benchmarks.train_step`.
 
 The whole step (forward, backward, AdamW) of the `spark` preset with parts of it exchanged, in interleaved rounds. "FFN
-alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN with the threshold
-taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed form.
+alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN with the
+threshold taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Transformers that are sparse from the first training step, in JAX and Flax NNX.
 
-    model, config, tokenizer = sparsezoo_jax.load("runs/spark-tiny")
-    out = model(tokens_BT)
+model, config, tokenizer = sparsezoo_jax.load("runs/spark-tiny")
+out = model(tokens_BT)
 """
 
 from __future__ import annotations

@@ -101,6 +101,6 @@ def print_layers(figures: Mapping[str, Any]) -> None:
     density, keys = figures.get("ffn_density"), figures.get("attended_keys")
     if not density or not keys:
         return
-    rows = [(layer, f"{d:.2%}", f"{k:.1f}") for layer, (d, k) in enumerate(zip(density, keys, strict=True))]
+    rows = [(str(layer), f"{d:.2%}", f"{k:.1f}") for layer, (d, k) in enumerate(zip(density, keys, strict=True))]
     rows.append(("mean", f"{sum(density) / len(density):.2%}", f"{sum(keys) / len(keys):.1f}"))
     print_table("Sparsity on the validation split", ("layer", "active neurons", "attended keys"), rows)

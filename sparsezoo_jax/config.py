@@ -130,7 +130,8 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name) and not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
+        if a.get(name) != b.get(name)
+        and not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
     }
 
 
@@ -146,9 +147,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def union_kinds(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
+def union_kinds(config: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
     """For each dotted field that holds a union of kinds: the kinds' names and classes."""
-    found: dict[str, dict[str, type]] = {}
+    found: dict[str, dict[str, Any]] = {}
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, members = getattr(config, field.name), _members(hints[field.name])
@@ -159,7 +160,7 @@ def union_kinds(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
     return found
 
 
-def _members(hint: Any) -> dict[str, type]:
+def _members(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) not in (typing.Union, types.UnionType):
@@ -202,7 +203,9 @@ def with_kind(config: Any, path: str, kind: str, full_path: str | None = None) -
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     missing = sorted(required - shared.keys())
-    require(not missing, f"{full_path}.kind", kind, f"the preset gives no {', '.join(missing)}; start from another --arch")
+    require(
+        not missing, f"{full_path}.kind", kind, f"the preset gives no {', '.join(missing)}; start from another --arch"
+    )
     try:
         return dataclasses.replace(config, **{head: member(**shared)})
     except ValidationError as error:

@@ -73,7 +73,8 @@ def evaluate_model(
     """
     graphdef, state = nnx.split(model)
     results = [_eval_step(graphdef, state, dict(batch)) for batch in batches]
-    losses, counts, stats = zip(*jax.device_get(results), strict=True) if results else ((), (), ())
+    fetched = jax.device_get(results)
+    losses, counts, stats = ([row[i] for row in fetched] for i in range(3))
     totals = np.asarray(counts, np.float64)
     if totals.sum() == 0:
         raise DataError("the split to evaluate on has no token to predict")

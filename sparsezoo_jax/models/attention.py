@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.pallas_kernels.matmul import matmul
@@ -116,7 +116,7 @@ class GQA(nnx.Module):
 
     def __init__(self, config: GQAConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config = config
-        self.layer_type = ctx.layer_type
+        self.layer_type: LayerType = ctx.layer_type
         self.projections = Projections(config, ctx, rngs)
 
     def __call__(

@@ -249,8 +249,10 @@ def _collect(auxes: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax
         name: jnp.mean(jnp.stack([aux.losses[name] for aux in auxes if name in aux.losses])) for name in loss_names
     }
     stat_names = sorted({name for aux in auxes for name in aux.stats})
-    absent = jnp.float32(jnp.nan)
-    stats = {name: jnp.stack([aux.stats.get(name, absent) for aux in auxes]) for name in stat_names}
+    absent = jnp.full((), jnp.nan, jnp.float32)
+    stats = {
+        name: jnp.stack([aux.stats[name] if name in aux.stats else absent for aux in auxes]) for name in stat_names
+    }
     return losses, stats
 
 

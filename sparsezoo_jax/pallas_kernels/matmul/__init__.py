@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 __all__ = ["matmul"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ w` for x [..., I] and w [I, O], both of one dtype; returns [..., O] in `dtype` (None: theirs).
 
@@ -19,11 +19,17 @@ def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Ar
     incoming gradient is narrower as the left operand. XLA for CPU transposes the left operand of that product in
     memory, and autodiff always puts the gradient there, which for a 4,096-wide output is a 32-times larger copy.
     """
+    y: Any = _matmul(x, w, dtype)
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, dtype):
     return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
 def _forward(x, w, dtype):
-    return matmul(x, w, dtype), (x, w)
+    return _matmul(x, w, dtype), (x, w)
 
 
 def _backward(dtype, residuals, g):
@@ -39,4 +45,4 @@ def _backward(dtype, residuals, g):
     return jnp.matmul(g, w.T), dw
 
 
-matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

@@ -81,9 +81,11 @@ def _topk_backward(k, ddof, huber_delta, residuals, g):
     x, where, kept = residuals
     if where is None:
         d = x.shape[-1]
-        statistics = RowStatistics(d, *kept, normal_quantile(1 - k / d))
+        mean, std = kept
+        statistics = RowStatistics(d, mean, std, normal_quantile(1 - k / d))
     else:
-        statistics = RowStatistics(*kept)
+        count, mean, std, quantile = kept
+        statistics = RowStatistics(count, mean, std, quantile)
     count, mean, std, z = statistics
     g = g.astype(mean.dtype)
     wide_x = x.astype(mean.dtype)
