@@ -79,12 +79,11 @@ def test_a_batch_is_a_function_of_its_number(prepared):
 
 
 def test_a_late_start_reads_no_earlier_record(prepared, monkeypatch):
-    from sparsezoo_jax.data.pipeline import RecordReader
-
     reads = []
-    read = RecordReader.read
-    monkeypatch.setattr(RecordReader, "read", lambda self, indices: reads.append(indices) or read(self, indices))
-    next(batches(prepared, start=10**9, prefetch=0))
+    iterator = batches(prepared, start=10**9, prefetch=0)
+    read = iterator._reader.read
+    monkeypatch.setattr(iterator._reader, "read", lambda indices: reads.append(indices) or read(indices))
+    next(iterator)
     assert len(reads) == 1
 
 
