@@ -208,6 +208,13 @@ def test_stream_decoder_of_sentencepiece(sp, noise, text):
         assert "".join(decoder.push(i) for i in ids) + decoder.flush() == sp.decode(ids)
 
 
+def test_stream_decoder_of_sentencepiece_keeps_spaces(sp):
+    decoder = sp.stream_decoder()
+    ids = [sp.bos_id, *sp.encode("the lazy dog"), sp.eos_id, *sp.encode("the fox")]
+    assert "".join(decoder.push(i) for i in ids) + decoder.flush() == sp.decode(ids)
+    assert sp.decode(ids).startswith("the lazy dog")
+
+
 def test_ids_outside_the_vocabulary_are_visible(tokenizer, sp):
     for t in (tokenizer, sp):
         assert t.decode([*t.encode("fox"), t.vocab_size, -1]) == "fox" + 2 * "\N{REPLACEMENT CHARACTER}"
