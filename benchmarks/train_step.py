@@ -2,7 +2,8 @@
 
 The whole step (forward, backward, AdamW) of the `spark` preset with parts of it exchanged, in interleaved rounds. "FFN
 alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN with the
-threshold taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed form.
+threshold taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed
+form.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ def main() -> None:
 
     with mock.patch("sparsezoo_jax.pallas_kernels.spark_ffn.statistical_topk", autodiff):
         variants["Spark FFN alone, autodiff of mean and std"] = step_of(ffn_only, batch)
-    print(
-        f"spark {options.size}, {spark.layers} layers, batch {shape[0]} x {shape[1]}, float32, {options.rounds} rounds\n"
-    )
+    print(f"spark {options.size}, {spark.layers} layers, {shape[0]} x {shape[1]} tokens, {options.rounds} rounds\n")
     print_ratios(interleaved(variants, options.rounds), "dense")
 
 

@@ -1,7 +1,8 @@
 """The errors a user can cause, and the settings base that every configuration dataclass shares.
 
-A command turns a `UserError` into one line on stderr and its `exit_status`; anything else is a bug and keeps its traceback.
-`UserError` is deliberately no `ValueError`: pydantic and tyro would wrap a `ValueError` in several lines of their own.
+A command turns a `UserError` into one line on stderr and its `exit_status`; anything else is a bug and keeps its
+traceback. `UserError` is deliberately no `ValueError`: pydantic and tyro would wrap a `ValueError` in several lines of
+their own.
 """
 
 from __future__ import annotations

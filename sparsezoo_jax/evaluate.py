@@ -27,7 +27,7 @@ class Evaluate:
     step: int | None = None
     """Checkpoint to load; none is the newest."""
     merge_last: int = 1
-    """Average this many newest checkpoints, weighted like a 1-sqrt decay of the learning rate (for constant schedules)."""
+    """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate)."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""
     dataset: str | None = None

@@ -250,9 +250,7 @@ def _collect(auxes: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax
     }
     stat_names = sorted({name for aux in auxes for name in aux.stats})
     absent = jnp.full((), jnp.nan, jnp.float32)
-    stats = {
-        name: jnp.stack([aux.stats[name] if name in aux.stats else absent for aux in auxes]) for name in stat_names
-    }
+    stats = {name: jnp.stack([aux.stats.get(name, absent) for aux in auxes]) for name in stat_names}
     return losses, stats
 
 
