@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Checkpointer:
 
     def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True):
         self.directory = Path(directory).absolute()
+        self._failed = False
         self._unchecked = False  # whether a save in the background may have failed without anybody knowing
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
@@ -181,17 +183,34 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            with self._storage_errors("closing"):
-                self._manager.close()
+            try:
+                with self._storage_errors("closing"):
+                    self._manager.close()
+            finally:
+                # Threads of the failed save that outlived it have been joined by now.
+                if self._failed:
+                    self._remove_incomplete_steps()
+
+    def _remove_incomplete_steps(self) -> None:
+        """Free the space of a save that failed; an incomplete step is not visible, but the disk may be full."""
+        if jax.process_index() != 0:
+            return
+        # Other threads of the failed save may still be writing: what they add while a directory is removed keeps it.
+        for _ in range(50):
+            leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not leftovers:
+                return
+            time.sleep(0.02)
 
     @contextlib.contextmanager
     def _storage_errors(self, doing: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            # An incomplete step is not visible, but takes space that the user may be short of.
-            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._failed = True
+            self._remove_incomplete_steps()
             raise StorageError(f"{doing} in {self.directory} failed: {_brief(error)}") from error
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -235,7 +236,12 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_shows_no_half_written_one(tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
         return {"loss": 1.0}
 
-    data = ToyData()
+    class SlowAfterSaving(ToyData):
+        def __next__(self):
+            time.sleep(0.01 if self.n >= 500 else 0)  # gives the background save 5 s before the next one
+            return super().__next__()
+
+    data = SlowAfterSaving()
     changes = {"steps": 10_000, "checkpoint_every": 500, "eval_every": 500, "log_every": 100}
     try:
         with pytest.raises(StorageError) as caught:
