@@ -50,8 +50,6 @@ def main(args: Sequence[str]) -> None:
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     ids = tokenizer.encode_prompt(command.prompt)
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     tokens = generate_tokens(
         model, ids, max_new_tokens=command.max_new_tokens, sampling=sampling, seed=command.seed, stop=stop

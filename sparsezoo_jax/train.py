@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.errors import STRICT, StorageError, require
+from sparsezoo_jax.errors import STRICT, DataError, StorageError, require
 
 _STARTED = time.monotonic()
 
@@ -152,9 +152,10 @@ def print_sample(model, tokenizer, prompt: str = "The state of the Union is", to
     """Print a continuation of `prompt`."""
     from sparsezoo_jax.inference import Sampling, generate_tokens
 
-    ids = tokenizer.encode(prompt)
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+    try:
+        ids = tokenizer.encode_prompt(prompt)
+    except DataError:  # a vocabulary without these letters: nothing sensible to begin with
+        return
     tokens = min(tokens, model.config.max_seq_len - len(ids))
     if tokens < 1:
         return

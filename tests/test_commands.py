@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import sparsezoo_jax
-from sparsezoo_jax import cli, evaluate, generate, train
+from sparsezoo_jax import cli, evaluate, generate, inference, train
 
 SMALL = {
     "model.vocab-size": 320,
@@ -151,12 +151,20 @@ def test_bits_per_byte_is_what_it_says(trained, small_corpus):
 
 
 def test_generate(trained, monkeypatch, capsys):
+    prompts = []
+
+    def spy(model, prompt, **kwargs):
+        prompts.append(prompt)
+        return inference.generation.generate_tokens(model, prompt, **kwargs)
+
+    monkeypatch.setattr(inference, "generate_tokens", spy)
     args = [trained, "--prompt", "The state", "--max-new-tokens", 12, "--temperature", 0]
     assert call(generate, args, monkeypatch) == 0
     text = capsys.readouterr().out
     assert text.startswith("The state")
     model, _, tokenizer = sparsezoo_jax.load(trained)
     ids = [tokenizer.bos_id, *tokenizer.encode("The state")]
+    assert prompts == [ids]
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
     for _ in range(12):

@@ -1,13 +1,13 @@
 """Corpora, tokenizers, packing and batches.
 
 `open_documents` -> `build_tokenizer` -> `prepare` -> `prepared_batches` (or `streaming_batches` without preparing).
-Importing this is
-cheap: TFDS, Grain, PyArrow and the tokenizer libraries are imported by the functions that need them.
+Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are imported by the functions that need them.
 """
 
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State
 from sparsezoo_jax.data.config import DataConfig, cache_directory
-from sparsezoo_jax.data.documents import Document, Documents, open_documents
+from sparsezoo_jax.data.corpora import open_documents
+from sparsezoo_jax.data.documents import Document, Documents
 from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
 from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
 from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
-from sparsezoo_jax.data.documents import Documents, Split, digest, open_documents
+from sparsezoo_jax.data.corpora import open_documents
+from sparsezoo_jax.data.documents import Documents, Split, digest
 from sparsezoo_jax.data.packing import Packer, Records, target_mask, with_specials
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.tokenizer import Tokenizer

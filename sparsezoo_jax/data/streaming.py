@@ -16,7 +16,8 @@ import numpy as np
 
 from sparsezoo_jax.data.batches import Batch, Prefetcher, State, check_state, endless_order, rows_of_process
 from sparsezoo_jax.data.config import DataConfig
-from sparsezoo_jax.data.documents import Documents, Split, open_documents
+from sparsezoo_jax.data.corpora import open_documents
+from sparsezoo_jax.data.documents import Documents, Split
 from sparsezoo_jax.data.packing import positions_of, with_specials
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError

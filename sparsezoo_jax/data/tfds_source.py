@@ -9,10 +9,11 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.data.config import DataConfig
-from sparsezoo_jax.data.documents import Document, digest, tfds_directory
+from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.documents import Document, digest
 from sparsezoo_jax.errors import DataError, StorageError
 
 
@@ -162,3 +163,15 @@ def _one_line(error: BaseException) -> str:
     # TFDS puts its constructor's arguments in front of the reason.
     reason = " ".join(str(error).split()).split('}": ')[-1]
     return (reason if len(reason) <= 400 else f"{reason[:400]}...") or type(error).__name__
+
+
+def tfds_directory(config: DataConfig, name: str) -> str | None:
+    """Where the TFDS dataset `name` is stored; None is TFDS's default."""
+    if config.tfds_data_dir is not None:
+        return str(Path(config.tfds_data_dir).expanduser())
+    if name == "sotu":
+        from sparsezoo_jax.data.sotu import corpus_digest
+
+        # Another release of the texts is another directory, so that it is never mistaken for the one prepared before.
+        return str(cache_directory(config) / "tfds" / corpus_digest()[:12])
+    return None
