@@ -50,6 +50,14 @@ class GQAConfig:
     def __post_init__(self):
         check_heads(self.heads, self.kv_heads, self.head_dim, self.window, self.rope)
 
+    def projection_flops(self, d_model: int) -> int:
+        """FLOPs per token of the four projections (a multiply-add counts 2)."""
+        return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
+
+    def mixing_flops(self, keys: int) -> int:
+        """FLOPs per token of scores and mixing over `keys` visible keys."""
+        return 4 * self.heads * self.head_dim * keys
+
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
         return GQA(self, ctx, rngs)
 
@@ -63,6 +71,11 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, ro
     require(head_dim > 0, f"{field}.head_dim", head_dim, "must be above 0")
     require(rope is None or head_dim % 2 == 0, f"{field}.head_dim", head_dim, "must be even to rotate")
     require(window is None or window > 0, f"{field}.window", window, "must be above 0")
+
+
+def projection_flops(d_model: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """FLOPs per token of query, key, value and output projections."""
+    return 4 * d_model * head_dim * (heads + kv_heads)
 
 
 class Projections(nnx.Module):

@@ -59,6 +59,11 @@ class GatedFFNConfig:
         pattern = self.activation_sparsity_pattern
         return dataclasses.replace(self, activation_sparsity_pattern=(pattern[layer if len(pattern) > 1 else 0],))
 
+    def flops(self, d_model: int) -> float:
+        """FLOPs per token that active neurons need (a multiply-add counts 2); the gate is always computed whole."""
+        sparsity = self.activation_sparsity_pattern[0] if self.activation_sparsity_pattern else 0.0
+        return 2 * d_model * self.d_ff * (1 + 2 * (1 - sparsity))
+
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GatedFFN:
         return GatedFFN(self, ctx, rngs)
 
@@ -107,6 +112,10 @@ class PlainFFNConfig:
     def for_layer(self, layer: int, layers: int) -> PlainFFNConfig:
         """The configuration of one layer: all are alike."""
         return self
+
+    def flops(self, d_model: int) -> float:
+        """FLOPs per token (a multiply-add counts 2)."""
+        return 4 * d_model * self.d_ff
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> PlainFFN:
         return PlainFFN(self, ctx, rngs)

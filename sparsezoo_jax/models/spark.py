@@ -13,7 +13,7 @@ from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.models.attention import Projections, check_heads
+from sparsezoo_jax.models.attention import Projections, check_heads, projection_flops
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.ffn import density
@@ -60,6 +60,10 @@ class SparkFFNConfig:
     def for_layer(self, layer: int, layers: int) -> SparkFFNConfig:
         """The configuration of one layer: all are alike."""
         return self
+
+    def flops(self, d_model: int) -> float:
+        """FLOPs per token that `top_k` active neurons need: `2 r F + 2 (D - r) k + 2 D k` (paper, section 2)."""
+        return 2 * self.r * self.d_ff + 2 * (d_model - self.r) * self.top_k + 2 * d_model * self.top_k
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkFFN:
         require(self.r < ctx.d_model, "model.ffn.r", self.r, f"must be below model.d_model={ctx.d_model}")
@@ -146,6 +150,15 @@ class SparkAttentionConfig:
             self.rope is None or self.r % 2 == 0, f"{field}.r", self.r, "must be even, for each part rotates separately"
         )
         require(self.ddof in (0, 1), f"{field}.ddof", self.ddof, "must be 0 or 1")
+
+    def projection_flops(self, d_model: int) -> int:
+        """FLOPs per token of the four projections (a multiply-add counts 2)."""
+        return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
+
+    def mixing_flops(self, keys: int) -> int:
+        """FLOPs per token over `keys` visible keys, of which at most `top_k` are weighed and mixed."""
+        selected = min(self.top_k, keys)
+        return 2 * self.heads * (self.r * keys + (2 * self.head_dim - self.r) * selected)
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkAttention:
         return SparkAttention(self, ctx, rngs)

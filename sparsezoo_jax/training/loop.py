@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparsezoo_jax.data import BatchIterator
 from sparsezoo_jax.errors import StorageError, UserError, require
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.config import TrainConfig
@@ -49,23 +50,6 @@ class TrainingDiverged(UserError):  # noqa: N818
     """Too many steps in a row had a non-finite loss or gradient. Exit status 1."""
 
     exit_status = 1
-
-
-class BatchIterator(Protocol):
-    """Endless batches: dicts of [B, T] numpy arrays tokens, targets, segment_ids, positions (int32) and mask (bool).
-
-    With several processes each gives its own rows.
-    """
-
-    def __next__(self) -> dict[str, np.ndarray]: ...
-
-    def get_state(self) -> dict[str, Any]:
-        """Position in the data, JSON."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go to that position."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -375,7 +359,7 @@ def _first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.s
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _to_device(batch: dict[str, np.ndarray], shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Batch:
+def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Batch:
     local = (shape[0] // jax.process_count(), shape[1])
     found = batch["tokens"].shape
     if found != local:
