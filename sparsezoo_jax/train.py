@@ -108,7 +108,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         "step": result.step,
         "split": config.data.validation_split,
         **final.as_dict(),
-        "seconds": round(result.seconds + setup_seconds, 1),
+        "seconds": round(time.monotonic() - _STARTED, 1),
         "seconds_to_first_step": round(result.time_to_first_step + setup_seconds, 1),
         "train_tokens_per_second": round(result.tokens_per_second, 1),
     }

@@ -158,9 +158,13 @@ class ProgressWriter:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(step - self._start, 1) * (self._steps - step)
-        self._line(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
+        self._line(f"step {step}/{self._steps}  {text}  {self._seconds_left(step, metrics):.0f} s left")
+
+    def _seconds_left(self, step: int, metrics: Row) -> float:
+        # By the present speed where it is known: the time since the start has the compilation in it.
+        if metrics.get("tokens_per_second"):
+            return (self._steps - step) * metrics["tokens"] / metrics["tokens_per_second"]
+        return (time.monotonic() - self._started) / max(step - self._start, 1) * (self._steps - step)
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
