@@ -73,13 +73,14 @@ def test_tensorboard_gets_mean_and_layers(tmp_path, monkeypatch):
 def test_progress_prints_lines_without_a_terminal():
     stream = io.StringIO()
     writer = ProgressWriter(100, stream=stream)
-    writer.write(50, {"loss": 1.25, "tokens_per_second": 12345.0, "ffn_density": np.array([0.1, 0.3])})
+    row = {"loss": 1.25, "tokens": 2469, "tokens_per_second": 12345.0, "ffn_density": np.array([0.1, 0.3])}
+    writer.write(50, row)
     writer.write(50, {"loss": 1.5}, split="validation")
     writer.write(60, {})
     writer.close()
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step 50/100  loss 1.2500  12,345 tokens/s  FFN density 20.0%")
-    assert lines[0].endswith("s left")
+    assert lines[0].endswith("  10 s left"), "50 steps of a fifth of a second"
     assert lines[1] == "step 50/100  validation loss 1.5000"
     assert "\x1b" not in stream.getvalue()
 
