@@ -163,7 +163,7 @@ class ProgressWriter:
     def _seconds_left(self, step: int, metrics: Row) -> float:
         # By the present speed where it is known: the time since the start has the compilation in it.
         if metrics.get("tokens_per_second") and "tokens" in metrics:
-            return (self._steps - step) * metrics["tokens"] / metrics["tokens_per_second"]
+            return (self._steps - step) * float(metrics["tokens"]) / float(metrics["tokens_per_second"])
         return (time.monotonic() - self._started) / max(step - self._start, 1) * (self._steps - step)
 
     def _line(self, text: str) -> None:
