@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sparsezoo_jax.config import union_kinds, with_kind
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, UserError
+from sparsezoo_jax.overrides import list_fields, union_kinds, with_kind, with_list
 
 Command = TypeVar("Command")
 
@@ -45,7 +45,8 @@ def parse_with_preset(
 ) -> Command:
     """Parse flags into `command`, a subclass of `RunConfig`, over the preset that `--arch` and `--size` name.
 
-    `--a.b.kind NAME` exchanges a member of a union (`--train.optimizer.kind muon`) before the other flags apply.
+    `--a.b.kind NAME` exchanges a member of a union (`--train.optimizer.kind muon`) before the other flags apply; lists
+    of objects are JSON (`--train.groups '[{"pattern": "embedding", "lr_multiplier": 0.5}]'`).
 
     Raises:
       ConfigError: no such architecture, size or kind, or an impossible combination of values.
@@ -55,17 +56,20 @@ def parse_with_preset(
     if arch is None and not asks_help:
         raise ConfigError("--arch", "", f"is needed: one of {', '.join(PRESETS)}")
     config = preset(arch or default_arch, _value_of(args, "--size") or "tiny")
-    for index, arg in enumerate(args):
-        name = arg.partition("=")[0]
-        if name.startswith("--") and name.endswith(".kind"):
-            path = name.removeprefix("--").removesuffix(".kind").replace("-", "_")
-            kind = _value_of(args[index:], name)
-            if kind is None:
-                raise ConfigError(name, "", "needs a value")
-            config = with_kind(config, path, kind)
+    for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        path = flag.removeprefix("--").replace("-", "_")
+        if path.endswith(".kind"):
+            config = with_kind(config, path.removesuffix(".kind"), _needed_value_of(args, flag))
+        elif path in list_fields(config):
+            config = with_list(config, path, _needed_value_of(args, flag))
+            args = _without(args, flag)
     kinds = "; ".join(f"--{path}.kind {'|'.join(members)}" for path, members in union_kinds(config).items())
     presets = "; ".join(f"{name}: {' '.join(sizes)}" for name, sizes in PRESETS.items())
-    text = f"{description}\n\nPresets (--arch: --size): {presets}.\nExchangeable parts: {kinds}."
+    lists = "; ".join(f"--{path} '[{{...}}]'" for path in list_fields(config))
+    text = (
+        f"{description}\n\nPresets (--arch: --size): {presets}.\nExchangeable parts: {kinds}.\n"
+        f"Lists of objects, as JSON: {lists}."
+    )
     fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
     return tyro.cli(
         tyro.conf.AvoidSubcommands[command],  # pyright: ignore[reportInvalidTypeArguments]
@@ -84,6 +88,26 @@ def _value_of(args: Sequence[str], flag: str) -> str | None:
         if arg.startswith(f"{flag}="):
             return arg.partition("=")[2]
     return None
+
+
+def _needed_value_of(args: Sequence[str], flag: str) -> str:
+    value = _value_of(args, flag)
+    if value is None:
+        raise ConfigError(flag, "", "needs a value")
+    return value
+
+
+def _without(args: Sequence[str], flag: str) -> list[str]:
+    """`args` less a flag and its value, in both spellings."""
+    kept, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == flag:
+            skip = True
+        elif not arg.startswith(f"{flag}="):
+            kept.append(arg)
+    return kept
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

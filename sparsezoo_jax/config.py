@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.config import DataConfig
-from sparsezoo_jax.errors import STRICT, ConfigError, StorageError, UserError, require
+from sparsezoo_jax.errors import STRICT, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
 from sparsezoo_jax.models import DecoderConfig
+from sparsezoo_jax.overrides import as_python, faults
 from sparsezoo_jax.training.config import TrainConfig
 
 
@@ -91,22 +89,11 @@ def from_json(text: str, source: Path | str = "config") -> RunConfig:
       UserError: not JSON, or fields that are unknown, missing or of the wrong type, all in one message.
     """
     try:
-        return _ADAPTER.validate_python(_as_python(json.loads(text)))
+        return _ADAPTER.validate_python(as_python(json.loads(text)))
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not a configuration ({error})") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {_faults(error)}") from None
-
-
-def _faults(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-
-
-def _as_python(value: Any) -> Any:
-    """JSON's lists as the tuples that the dataclasses hold."""
-    if isinstance(value, list):
-        return tuple(_as_python(item) for item in value)
-    return {key: _as_python(item) for key, item in value.items()} if isinstance(value, dict) else value
+        raise UserError(f"{source}: {faults(error)}") from None
 
 
 def read_config(path: Path) -> RunConfig:
@@ -145,68 +132,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + field.name] = value
     return flat
-
-
-def union_kinds(config: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """For each dotted field that holds a union of kinds: the kinds' names and classes."""
-    found: dict[str, dict[str, Any]] = {}
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        value, members = getattr(config, field.name), _members(hints[field.name])
-        if members:
-            found[prefix + field.name] = members
-        if dataclasses.is_dataclass(value):
-            found.update(union_kinds(value, f"{prefix}{field.name}."))
-    return found
-
-
-def _members(hint: Any) -> dict[str, Any]:
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if get_origin(hint) not in (typing.Union, types.UnionType):
-        return {}
-    members = [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
-    return {
-        field.default: member
-        for member in members
-        for field in dataclasses.fields(member)
-        if field.name == "kind" and isinstance(field.default, str)
-    }
-
-
-def with_kind(config: Any, path: str, kind: str, full_path: str | None = None) -> Any:
-    """`config` with another member of the union at `path`; fields that both members have keep their values.
-
-    Raises:
-      ConfigError: no such kind there, or it needs fields that the present kind does not have.
-    """
-    full_path = full_path or path
-    head, _, rest = path.partition(".")
-    if rest:
-        return dataclasses.replace(config, **{head: with_kind(getattr(config, head), rest, kind, full_path)})
-    members = union_kinds(config).get(head, {})
-    if kind not in members:
-        close = difflib.get_close_matches(kind, members, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"{full_path}.kind", kind, f"must be one of {', '.join(members)}{hint}")
-    present, member = getattr(config, head), members[kind]
-    if isinstance(present, member):
-        return config
-    shared = {
-        field.name: getattr(present, field.name)
-        for field in dataclasses.fields(member)
-        if field.name != "kind" and hasattr(present, field.name)
-    }
-    required = {
-        field.name
-        for field in dataclasses.fields(member)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - shared.keys())
-    require(
-        not missing, f"{full_path}.kind", kind, f"the preset gives no {', '.join(missing)}; start from another --arch"
-    )
-    try:
-        return dataclasses.replace(config, **{head: member(**shared)})
-    except ValidationError as error:
-        raise ConfigError(f"{full_path}.kind", kind, _faults(error)) from None

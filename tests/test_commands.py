@@ -197,6 +197,8 @@ BAD_FLAGS = [
     (["--arch", "spark", "--train.accumulation", "3"], "train.accumulation=3: must divide data.batch_size=8"),
     (["--arch", "spark", "--data.dataset", "no/such"], "no/such"),
     (["--arch", "spark", "--data.dataset", "sotuu"], "sotuu"),
+    (["--arch", "spark", "--train.groups", "[{"], "train.groups=[{: must be a JSON list"),
+    (["--arch", "spark", "--train.groups"], "--train.groups=: needs a value"),
     (["--arch", "spark", "--train.optimizer.kind", "moon"], "train.optimizer.kind=moon: must be one of"),
 ]
 

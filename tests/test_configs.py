@@ -2,10 +2,11 @@
 
 import pytest
 
-from sparsezoo_jax.config import differences, flatten, from_json, to_json, union_kinds, with_kind
+from sparsezoo_jax.config import differences, flatten, from_json, to_json
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import count_parameters
+from sparsezoo_jax.overrides import union_kinds, with_kind, with_list
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
@@ -64,8 +65,22 @@ def test_exchanging_kinds():
     assert "model.ffn" in union_kinds(config)
     with pytest.raises(ConfigError, match=r"train.optimizer.kind=moon: must be one of .* \(did you mean muon\?\)"):
         with_kind(config, "train.optimizer", "moon")
+    with pytest.raises(ConfigError, match=r"model.kind=x: is no exchangeable part; those are model.attention"):
+        with_kind(config, "model", "x")
     with pytest.raises(ConfigError, match=r"model.ffn.kind=spark: the preset gives no r, top_k"):
         with_kind(preset("dense"), "model.ffn", "spark")
+
+
+def test_lists_of_objects():
+    config = with_list(preset("spark"), "train.groups", '[{"pattern": "embedding", "lr_multiplier": 0.5}]')
+    assert (config.train.groups[0].pattern, config.train.groups[0].lr_multiplier) == ("embedding", 0.5)
+    config = with_list(config, "train.objectives", '[{"kind": "fixed", "loss": "balance", "weight": 0.01}]')
+    assert config.train.objectives[0].kind == "fixed"
+    assert from_json(to_json(config)) == config
+    with pytest.raises(ConfigError, match=r"train.groups=\[\{: must be a JSON list"):
+        with_list(config, "train.groups", "[{")
+    with pytest.raises(ConfigError, match=r"patern"):
+        with_list(config, "train.groups", '[{"patern": "x"}]')
 
 
 def test_differences_that_matter():

@@ -28,7 +28,7 @@ TINY = RunConfig(
         final_softcap=30.0,
         scan_layers=False,  # on a CPU a step is 1.3 times as fast, and four layers compile as quickly
     ),
-    train=TrainConfig(steps=300, schedule=Cosine(learning_rate=8e-3, warmup_steps=0.1)),
+    train=TrainConfig(steps=300, eval_every=100, schedule=Cosine(learning_rate=8e-3, warmup_steps=0.1)),
 )
 
 # About 100M parameters with a 32k vocabulary: a day on one accelerator rather than a month on many.
