@@ -177,7 +177,9 @@ def test_a_config_that_does_not_fit_the_model_writes_nothing(tmp_path, changes, 
 
 
 def test_before_writing_comes_before_the_first_file(tmp_path):
-    run(tmp_path / "run", steps=1, before_writing=lambda: (tmp_path / "run").mkdir(exist_ok=False))
+    existed = []
+    run(tmp_path / "run", steps=1, before_writing=lambda: existed.append((tmp_path / "run").exists()))
+    assert existed == [False]
 
 
 class PoisonModel(ToyModel):
