@@ -199,7 +199,10 @@ class Decoder(nnx.Module):
         return CallContext(positions, valid_BT, masks, end)
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
-        """An empty cache for `batch` sequences of up to `length` tokens (padding included)."""
+        """An empty cache for `batch` sequences of up to `length` tokens (padding included).
+
+        Nothing checks under jit that no more than `length` tokens go in; further ones would overwrite the last slots.
+        """
         config = self.config
         require(0 < length <= config.max_seq_len, "cache length", length, _limit(config))
         attention, dtype = config.attention, jnp.dtype(config.dtype)
