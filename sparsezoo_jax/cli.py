@@ -92,8 +92,8 @@ def _value_of(args: Sequence[str], flag: str) -> str | None:
 
 def _needed_value_of(args: Sequence[str], flag: str) -> str:
     value = _value_of(args, flag)
-    if value is None:
-        raise ConfigError(flag, "", "needs a value")
+    if value is None or value.startswith("--"):
+        raise ConfigError(flag.removeprefix("--"), "", "needs a value")
     return value
 
 

@@ -198,7 +198,7 @@ BAD_FLAGS = [
     (["--arch", "spark", "--data.dataset", "no/such"], "no/such"),
     (["--arch", "spark", "--data.dataset", "sotuu"], "sotuu"),
     (["--arch", "spark", "--train.groups", "[{"], "train.groups=[{: must be a JSON list"),
-    (["--arch", "spark", "--train.groups"], "--train.groups=: needs a value"),
+    (["--arch", "spark", "--train.groups"], "train.groups=: needs a value"),
     (["--arch", "spark", "--train.optimizer.kind", "moon"], "train.optimizer.kind=moon: must be one of"),
 ]
 
