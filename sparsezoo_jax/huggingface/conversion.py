@@ -91,7 +91,7 @@ def from_hf(source: Path, directory: Path) -> Conversion:
         arch="dense",
         size=f"{layout.model_type}_hf",
         model=model,
-        data=DataConfig(tokenizer=str(directory), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
+        data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
     )
     save_params(directory / CHECKPOINTS, arrays)
     _copy_tokenizer(source, directory)

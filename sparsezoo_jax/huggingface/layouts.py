@@ -185,9 +185,11 @@ def _read_layer_types(f: Fields) -> tuple[LayerType, ...]:
         return ("local", "global")
     if len(names) != f.values.get("num_hidden_layers"):
         f.problems.append(f"layer_types=<{len(names)} values>: must have one for each of num_hidden_layers")
-    types = tuple(_LAYER_TYPES[name] for name in names)
-    widths = range(1, len(types) + 1)
-    return next((types[:w] for w in widths if all(t == types[i % w] for i, t in enumerate(types))), ("global",))
+    types: tuple[LayerType, ...] = tuple(_LAYER_TYPES[name] for name in names)
+    for width in range(1, len(types)):
+        if all(kind == types[i % width] for i, kind in enumerate(types)):
+            return types[:width]
+    return types or ("global",)
 
 
 def _write_gemma2(model: Any) -> dict[str, Any]:
