@@ -151,6 +151,24 @@ def test_round_trip_is_bit_exact(name, dtype, tmp_path):
     assert written["architectures"] == [LAYOUTS[name].architecture]
 
 
+#: First six logits after tokens 0..11 of the checkpoints above, scaled by 0.3, as transformers 5 computes them in
+#: float32 (eager attention).
+GOLDEN = {
+    "gemma2": [-0.37965, -1.03692, -2.66351, -0.67734, -0.80705, 0.19384],
+    "llama": [-0.92912, -0.17903, 0.03796, 0.1825, 0.82719, -0.4067],
+    "gpt2": [-1.49771, 0.2459, -0.02707, -1.21553, -0.11611, 0.17474],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    tensors = {key: np.float32(0.3) * value for key, value in tensors_of(CONFIGS[name]).items()}
+    huggingface.from_hf(write(tmp_path / "source", CONFIGS[name], tensors), tmp_path / "run")
+    logits = sparsezoo_jax.load(tmp_path / "run").model(jnp.arange(12)[None]).logits
+    # The numbers are rounded to five places; the rest is float32 summed in another order.
+    np.testing.assert_allclose(logits[0, -1, :6], GOLDEN[name], atol=3e-5)
+
+
 def load_file_any(folder):
     """`load_file`, in one dict over all shards."""
     found = {}
