@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,37 @@ def restore_params(
         except DamagedCheckpointError as error:
             raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
     return model["params"], model.get("model_state", {})
+
+
+def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
+    """Write a step that holds parameters and nothing else: enough to load a model, not to go on training.
+
+    Args:
+      directory: the checkpoint directory; made if absent.
+      params: arrays by path, as `flatten` gives them, of jax or numpy.
+      step: number of the step.
+
+    Raises:
+      StorageError: it can't be written.
+    """
+    directory = Path(directory).absolute()
+    arrays: dict[str, list[Any]] = {}
+    for path, array in params.items():
+        # One by one: fingerprints of all arrays at once would have all of them on the device.
+        arrays |= describe({f"model/params/{path}": array})
+    try:
+        with ocp.CheckpointManager(directory) as manager:
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave({"params": _nested(dict(params))}),
+                    meta=ocp.args.JsonSave({"step": step, "data": {}, "validation_loss": None, "arrays": arrays}),
+                ),
+            )
+            manager.wait_until_finished()
+            manager.check_for_errors()
+    except Exception as error:
+        raise StorageError(f"saving a checkpoint in {directory} failed: {_brief(error)}") from error
 
 
 @contextlib.contextmanager

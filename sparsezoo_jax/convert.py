@@ -1,0 +1,58 @@
+"""Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, or `to-hf DIR DST`.
+
+SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer), DIR is a run
+directory. Gemma 2, Llama and GPT-2 are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sparsezoo_jax import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromHF:
+    """Make a run directory of a Hugging Face checkpoint."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Directory with config.json and model.safetensors."""
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directory to make; empty or absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToHF:
+    """Write a run's newest checkpoint as a Hugging Face checkpoint."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directory."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Directory to make; empty or absent."""
+
+
+Convert: Any = Annotated[FromHF, tyro.conf.subcommand("from-hf")] | Annotated[ToHF, tyro.conf.subcommand("to-hf")]
+
+
+def main(args: Sequence[str]) -> None:
+    """Convert, and print what was made."""
+    command = cli.parse(Convert, args, prog="convert", description=(__doc__ or "").strip())
+    from sparsezoo_jax import huggingface
+
+    if isinstance(command, FromHF):
+        made, place = huggingface.from_hf(command.source, command.directory), command.directory
+    else:
+        made, place = huggingface.to_hf(command.directory, command.destination), command.destination
+    for note in made.notes:
+        print(f"note: {note}")
+    tokenizer = "with its tokenizer" if made.tokenizer else "no tokenizer"
+    print(f"{place}: {made.model_type}, {made.parameters:,} parameters in {made.dtype}, {tokenizer}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,272 @@
+"""A Hugging Face checkpoint to a run directory and back: one loop over the rows of a layout's table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsezoo_jax.config import RunConfig, read_config
+from sparsezoo_jax.data import Tokenizer, find_tokenizer
+from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.huggingface.layouts import Entry, Layout, read_model, write_model
+from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
+from sparsezoo_jax.training.checkpoint import restore_params, save_params
+from sparsezoo_jax.training.state import ModelTemplate, flatten
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+MAX_LISTED = 20
+MAX_FILE_BYTES = 5 * 10**9
+
+
+class Conversion(NamedTuple):
+    """What a conversion made."""
+
+    model_type: str
+    """Hugging Face's name of the architecture."""
+    parameters: int
+    """Number of parameters."""
+    dtype: str
+    """Their type."""
+    tokenizer: bool
+    """Whether a tokenizer came along."""
+    notes: tuple[str, ...] = ()
+    """What a user should know."""
+
+
+class Place(NamedTuple):
+    """Where one tensor lives: the parameters it holds, and their index in the stack of layers."""
+
+    entry: Entry
+    name: str
+    paths: tuple[str, ...]
+    repeat: int | None
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the parameters, without the stack."""
+
+
+def from_hf(source: Path, directory: Path) -> Conversion:
+    """Make a run directory, with one checkpoint at step 0, of a checkpoint in Hugging Face's layout.
+
+    Args:
+      source: holds config.json, model.safetensors (or its shards and index), and tokenizer files if there are any.
+      directory: empty or absent.
+
+    Raises:
+      UserError: a model that is not supported, or tensors that are missing, unexpected or of the wrong shape or type,
+        all in one message; `directory` is not empty; safetensors is not installed. Nothing is written then.
+      StorageError: reading or writing failed.
+    """
+    library()
+    if not source.is_dir():
+        raise UserError(
+            f"{source}: no such directory; download the checkpoint first (hf download NAME --local-dir DIR)"
+        )
+    _require_empty(directory)
+    layout, model = read_model(_read_json(source / "config.json"), source / "config.json")
+    tokenizer = find_tokenizer(source)
+    _check_vocabulary(source, tokenizer, model)
+    with open_tensors(source) as files:
+        parameters = _parameters(model)
+        names, dtype, notes = _check(source, layout, model, files, list(places(layout, model, parameters)))
+        model = dataclasses.replace(model, param_dtype=dtype, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+        arrays = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in parameters.items()}
+        for place in places(layout, model, parameters):
+            parts = to_ours(place.entry, files.read(names[place.name]), place.shapes)
+            for path, part in zip(place.paths, parts, strict=True):
+                target = arrays[path] if place.repeat is None else arrays[path][place.repeat]
+                target[...] = part
+    config = RunConfig(
+        arch="dense",
+        size=f"{layout.model_type}_hf",
+        model=model,
+        data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
+    )
+    save_params(directory / CHECKPOINTS, arrays)
+    _copy_tokenizer(source, directory)
+    write_config(directory, config)  # last: an interrupted conversion leaves no run behind
+    count = sum(math.prod(shape) for shape in parameters.values())
+    return Conversion(layout.model_type, count, dtype, tokenizer is not None, notes)
+
+
+def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> Conversion:
+    """Write the newest checkpoint of a run in Hugging Face's layout.
+
+    Args:
+      directory: a run directory.
+      destination: empty or absent; gets config.json, model.safetensors and the run's tokenizer.
+      max_file_bytes: a checkpoint larger than this is written in several files and an index.
+
+    Raises:
+      UserError: no run there, or one whose architecture transformers lacks, all that differs in one message;
+        `destination` is not empty; safetensors is not installed. Nothing is written then.
+      StorageError: reading or writing failed.
+    """
+    library()
+    _require_empty(destination)
+    model = read_config(directory / CONFIG).model
+    layout, values = write_model(model, directory)
+    tokenizer = find_tokenizer(directory)
+    params, _ = restore_params(directory / CHECKPOINTS)
+    arrays = flatten(params)
+    found = {place.name: place for place in places(layout, model, _parameters(model))}
+
+    def value_of(name: str) -> np.ndarray:
+        place = found[name]
+        whole = [np.asarray(arrays[path]) for path in place.paths]
+        return to_tensor(place.entry, whole if place.repeat is None else [x[place.repeat] for x in whole])
+
+    itemsize = jnp.dtype(model.param_dtype).itemsize
+    sizes = {name: itemsize * sum(map(math.prod, place.shapes)) for name, place in found.items()}
+    values["torch_dtype"] = model.param_dtype
+    for name in ("bos", "eos"):
+        token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
+        values[f"{name}_token_id"] = token
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        write_tensors(destination, sizes, value_of, max_file_bytes)
+        _copy_tokenizer(directory, destination)
+        (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{destination}: {error.strerror}") from error
+    count = sum(sizes.values()) // itemsize
+    return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
+
+
+def places(layout: Layout, model: DecoderConfig, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:
+    """Every tensor of a checkpoint, from the rows of its layout; `parameters` are our stacked shapes by path."""
+    layers = [
+        (f"segments/{s}/blocks/{position}/", repeat)
+        for s, segment in enumerate(model.segments())
+        for repeat in range(segment.repeats)
+        for position in range(len(segment.period))
+    ]
+    for entry in layout.entries:
+        stacked = "{layer}" in entry.name
+        for layer, (prefix, repeat) in enumerate(layers if stacked else [("", 0)]):
+            paths = tuple(prefix + path for path in entry.paths)
+            if all(path in parameters for path in paths):
+                shapes = tuple(parameters[path][1 if stacked else 0 :] for path in paths)
+                yield Place(entry, entry.name.format(layer=layer), paths, repeat if stacked else None, shapes)
+
+
+def matrix_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape [in, out] (or [n]) of a parameter of this shape once heads are joined."""
+    inputs, outputs = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
+    return (inputs, outputs) if entry.inputs else (outputs,)
+
+
+def tensor_shape(place: Place) -> tuple[int, ...]:
+    """The shape of a tensor in a checkpoint."""
+    matrices = [matrix_shape(place.entry, shape) for shape in place.shapes]
+    joined = (*matrices[0][:-1], sum(shape[-1] for shape in matrices))
+    return joined[::-1] if place.entry.transposed else joined
+
+
+def to_ours(entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """The parameters of these shapes that a tensor holds."""
+    joined = tensor.T if entry.transposed else tensor
+    ends = np.cumsum([matrix_shape(entry, shape)[-1] for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(joined, ends, axis=-1), shapes, strict=True)]
+
+
+def to_tensor(entry: Entry, parameters: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    matrices = [x.reshape(matrix_shape(entry, x.shape)) for x in parameters]
+    joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
+    return joined.T if entry.transposed else joined
+
+
+def _parameters(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    template = ModelTemplate(lambda rngs: Decoder(model, rngs=rngs))
+    return {path: variable.shape for path, variable in template.parameters.items()}
+
+
+def _check(
+    source: Path, layout: Layout, model: DecoderConfig, files: TensorFiles, wanted: Sequence[Place]
+) -> tuple[dict[str, str], Any, tuple[str, ...]]:
+    """Match the files' tensors with those wanted: names in the files by the layout's names, parameter type, notes."""
+    stored: dict[str, str] = {}
+    unexpected = []
+    keys = {layout.key(place.name) for place in wanted}
+    for name in files.shapes:
+        key = layout.key(name)
+        if key in keys and key not in stored:
+            stored[key] = name
+        elif not layout.is_ignored(key, tied=model.tie_embeddings):
+            unexpected.append(name)
+    names = {place.name: stored[layout.key(place.name)] for place in wanted if layout.key(place.name) in stored}
+    shapes = [
+        f"{names[place.name]} is {list(files.shapes[names[place.name]])}, must be {list(tensor_shape(place))}"
+        for place in wanted
+        if place.name in names and files.shapes[names[place.name]] != tensor_shape(place)
+    ]
+    types = [f"{name} is {files.dtypes[name]}" for name in names.values() if files.dtypes[name] not in DTYPES]
+    problems = {
+        "missing": [place.name for place in wanted if place.name not in names],
+        "unexpected": unexpected,
+        "wrong shape": shapes,
+        f"wrong type (must be {', '.join(DTYPES)})": types,
+    }
+    found = [f"{kind}: {_listed(items)}" for kind, items in problems.items() if items]
+    if found:
+        raise UserError(f"{source}: tensors do not fit its config.json: {'; '.join(found)}")
+    dtypes = sorted({DTYPES[files.dtypes[name]] for name in names.values()})
+    if dtypes in (["float32"], ["bfloat16"]):
+        return names, dtypes[0], ()
+    return names, "float32", (f"tensors are {' and '.join(dtypes)}: parameters are stored as float32",)
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(items[:MAX_LISTED]) + more
+
+
+def _check_vocabulary(source: Path, tokenizer: Tokenizer | None, model: DecoderConfig) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{source}: vocab_size={model.vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no checkpoint here ({path.name} is missing)") from None
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return values
+
+
+def _require_empty(directory: Path) -> None:
+    try:
+        entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}; name a directory") from None
+    if entries:
+        raise UserError(f"{directory}: is not empty ({', '.join(entries[:4])}); name another directory")
+
+
+def _copy_tokenizer(source: Path, destination: Path) -> None:
+    try:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, destination / name)
+    except OSError as error:
+        raise StorageError(f"{destination}: {error.strerror}") from error

@@ -1,0 +1,124 @@
+"""Tensors in safetensors files, single or sharded, read one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsezoo_jax.errors import StorageError, UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def library() -> Any:
+    """The safetensors library.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UserError("safetensors is not installed: pip install 'sparsezoo_jax[hf]'") from None
+    return safetensors
+
+
+class TensorFiles:
+    """The tensors of a checkpoint by name: shape and type from the files' headers, values on demand."""
+
+    def __init__(self, handles: Mapping[str, Any]):
+        self._handles = handles
+        slices = {name: handle.get_slice(name) for name, handle in handles.items()}
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor.
+
+        Raises:
+          StorageError: they can't be read.
+        """
+        try:
+            return self._handles[name].get_tensor(name)
+        except Exception as error:  # errors of the Rust side
+            raise StorageError(f"tensor {name} can't be read: {error}") from error
+
+
+@contextlib.contextmanager
+def open_tensors(directory: Path) -> Iterator[TensorFiles]:
+    """Open the checkpoint in `directory`: model.safetensors, or the files that its index names.
+
+    Raises:
+      UserError: there is neither, or files of the index are missing. StorageError: a file is damaged.
+    """
+    safetensors = library()
+    paths = _files(directory)
+    with contextlib.ExitStack() as stack:
+        handles: dict[str, Any] = {}
+        for path in paths:
+            try:
+                handle = stack.enter_context(safetensors.safe_open(path, framework="np"))
+            except Exception as error:  # SafetensorError, OSError
+                raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
+            handles.update(dict.fromkeys(handle.keys(), handle))
+        yield TensorFiles(handles)
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / SINGLE).is_file():
+            raise UserError(f"{directory}: holds neither {SINGLE} nor {INDEX}; other formats are not read")
+        return [directory / SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        foreign = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise StorageError(f"{index}: damaged: {error!r}") from error
+    missing = foreign + [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory}: files that {INDEX} names are missing: {', '.join(dict.fromkeys(missing))}")
+    return [directory / name for name in names]
+
+
+def write_tensors(
+    directory: Path, sizes: Mapping[str, int], value_of: Callable[[str], np.ndarray], max_bytes: int
+) -> None:
+    """Write tensors in files of at most `max_bytes` (or one tensor); only one file's are in memory at a time.
+
+    Args:
+      directory: where to; exists.
+      sizes: bytes of every tensor, in order.
+      value_of: the values of a tensor.
+      max_bytes: limit on a file.
+
+    Raises:
+      StorageError: writing failed.
+    """
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    try:
+        for file, names in zip(files, shards, strict=True):
+            tensors = {name: np.ascontiguousarray(value_of(name)) for name in names}
+            library().numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError wraps what the system says
+        raise StorageError(f"{directory}: could not write: {error}") from error
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
