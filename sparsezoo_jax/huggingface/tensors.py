@@ -24,7 +24,7 @@ def library() -> Any:
     try:
         import safetensors.numpy
     except ImportError:
-        raise UserError("safetensors is not installed: pip install 'sparsezoo_jax[hf]'") from None
+        raise UserError("safetensors is not installed: pip install -e '.[hf]'") from None
     return safetensors
 
 
