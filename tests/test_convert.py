@@ -364,5 +364,5 @@ def test_missing_extra(tmp_path, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_safetensors)
-    with pytest.raises(UserError, match=r"pip install 'sparsezoo_jax\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
         huggingface.from_hf(tmp_path, tmp_path / "run")
