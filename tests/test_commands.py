@@ -75,6 +75,9 @@ def test_run_directory(trained):
     steps = [row for row in rows(trained) if "split" not in row]
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert all({"loss", "grad_norm", "lr", "ffn_density", "attended_keys"} <= set(row) for row in steps)
+    for row in steps:  # 6 of 64 neurons and about 8 keys are aimed at, and stay the aim while the model trains
+        assert all(0.05 < density < 0.14 for density in row["ffn_density"])
+        assert all(keys <= 1.1 * 8 for keys in row["attended_keys"])
     assert [row["step"] for row in rows(trained) if row.get("split") == "validation"] == [3, 6, 8]
     final = json.loads((trained / "evaluation.json").read_text())
     assert final["step"] == 8
