@@ -8,32 +8,23 @@ repeated, so that an interrupted search goes on where it was; an unfinished run 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from benchmarks.training_runs import figures_of
 
 ARCHITECTURES = ("dense", "spark")
 
 
 def loss_of(runs: Path, arch: str, rate: float, seed: int, steps: int) -> float:
     """Validation loss in nats per token of one run, trained now if it is not there."""
-    workdir = runs / f"{arch}-lr{rate:g}-seed{seed}-steps{steps}"
-    figures = workdir / "evaluation.json"
-    if not figures.exists():
-        command = [sys.executable, "-m", "sparsezoo_jax.train", "--arch", arch, "--workdir", str(workdir)]
-        flags = {
-            "train.steps": steps,
-            "train.schedule.learning-rate": rate,
-            "train.seed": seed,
-            "data.seed": seed,
-            "train.checkpoint-every": 100,
-        }
-        command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        print(f"training {workdir.name}", file=sys.stderr, flush=True)
-        subprocess.run([*command, "--train.no-keep-best"], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(figures.read_text())["loss"]
+    flags = {
+        "train.steps": steps,
+        "train.schedule.learning-rate": rate,
+        "train.seed": seed,
+        "data.seed": seed,
+    }
+    return figures_of(runs / f"{arch}-lr{rate:g}-seed{seed}-steps{steps}", arch, flags)["loss"]
 
 
 def main() -> None:
