@@ -15,6 +15,7 @@ from sparsezoo_jax.errors import STRICT, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.overrides import as_python, faults
+from sparsezoo_jax.sharding import MeshConfig
 from sparsezoo_jax.training.config import TrainConfig
 
 
@@ -34,6 +35,8 @@ class RunConfig:
     """Optimization."""
     eval: EvalConfig = EvalConfig()
     """Evaluation during and after training."""
+    mesh: MeshConfig = MeshConfig()
+    """Arrangement of devices. A run may go on with another one."""
 
     def __post_init__(self):
         require(
@@ -54,6 +57,12 @@ class RunConfig:
             self.train.accumulation,
             f"must divide data.batch_size={self.data.batch_size}",
         )
+        require(
+            self.train.loss_chunk is None or self.data.seq_len % self.train.loss_chunk == 0,
+            "train.loss_chunk",
+            self.train.loss_chunk,
+            f"must divide data.seq_len={self.data.seq_len}",
+        )
 
 
 #: Fields that may change when a run goes on: they alter neither the parameters' path nor the data's order.
@@ -67,11 +76,13 @@ FREE_ON_RESUME = (
     "train.max_skipped_steps",
     "train.profile_start",
     "train.profile_steps",
+    "train.loss_chunk",
     "data.prefetch",
     "data.workers",
     "data.cache_dir",
     "data.tfds_data_dir",
     "eval",
+    "mesh",
 )
 
 _ADAPTER = TypeAdapter(RunConfig)

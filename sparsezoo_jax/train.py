@@ -18,7 +18,8 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.errors import STRICT, DataError, StorageError, require
+from sparsezoo_jax.errors import STRICT, ConfigError, DataError, StorageError, require
+from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here
 
 _STARTED = time.monotonic()
 
@@ -31,6 +32,15 @@ class Train(RunConfig):
     """Run directory: gets configuration, tokenizer, checkpoints and metrics. Default: runs/ARCH-SIZE."""
     fresh: bool = False
     """Refuse a workdir that is not empty instead of going on with the run there."""
+    distributed: bool = False
+    """One of several processes of this run, each started with the same flags: on the hosts of a TPU pod, under Slurm,
+    or wherever `coordinator`, `processes` and `process_id` say so."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process, where the cluster does not tell by itself."""
+    processes: int | None = None
+    """Number of processes; with `coordinator`."""
+    process_id: int | None = None
+    """Number of this process, from 0; with `coordinator`."""
 
     def config(self) -> RunConfig:
         return RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
@@ -39,7 +49,29 @@ class Train(RunConfig):
 def main(args: Sequence[str]) -> None:
     """Train, evaluate on the validation split, and print what came out and a sample."""
     command = cli.parse_with_preset(Train, args, prog="train", description=(__doc__ or "").strip())
+    join_processes(command)
     train(command.config(), command.workdir or Path("runs") / f"{command.arch}-{command.size}", fresh=command.fresh)
+
+
+def join_processes(command: Train) -> None:
+    """Connect this process with the others of the run, if there are any.
+
+    Raises:
+      ConfigError: flags that don't go together, or no cluster that could be asked.
+    """
+    given = {name: getattr(command, name) for name in ("coordinator", "processes", "process_id")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
+    require(len(missing) in (0, 3), "--distributed", given, f"{' and '.join(missing)} must be given too")
+    if not command.distributed:
+        require(len(missing) == 3, "--coordinator", command.coordinator, "works together with --distributed only")
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(command.coordinator, command.processes, command.process_id)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError("--distributed", True, f"the processes can't be joined ({why})") from None
 
 
 def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -49,10 +81,23 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
       UserError: an impossible configuration, corpus or directory; nothing has been written to `workdir` then.
       StorageError: reading or writing failed.
     """
+    import jax
+
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_model
     from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.training.loop import fit
+
+    # ------------------------------------------------------------------------------------------------------- Devices
+    mesh = build_mesh(config.mesh)
+    batch_shape = (config.data.batch_size, config.data.seq_len)
+    check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
+    place = named(mesh) if mesh.size > 1 else None
+    batch_sharding = named(mesh)(("batch", "length"), batch_shape)
+    rows = rows_here(batch_sharding, batch_shape)
+    # This process feeds the rows that its devices hold: one of several equal parts of a batch.
+    part, parts = rows.start // len(rows), batch_shape[0] // len(rows)
+    is_main = jax.process_index() == 0
 
     # ------------------------------------------------------------------------------------------- Directory and corpus
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
@@ -68,15 +113,23 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     validation = data.prepare(config.data, "validation", tokenizer)
     if config.data.mode == "prepared":
         prepared = data.prepare(config.data, "train", tokenizer)
-        batches = data.prepared_batches(prepared, batch_size=config.data.batch_size, seed=config.data.seed)
+        batches = data.prepared_batches(
+            prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
+        )
     else:
         prepared = None
-        batches = data.streaming_batches(config.data, "train", tokenizer)
+        batches = data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
     bytes_per_token = validation.num_bytes / validation.num_targets
 
     def evaluate(model, max_batches: int | None):
         shown = data.evaluation_batches(validation, config.data.batch_size, max_batches)
-        return evaluate_model(model, shown, bytes_per_token)
+        return evaluate_model(
+            model,
+            shown,
+            bytes_per_token,
+            loss_chunk=config.train.loss_chunk,
+            to_device=lambda batch: put(batch, batch_sharding, batch_shape),
+        )
 
     def write_run_files() -> None:
         run_dir.write_config(workdir, config)
@@ -87,23 +140,25 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     # --------------------------------------------------------------------------------------------------------- Train
     setup_seconds = time.monotonic() - _STARTED
-    try:
-        result = fit(
-            config.train,
-            build=lambda rngs: Decoder(config.model, rngs=rngs),
-            data=batches,
-            batch_shape=(config.data.batch_size, config.data.seq_len),
-            workdir=workdir,
-            evaluate=lambda model: evaluate(model, config.eval.batches).as_arrays(),
-            before_writing=write_run_files,
-        )
-    finally:
-        batches.close()
-    if not result.finished:
-        return {}
+    with activated(mesh):
+        try:
+            result = fit(
+                config.train,
+                build=lambda rngs: Decoder(config.model, rngs=rngs),
+                data=batches,
+                batch_shape=batch_shape,
+                workdir=workdir,
+                evaluate=lambda model: evaluate(model, config.eval.batches).as_arrays(),
+                place=place,
+                before_writing=write_run_files,
+            )
+        finally:
+            batches.close()
+        if not result.finished:
+            return {}
+        final = evaluate(result.model, config.eval.final_batches)
 
     # ------------------------------------------------------------------------------------------------- Final figures
-    final = evaluate(result.model, config.eval.final_batches)
     figures: dict[str, Any] = {
         "step": result.step,
         "split": config.data.validation_split,
@@ -116,9 +171,13 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     figures["bigram_entropy"] = bigram.entropy
     if prepared is not None:
         figures["unigram_entropy"] = data.unigram_entropy(prepared, validation, tokenizer.vocab_size).entropy
-    _write_json(workdir / "evaluation.json", figures)
-    print_figures(figures, workdir)
-    print_sample(result.model, tokenizer)
+    if is_main:
+        _write_json(workdir / "evaluation.json", figures)
+        print_figures(figures, workdir)
+    if jax.process_count() == 1:
+        print_sample(result.model, tokenizer)
+    elif is_main:
+        print(f"\nFor a sample: python -m sparsezoo_jax.generate {workdir} --prompt ...")
     return figures
 
 

@@ -5,6 +5,7 @@ disjoint halves of the input. About 8 % of the neurons and at most about `attent
 """
 
 from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
@@ -70,6 +71,8 @@ SPARK_2B = RunConfig(
         dtype="bfloat16",
         remat="full",
     ),
+    train=TrainConfig(loss_chunk=512),  # logits of 8,192 positions of 256k words would take 8.4 GB a sequence
+    data=DataConfig(batch_size=512, seq_len=8192),
 )
 
 # Gemma 2 9B's shape under the same rule (the paper trains 2B only): 8,324,201,984 parameters without the embedding.
@@ -91,6 +94,8 @@ SPARK_9B = RunConfig(
         dtype="bfloat16",
         remat="full",
     ),
+    train=TrainConfig(loss_chunk=512),  # logits of 8,192 positions of 256k words would take 8.4 GB a sequence
+    data=DataConfig(batch_size=512, seq_len=8192),
 )
 
 PRESETS = {preset.size: preset for preset in (TINY, SMALL, SPARK_2B, SPARK_9B)}

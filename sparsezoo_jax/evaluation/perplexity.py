@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.evaluation.cross_entropy import Batch, model_loss
+from sparsezoo_jax.sharding import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +49,20 @@ class Evaluation:
         return {k: np.asarray(v) if isinstance(v, list) else v for k, v in self.as_dict().items()}
 
 
-@partial(jax.jit, static_argnums=0)
-def _eval_step(graphdef: nnx.GraphDef, state: Any, batch: Mapping[str, jax.Array]):
-    model = nnx.merge(graphdef, state)
-    out = model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-    target = jnp.take_along_axis(out.logits, batch["targets"][..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(out.logits, axis=-1) - target
-    mask = batch["mask"]
-    return jnp.sum(losses * mask), jnp.sum(mask), out.stats
+@partial(jax.jit, static_argnums=(0, 1))
+def _eval_step(graphdef: nnx.GraphDef, loss_chunk: int | None, state: Any, batch: Batch):
+    sums, out = model_loss(nnx.merge(graphdef, state), batch, loss_chunk)
+    # Every process reads the results, so they are not to be split.
+    return jax.tree.map(whole, (sums.cross_entropy_sum, sums.count, out.stats))
 
 
 def evaluate_model(
-    model: nnx.Module, batches: Iterable[Mapping[str, Any]], bytes_per_token: float | None = None
+    model: nnx.Module,
+    batches: Iterable[Mapping[str, Any]],
+    bytes_per_token: float | None = None,
+    *,
+    loss_chunk: int | None = None,
+    to_device: Callable[[Mapping[str, Any]], Batch] = dict,
 ) -> Evaluation:
     """Average a model's cross-entropy and statistics over `batches` of a data pipeline.
 
@@ -67,12 +70,14 @@ def evaluate_model(
       model: called as `model(tokens, segment_ids=, positions=)`, returns logits and stats.
       batches: dicts of [B, T] arrays tokens, targets, segment_ids, positions, mask, all of one shape.
       bytes_per_token: of the split, to report bits per byte.
+      loss_chunk: positions of each sequence whose logits exist at one time; None: all.
+      to_device: puts a batch where the model's devices expect it.
 
     Raises:
       DataError: the batches hold no target token.
     """
     graphdef, state = nnx.split(model)
-    results = [_eval_step(graphdef, state, dict(batch)) for batch in batches]
+    results = [_eval_step(graphdef, loss_chunk, state, to_device(batch)) for batch in batches]
     fetched = jax.device_get(results)
     losses, counts, stats = ([row[i] for row in fetched] for i in range(3))
     totals = np.asarray(counts, np.float64)

@@ -19,8 +19,10 @@ from sparsezoo_jax.pallas_kernels.spark_attention import (
     NEGATIVE,
     attention_scores,
     attention_values,
+    rows_of_mask,
     softcapped,
 )
+from sparsezoo_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -108,7 +110,10 @@ class Projections(nnx.Module):
         q = project(self.q_DNH, self.q_bias)
         k = project(self.k_DKH, self.k_bias)
         v = project(self.v_DKH, self.v_bias)
-        return (q if self.q_norm is None else self.q_norm(q)), (k if self.k_norm is None else self.k_norm(k)), v
+        # Queries stay where their part of the sequence is; keys and values of the whole sequence come to them.
+        q = constrain(q if self.q_norm is None else self.q_norm(q), ("batch", "length", "heads", "head_dim"))
+        k = constrain(k if self.k_norm is None else self.k_norm(k), ("batch", None, "kv_heads", "head_dim"))
+        return q, k, constrain(v, ("batch", None, "kv_heads", "head_dim"))
 
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         y = jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
@@ -119,7 +124,7 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: 
     """`softmax(cap(scale * q k) + mask) v` with float32 scores; a query that sees nothing gets zeros."""
     queries, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
     scores_BKRS = softcapped(attention_scores(q_BTNH, k_BSKH, scale), softcap)
-    visible = jnp.tile(mask_BTS, (1, group, 1))[:, None]
+    visible = rows_of_mask(mask_BTS, group)
     weights = jax.nn.softmax(jnp.where(visible, scores_BKRS, NEGATIVE), axis=-1)
     return attention_values(jnp.where(visible, weights, 0), v_BSKH, queries)
 

@@ -13,13 +13,16 @@ from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.sharding import constrain
 
 
 class Output(NamedTuple):
     """Result of a forward pass."""
 
     logits: jax.Array
-    """float32 [B, T, V]."""
+    """float32 [B, T, V]; empty [B, T, 0] if they were not asked for."""
+    hidden: jax.Array
+    """Final state after its norm [B, T, D], from which `Decoder.logits_of` makes logits."""
     losses: dict[str, jax.Array]
     """Auxiliary losses, averaged over the layers that have them."""
     stats: dict[str, jax.Array]
@@ -46,7 +49,9 @@ class Block(nnx.Module):
             return y, (aux, updated)
 
         x_BTD, (attention_aux, cache) = self.attention_residual(x_BTD, attend)
+        x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
         x_BTD, ffn_aux = self.ffn_residual(x_BTD, lambda h_BTD: self.ffn(h_BTD, ctx))
+        x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
         return x_BTD, attention_aux.merged(ffn_aux), cache
 
 
@@ -101,6 +106,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: DecoderCache | None = None,
+        logits: bool = True,
     ) -> Output:
         """Logits of every next token.
 
@@ -111,6 +117,7 @@ class Decoder(nnx.Module):
           positions: int [B, T] within the document. Default: counted from the start of each segment, or on from the
             tokens in the cache.
           cache: keys and values of earlier tokens; see `init_cache`. Layers run unrolled then.
+          logits: make the logits of all positions. Off, `logits_of(out.hidden[...])` makes those that are wanted.
         """
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
@@ -120,6 +127,7 @@ class Decoder(nnx.Module):
         x_BTD = x_BTD * jnp.asarray(scale, dtype)
         if self.positions_PD is not None:
             x_BTD = x_BTD + self.positions_PD[...][ctx.positions_BT].astype(dtype)
+        x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
 
         auxes: list[LayerAux] = []
         caches: list[LayerCache] = []
@@ -136,14 +144,18 @@ class Decoder(nnx.Module):
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
-        return Output(self._logits(self.final_norm(x_BTD)), losses, stats, cache)
+        hidden_BTD = self.final_norm(x_BTD)
+        made = self.logits_of(hidden_BTD) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
+        return Output(made, hidden_BTD, losses, stats, cache)
 
     def _single(self) -> tuple[SegmentSpec, ...]:
         return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
 
-    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+    def logits_of(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V], float32, of final states [B, T, D]."""
         weight_DV = self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
-        logits = matmul(x_BTD, weight_DV.astype(x_BTD.dtype), jnp.dtype(jnp.float32))
+        logits = matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
+        logits = constrain(logits, ("batch", "length", "vocab"))
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

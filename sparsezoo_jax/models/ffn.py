@@ -21,6 +21,7 @@ from sparsezoo_jax.models.common import (
 )
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
+from sparsezoo_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -88,7 +89,7 @@ class GatedFFN(nnx.Module):
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
-        hidden = gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
+        hidden = constrain(gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype), ("batch", "length", "ffn"))
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)})
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
@@ -134,6 +135,7 @@ class PlainFFN(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         hidden = activation_fn(self.config.activation)(linear(x_BTD, self.up_DF, self.up_bias, self.dtype))
+        hidden = constrain(hidden, ("batch", "length", "ffn"))
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)})
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux

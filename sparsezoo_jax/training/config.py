@@ -276,6 +276,8 @@ class TrainConfig:
     """Seed of the initialisation and of every random stream of the model."""
     accumulation: int = 1
     """Micro-batches per step; they divide data.batch_size, and change memory, not results."""
+    loss_chunk: int | None = None
+    """Positions of each sequence whose logits exist at one time; they divide data.seq_len. None: all. Saves memory."""
     grad_clip: float | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
     z_loss: float = 0.0
@@ -300,7 +302,7 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
         for name in ("eval_every", "checkpoint_every", "seed", "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
-        for name in ("stop_at", "grad_clip", "profile_start"):
+        for name in ("stop_at", "grad_clip", "loss_chunk", "profile_start"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", value, "must be above 0 or None")
         losses = [objective.loss for objective in self.objectives]

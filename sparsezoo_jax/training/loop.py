@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from sparsezoo_jax.data import BatchIterator
 from sparsezoo_jax.errors import StorageError, UserError, require
+from sparsezoo_jax.evaluation.cross_entropy import call_model
+from sparsezoo_jax.sharding import put, rows_here
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.interrupts import StopRequest
@@ -32,7 +35,7 @@ from sparsezoo_jax.training.state import (
     parameter_count,
     state_shardings,
 )
-from sparsezoo_jax.training.step import Batch, Metrics, build_train_step, call_model
+from sparsezoo_jax.training.step import Batch, Metrics, build_train_step
 from sparsezoo_jax.training.writers import (
     JsonlWriter,
     MetricWriter,
@@ -94,7 +97,7 @@ def fit(
     Args:
       build: makes the model; called under jit.
       data: training batches; not closed here.
-      batch_shape: (B, T) of a global batch.
+      batch_shape: (B, T) of a global batch; `data` gives the rows of it that this process's devices hold.
       workdir: gets checkpoints/, metrics.jsonl, tensorboard/ and profile/.
       evaluate: called on the model every `eval_every` steps, with every checkpoint if `keep_best`, and at the end.
       place: from the logical axes and shape of an array to its sharding; axes of a batch are ('batch', 'length').
@@ -127,12 +130,15 @@ def fit(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
     )
     batch_sharding = place(("batch", "length"), batch_shape)
+    rows = rows_here(batch_sharding, batch_shape)
     train_step = jax.jit(
-        build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, place((), ()))
     )
 
     # ------------------------------------------------------------------------------------------ Initialise or restore
-    if before_writing is not None:
+    if jax.process_count() > 1:  # no process writes while another one still looks at what is there
+        multihost_utils.sync_global_devices("before_writing")
+    if before_writing is not None and is_main:
         before_writing()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +182,7 @@ def fit(
         # ------------------------------------------------------------------------------------------------- Step loop
         while step < last and not interrupted:
             profiler.before_step(step + 1)
-            batch = _to_device(next(data), batch_shape, batch_sharding)
+            batch = _to_device(next(data), batch_shape, batch_sharding, rows)
             state, metrics = train_step(state, batch)
             # The device works on this step while the host reads the metrics of the one before.
             meter.read()
@@ -358,14 +364,11 @@ def _first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.s
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Sharding) -> Batch:
-    local = (shape[0] // jax.process_count(), shape[1])
-    found = batch["tokens"].shape
+def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Sharding, rows: range) -> Batch:
+    local, found = (len(rows), shape[1]), batch["tokens"].shape
     if found != local:
         raise ValueError(f"a batch of this process has shape {found}, not {local}")
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, x, shape) for name, x in batch.items()}
+    return put(batch, sharding, shape, rows.start)
 
 
 def _usual_writers(workdir: Path, last: int, first: int) -> tuple[MetricWriter, ...]:

@@ -1,12 +1,9 @@
-"""The training objective: token cross-entropy, z-loss, and weights for the auxiliary losses that a model returns.
-
-Shape letters: B batch, T position, V vocabulary.
-"""
+"""Weights of the auxiliary losses that a model returns, beside its cross-entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +11,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
-
-
-class TokenLoss(NamedTuple):
-    """Sums over target tokens, so that several micro-batches add up to exactly one large batch."""
-
-    cross_entropy_sum: jax.Array
-    """Sum of -log p(target), nats, float32 scalar."""
-    z_sum: jax.Array
-    """Sum of log^2 Z, float32 scalar."""
-    count: jax.Array
-    """Number of target tokens, float32 scalar."""
-
-
-def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> TokenLoss:
-    """Cross-entropy and squared log-partition of the target tokens, in float32.
-
-    Shapes: logits [B, T, V] of any float type, targets int [B, T], mask bool [B, T] (true where there is a target).
-    Where the mask is false the target may be any number, and logits that are not finite do no harm.
-    """
-    # Masked positions are replaced before the logarithm: 0 * nan would put nan into the gradient.
-    logits_BTV = jnp.where(mask_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
-    targets_BT = jnp.where(mask_BT, targets_BT, 0)
-    weights_BT = mask_BT.astype(jnp.float32)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return TokenLoss(
-        cross_entropy_sum=jnp.sum((log_z_BT - target_logits_BT) * weights_BT),
-        z_sum=jnp.sum(jnp.square(log_z_BT) * weights_BT),
-        count=jnp.sum(weights_BT),
-    )
 
 
 class Objective(Protocol):

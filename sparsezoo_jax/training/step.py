@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
-from sparsezoo_jax.training.objectives import token_loss
 from sparsezoo_jax.training.optimizer import clip_gradients
 from sparsezoo_jax.training.schedules import build_schedule
 from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
@@ -18,30 +18,6 @@ from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-class ModelOutput(Protocol):
-    """What a model returns."""
-
-    @property
-    def logits(self) -> jax.Array:
-        """[B, T, V]."""
-        ...
-
-    @property
-    def losses(self) -> dict[str, jax.Array]:
-        """Auxiliary losses, scalars."""
-        ...
-
-    @property
-    def stats(self) -> dict[str, jax.Array]:
-        """Statistics, one value a layer, averaged over tokens."""
-        ...
-
-
-def call_model(model: Any, batch: Batch) -> ModelOutput:
-    """The model's output on a batch as the data pipeline gives it."""
-    return model(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
 
 
 def build_train_step(
@@ -70,8 +46,7 @@ def build_train_step(
 
     def objective_sum(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
         model = template.merge(params, model_state)
-        out = call_model(model, batch)
-        sums = token_loss(out.logits, batch["targets"], batch["mask"])
+        sums, out = model_loss(model, batch, config.loss_chunk)
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
         total = sums.cross_entropy_sum + config.z_loss * sums.z_sum + sums.count * auxiliary
         averages = {**{f"losses/{name}": loss for name, loss in out.losses.items()}, **out.stats}

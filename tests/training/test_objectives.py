@@ -5,12 +5,12 @@ import pytest
 from scipy.special import log_softmax
 
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.evaluation.cross_entropy import token_loss
 from sparsezoo_jax.training.objectives import (
     AdaptiveFactor,
     FixedObjective,
     SineProgressive,
     check_objectives,
-    token_loss,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -35,13 +34,13 @@ def _forward(x, w, dtype):
 def _backward(dtype, residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)  # the products of the backward pass run in the operands' precision, as the forward one does
-    tokens = math.prod(x.shape[:-1])
-    x_TI, g_TO = x.reshape(tokens, -1), g.reshape(tokens, -1)
-    over_tokens = (((0,), (0,)), ((), ()))
-    if x_TI.shape[1] <= g_TO.shape[1]:
-        dw = jax.lax.dot_general(x_TI, g_TO, over_tokens, preferred_element_type=w.dtype)
+    # All leading axes at once: flattening them first would lose how batch and sequence are sharded.
+    leading = tuple(range(x.ndim - 1))
+    over_tokens = ((leading, leading), ((), ()))
+    if x.shape[-1] <= g.shape[-1]:
+        dw = jax.lax.dot_general(x, g, over_tokens, preferred_element_type=w.dtype)
     else:
-        dw = jax.lax.dot_general(g_TO, x_TI, over_tokens, preferred_element_type=w.dtype).T
+        dw = jax.lax.dot_general(g, x, over_tokens, preferred_element_type=w.dtype).T
     return jnp.matmul(g, w.T), dw
 
 

@@ -13,11 +13,20 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     attention_scores,
     attention_values,
+    rows_of_mask,
     select_keys,
     softcapped,
 )
 
-__all__ = ["NEGATIVE", "attention_scores", "attention_values", "select_keys", "softcapped", "spark_attention"]
+__all__ = [
+    "NEGATIVE",
+    "attention_scores",
+    "attention_values",
+    "rows_of_mask",
+    "select_keys",
+    "softcapped",
+    "spark_attention",
+]
 
 
 def spark_attention(

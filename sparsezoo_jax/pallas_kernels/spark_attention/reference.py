@@ -1,7 +1,7 @@
 """Spark attention in plain JAX: a thresholded softmax on the first r head dimensions times a softplus on the others.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value
-head, R = G * T rows of such a group, H head width.
+head, R = T * G rows of such a group, H head width.
 """
 
 from __future__ import annotations
@@ -48,23 +48,31 @@ def softplus(x: jax.Array) -> jax.Array:
 
 
 def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-    """Scores, at least float32, [B, K, G * T, S] of queries [B, T, N, H] and keys [B, S, K, H], times `scale`.
+    """Scores, at least float32, [B, K, T * G, S] of queries [B, T, N, H] and keys [B, S, K, H], times `scale`.
 
-    The queries of a key/value head form one matrix (row g * T + t), so that the product comes out in the order in
-    which it is used; the other orders make XLA for CPU transpose the scores, which are much larger than q and k.
+    The queries of a key/value head form one matrix (row t * G + g, so that a sharded sequence stays sharded), and the
+    product comes out in the order in which it is used; other orders make XLA for CPU transpose the scores, which are
+    much larger than q and k.
     """
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
-    q_BKRH = (scale * q).transpose(0, 2, 1, 3).reshape(batch, kv_heads, heads // kv_heads * queries, width)
+    q_BTKGH = (scale * q).reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, queries * heads // kv_heads, width)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=wide)
 
 
 def attention_values(weights_BKRS: jax.Array, v: jax.Array, queries: int) -> jax.Array:
-    """Mix values [B, S, K, H] by weights [B, K, G * T, S] (as `attention_scores` orders them) to [B, T, N, H]."""
+    """Mix values [B, S, K, H] by weights [B, K, T * G, S] (as `attention_scores` orders them) to [B, T, N, H]."""
     batch, kv_heads, rows, _ = weights_BKRS.shape
     y_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS.astype(v.dtype), v.transpose(0, 2, 1, 3))
-    return y_BKRH.reshape(batch, kv_heads * rows // queries, queries, -1).transpose(0, 2, 1, 3)
+    y_BKTGH = y_BKRH.reshape(batch, kv_heads, queries, rows // queries, -1)
+    return y_BKTGH.transpose(0, 2, 1, 3, 4).reshape(batch, queries, kv_heads * rows // queries, -1)
+
+
+def rows_of_mask(mask_BTS: jax.Array, group: int) -> jax.Array:
+    """The mask [B, 1, T * G, S] of scores as `attention_scores` orders them."""
+    return jnp.repeat(mask_BTS, group, axis=1)[:, None]
 
 
 def spark_attention(
@@ -90,7 +98,7 @@ def spark_attention(
     def scores_of(part: slice, scale: float) -> jax.Array:
         return attention_scores(q[..., part], k[..., part], scale)
 
-    visible = jnp.tile(mask, (1, group, 1))[:, None]
+    visible = rows_of_mask(mask, group)
     predictor = softcapped(scores_of(slice(0, r), predictor_scale), softcap)
     selected = select_keys(predictor, visible, top_k, ddof=ddof, selection=selection)
     weights = jax.nn.softmax(jnp.where(selected, predictor, NEGATIVE), axis=-1)
@@ -99,5 +107,5 @@ def spark_attention(
     if weighting == "softplus":
         weights = weights * softplus(softcapped(scores_of(slice(r, width), value_scale), softcap_values))
     attended_BKR = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-    attended_BTN = attended_BKR.reshape(batch, heads, queries).swapaxes(1, 2)
+    attended_BTN = attended_BKR.reshape(batch, -1, queries, group).swapaxes(1, 2).reshape(batch, queries, heads)
     return attention_values(weights, v, queries), attended_BTN

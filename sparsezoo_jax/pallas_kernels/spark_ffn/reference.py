@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 
 from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.sharding import constrain
 
 
 def spark_ffn(
@@ -17,7 +18,8 @@ def spark_ffn(
 ) -> tuple[jax.Array, jax.Array]:
     """`V [GELU(select(K1^T x[:r])) * (K2^T x[r:])]`, and the gate [..., F] whose non-zeros are the active neurons."""
     r = k1.shape[0]
-    scores = matmul(x[..., :r], k1)
+    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "ffn")
+    scores = constrain(matmul(x[..., :r], k1), names)
     gate = jax.nn.gelu(select(scores), approximate=True)
-    hidden = gate * matmul(x[..., r:], k2)
+    hidden = gate * constrain(matmul(x[..., r:], k2), names)
     return matmul(hidden, v), gate

@@ -1,0 +1,289 @@
+"""The device mesh, and the one table that says over which of its axes each kind of dimension is split.
+
+Model code names dimensions ("batch", "embed", "ffn", ...), never mesh axes: parameters carry their names as metadata,
+and activations are pinned by `constrain`. Where no mesh is active all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, ConfigError, require
+
+LogicalAxes = tuple[str | None, ...]
+
+#: Mesh axes, slowest network first: `data` crosses slices, `tensor` lies on the closest neighbours.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+#: Name of a dimension -> mesh axes that split it. Names higher up choose first; an axis splits one dimension at most.
+RULES: dict[str, tuple[str, ...]] = {
+    # Activations.
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    # Parameters, and the activations that they produce: tensor and expert parallelism.
+    "experts": ("expert",),
+    "vocab": ("tensor",),
+    "ffn": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    # The width of the model (in the Spark FFN also the slice of it that the predictor reads): fully sharded parameters.
+    # In activations these mesh axes already split batch and length, so the width stays whole there.
+    "embed": ("fsdp", "expert", "context"),
+    "predictor": ("fsdp", "expert", "context"),
+    # Never split.
+    "positions": (),
+    "head_dim": (),
+    "layers": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshConfig:
+    """How devices are arranged; the product of all axes is the number of devices used."""
+
+    data: int | None = None
+    """Copies of the model, each with its part of the batch. None: as many as the other axes leave devices for."""
+    fsdp: int = 1
+    """Splits the batch as well as parameters, gradients and optimizer state."""
+    expert: int = 1
+    """Splits experts; batch and the other parameters too."""
+    tensor: int = 1
+    """Splits heads, FFN neurons and vocabulary."""
+    context: int = 1
+    """Splits sequences; parameters too."""
+    slices: int = 1
+    """Slices joined by a data-center network; `data` goes across them and is a multiple of this."""
+
+    def __post_init__(self):
+        for name in ("fsdp", "expert", "tensor", "context", "slices"):
+            require(getattr(self, name) > 0, f"mesh.{name}", getattr(self, name), "must be above 0")
+        if self.data is not None:
+            require(self.data > 0, "mesh.data", self.data, "must be above 0, or none for all devices that are left")
+            require(
+                self.data % self.slices == 0, "mesh.data", self.data, f"must be a multiple of mesh.slices={self.slices}"
+            )
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """Size of every mesh axis on this many devices, in the order of `AXES`.
+
+        Raises:
+          ConfigError: the axes don't multiply to the number of devices.
+        """
+        others = self.fsdp * self.expert * self.tensor * self.context
+        left = devices // others
+        data = left if self.data is None else self.data
+        asked = ", ".join(f"mesh.{name}={getattr(self, name)}" for name in AXES if name != "data")
+        require(
+            data * others == devices,
+            "mesh.data",
+            self.data,
+            f"doesn't use all {devices} devices together with {asked}"
+            if self.data is not None
+            else f"can't be chosen: {asked} don't divide {devices} devices",
+        )
+        require(data % self.slices == 0, "mesh.slices", self.slices, f"must divide the data axis of {data}")
+        return {name: data if name == "data" else getattr(self, name) for name in AXES}
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (None: all there are), laid out for their network.
+
+    Raises:
+      ConfigError: the axes don't multiply to the number of devices, or `slices` is not what the devices have.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = config.shape(len(devices))
+    found = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    # Devices of a CPU have no slices; several are accepted there so that a layout can be tried.
+    on_network = found > 1 or devices[0].platform != "cpu"
+    require(not on_network or found == config.slices, "mesh.slices", config.slices, f"the devices form {found} slices")
+    sizes = tuple(shape.values())
+    if config.slices > 1 and on_network:
+        inner = (shape["data"] // config.slices, *sizes[1:])
+        across = (config.slices, *(1 for _ in sizes[1:]))
+        array = mesh_utils.create_hybrid_device_mesh(inner, across, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "cpu":
+        array = np.asarray(devices).reshape(sizes)
+    else:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Over which mesh axes each dimension of an array is split.
+
+    A dimension takes the leading axes of its rule whose product divides it; `undivided` tells where that is not all.
+
+    Raises:
+      ConfigError: a name that is not in the table.
+    """
+    return PartitionSpec(*(names or None for names in _assigned(axes, shape, mesh)))
+
+
+def _assigned(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> list[tuple[str, ...]]:
+    for name in axes:
+        require(name is None or name in RULES, "logical axis", name, f"must be one of {', '.join(RULES)}")
+    assigned: list[tuple[str, ...]] = [() for _ in axes]
+    used: set[str] = set()
+    priority = list(RULES)
+    named_dimensions = [(priority.index(name), i) for i, name in enumerate(axes) if name is not None]
+    for rank, dimension in sorted(named_dimensions):
+        size = 1
+        for axis in RULES[priority[rank]]:
+            if axis in used or mesh.shape[axis] == 1:
+                continue
+            size *= mesh.shape[axis]
+            if shape[dimension] % size:
+                break
+            assigned[dimension] += (axis,)
+            used.add(axis)
+    return assigned
+
+
+def undivided(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> dict[str, tuple[str, ...]]:
+    """Names of dimensions that some mesh axis should split but can't, for it doesn't divide them; with those axes."""
+    assigned = _assigned(axes, shape, mesh)
+    used = {axis for names in assigned for axis in names}
+    missing: dict[str, tuple[str, ...]] = {}
+    for name in axes:
+        left = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in used)
+        if name is not None and left:
+            missing[name] = left
+    return missing
+
+
+def named(mesh: Mesh) -> Callable[[LogicalAxes, Sequence[int]], NamedSharding]:
+    """The function from an array's logical axes and shape to its sharding on `mesh`."""
+    return lambda axes, shape: NamedSharding(mesh, partition(axes, shape, mesh))
+
+
+@contextlib.contextmanager
+def activated(mesh: Mesh | None) -> Iterator[None]:
+    """Make `mesh` the one that `constrain` and `per_device` see while functions are traced; None: no mesh."""
+    if mesh is None or mesh.size == 1:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def _active_mesh() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a per-device function the axes are manual: arrays are one device's pieces there.
+    usable = not mesh.empty and mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if usable and mesh.size > 1 else None
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Pin how an activation is split; `axes` name its dimensions (None: not split). Nothing happens without a mesh.
+
+    Left to itself the compiler may as well gather activations where it should gather weights.
+    """
+    mesh = _active_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x` in full on every device."""
+    return constrain(x, (None,) * x.ndim)
+
+
+def per_device(
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    in_axes: Sequence[LogicalAxes],
+    out_axes: Any,
+) -> Any:
+    """Call `function` on each device's pieces of `arrays`, as a kernel that the compiler can't partition needs it.
+
+    Args:
+      function: called as `function(*pieces, split)`; `split` maps the name of every dimension to the mesh axes that
+        split it, as `jax.lax.psum` takes them (an empty tuple where it is whole, over which psum does nothing).
+      in_axes: names of the dimensions of each array. An unnamed dimension is gathered.
+      out_axes: names for the result, in its structure (a tuple of names for a single array).
+
+    Raises:
+      ConfigError: a dimension of one name would be split differently in two arrays.
+    """
+    names = {name for axes in in_axes for name in axes if name is not None}
+    mesh = _active_mesh()
+    if mesh is None:
+        return function(*arrays, dict.fromkeys(names, ()))
+    split: dict[str, tuple[str, ...]] = {}
+    for array, axes in zip(arrays, in_axes, strict=True):
+        for name, assigned in zip(axes, _assigned(axes, array.shape, mesh), strict=True):
+            if name is not None and split.setdefault(name, assigned) != assigned:
+                raise ConfigError("mesh", dict(mesh.shape), f"splits '{name}' by {split[name]} and by {assigned}")
+
+    def spec(axes: LogicalAxes) -> PartitionSpec:
+        return PartitionSpec(*(split[name] or None if name is not None else None for name in axes))
+
+    out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
+    return jax.shard_map(
+        lambda *pieces: function(*pieces, split),
+        in_specs=tuple(spec(axes) for axes in in_axes),
+        out_specs=out_specs,
+        check_vma=False,  # the abstract results of kernels don't say over which axes they vary
+    )(*arrays)
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(item is None or isinstance(item, str) for item in value)
+
+
+def check_batch(shape: Sequence[int], mesh: Mesh, *, accumulation: int = 1) -> None:
+    """Raise `ConfigError` unless batches [B, T], cut into `accumulation` micro-batches, split evenly over `mesh`."""
+    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    context = mesh.shape["context"]
+    spelled = " * ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES["batch"] if mesh.shape[axis] > 1)
+    wanted = f"must be a multiple of {spelled}" + (f" * train.accumulation={accumulation}" if accumulation > 1 else "")
+    require(shape[0] % (rows * accumulation) == 0, "data.batch_size", shape[0], wanted)
+    require(shape[1] % context == 0, "data.seq_len", shape[1], f"must be a multiple of mesh.context={context}")
+
+
+def rows_here(sharding: Sharding, shape: Sequence[int]) -> range:
+    """The rows (first dimension) of a global array of this shape that the devices of this process hold.
+
+    Raises:
+      ConfigError: they are not one block, or blocks of several processes overlap in part.
+    """
+    indices = sharding.addressable_devices_indices_map(tuple(shape)).values()
+    blocks = {index[0].indices(shape[0])[:2] for index in indices if index is not None}
+    first, end = min(start for start, _ in blocks), max(stop for _, stop in blocks)
+    size = end - first
+    whole = sum(stop - start for start, stop in blocks) == size and shape[0] % size == 0 and first % size == 0
+    require(whole, "mesh", sharding, "leaves this process with scattered rows of the batch; let data and fsdp lead")
+    return range(first, end)
+
+
+def put(
+    batch: Mapping[str, np.ndarray], sharding: Sharding, shape: Sequence[int], first_row: int = 0
+) -> dict[str, Any]:
+    """Arrays on the devices from the rows, `first_row` on, that this process has of global arrays of this shape."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+
+    def rows(x: np.ndarray, index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return x[(slice(start - first_row, stop - first_row), *index[1:])]
+
+    shape = tuple(shape)
+    return {
+        name: jax.make_array_from_callback(shape, sharding, lambda index, x=x: rows(x, index))
+        for name, x in batch.items()
+    }
+
+
+def copies(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> int:
+    """How many devices of one model copy (all mesh axes but `data`) hold the same piece of an array."""
+    pieces = math.prod(mesh.shape[axis] for names in _assigned(axes, shape, mesh) for axis in names if axis != "data")
+    return mesh.size // mesh.shape["data"] // pieces
