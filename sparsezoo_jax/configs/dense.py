@@ -4,6 +4,7 @@
 """
 
 from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.common import InitConfig
@@ -51,6 +52,8 @@ GEMMA2_2B = RunConfig(
         dtype="bfloat16",
         remat="full",
     ),
+    train=TrainConfig(loss_chunk=512),
+    data=DataConfig(batch_size=512, seq_len=8192),
 )
 
 # Llama style: no post-norms, SwiGLU, untied head. 0.1B.
