@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # Parameters, and the activations that they produce: tensor and expert parallelism.
     "experts": ("expert",),
     "vocab": ("tensor",),
+    "positions": ("tensor",),
     "ffn": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -40,7 +41,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp", "expert", "context"),
     "predictor": ("fsdp", "expert", "context"),
     # Never split.
-    "positions": (),
     "head_dim": (),
     "layers": (),
 }

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.errors import STRICT, ConfigError, DataError, StorageError, require
-from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here
+from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
+from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here, undivided
 
 _STARTED = time.monotonic()
 
@@ -92,6 +93,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
+    warn_of_repetition(Decoder, config, mesh)
     place = named(mesh) if mesh.size > 1 else None
     batch_sharding = named(mesh)(("batch", "length"), batch_shape)
     rows = rows_here(batch_sharding, batch_shape)
@@ -179,6 +181,20 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     elif is_main:
         print(f"\nFor a sample: python -m sparsezoo_jax.generate {workdir} --prompt ...")
     return figures
+
+
+def warn_of_repetition(decoder: Any, config: RunConfig, mesh: Any) -> None:
+    """Warn of matrices that a mesh axis should split but does not divide: every device of the axis holds them whole."""
+    from sparsezoo_jax.training.state import ModelTemplate
+
+    if mesh.size == 1:
+        return
+    parameters = ModelTemplate(lambda rngs: decoder(config.model, rngs=rngs)).parameters
+    for name, variable in parameters.items():
+        missing = undivided(variable.full_axes, variable.shape, mesh)
+        if missing and len(variable.axes or ()) > 1:
+            left = ", ".join(f"mesh.{axis} doesn't divide '{name}'" for name, axes in missing.items() for axis in axes)
+            warnings.warn(f"{name} {variable.shape} is repeated: {left}", SparsezooWarning, stacklevel=2)
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
+from sparsezoo_jax.models.embedding import lookup
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
@@ -122,11 +123,11 @@ class Decoder(nnx.Module):
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
         dtype = jnp.dtype(config.dtype)
-        x_BTD = self.embedding_VD[...][tokens_BT].astype(dtype)
+        x_BTD: Any = lookup(self.embedding_VD[...], tokens_BT, dtype)
         scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, dtype)
         if self.positions_PD is not None:
-            x_BTD = x_BTD + self.positions_PD[...][ctx.positions_BT].astype(dtype)
+            x_BTD = x_BTD + lookup(self.positions_PD[...], ctx.positions_BT, dtype, "positions")
         x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
 
         auxes: list[LayerAux] = []

@@ -13,7 +13,9 @@ from sparsezoo_jax.pallas_kernels.statistical_topk import reference
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     RowStatistics,
     normal_quantile,
+    row_length,
     row_statistics,
+    row_sum,
 )
 
 __all__ = ["RowStatistics", "normal_quantile", "row_statistics", "statistical_topk"]
@@ -27,6 +29,7 @@ def statistical_topk(
     ddof: int = 1,
     where: jax.Array | None = None,
     huber_delta: float = 0.0,
+    split_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """Soft-threshold `x` so that about `k` entries along `axis` stay positive; all others become 0.
@@ -43,6 +46,8 @@ def statistical_topk(
       where: booleans broadcastable to `x`: statistics and result cover only true entries, others are 0; a row with at
         most `k` true entries passes through.
       huber_delta: 0, or the width of the quadratic start that makes the result continuously differentiable.
+      split_over: inside a per-device function (`sharding.per_device`), the mesh axes over which `axis` is split; mean
+        and deviation are then those of whole rows, and d is their length.
       implementation: "xla", or None for the platform's default.
 
     Returns:
@@ -56,18 +61,18 @@ def statistical_topk(
     if where is not None:
         where = jnp.moveaxis(jnp.broadcast_to(where, x.shape), axis, -1)
     x = jnp.moveaxis(x, axis, -1)
-    if where is None and k >= x.shape[-1]:
+    if where is None and k >= row_length(x, split_over):
         return jnp.moveaxis(x, -1, axis)
-    return jnp.moveaxis(apply(x, where, float(k), ddof, float(huber_delta)), -1, axis)
+    return jnp.moveaxis(apply(x, where, float(k), ddof, float(huber_delta), split_over), -1, axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _topk(x, where, k, ddof, huber_delta):
-    return reference.statistical_topk(x, k, ddof=ddof, where=where, huber_delta=huber_delta)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _topk(x, where, k, ddof, huber_delta, split_over):
+    return reference.statistical_topk(x, k, ddof=ddof, where=where, huber_delta=huber_delta, split_over=split_over)
 
 
-def _topk_forward(x, where, k, ddof, huber_delta):
-    statistics = row_statistics(x, k, ddof=ddof, where=where)
+def _topk_forward(x, where, k, ddof, huber_delta, split_over):
+    statistics = row_statistics(x, k, ddof=ddof, where=where, split_over=split_over)
     y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
     if where is not None:
         y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
@@ -76,11 +81,11 @@ def _topk_forward(x, where, k, ddof, huber_delta):
     return y.astype(x.dtype), (x, where, kept)
 
 
-def _topk_backward(k, ddof, huber_delta, residuals, g):
+def _topk_backward(k, ddof, huber_delta, split_over, residuals, g):
     """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m: slope)."""
     x, where, kept = residuals
     if where is None:
-        d = x.shape[-1]
+        d = row_length(x, split_over)
         mean, std = kept
         statistics = RowStatistics(d, mean, std, normal_quantile(1 - k / d))
     else:
@@ -94,7 +99,7 @@ def _topk_backward(k, ddof, huber_delta, residuals, g):
     if where is not None:
         slope = jnp.where(where, slope, 0)
     direct = g * slope
-    total = jnp.sum(direct, axis=-1, keepdims=True)
+    total = row_sum(direct, split_over)
     # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
     inverse_std = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 0)
     a = total * z * inverse_std / jnp.maximum(count - ddof, 1)

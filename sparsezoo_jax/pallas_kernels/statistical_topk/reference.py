@@ -6,11 +6,14 @@ leaves k of d entries above it, and subtract it: `max(x - theta, 0)`. Cost is on
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+MeshAxes = tuple[str, ...]
 
 
 class RowStatistics(NamedTuple):
@@ -31,22 +34,38 @@ def normal_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
-def row_statistics(x: jax.Array, k: float, *, ddof: int = 1, where: jax.Array | None = None) -> RowStatistics:
+def row_sum(x: jax.Array, split_over: MeshAxes = ()) -> jax.Array:
+    """Sum along the last axis, kept as size 1; over all devices that hold a piece of the rows."""
+    total = jnp.sum(x, axis=-1, keepdims=True)
+    return jax.lax.psum(total, split_over) if split_over else total
+
+
+def row_length(x: jax.Array, split_over: MeshAxes = ()) -> int:
+    """Length of whole rows of which `x` holds this device's piece."""
+    return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in split_over)
+
+
+def row_statistics(
+    x: jax.Array, k: float, *, ddof: int = 1, where: jax.Array | None = None, split_over: MeshAxes = ()
+) -> RowStatistics:
     """Mean, standard deviation and quantile of rows `x` [..., d] for a target count `k`.
 
     The variance takes two passes and at least float32: a threshold computed in bfloat16 moves the count by about 3 %.
     With `where` [..., d], only true entries count, and the quantile follows each row's own number of them. Rows with
     no more than `k` visible entries get a quantile of 0, which their caller overrides (nothing is to be dropped there).
+
+    Inside a per-device function whose rows are split over mesh axes, `split_over` names them, and the statistics are
+    those of the whole rows.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if where is None:
-        d = x.shape[-1]
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.sum(jnp.square(x - mean), axis=-1, keepdims=True) / max(d - ddof, 1)
+        d = row_length(x, split_over)
+        mean = row_sum(x, split_over) / d
+        variance = row_sum(jnp.square(x - mean), split_over) / max(d - ddof, 1)
         return RowStatistics(d, mean, jnp.sqrt(variance), normal_quantile(1 - k / d) if k < d else 0.0)
-    count = jnp.sum(where, axis=-1, keepdims=True, dtype=x.dtype)
-    mean = jnp.sum(jnp.where(where, x, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(where, jnp.square(x - mean), 0), axis=-1, keepdims=True)
+    count = row_sum(where.astype(x.dtype), split_over)
+    mean = row_sum(jnp.where(where, x, 0), split_over) / jnp.maximum(count, 1)
+    squares = row_sum(jnp.where(where, jnp.square(x - mean), 0), split_over)
     std = jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
     # -Q(k/n) instead of Q(1 - k/n): 1 - k/n loses the tail's digits in float32. The guard keeps Q(1) = inf out of
     # rows that are kept whole, where inf * 0 would make a NaN.
@@ -74,11 +93,12 @@ def statistical_topk(
     ddof: int = 1,
     where: jax.Array | None = None,
     huber_delta: float = 0.0,
+    split_over: MeshAxes = (),
 ) -> jax.Array:
     """The definition along the last axis, differentiable by plain autodiff; see the package's public function."""
-    if where is None and k >= x.shape[-1]:
+    if where is None and k >= row_length(x, split_over):
         return x
-    statistics = row_statistics(x, k, ddof=ddof, where=where)
+    statistics = row_statistics(x, k, ddof=ddof, where=where, split_over=split_over)
     y = shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
     if where is not None:
         y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)

@@ -1,0 +1,38 @@
+"""Functions that run on each device's own piece of an array."""
+
+import jax.numpy as jnp
+import pytest
+
+from sparsezoo_jax.sharding import per_device
+
+
+@pytest.fixture(scope="module")
+def split_rows(on_eight_devices):
+    return on_eight_devices("split_rows")
+
+
+@pytest.mark.parametrize("form", ["plain", "masked"])
+def test_statistics_of_split_rows_are_those_of_whole_rows(split_rows, form):
+    found = split_rows[f"{form}, whole statistics"]
+    assert found["pieces"] == 8
+    assert found["values"] < 2e-6
+    assert found["gradients"] < 2e-6
+
+
+@pytest.mark.parametrize("form", ["plain", "masked"])
+def test_statistics_of_pieces_would_be_noticed(split_rows, form):
+    found = split_rows[f"{form}, local statistics"]
+    assert found["values"] > 0.1
+    assert found["gradients"] > 0.1
+
+
+def test_without_a_mesh_the_function_gets_the_arrays_and_nothing_is_split():
+    x = jnp.arange(6.0).reshape(2, 3)
+    seen = []
+
+    def function(x, split):
+        seen.append(split)
+        return x * 2
+
+    assert jnp.array_equal(per_device(function, (x,), (("batch", "ffn"),), ("batch", "ffn")), x * 2)
+    assert seen == [{"batch": (), "ffn": ()}]

@@ -1,0 +1,80 @@
+"""Two processes, two devices each, train together; the run then goes on in one process on another mesh."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+FLAGS = {
+    "data.seq-len": 32, "data.batch-size": 8, "data.bpe-vocab-size": 300, "model.vocab-size": 320, "model.layers": 2,
+    "model.d-model": 32, "model.ffn.d-ff": 64, "model.ffn.r": 16, "model.ffn.top-k": 8, "train.steps": 6,
+    "train.log-every": 1, "train.eval-every": 3, "train.checkpoint-every": 3, "eval.batches": 2,
+    "train.schedule.learning-rate": 1e-3,
+}  # fmt: skip
+
+
+def start(corpus, workdir, devices, *more, **flags):
+    command = [sys.executable, "-m", "sparsezoo_jax.train", "--arch", "spark", "--workdir", str(workdir)]
+    command += ["--data.dataset", str(corpus), *more]
+    command += [str(text) for name, value in {**FLAGS, **flags}.items() for text in (f"--{name}", value)]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes):
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "".join(err for _, err in results)
+    return results
+
+
+def rows_of(workdir, split=None):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row.get("split") == split}
+
+
+@pytest.fixture(scope="module")
+def runs(small_corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id"]
+    mesh = {"mesh.fsdp": 2, "mesh.tensor": 2}
+    pair = [start(small_corpus, root / "two", 2, *together, str(i), **mesh, **{"train.stop-at": 3}) for i in (0, 1)]
+    first, second = finish(*pair)
+    finish(start(small_corpus, root / "two", 4, **{"mesh.data": 2, "mesh.tensor": 2}))
+    finish(start(small_corpus, root / "one", 1))
+    return root, first, second
+
+
+def test_losses_are_those_of_one_process(runs):
+    root, _, _ = runs
+    one, two = rows_of(root / "one"), rows_of(root / "two")
+    assert sorted(two) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=2e-4)
+    one, two = rows_of(root / "one", "validation"), rows_of(root / "two", "validation")
+    np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=2e-4)
+
+
+def test_only_the_first_process_reports(runs):
+    _, (_, first), (_, second) = runs
+    assert "training from step 0" in first
+    assert "training from step" not in second
+
+
+def test_flags_of_processes_go_together(small_corpus, tmp_path):
+    process = start(small_corpus, tmp_path / "run", 1, "--distributed", "--coordinator", "127.0.0.1:1")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "--processes and --process-id must be given too" in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,131 @@
+"""The table of logical axes: what is split over what, and that nothing large is left out."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from sparsezoo_jax.configs import PRESETS
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.sharding import AXES, MeshConfig, check_batch, constrain, copies, partition, undivided
+from sparsezoo_jax.training.state import ModelTemplate
+
+
+def mesh(**sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "expected"),
+    [
+        (("embed", "ffn"), (64, 256), {"fsdp": 4, "tensor": 2}, ("fsdp", "tensor")),
+        (("layers", "embed", "heads", "head_dim"), (3, 64, 8, 16), {"fsdp": 4, "tensor": 2},
+         (None, "fsdp", "tensor", None)),
+        (("batch", "length", "embed"), (16, 32, 64), {"data": 2, "fsdp": 4, "context": 2},
+         (("data", "fsdp"), "context", None)),
+        # Experts take their axis before the width does, wherever they stand.
+        (("embed", "experts"), (64, 8), {"fsdp": 2, "expert": 4}, ("fsdp", "expert")),
+        (("embed", "vocab"), (64, 512), {"fsdp": 2, "expert": 4}, (("fsdp", "expert"), None)),
+        # An axis that does not divide the dimension is left out, with those after it.
+        (("embed", "kv_heads"), (64, 4), {"tensor": 8}, (None, None)),
+        (("embed",), (6,), {"fsdp": 2, "expert": 4}, ("fsdp",)),
+    ],
+)  # fmt: skip
+def test_partition(axes, shape, sizes, expected):
+    assert partition(axes, shape, mesh(**sizes)) == PartitionSpec(*expected)
+
+
+def test_undivided_names_the_dimension_and_the_axes_left():
+    assert undivided(("embed", "kv_heads"), (64, 4), mesh(tensor=8)) == {"kv_heads": ("tensor",)}
+    assert undivided(("embed", "kv_heads"), (64, 8), mesh(tensor=8, fsdp=2)) == {}
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ConfigError, match="logical axis=width"):
+        partition(("width",), (8,), mesh())
+
+
+LARGE = 2**16
+PRESET_NAMES = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def parameters_of():
+    found = {}
+
+    def describe(arch, size):
+        if (arch, size) not in found:
+            model = PRESETS[arch][size].model
+            found[arch, size] = ModelTemplate(lambda rngs: Decoder(model, rngs=rngs)).parameters
+        return found[arch, size]
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}], ids=str
+)
+@pytest.mark.parametrize(("arch", "size"), PRESET_NAMES)
+def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch, size, sizes):
+    repeated = {
+        name: copies(variable.full_axes, variable.shape, mesh(**sizes))
+        for name, variable in parameters_of(arch, size).items()
+        if math.prod(variable.shape) >= LARGE and len(variable.axes or variable.shape) > 1  # a matrix, not a norm
+    }
+    # The vocabulary of GPT-2 (50,257) is odd: tensor parallelism can't split it.
+    allowed = 2 if (arch, size) == ("dense", "gpt2") and "tensor" in sizes else 1
+    assert repeated
+    assert all(count <= (allowed if "embedding" in name else 1) for name, count in repeated.items()), repeated
+
+
+def test_a_parameter_without_names_would_be_found():
+    assert copies((None, None), (512, 512), mesh(fsdp=8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "shape"),
+    [
+        (MeshConfig(), 8, (8, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=4), 8, (2, 4, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=2, tensor=4), 8, (1, 2, 1, 1, 4)),
+        (MeshConfig(fsdp=4, slices=2), 8, (2, 4, 1, 1, 1)),
+    ],
+)
+def test_mesh_shapes(config, devices, shape):
+    assert tuple(config.shape(devices).values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), "mesh.data=3: doesn't use all 8 devices"),
+        (MeshConfig(fsdp=3), "can't be chosen: mesh.fsdp=3"),
+        (MeshConfig(fsdp=8, slices=2), "mesh.slices=2: must divide the data axis of 1"),
+    ],
+)
+def test_impossible_meshes(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config.shape(8)
+
+
+def test_impossible_mesh_fields():
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=0: must be above 0"):
+        MeshConfig(tensor=0)
+    with pytest.raises(ConfigError, match=r"mesh\.data=3: must be a multiple of mesh\.slices=2"):
+        MeshConfig(data=3, slices=2)
+
+
+def test_batches_that_do_not_split():
+    check_batch((8, 32), mesh(data=2, fsdp=4), accumulation=1)
+    with pytest.raises(ConfigError, match=r"data\.batch_size=8: must be a multiple of mesh\.data=2 \* mesh\.fsdp=4 \*"):
+        check_batch((8, 32), mesh(data=2, fsdp=4), accumulation=2)
+    with pytest.raises(ConfigError, match=r"data\.seq_len=33: must be a multiple of mesh\.context=2"):
+        check_batch((8, 33), mesh(context=2))
+
+
+def test_constraints_do_nothing_without_a_mesh():
+    x = jax.numpy.ones((2, 3))
+    assert constrain(x, ("batch", "no such name")) is x

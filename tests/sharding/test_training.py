@@ -1,0 +1,30 @@
+"""Training on eight devices gives what one device gives."""
+
+import pytest
+
+from tests.sharding.train_on_meshes import MESHES
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def differences(on_eight_devices):
+    return on_eight_devices("train_on_meshes")
+
+
+# Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
+# relative, in the 2-norm, of the worst parameter.
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("arch", ["dense", "spark"])
+def test_meshes_agree_with_one_device(differences, arch, mesh):
+    found = differences[arch][mesh]
+    assert found["loss"] < 1e-5
+    assert found["grad_norm"] < 1e-4
+    assert found["gradients"] < 3e-5
+    assert found["parameters"] < 3e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("arch", ["dense", "spark"])
+def test_only_norm_scales_are_repeated_within_a_model_copy(differences, arch, mesh):
+    assert all(name.endswith("/scale") for name in differences[arch][mesh]["held"])

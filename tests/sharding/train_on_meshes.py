@@ -1,0 +1,131 @@
+"""Three train steps of small models on several meshes; prints the differences from one device as JSON.
+
+Adam divides by the gradient's own size, so that an entry near zero would turn rounding into a step of full length: the
+large epsilon keeps the comparison one of gradients.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.evaluation.cross_entropy import model_loss
+from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, copies, named, put
+from sparsezoo_jax.training.config import AdamW, Constant, TrainConfig
+from sparsezoo_jax.training.optimizer import build_optimizer
+from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, state_shardings
+from sparsezoo_jax.training.step import build_train_step
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 4, tensor 2": {"fsdp": 4, "tensor": 2},
+    "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp 2, context 2, tensor 2": {"fsdp": 2, "context": 2, "tensor": 2},
+    "expert 2, tensor 4": {"expert": 2, "tensor": 4},
+}
+SHAPE = (8, 32)
+
+
+def models():
+    """Both attention kinds and FFN kinds, scanned and rematerialised as the large presets are, narrow."""
+    for arch in ("dense", "spark"):
+        model = preset(arch, "tiny").model
+        narrow = {"r": 8, "top_k": 8} if arch == "spark" else {}
+        attention = dataclasses.replace(model.attention, window=16, heads=8, kv_heads=4, head_dim=16, **narrow)
+        yield (
+            arch,
+            dataclasses.replace(
+                model, vocab_size=512, d_model=64, attention=attention, scan_layers=True, remat="full",
+                ffn=dataclasses.replace(model.ffn, d_ff=256, **({"r": 32, "top_k": 20} if arch == "spark" else {})),
+            ),
+        )  # fmt: skip
+
+
+def batches():
+    """Three batches of packed documents."""
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        tokens = rng.integers(0, 512, (SHAPE[0], SHAPE[1] + 1)).astype(np.int32)
+        segments = np.where(np.arange(SHAPE[1]) < rng.integers(5, 25, (SHAPE[0], 1)), 1, 2).astype(np.int32)
+        first = np.argmax(segments == 2, axis=1, keepdims=True)
+        index = np.broadcast_to(np.arange(SHAPE[1], dtype=np.int32), SHAPE)
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": segments,
+            "positions": np.where(segments == 2, index - first, index).astype(np.int32),
+            "mask": rng.random(SHAPE) < 0.9,
+        }
+
+
+def train(config, mesh):
+    """Metrics, the first gradients, the final parameters, and on how many devices of a model copy each of them is."""
+    settings = TrainConfig(
+        steps=3, schedule=Constant(learning_rate=1e-2), optimizer=AdamW(eps=1e-2), accumulation=1, loss_chunk=16
+    )
+
+    def build(rngs):
+        return Decoder(config, rngs=rngs)
+
+    template = ModelTemplate(build)
+    optimizer = build_optimizer(settings, template.parameters)
+    place = named(mesh)
+
+    def initialise(key):
+        return initial_state(template, build, optimizer, (), key)
+
+    key = jax.random.key(0)
+    shardings = state_shardings(template, jax.eval_shape(initialise, key), place)
+
+    def loss(params, model_state, batch):
+        sums, _ = model_loss(template.merge(params, model_state), batch)
+        return sums.cross_entropy_sum / sums.count
+
+    with activated(mesh):
+        state = jax.jit(initialise, out_shardings=shardings)(key)
+        first = put(next(batches()), place(("batch", "length"), SHAPE), SHAPE)
+        gradients = flatten(jax.device_get(jax.jit(jax.grad(loss))(state.params, state.model_state, first)))
+        step = jax.jit(
+            build_train_step(settings, template, optimizer), out_shardings=(shardings, place((), ())), donate_argnums=0
+        )
+        rows = []
+        for batch in batches():
+            state, metrics = step(state, put(batch, place(("batch", "length"), SHAPE), SHAPE))
+            rows.append({name: float(metrics[name]) for name in ("loss", "grad_norm")})
+    held = {name: copies(v.full_axes, v.shape, mesh) for name, v in template.parameters.items()}
+    found = {
+        name: round(x.size / max(shard.data.size for shard in x.addressable_shards))
+        for name, x in flatten(state.params).items()
+    }
+    model_devices = mesh.size // mesh.shape["data"]
+    assert all(model_devices // found[name] == held[name] for name in held), (found, held)
+    return rows, gradients, flatten(jax.device_get(state.params)), held
+
+
+def distance(a, b):
+    """Largest relative distance, in the 2-norm, among arrays of one name."""
+    return max(float(np.linalg.norm(a[name] - b[name]) / np.linalg.norm(b[name])) for name in b)
+
+
+def main():
+    report = {}
+    for arch, config in models():
+        rows, gradients, parameters, _ = train(config, build_mesh(MeshConfig(), jax.devices()[:1]))
+        report[arch] = {}
+        for name, axes in MESHES.items():
+            sharded_rows, sharded_gradients, sharded, held = train(config, build_mesh(MeshConfig(**axes)))
+            report[arch][name] = {
+                "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, sharded_rows, strict=True)),
+                "grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(rows, sharded_rows, strict=True)),
+                "gradients": distance(sharded_gradients, gradients),
+                "parameters": distance(sharded, parameters),
+                "held": {path: count for path, count in held.items() if count > 1},
+            }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
