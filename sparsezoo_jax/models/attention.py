@@ -13,6 +13,7 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import (
@@ -148,4 +149,5 @@ class GQA(nnx.Module):
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         y = dense_attention(q, k, v, mask, scale=scale, softcap=config.softcap)
         attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
-        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache
+        aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
+        return self.projections.output(y), aux, cache

@@ -19,6 +19,7 @@ from sparsezoo_jax.models.common import (
     LayerAux,
     activation_fn,
 )
+from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 
@@ -85,12 +86,16 @@ class GatedFFN(nnx.Module):
         config = self.config
         sparsity = config.activation_sparsity_pattern[0] if config.activation_sparsity_pattern else 0.0
         gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype)
+        scores = gate
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
         hidden = gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
-        aux = LayerAux(stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)})
+        aux = LayerAux(
+            stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate}),
+        )
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
 
 
@@ -133,9 +138,13 @@ class PlainFFN(nnx.Module):
         self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        hidden = activation_fn(self.config.activation)(linear(x_BTD, self.up_DF, self.up_bias, self.dtype))
+        scores = linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
+        hidden = activation_fn(self.config.activation)(scores)
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
-        aux = LayerAux(stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)})
+        aux = LayerAux(
+            stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden}),
+        )
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
 
 

@@ -17,8 +17,16 @@ from sparsezoo_jax.models.attention import Projections, check_heads, projection_
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.ffn import density
+from sparsezoo_jax.models.records import (
+    ATTENTION_SCORES,
+    ATTENTION_SELECTED,
+    ATTENTION_VISIBLE,
+    FFN_GATE,
+    FFN_SCORES,
+)
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
-from sparsezoo_jax.pallas_kernels.spark_attention import spark_attention
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import predicted_keys, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
 
 
@@ -82,10 +90,10 @@ class SparkFFN(nnx.Module):
         self.v_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, scale=config.v_init_scale, output=True)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        config = self.config
+        config, k1_RF = self.config, self.k1_RF[...].astype(self.dtype)
         y, gate = spark_ffn(
             x_BTD,
-            self.k1_RF[...].astype(self.dtype),
+            k1_RF,
             self.k2_DF[...].astype(self.dtype),
             self.v_FD[...].astype(self.dtype),
             top_k=config.top_k,
@@ -95,7 +103,10 @@ class SparkFFN(nnx.Module):
             return_gate=True,
             implementation=config.implementation,
         )
-        return y, LayerAux(stats={"ffn_density": density(jax.lax.stop_gradient(gate), ctx)})
+        # The kernel keeps its scores to itself: who wants them has them computed again.
+        records = {FFN_SCORES: lambda: matmul(x_BTD[..., : config.r], k1_RF), FFN_GATE: lambda: gate}
+        stats = {"ffn_density": density(jax.lax.stop_gradient(gate), ctx)}
+        return y, LayerAux(stats=stats, records=ctx.recorded(records))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -196,11 +207,12 @@ class SparkAttention(nnx.Module):
         if cache is not None:
             cache = cache.updated(k, v, ctx.cache_end)
             k, v = cache
+        mask = ctx.masks_BTS[self.layer_type]
         y, attended_BTN = spark_attention(
             q,
             k,
             v,
-            ctx.masks_BTS[self.layer_type],
+            mask,
             r=config.r,
             top_k=config.top_k,
             ddof=config.ddof,
@@ -213,4 +225,23 @@ class SparkAttention(nnx.Module):
             implementation=config.implementation,
         )
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
-        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache
+        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, k, mask, ctx))
+        return self.projections.output(y), aux, cache
+
+    def _records(self, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
+        if not ctx.record:
+            return {}
+        config = self.config
+        scores, selected = predicted_keys(
+            q,
+            k,
+            mask_BTS,
+            r=config.r,
+            top_k=config.top_k,
+            ddof=config.ddof,
+            predictor_scale=config.predictor_scale,
+            softcap=config.softcap,
+            selection=config.selection,
+        )
+        arrays = {ATTENTION_SCORES: scores, ATTENTION_SELECTED: selected, ATTENTION_VISIBLE: mask_BTS}
+        return {name: array for name, array in arrays.items() if name in ctx.record}

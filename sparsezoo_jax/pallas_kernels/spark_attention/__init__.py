@@ -17,7 +17,15 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softcapped,
 )
 
-__all__ = ["NEGATIVE", "attention_scores", "attention_values", "select_keys", "softcapped", "spark_attention"]
+__all__ = [
+    "NEGATIVE",
+    "attention_scores",
+    "attention_values",
+    "predicted_keys",
+    "select_keys",
+    "softcapped",
+    "spark_attention",
+]
 
 
 def spark_attention(
@@ -87,3 +95,37 @@ def spark_attention(
         selection=selection,
         weighting=weighting,
     )
+
+
+def predicted_keys(
+    q: jax.Array,
+    k: jax.Array,
+    mask: jax.Array,
+    *,
+    r: int,
+    top_k: int,
+    ddof: int = 1,
+    predictor_scale: float | None = None,
+    softcap: float | None = None,
+    selection: Literal["statistical", "exact", "none"] = "statistical",
+) -> tuple[jax.Array, jax.Array]:
+    """What `spark_attention` selects, for inspection: arguments as there, by its plain JAX definition.
+
+    Returns:
+      The predictor's scores, at least float32, and booleans of the selected keys, both [B, N, T, S].
+    """
+    batch, queries, heads, _ = q.shape
+    scores, selected = reference.predicted_keys(
+        q,
+        k,
+        mask,
+        r=r,
+        top_k=top_k,
+        ddof=ddof,
+        predictor_scale=r**-0.5 if predictor_scale is None else predictor_scale,
+        softcap=softcap,
+        selection=selection,
+    )
+    # Rows g * T + t of key/value head k are queries t of head k * G + g: a reshape, no transposition.
+    shape = (batch, heads, queries, k.shape[1])
+    return scores.reshape(shape), selected.reshape(shape)
