@@ -55,9 +55,26 @@ class GQAConfig:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
-    def mixing_flops(self, keys: int) -> int:
-        """FLOPs per token of scores and mixing over `keys` visible keys."""
+    @property
+    def target_keys(self) -> None:
+        """No keys are selected."""
+        return None
+
+    def mixing_flops(self, keys: int, target: float | None = None) -> float:
+        """FLOPs per token of scores and mixing over `keys` visible keys; `target` changes nothing."""
         return 4 * self.heads * self.head_dim * keys
+
+    def projection_weights(self, d_model: int) -> int:
+        """Weights of the four projections; every token needs all."""
+        return projection_weights(self, d_model)
+
+    def cache_reads(self, keys: int, target: float | None = None) -> float:
+        """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
+        return 2 * self.kv_heads * self.head_dim * keys
+
+    def dense_twin(self) -> GQAConfig:
+        """Attention of equal parameters to all visible keys: this one."""
+        return self
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
         return GQA(self, ctx, rngs)
@@ -77,6 +94,13 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, ro
 def projection_flops(d_model: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """FLOPs per token of query, key, value and output projections."""
     return 4 * d_model * head_dim * (heads + kv_heads)
+
+
+def projection_weights(config, d_model: int) -> int:
+    """Weights of query, key, value and output projections, biases included."""
+    width = config.head_dim * (config.heads + config.kv_heads)
+    biases = config.head_dim * (config.heads + 2 * config.kv_heads) + d_model if config.bias else 0
+    return 2 * d_model * width + biases
 
 
 class Projections(nnx.Module):

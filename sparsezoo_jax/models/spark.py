@@ -5,6 +5,7 @@ The predictor is part of the function, not an approximation of one: nothing else
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -13,10 +14,10 @@ from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.models.attention import Projections, check_heads, projection_flops
+from sparsezoo_jax.models.attention import GQAConfig, Projections, check_heads, projection_flops, projection_weights
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
-from sparsezoo_jax.models.ffn import density
+from sparsezoo_jax.models.ffn import GatedFFNConfig, density, or_target
 from sparsezoo_jax.models.records import (
     ATTENTION_SCORES,
     ATTENTION_SELECTED,
@@ -69,9 +70,22 @@ class SparkFFNConfig:
         """The configuration of one layer: all are alike."""
         return self
 
-    def flops(self, d_model: int) -> float:
-        """FLOPs per token that `top_k` active neurons need: `2 r F + 2 (D - r) k + 2 D k` (paper, section 2)."""
-        return 2 * self.r * self.d_ff + 2 * (d_model - self.r) * self.top_k + 2 * d_model * self.top_k
+    @property
+    def target_active(self) -> float | None:
+        """Neurons that the selection aims at; None where nothing is selected by count."""
+        return None if self.selection in ("relu", "none") else self.top_k
+
+    def weights(self, d_model: int, active: float | None = None) -> float:
+        """Weights that one token needs with `active` neurons (None: the target): `r F + (D - r) k + D k`."""
+        return self.r * self.d_ff + (2 * d_model - self.r) * or_target(active, self)
+
+    def flops(self, d_model: int, active: float | None = None) -> float:
+        """FLOPs per token with `active` neurons (None: the target): `2 (r F + (D - r) k + D k)` (paper, section 2)."""
+        return 2 * self.weights(d_model, active)
+
+    def dense_twin(self) -> GatedFFNConfig | None:
+        """The gated layer of equal parameters, two thirds as wide; None where that is no whole number."""
+        return GatedFFNConfig(d_ff=self.d_ff // 3 * 2) if self.d_ff % 3 == 0 else None
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkFFN:
         require(self.r < ctx.d_model, "model.ffn.r", self.r, f"must be below model.d_model={ctx.d_model}")
@@ -166,10 +180,41 @@ class SparkAttentionConfig:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
-    def mixing_flops(self, keys: int) -> int:
-        """FLOPs per token over `keys` visible keys, of which at most `top_k` are weighed and mixed."""
-        selected = min(self.top_k, keys)
-        return 2 * self.heads * (self.r * keys + (2 * self.head_dim - self.r) * selected)
+    @property
+    def target_keys(self) -> int | None:
+        """Keys that each query's selection aims at; None where all visible keys are attended."""
+        return None if self.selection == "none" else self.top_k
+
+    def mixing_flops(self, keys: int, target: float | None = None) -> float:
+        """FLOPs per token over `keys` visible keys, of which at most `target` (None: `top_k`) are weighed and mixed."""
+        return 2 * self.heads * (self.r * keys + self._gathered_width * self._attended(keys, target))
+
+    def projection_weights(self, d_model: int) -> int:
+        """Weights of the four projections; every token needs all."""
+        return projection_weights(self, d_model)
+
+    def cache_reads(self, keys: int, target: float | None = None) -> float:
+        """Numbers that one token reads from a cache of `keys` visible keys.
+
+        The predictor's `r` dimensions of all keys, the rest of key and value where a query head attends. Heads that
+        share a key/value head are taken to attend to different keys, which is the most that they can read.
+        """
+        rows = min(keys, self.heads // self.kv_heads * self._attended(keys, target))
+        return self.kv_heads * (self.r * keys + self._gathered_width * rows)
+
+    @property
+    def _gathered_width(self) -> int:
+        """Dimensions of key and value that only attended keys need."""
+        return self.head_dim + (0 if self.weighting == "none" else self.head_dim - self.r)
+
+    def _attended(self, keys: int, target: float | None) -> float:
+        target = self.target_keys if target is None else target
+        return keys if target is None else min(target, keys)
+
+    def dense_twin(self) -> GQAConfig:
+        """Attention of equal parameters to all visible keys."""
+        shared = {field.name for field in dataclasses.fields(GQAConfig)} - {"kind", "query_scale"}
+        return GQAConfig(**{name: getattr(self, name) for name in shared})
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkAttention:
         return SparkAttention(self, ctx, rngs)
