@@ -5,16 +5,15 @@ Writes one HTML file with plots and tables: the course of training, and the mete
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.errors import StorageError, UserError, require
+from sparsezoo_jax.errors import UserError, require
 
 if TYPE_CHECKING:
     from sparsezoo_jax.evaluation.report import RunFigures
@@ -79,41 +78,20 @@ def figures(directory: Path, name: str, batches: int, contexts: Sequence[int]) -
     """
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.config import flatten
-    from sparsezoo_jax.evaluation import cost_table, measure, read_history
-    from sparsezoo_jax.evaluation.report import RunFigures
-    from sparsezoo_jax.models import count_parameters
+    from sparsezoo_jax.evaluation.report import run_figures
 
     model, config, tokenizer = run_dir.load(directory)
     if tokenizer is None:
         raise UserError(f"{directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(config.data, "validation", tokenizer)
-    meters = measure(model, config.model, data.evaluation_batches(prepared, config.data.batch_size, batches))
-    return RunFigures(
-        name=name,
-        configuration={field: str(value) for field, value in flatten(config).items()},
-        parameters=count_parameters(config.model).total,
-        evaluation=_final_figures(directory / "evaluation.json"),
-        history=read_history(directory),
-        meters=meters,
-        costs=cost_table(config.model, contexts, meters.sparsity()),
-    )
+    shown = data.evaluation_batches(prepared, config.data.batch_size, batches)
+    return run_figures(directory, name, flatten(config), config.model, model, shown, contexts)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """Last parts of the paths, or whole paths where those are alike."""
     short = [directory.resolve().name for directory in directories]
     return [name if short.count(name) == 1 else str(d) for name, d in zip(short, directories, strict=True)]
-
-
-def _final_figures(path: Path) -> dict[str, Any]:
-    """What training wrote at its end; nothing for a run that has not ended or was converted."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: can't be read ({error})") from None
-    return values if isinstance(values, dict) else {}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.config import RunConfig, flatten
 from sparsezoo_jax.errors import STRICT, DataError, StorageError, require
 
 _STARTED = time.monotonic()
@@ -51,6 +51,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     """
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_model
+    from sparsezoo_jax.evaluation.report import run_figures, write_report
     from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.training.loop import fit
 
@@ -119,6 +120,11 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     _write_json(workdir / "evaluation.json", figures)
     print_figures(figures, workdir)
     print_sample(result.model, tokenizer)
+    if config.eval.report:
+        shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.batches)
+        run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown)
+        write_report(workdir / "report.html", [run])
+        print(f"\nReport: {workdir / 'report.html'}")
     return figures
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.evaluation.cost import Cost
-from sparsezoo_jax.evaluation.history import History
-from sparsezoo_jax.evaluation.meters import LayerMeters, Meters
+from flax import nnx
+
+from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.evaluation.cost import CONTEXTS, Cost, cost_table
+from sparsezoo_jax.evaluation.history import History, read_history
+from sparsezoo_jax.evaluation.meters import LayerMeters, Meters, measure
+from sparsezoo_jax.models import DecoderConfig, count_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +89,47 @@ class RunFigures:
                 ratio = f" (dense {dense.bytes_last / cost.bytes_last:.2f} times)" if dense else ""
                 rows[f"MB read per token, context {context:,}, last"] = f"{cost.bytes_last / 1e6:,.2f}{ratio}"
         return rows
+
+
+def run_figures(
+    directory: Path,
+    name: str,
+    configuration: Mapping[str, Any],
+    decoder: DecoderConfig,
+    model: nnx.Module,
+    batches: Iterable[Mapping[str, Any]],
+    contexts: Sequence[int] = CONTEXTS,
+) -> RunFigures:
+    """Measure a model over `batches` and read what its run left in `directory`.
+
+    Args:
+      name: of the run in the report.
+      configuration: the run's fields and values, to be shown.
+      decoder: the model's configuration.
+      contexts: lengths at which costs are counted.
+
+    Raises:
+      StorageError: the run's files can't be read.
+    """
+    evaluation, history = _final_figures(directory / "evaluation.json"), read_history(directory)
+    meters = measure(model, decoder, batches)
+    return RunFigures(
+        name=name,
+        configuration={field: str(value) for field, value in configuration.items()},
+        parameters=count_parameters(decoder).total,
+        evaluation=evaluation,
+        history=history,
+        meters=meters,
+        costs=cost_table(decoder, contexts, meters.sparsity()),
+    )
+
+
+def _final_figures(path: Path) -> dict[str, Any]:
+    """What training wrote at its end; nothing for a run that has not ended or was converted."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: can't be read ({error})") from None
+    return values if isinstance(values, dict) else {}

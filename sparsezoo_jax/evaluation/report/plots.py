@@ -10,6 +10,8 @@ from sparsezoo_jax.evaluation.meters import LayerMeters, SelectionQuality
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.svg import Series, bar_plot, line_plot
 
+DENSE = 0.99
+"""Density from which on there is nothing to see in how often neurons are active: GELU underflows to 0 now and then."""
 VARIANTS = {"dense": "dense twin", "configured": "as configured", "measured": "as measured"}
 
 
@@ -23,8 +25,10 @@ def run_plots(run: RunFigures) -> list[str]:
         if layer.attention
     ]
     if attended:
-        limits = [max(series.x) for series in attended]
-        every_key = Series("all visible keys", [0, max(limits)], [0, max(limits)])
+        # All visible keys would put the selections of a long context flat onto the axis.
+        seen = max(max(series.x) for series in attended)
+        end = min(seen, 1.5 * max(y for series in attended for y in series.y if y is not None))
+        every_key = Series("all visible keys", [0, end], [0, end])
         plots.append(
             line_plot(
                 "Attended keys", "visible keys", "attended keys", attended, reference=[every_key], y_from_zero=True
@@ -39,7 +43,7 @@ def run_plots(run: RunFigures) -> list[str]:
     frequencies = [
         Series(f"layer {i}", np.linspace(0, 1, len(layer.ffn.frequency)).tolist(), layer.ffn.frequency)
         for i, layer in enumerate(layers)
-        if layer.ffn
+        if layer.ffn and layer.ffn.density < DENSE
     ]
     if frequencies:
         plots.append(

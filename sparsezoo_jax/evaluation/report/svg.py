@@ -132,7 +132,7 @@ class _Axis:
     @staticmethod
     def linear(low: float, high: float, start: float, end: float, *, tight: bool = False) -> _Axis:
         if high - low < 1e-9 * max(abs(high), abs(low), 1e-3):
-            low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+            low, high = min(0.0, 2 * low), max(0.0, high) or 1.0  # one value: its bar from zero
         step = 10.0 ** math.floor(math.log10((high - low) / 5))
         step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
         if not tight:
