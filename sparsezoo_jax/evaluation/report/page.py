@@ -50,7 +50,8 @@ def render(runs: Sequence[RunFigures]) -> str:
         parts.append(f"<section><h2>{escape(run.name)}</h2>" if several else "<section>")
         parts += [] if several else [_headlines([run])]
         parts += [_note(run), _plots(run_plots(run)), _layers(run), _configuration(run), "</section>"]
-    figures = json.dumps([_finite(run.as_dict()) for run in runs], allow_nan=False).replace("<", "\\u003c")
+    figures = json.dumps([_finite(run.as_dict()) for run in runs], allow_nan=False)
+    figures = figures.replace("<", "\\u003c").replace("&", "\\u0026")  # neither ends the element nor needs escapes
     body = "\n".join(part for part in parts if part)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
