@@ -18,7 +18,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.config import RunConfig, flatten
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
 from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here, undivided
 
@@ -86,6 +86,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_model
+    from sparsezoo_jax.evaluation.report import run_figures, write_report
     from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.training.loop import fit
 
@@ -176,10 +177,17 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     if is_main:
         _write_json(workdir / "evaluation.json", figures)
         print_figures(figures, workdir)
-    if jax.process_count() == 1:
-        print_sample(result.model, tokenizer)
-    elif is_main:
-        print(f"\nFor a sample: python -m sparsezoo_jax.generate {workdir} --prompt ...")
+    if jax.process_count() > 1:
+        if is_main:
+            commands = [f"generate {workdir} --prompt ...", f"report {workdir}"]
+            print("\nFor a sample and the report: python -m sparsezoo_jax." + " and ".join(commands))
+        return figures
+    print_sample(result.model, tokenizer)
+    if config.eval.report:
+        shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.batches)
+        run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown)
+        write_report(workdir / "report.html", [run])
+        print(f"\nReport: {workdir / 'report.html'}")
     return figures
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import sparsezoo_jax
-from sparsezoo_jax import cli, evaluate, generate, inference, train
+from sparsezoo_jax import cli, evaluate, generate, inference, report, train
 
 SMALL = {
     "model.vocab-size": 320,
@@ -71,7 +71,7 @@ def rows(workdir):
 
 def test_run_directory(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "evaluation.json"} <= names
+    assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "evaluation.json", "report.html"} <= names
     steps = [row for row in rows(trained) if "split" not in row]
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert all({"loss", "grad_norm", "lr", "ffn_density", "attended_keys"} <= set(row) for row in steps)
@@ -140,6 +140,63 @@ def test_evaluate(trained, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "bits per byte" in table
     assert "attended keys" in table
+
+
+def test_meters(trained, monkeypatch, capsys):
+    args = [trained, "--json", "--batches", 1, "--meter-batches", 1, "--contexts", 64, 128]
+    assert call(evaluate, args, monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out)
+    layers = figures["meters"]["layers"]
+    assert [layer["ffn"]["density"] for layer in layers] == pytest.approx(figures["ffn_density"], rel=1e-5)
+    keys = [layer["attention"]["attended"]["mean"] for layer in layers]
+    assert keys == pytest.approx(figures["attended_keys"], rel=1e-5)
+    assert all(0.5 < layer["ffn_selection"]["recall"] <= 1 for layer in layers)
+    variants = [(cost["context"], cost["variant"]) for cost in figures["costs"]]  # 64 neurons have no gated twin
+    assert variants == [(context, name) for context in (64, 128) for name in ("configured", "measured")]
+    assert call(evaluate, [trained, "--batches", 1, "--no-meters", "--json"], monkeypatch) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain == {name: value for name, value in figures.items() if name not in ("meters", "costs")}
+    for extra, message in (
+        (["--meter-batches", 0], "--meter-batches=0: must be above 0"),
+        (["--contexts", 64, 0], "--contexts=0: must be above 0"),
+    ):
+        assert call(evaluate, [trained, *extra], monkeypatch) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_report(trained, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / name)
+    (tmp_path / "a" / "report.html").unlink()
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    args = ["--batches", 1, "--contexts", 64]
+    assert call(report, [tmp_path / "a", *args], monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report.html")
+    final = json.loads((trained / "evaluation.json").read_text())
+    assert f"{final['loss']:.4f}" in (tmp_path / "a" / "report.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert call(report, ["a", "b", *args], monkeypatch) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>a</h2>" in page
+    assert "1 lines of metrics.jsonl are no metrics" in page
+    for bad, message in (
+        (["a", "missing"], "missing: no run here"),
+        (["a", "a"], "a: named twice"),
+        (["a", "--output", tmp_path], "is a directory; name a file"),
+        (["a", "--output", "no/such/report.html"], "there is no directory no/such"),
+        (["a", "--batches", 0], "--batches=0: must be above 0"),
+        (["a", "--contexts", 0], "--contexts=0: must be above 0"),
+        ([], "DIR"),
+    ):
+        assert call(report, bad, monkeypatch) == 2
+        captured = capsys.readouterr().err
+        assert message in captured
+        assert "Traceback" not in captured
+    assert (tmp_path / "report.html").read_text() == page
+    (tmp_path / "b" / "evaluation.json").write_text("{")
+    assert call(report, ["b", *args], monkeypatch) == 1
+    assert "evaluation.json: can't be read" in capsys.readouterr().err
 
 
 def test_bits_per_byte_is_what_it_says(trained, small_corpus):
@@ -300,6 +357,7 @@ def test_help(monkeypatch, capsys):
         (train, ["--model.ffn.top-k", "--train.schedule.learning-rate", "spark: tiny small 2b 9b"]),
         (evaluate, ["--merge-last", "--json"]),
         (generate, ["--max-new-tokens", "--top-p"]),
+        (report, ["--output", "--contexts"]),
     ):
         assert call(command, ["--help"], monkeypatch) == 0
         text = capsys.readouterr().out

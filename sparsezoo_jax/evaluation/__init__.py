@@ -1,5 +1,18 @@
-"""What a trained model is worth: perplexity, bits per byte and sparsity."""
+"""What a trained model is worth: perplexity, bits per byte, sparsity, and what its tokens cost."""
 
+from sparsezoo_jax.evaluation.cost import Cost, as_rows, cost_table
+from sparsezoo_jax.evaluation.history import History, read_history
+from sparsezoo_jax.evaluation.meters import Meters, measure
 from sparsezoo_jax.evaluation.perplexity import Evaluation, evaluate_model
 
-__all__ = ["Evaluation", "evaluate_model"]
+__all__ = [
+    "Cost",
+    "Evaluation",
+    "History",
+    "Meters",
+    "as_rows",
+    "cost_table",
+    "evaluate_model",
+    "measure",
+    "read_history",
+]

@@ -16,6 +16,9 @@ class EvalConfig:
     final_batches: int | None = None
     """Batches of the evaluation at the end; None reads the whole split."""
 
+    report: bool = True
+    """Write report.html at the end of training."""
+
     def __post_init__(self):
         for name in ("batches", "final_batches"):
             value = getattr(self, name)

@@ -1,7 +1,24 @@
 """One decoder, composed of attention kinds, FFN kinds and residual kinds."""
 
-from sparsezoo_jax.models.accounting import ParameterCount, count_parameters, flops_per_token
+from sparsezoo_jax.models.accounting import (
+    ParameterCount,
+    Sparsity,
+    bytes_per_token,
+    count_parameters,
+    dense_twin,
+    flops_per_token,
+)
 from sparsezoo_jax.models.config import DecoderConfig
 from sparsezoo_jax.models.decoder import Decoder, Output
 
-__all__ = ["Decoder", "DecoderConfig", "Output", "ParameterCount", "count_parameters", "flops_per_token"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Output",
+    "ParameterCount",
+    "Sparsity",
+    "bytes_per_token",
+    "count_parameters",
+    "dense_twin",
+    "flops_per_token",
+]

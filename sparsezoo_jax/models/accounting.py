@@ -1,15 +1,19 @@
-"""Parameters and FLOPs of a decoder, without allocating it."""
+"""Parameters, FLOPs and bytes read per token of a decoder, without allocating it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from sparsezoo_jax.models.config import DecoderConfig
+from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.decoder import Decoder
 
 
@@ -43,10 +47,25 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     return ParameterCount(size(nnx.state(model, nnx.Param)), embedding)
 
 
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse each layer is, in place of what its configuration aims at; None where that is kept."""
+
+    active_neurons: tuple[float | None, ...]
+    """Active neurons of a token, for each layer."""
+    attended_keys: tuple[float | None, ...]
+    """Attended keys of a query that sees more keys than its selection aims at, for each layer."""
+
+
 def flops_per_token(
-    config: DecoderConfig, context: int, *, position: Literal["mean", "last"] = "mean", logits: bool = False
+    config: DecoderConfig,
+    context: int,
+    *,
+    position: Literal["mean", "last"] = "mean",
+    logits: bool = False,
+    sparsity: Sparsity | None = None,
 ) -> float:
-    """FLOPs of one token's forward pass with the sparsity the configuration aims at; a multiply-add counts 2.
+    """FLOPs of one token's forward pass; a multiply-add counts 2.
 
     Counted are matrix products: projections, attention over the visible keys, FFN; norms, softmax and the top-k's
     statistics are not.
@@ -55,18 +74,61 @@ def flops_per_token(
       context: tokens of the sequence.
       position: "last" is the token that sees all of them, "mean" the average over all positions.
       logits: count the output projection too.
+      sparsity: of each layer, as measured; None is the sparsity that the configuration aims at.
 
     Source: Spark Transformer (arXiv 2506.06644), sections 2 and 3 (FLOPs per token).
     """
     total = 0.0
-    for spec in config.layer_specs():
-        window = spec.attention.window if spec.layer_type == "local" else None
-        limit = context if window is None else min(window, context)
-        if position == "last":
-            mixing = spec.attention.mixing_flops(limit)
-        else:
-            # Position t sees min(t, limit) keys; all positions past the limit cost the same.
-            growing = sum(spec.attention.mixing_flops(keys) for keys in range(1, limit))
-            mixing = (growing + (context - limit + 1) * spec.attention.mixing_flops(limit)) / context
-        total += spec.attention.projection_flops(config.d_model) + mixing + spec.ffn.flops(config.d_model)
+    for spec, active, attended in _layers(config, sparsity):
+        mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
+        total += spec.attention.projection_flops(config.d_model) + mixing + spec.ffn.flops(config.d_model, active)
     return total + (2 * config.d_model * config.vocab_size if logits else 0)
+
+
+def bytes_per_token(
+    config: DecoderConfig,
+    context: int,
+    *,
+    position: Literal["mean", "last"] = "last",
+    logits: bool = False,
+    sparsity: Sparsity | None = None,
+) -> float:
+    """Bytes that decoding one token at batch size 1 reads: weights that it needs and the key/value cache.
+
+    Both are counted in the activations' dtype (`model.dtype`), in which they are served. Norms, the embedding's row and
+    the activations themselves are not counted. Arguments as in `flops_per_token`.
+
+    Source: Spark Transformer (arXiv 2506.06644), section 2 (columns of K2 and rows of V of active neurons only).
+    """
+    numbers = 0.0
+    for spec, active, attended in _layers(config, sparsity):
+        cache = _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
+        numbers += spec.attention.projection_weights(config.d_model) + cache + spec.ffn.weights(config.d_model, active)
+    numbers += config.d_model * config.vocab_size if logits else 0
+    return numbers * jnp.dtype(config.dtype).itemsize
+
+
+def dense_twin(config: DecoderConfig) -> DecoderConfig | None:
+    """The decoder of equal parameters that computes every neuron and attends to every visible key.
+
+    `config` itself when it is dense; None when its FFN has no gated form of equal parameters.
+    """
+    ffn = config.ffn.dense_twin()
+    return None if ffn is None else dataclasses.replace(config, ffn=ffn, attention=config.attention.dense_twin())
+
+
+def _layers(config: DecoderConfig, sparsity: Sparsity | None):
+    nothing = (None,) * config.layers
+    measured = Sparsity(nothing, nothing) if sparsity is None else sparsity
+    return zip(config.layer_specs(), measured.active_neurons, measured.attended_keys, strict=True)
+
+
+def _over_positions(cost: Callable[[int], float], spec: LayerSpec, context: int, position: str) -> float:
+    """`cost` of a number of visible keys for the last token, or averaged over the positions of the context."""
+    window = spec.attention.window if spec.layer_type == "local" else None
+    limit = context if window is None else min(window, context)
+    if position == "last":
+        return cost(limit)
+    # Position t sees min(t, limit) keys; all positions past the limit cost the same.
+    growing = sum(cost(keys) for keys in range(1, limit))
+    return (growing + (context - limit + 1) * cost(limit)) / context

@@ -13,6 +13,7 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import (
@@ -56,9 +57,26 @@ class GQAConfig:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
-    def mixing_flops(self, keys: int) -> int:
-        """FLOPs per token of scores and mixing over `keys` visible keys."""
+    @property
+    def target_keys(self) -> None:
+        """No keys are selected."""
+        return None
+
+    def mixing_flops(self, keys: int, target: float | None = None) -> float:
+        """FLOPs per token of scores and mixing over `keys` visible keys; `target` changes nothing."""
         return 4 * self.heads * self.head_dim * keys
+
+    def projection_weights(self, d_model: int) -> int:
+        """Weights of the four projections; every token needs all."""
+        return projection_weights(self, d_model)
+
+    def cache_reads(self, keys: int, target: float | None = None) -> float:
+        """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
+        return 2 * self.kv_heads * self.head_dim * keys
+
+    def dense_twin(self) -> GQAConfig:
+        """Attention of equal parameters to all visible keys: this one."""
+        return self
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
         return GQA(self, ctx, rngs)
@@ -78,6 +96,13 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, ro
 def projection_flops(d_model: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """FLOPs per token of query, key, value and output projections."""
     return 4 * d_model * head_dim * (heads + kv_heads)
+
+
+def projection_weights(config, d_model: int) -> int:
+    """Weights of query, key, value and output projections, biases included."""
+    width = config.head_dim * (config.heads + config.kv_heads)
+    biases = config.head_dim * (config.heads + 2 * config.kv_heads) + d_model if config.bias else 0
+    return 2 * d_model * width + biases
 
 
 class Projections(nnx.Module):
@@ -153,4 +178,5 @@ class GQA(nnx.Module):
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         y = dense_attention(q, k, v, mask, scale=scale, softcap=config.softcap)
         attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
-        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache
+        aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
+        return self.projections.output(y), aux, cache

@@ -6,6 +6,7 @@ K key/value heads, H head width, E experts, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -76,14 +77,16 @@ class BuildContext:
 class LayerAux(NamedTuple):
     """Results of a layer beside its output: losses to be weighted by objectives, and statistics to be reported.
 
-    A kind always returns the same keys, so that layers stack under `jax.lax.scan`. All values are scalars.
+    A kind always returns the same keys, so that layers stack under `jax.lax.scan`. Losses and statistics are scalars;
+    records are the internal arrays that the call asked for (see `models.records`).
     """
 
     losses: dict[str, jax.Array] = {}
     stats: dict[str, jax.Array] = {}
+    records: dict[str, jax.Array] = {}
 
     def merged(self, other: LayerAux) -> LayerAux:
-        return LayerAux({**self.losses, **other.losses}, {**self.stats, **other.stats})
+        return LayerAux(*({**mine, **theirs} for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass
@@ -98,6 +101,14 @@ class CallContext:
     """For each layer type, true where the query may see the key."""
     cache_end: Any = None
     """First free slot of the key/value cache, when one is in use."""
+    record: frozenset[str] = frozenset()
+    """Names of internal arrays that the caller wants; see `models.records`."""
+    summarise: Any = None
+    """Reduces a layer's records before they leave the layer; see `Decoder.__call__`."""
+
+    def recorded(self, arrays: Mapping[str, Callable[[], jax.Array]]) -> dict[str, jax.Array]:
+        """Those of `arrays` (name to a function that makes the array) that the caller wants."""
+        return {name: make() for name, make in arrays.items() if name in self.record}
 
     def mean_over_tokens(self, x_BT: jax.Array) -> jax.Array:
         """Average of a per-token quantity over real tokens, float32."""

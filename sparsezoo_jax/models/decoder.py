@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,11 @@ from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 from sparsezoo_jax.models.embedding import lookup
+from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
+
+Summarise = Callable[[dict[str, jax.Array], LayerSpec, CallContext], dict[str, jax.Array]]
 
 
 class Output(NamedTuple):
@@ -30,6 +34,8 @@ class Output(NamedTuple):
     """Statistics per layer, float32 [L], averaged over real tokens; NaN where a layer has no such statistic."""
     cache: DecoderCache | None = None
     """The cache after this call, when one was given."""
+    records: dict[str, tuple[jax.Array | None, ...]] = {}
+    """What was asked to be recorded: name to one array per layer, None where a layer has no such array."""
 
 
 class Block(nnx.Module):
@@ -37,6 +43,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, rngs: nnx.Rngs):
         ctx = config.build_context(spec.layer_type)
+        self.spec = spec
         self.attention_residual = config.residual.build(ctx, config.norm, rngs)
         self.attention = spec.attention.build(ctx, rngs)
         self.ffn_residual = config.residual.build(ctx, config.norm, rngs)
@@ -53,7 +60,10 @@ class Block(nnx.Module):
         x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
         x_BTD, ffn_aux = self.ffn_residual(x_BTD, lambda h_BTD: self.ffn(h_BTD, ctx))
         x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
-        return x_BTD, attention_aux.merged(ffn_aux), cache
+        aux = attention_aux.merged(ffn_aux)
+        if ctx.summarise is not None:
+            aux = aux._replace(records=ctx.summarise(aux.records, self.spec, ctx))
+        return x_BTD, aux, cache
 
 
 class Period(nnx.Module):
@@ -108,6 +118,8 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         cache: DecoderCache | None = None,
         logits: bool = True,
+        record: Collection[str] = (),
+        summarise: Summarise | None = None,
     ) -> Output:
         """Logits of every next token.
 
@@ -119,9 +131,13 @@ class Decoder(nnx.Module):
             tokens in the cache.
           cache: keys and values of earlier tokens; see `init_cache`. Layers run unrolled then.
           logits: make the logits of all positions. Off, `logits_of(out.hidden[...])` makes those that are wanted.
+          record: names of internal arrays to return in `records`; `models.records` lists them. Static under jit.
+          summarise: called in each layer with its records, its specification and the call's context; what it returns
+            takes the records' place. So the arrays of one layer live at a time, not those of all.
         """
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
+        ctx.record, ctx.summarise = checked(record), summarise
         dtype = jnp.dtype(config.dtype)
         x_BTD: Any = lookup(self.embedding_VD[...], tokens_BT, dtype)
         scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
@@ -147,7 +163,7 @@ class Decoder(nnx.Module):
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
         hidden_BTD = self.final_norm(x_BTD)
         made = self.logits_of(hidden_BTD) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
-        return Output(made, hidden_BTD, losses, stats, cache)
+        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes))
 
     def _single(self) -> tuple[SegmentSpec, ...]:
         return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
@@ -268,6 +284,11 @@ def _collect(auxes: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax
     absent = jnp.full((), jnp.nan, jnp.float32)
     stats = {name: jnp.stack([aux.stats.get(name, absent) for aux in auxes]) for name in stat_names}
     return losses, stats
+
+
+def _records(auxes: list[LayerAux]) -> dict[str, tuple[jax.Array | None, ...]]:
+    names = sorted({name for aux in auxes for name in aux.records})
+    return {name: tuple(aux.records.get(name) for aux in auxes) for name in names}
 
 
 def positions_within_segments(segment_ids_BT: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from sparsezoo_jax.models.common import (
     LayerAux,
     activation_fn,
 )
+from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 from sparsezoo_jax.sharding import constrain
@@ -60,10 +61,26 @@ class GatedFFNConfig:
         pattern = self.activation_sparsity_pattern
         return dataclasses.replace(self, activation_sparsity_pattern=(pattern[layer if len(pattern) > 1 else 0],))
 
-    def flops(self, d_model: int) -> float:
-        """FLOPs per token that active neurons need (a multiply-add counts 2); the gate is always computed whole."""
+    @property
+    def target_active(self) -> float | None:
+        """Neurons that a layer's selection aims at; None where nothing is selected by count."""
         sparsity = self.activation_sparsity_pattern[0] if self.activation_sparsity_pattern else 0.0
-        return 2 * d_model * self.d_ff * (1 + 2 * (1 - sparsity))
+        by_count = sparsity > 0 and self.selection not in ("relu", "none")
+        return (1 - sparsity) * self.d_ff if by_count else None
+
+    def weights(self, d_model: int, active: float | None = None) -> float:
+        """Weights that one token needs with `active` neurons (None: the target); the gate is always computed whole."""
+        active = or_target(active, self)
+        biases = self.d_ff + active + d_model if self.bias else 0
+        return d_model * self.d_ff + 2 * d_model * active + biases
+
+    def flops(self, d_model: int, active: float | None = None) -> float:
+        """FLOPs per token with `active` neurons (None: the target; a multiply-add counts 2)."""
+        return 2 * d_model * (self.d_ff + 2 * or_target(active, self))
+
+    def dense_twin(self) -> GatedFFNConfig:
+        """The layer of equal parameters that computes all neurons."""
+        return dataclasses.replace(self, activation_sparsity_pattern=())
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GatedFFN:
         return GatedFFN(self, ctx, rngs)
@@ -86,12 +103,16 @@ class GatedFFN(nnx.Module):
         config = self.config
         sparsity = config.activation_sparsity_pattern[0] if config.activation_sparsity_pattern else 0.0
         gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype)
+        scores = gate
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
         hidden = constrain(gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype), ("batch", "length", "ffn"))
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
-        aux = LayerAux(stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)})
+        aux = LayerAux(
+            stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate}),
+        )
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
 
 
@@ -114,9 +135,24 @@ class PlainFFNConfig:
         """The configuration of one layer: all are alike."""
         return self
 
-    def flops(self, d_model: int) -> float:
-        """FLOPs per token (a multiply-add counts 2)."""
-        return 4 * d_model * self.d_ff
+    @property
+    def target_active(self) -> None:
+        """Nothing is selected by count."""
+        return None
+
+    def weights(self, d_model: int, active: float | None = None) -> float:
+        """Weights that one token needs with `active` neurons (None: all); the first map is always computed whole."""
+        active = or_target(active, self)
+        biases = self.d_ff + d_model if self.bias else 0
+        return d_model * (self.d_ff + active) + biases
+
+    def flops(self, d_model: int, active: float | None = None) -> float:
+        """FLOPs per token with `active` neurons (None: all; a multiply-add counts 2)."""
+        return 2 * d_model * (self.d_ff + or_target(active, self))
+
+    def dense_twin(self) -> PlainFFNConfig:
+        """The layer of equal parameters that computes all neurons: this one."""
+        return self
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> PlainFFN:
         return PlainFFN(self, ctx, rngs)
@@ -134,11 +170,21 @@ class PlainFFN(nnx.Module):
         self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        hidden = activation_fn(self.config.activation)(linear(x_BTD, self.up_DF, self.up_bias, self.dtype))
-        hidden = constrain(hidden, ("batch", "length", "ffn"))
+        scores = linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
+        hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
-        aux = LayerAux(stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)})
+        aux = LayerAux(
+            stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden}),
+        )
         return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
+
+
+def or_target(active: float | None, config) -> float:
+    """`active`, or else the number of neurons that `config` aims at, or else all of its neurons."""
+    if active is None:
+        active = config.target_active
+    return config.d_ff if active is None else active
 
 
 def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: jnp.dtype) -> jax.Array:

@@ -1,7 +1,9 @@
 """The unions of layer kinds that a decoder can be composed of: a new kind is added here and nowhere else.
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
-have `for_layer(layer, layers)`, which gives one layer's own configuration.
+have `for_layer(layer, layers)`, which gives one layer's own configuration. For accounting, FFN kinds have
+`target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`, `projection_flops`, `mixing_flops`,
+`projection_weights`, `cache_reads` and `dense_twin`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ The predictor is part of the function, not an approximation of one: nothing else
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -13,12 +14,20 @@ from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.models.attention import Projections, check_heads, projection_flops
+from sparsezoo_jax.models.attention import GQAConfig, Projections, check_heads, projection_flops, projection_weights
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
-from sparsezoo_jax.models.ffn import density
+from sparsezoo_jax.models.ffn import GatedFFNConfig, density, or_target
+from sparsezoo_jax.models.records import (
+    ATTENTION_SCORES,
+    ATTENTION_SELECTED,
+    ATTENTION_VISIBLE,
+    FFN_GATE,
+    FFN_SCORES,
+)
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
-from sparsezoo_jax.pallas_kernels.spark_attention import spark_attention
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import predicted_keys, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
 
 
@@ -61,9 +70,22 @@ class SparkFFNConfig:
         """The configuration of one layer: all are alike."""
         return self
 
-    def flops(self, d_model: int) -> float:
-        """FLOPs per token that `top_k` active neurons need: `2 r F + 2 (D - r) k + 2 D k` (paper, section 2)."""
-        return 2 * self.r * self.d_ff + 2 * (d_model - self.r) * self.top_k + 2 * d_model * self.top_k
+    @property
+    def target_active(self) -> float | None:
+        """Neurons that the selection aims at; None where nothing is selected by count."""
+        return None if self.selection in ("relu", "none") else self.top_k
+
+    def weights(self, d_model: int, active: float | None = None) -> float:
+        """Weights that one token needs with `active` neurons (None: the target): `r F + (D - r) k + D k`."""
+        return self.r * self.d_ff + (2 * d_model - self.r) * or_target(active, self)
+
+    def flops(self, d_model: int, active: float | None = None) -> float:
+        """FLOPs per token with `active` neurons (None: the target): `2 (r F + (D - r) k + D k)` (paper, section 2)."""
+        return 2 * self.weights(d_model, active)
+
+    def dense_twin(self) -> GatedFFNConfig | None:
+        """The gated layer of equal parameters, two thirds as wide; None where that is no whole number."""
+        return GatedFFNConfig(d_ff=self.d_ff // 3 * 2) if self.d_ff % 3 == 0 else None
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkFFN:
         require(self.r < ctx.d_model, "model.ffn.r", self.r, f"must be below model.d_model={ctx.d_model}")
@@ -82,10 +104,10 @@ class SparkFFN(nnx.Module):
         self.v_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, scale=config.v_init_scale, output=True)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        config = self.config
+        config, k1_RF = self.config, self.k1_RF[...].astype(self.dtype)
         y, gate = spark_ffn(
             x_BTD,
-            self.k1_RF[...].astype(self.dtype),
+            k1_RF,
             self.k2_DF[...].astype(self.dtype),
             self.v_FD[...].astype(self.dtype),
             top_k=config.top_k,
@@ -95,7 +117,10 @@ class SparkFFN(nnx.Module):
             return_gate=True,
             implementation=config.implementation,
         )
-        return y, LayerAux(stats={"ffn_density": density(jax.lax.stop_gradient(gate), ctx)})
+        # The kernel keeps its scores to itself: who wants them has them computed again.
+        records = {FFN_SCORES: lambda: matmul(x_BTD[..., : config.r], k1_RF), FFN_GATE: lambda: gate}
+        stats = {"ffn_density": density(jax.lax.stop_gradient(gate), ctx)}
+        return y, LayerAux(stats=stats, records=ctx.recorded(records))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -155,10 +180,41 @@ class SparkAttentionConfig:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
-    def mixing_flops(self, keys: int) -> int:
-        """FLOPs per token over `keys` visible keys, of which at most `top_k` are weighed and mixed."""
-        selected = min(self.top_k, keys)
-        return 2 * self.heads * (self.r * keys + (2 * self.head_dim - self.r) * selected)
+    @property
+    def target_keys(self) -> int | None:
+        """Keys that each query's selection aims at; None where all visible keys are attended."""
+        return None if self.selection == "none" else self.top_k
+
+    def mixing_flops(self, keys: int, target: float | None = None) -> float:
+        """FLOPs per token over `keys` visible keys, of which at most `target` (None: `top_k`) are weighed and mixed."""
+        return 2 * self.heads * (self.r * keys + self._gathered_width * self._attended(keys, target))
+
+    def projection_weights(self, d_model: int) -> int:
+        """Weights of the four projections; every token needs all."""
+        return projection_weights(self, d_model)
+
+    def cache_reads(self, keys: int, target: float | None = None) -> float:
+        """Numbers that one token reads from a cache of `keys` visible keys.
+
+        The predictor's `r` dimensions of all keys, the rest of key and value where a query head attends. Heads that
+        share a key/value head are taken to attend to different keys, which is the most that they can read.
+        """
+        rows = min(keys, self.heads // self.kv_heads * self._attended(keys, target))
+        return self.kv_heads * (self.r * keys + self._gathered_width * rows)
+
+    @property
+    def _gathered_width(self) -> int:
+        """Dimensions of key and value that only attended keys need."""
+        return self.head_dim + (0 if self.weighting == "none" else self.head_dim - self.r)
+
+    def _attended(self, keys: int, target: float | None) -> float:
+        target = self.target_keys if target is None else target
+        return keys if target is None else min(target, keys)
+
+    def dense_twin(self) -> GQAConfig:
+        """Attention of equal parameters to all visible keys."""
+        shared = {field.name for field in dataclasses.fields(GQAConfig)} - {"kind", "query_scale"}
+        return GQAConfig(**{name: getattr(self, name) for name in shared})
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkAttention:
         return SparkAttention(self, ctx, rngs)
@@ -196,11 +252,12 @@ class SparkAttention(nnx.Module):
         if cache is not None:
             cache = cache.updated(k, v, ctx.cache_end)
             k, v = cache
+        mask = ctx.masks_BTS[self.layer_type]
         y, attended_BTN = spark_attention(
             q,
             k,
             v,
-            ctx.masks_BTS[self.layer_type],
+            mask,
             r=config.r,
             top_k=config.top_k,
             ddof=config.ddof,
@@ -213,4 +270,23 @@ class SparkAttention(nnx.Module):
             implementation=config.implementation,
         )
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
-        return self.projections.output(y), LayerAux(stats={"attended_keys": attended}), cache
+        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, k, mask, ctx))
+        return self.projections.output(y), aux, cache
+
+    def _records(self, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
+        if not ctx.record:
+            return {}
+        config = self.config
+        scores, selected = predicted_keys(
+            q,
+            k,
+            mask_BTS,
+            r=config.r,
+            top_k=config.top_k,
+            ddof=config.ddof,
+            predictor_scale=config.predictor_scale,
+            softcap=config.softcap,
+            selection=config.selection,
+        )
+        arrays = {ATTENTION_SCORES: scores, ATTENTION_SELECTED: selected, ATTENTION_VISIBLE: mask_BTS}
+        return {name: array for name, array in arrays.items() if name in ctx.record}

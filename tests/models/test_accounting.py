@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.models import flops_per_token
+from sparsezoo_jax.models import (
+    Sparsity,
+    bytes_per_token,
+    count_parameters,
+    dense_twin,
+    flops_per_token,
+)
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 
 DENSE, SPARK = preset("dense", "gemma2_2b").model, preset("spark", "2b").model
@@ -16,8 +22,6 @@ def test_ffn():
     assert SPARK.ffn.flops(2304) == 36_239_360
     assert DENSE.ffn.flops(2304) == 127_401_984
     assert DENSE.ffn.flops(2304) / SPARK.ffn.flops(2304) == pytest.approx(3.516, abs=1e-3)
-    # A multiply-add reads one weight: at batch 1 in bfloat16, bytes of weights read equal FLOPs.
-    assert SPARK.ffn.flops(2304) / 2 * 2 == pytest.approx(36.2e6, rel=2e-3)
 
 
 def test_gemma3n_gate_is_computed_whole():
@@ -49,3 +53,59 @@ def test_whole_model(context, position, logits, dense, ffn_only, spark):
     assert counted == pytest.approx([dense, ffn_only, spark], abs=1.5e-3)
     if (context, position, logits) == (8192, "mean", False):
         assert counted[0] / counted[2] == pytest.approx(2.52, abs=0.01)
+
+
+def test_weight_bytes():
+    # bfloat16, one layer: K1 whole, K2's columns and V's rows of the active neurons.
+    spark, dense = 2 * SPARK.ffn.weights(2304), 2 * DENSE.ffn.weights(2304)
+    assert 2 * SPARK.ffn.weights(2304, active=0) == pytest.approx(28.3e6, rel=2e-3)
+    assert spark - 2 * SPARK.ffn.weights(2304, active=0) == pytest.approx(7.9e6, rel=5e-3)
+    assert (spark, dense) == pytest.approx((36.2e6, 127.4e6), rel=2e-3)
+    assert 2 * SPARK.ffn.weights(2304, active=13_824) == dense, "all neurons active: the dense twin's bytes"
+
+
+def test_cache_reads():
+    # Per key/value head: 128 predictor dimensions of all keys, 384 of key and value for each of 2 x 256 attended rows.
+    assert SPARK.attention.cache_reads(8192) == 4 * (128 * 8192 + 384 * 512)
+    assert DENSE.attention.cache_reads(8192) == 4 * 512 * 8192
+    assert SPARK.attention.cache_reads(300) == DENSE.attention.cache_reads(300), "both heads' keys may be all there are"
+    unweighted = dataclasses.replace(SPARK.attention, weighting="none")
+    assert unweighted.cache_reads(8192) == 4 * (128 * 8192 + 256 * 512)
+
+
+def test_bytes_of_the_whole_model():
+    layer = 2 * 2304 * 256 * 12 + SPARK.ffn.weights(2304)
+    cache = 13 * (SPARK.attention.cache_reads(8192) + SPARK.attention.cache_reads(4096))
+    assert bytes_per_token(SPARK, 8192) == 2 * (26 * layer + cache)
+    assert bytes_per_token(SPARK, 8192, logits=True) - bytes_per_token(SPARK, 8192) == 2 * 2304 * 256_128
+    assert bytes_per_token(dataclasses.replace(SPARK, dtype="float32"), 64) == 2 * bytes_per_token(SPARK, 64)
+
+
+def test_measured_sparsity_takes_the_place_of_the_aim():
+    aim = Sparsity((1106,) * 26, (256,) * 26)
+    for count in (flops_per_token, bytes_per_token):
+        assert count(SPARK, 8192, sparsity=aim) == count(SPARK, 8192)
+        unknown = Sparsity((None,) * 26, (None,) * 26)
+        assert count(SPARK, 8192, sparsity=unknown) == count(SPARK, 8192)
+    one_more = Sparsity((1107, *(1106,) * 25), (256,) * 26)
+    assert flops_per_token(SPARK, 8192, sparsity=one_more) - flops_per_token(SPARK, 8192) == 2 * (2 * 2304 - 1024)
+    fewer_keys = Sparsity((1106,) * 26, (200, *(256,) * 25))
+    saved = flops_per_token(SPARK, 8192, position="last") - flops_per_token(
+        SPARK, 8192, position="last", sparsity=fewer_keys
+    )
+    assert saved == 2 * 8 * (2 * 256 - 128) * 56
+
+
+def test_dense_twin():
+    twin = dense_twin(SPARK)
+    assert (twin.ffn, twin.attention) == (DENSE.ffn, DENSE.attention)
+    assert count_parameters(twin).non_embedding == count_parameters(SPARK).non_embedding
+    assert dense_twin(DENSE) == DENSE
+    assert dense_twin(dataclasses.replace(SPARK, ffn=dataclasses.replace(SPARK.ffn, d_ff=13_825))) is None
+    assert flops_per_token(twin, 8192) == flops_per_token(DENSE, 8192)
+
+
+def test_selection_by_sign_has_no_aim():
+    positive = dataclasses.replace(SPARK.ffn, selection="relu")
+    assert positive.target_active is None
+    assert positive.flops(2304) == DENSE.ffn.flops(2304), "how many are positive is not configured: all are counted"

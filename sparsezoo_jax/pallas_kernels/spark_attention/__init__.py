@@ -22,6 +22,7 @@ __all__ = [
     "NEGATIVE",
     "attention_scores",
     "attention_values",
+    "predicted_keys",
     "rows_of_mask",
     "select_keys",
     "softcapped",
@@ -96,3 +97,41 @@ def spark_attention(
         selection=selection,
         weighting=weighting,
     )
+
+
+def predicted_keys(
+    q: jax.Array,
+    k: jax.Array,
+    mask: jax.Array,
+    *,
+    r: int,
+    top_k: int,
+    ddof: int = 1,
+    predictor_scale: float | None = None,
+    softcap: float | None = None,
+    selection: Literal["statistical", "exact", "none"] = "statistical",
+) -> tuple[jax.Array, jax.Array]:
+    """What `spark_attention` selects, for inspection: arguments as there, by its plain JAX definition.
+
+    Returns:
+      The predictor's scores, at least float32, and booleans of the selected keys, both [B, N, T, S].
+    """
+    batch, queries, heads, _ = q.shape
+    scores, selected = reference.predicted_keys(
+        q,
+        k,
+        mask,
+        r=r,
+        top_k=top_k,
+        ddof=ddof,
+        predictor_scale=r**-0.5 if predictor_scale is None else predictor_scale,
+        softcap=softcap,
+        selection=selection,
+    )
+
+    def by_head(rows_BKRS: jax.Array) -> jax.Array:
+        # Rows are ordered by query first; see `attention_scores`.
+        return rows_BKRS.reshape(batch, k.shape[2], queries, -1, k.shape[1]).swapaxes(2, 3).reshape(shape)
+
+    shape = (batch, heads, queries, k.shape[1])
+    return by_head(scores), by_head(selected)

@@ -75,6 +75,24 @@ def rows_of_mask(mask_BTS: jax.Array, group: int) -> jax.Array:
     return jnp.repeat(mask_BTS, group, axis=1)[:, None]
 
 
+def predicted_keys(
+    q: jax.Array,
+    k: jax.Array,
+    mask: jax.Array,
+    *,
+    r: int,
+    top_k: int,
+    ddof: int,
+    predictor_scale: float,
+    softcap: float | None,
+    selection: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Predictor scores and selected keys, both [B, K, T * G, S]."""
+    visible = rows_of_mask(mask, q.shape[2] // k.shape[2])
+    scores = softcapped(attention_scores(q[..., :r], k[..., :r], predictor_scale), softcap)
+    return scores, select_keys(scores, visible, top_k, ddof=ddof, selection=selection)
+
+
 def spark_attention(
     q: jax.Array,
     k: jax.Array,
@@ -92,20 +110,24 @@ def spark_attention(
     weighting: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mixed values [B, T, N, H] and the number of attended keys [B, T, N]."""
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     group = heads // k.shape[2]
-
-    def scores_of(part: slice, scale: float) -> jax.Array:
-        return attention_scores(q[..., part], k[..., part], scale)
-
-    visible = rows_of_mask(mask, group)
-    predictor = softcapped(scores_of(slice(0, r), predictor_scale), softcap)
-    selected = select_keys(predictor, visible, top_k, ddof=ddof, selection=selection)
+    predictor, selected = predicted_keys(
+        q,
+        k,
+        mask,
+        r=r,
+        top_k=top_k,
+        ddof=ddof,
+        predictor_scale=predictor_scale,
+        softcap=softcap,
+        selection=selection,
+    )
     weights = jax.nn.softmax(jnp.where(selected, predictor, NEGATIVE), axis=-1)
     # A query that sees nothing (padding of a cache) has a softmax over nothing: its weights are zero, not uniform.
     weights = jnp.where(selected, weights, 0)
     if weighting == "softplus":
-        weights = weights * softplus(softcapped(scores_of(slice(r, width), value_scale), softcap_values))
+        weights = weights * softplus(softcapped(attention_scores(q[..., r:], k[..., r:], value_scale), softcap_values))
     attended_BKR = jnp.sum(selected, axis=-1, dtype=jnp.int32)
     attended_BTN = attended_BKR.reshape(batch, -1, queries, group).swapaxes(1, 2).reshape(batch, queries, heads)
     return attention_values(weights, v, queries), attended_BTN

@@ -1,0 +1,135 @@
+"""What a report shows of one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.evaluation.cost import CONTEXTS, Cost, cost_table
+from sparsezoo_jax.evaluation.history import History, read_history
+from sparsezoo_jax.evaluation.meters import LayerMeters, Meters, measure
+from sparsezoo_jax.models import DecoderConfig, count_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFigures:
+    """One run."""
+
+    name: str
+    """What the run is called in the report; distinct among its runs."""
+    configuration: dict[str, Any]
+    """Dotted field names and values."""
+    parameters: int
+    evaluation: dict[str, Any]
+    """The final figures of training (`evaluation.json`), empty where there are none."""
+    history: History
+    meters: Meters
+    costs: list[Cost]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name, for JSON."""
+        return dataclasses.asdict(self)
+
+    def layer_mean(self, value: Callable[[LayerMeters], float | None]) -> float | None:
+        """Mean of a figure over the layers that have it."""
+        values = [x for x in map(value, self.meters.layers) if x is not None]
+        return sum(values) / len(values) if values else None
+
+    def cost(self, context: int, variant: str) -> Cost | None:
+        """The cost at a context, where it was counted."""
+        return next((c for c in self.costs if (c.context, c.variant) == (context, variant)), None)
+
+    @property
+    def contexts(self) -> list[int]:
+        """Context lengths at which costs were counted."""
+        return list(dict.fromkeys(cost.context for cost in self.costs))
+
+    def headline(self) -> dict[str, str]:
+        """The run in a few figures, formatted; "–" where there is none."""
+        figures = self.evaluation
+
+        def final(name: str, form: str) -> str:
+            value = figures.get(name)
+            return format(value, form) if isinstance(value, (int, float)) else "–"
+
+        def shown(value: float | None, form: str) -> str:
+            return "–" if value is None else format(value, form)
+
+        layers = self.meters.layers
+        neurons = sum(layer.ffn.neurons for layer in layers if layer.ffn)
+        dead = sum(layer.ffn.dead for layer in layers if layer.ffn)
+        rows = {
+            "parameters": f"{self.parameters:,}",
+            "step": final("step", ",d"),
+            "validation loss (nats/token)": final("loss", ".4f"),
+            "perplexity": final("perplexity", ".2f"),
+            "bits per byte": final("bits_per_byte", ".4f"),
+            "FFN density": shown(self.layer_mean(lambda x: x.ffn and x.ffn.density), ".2%"),
+            "FFN selection: recall": shown(
+                self.layer_mean(lambda x: x.ffn_selection and x.ffn_selection.recall), ".3f"
+            ),
+            "FFN selection: precision": shown(
+                self.layer_mean(lambda x: x.ffn_selection and x.ffn_selection.precision), ".3f"
+            ),
+            "dead neurons": f"{dead:,} of {neurons:,}" if neurons else "–",
+            "attended keys": shown(self.layer_mean(lambda x: x.attention and x.attention.attended.mean), ".1f"),
+        }
+        for context in self.contexts:
+            measured, dense = self.cost(context, "measured"), self.cost(context, "dense")
+            cost = measured or self.cost(context, "configured")
+            if cost is not None:
+                ratio = f" (dense {dense.flops_mean / cost.flops_mean:.2f} times)" if dense else ""
+                rows[f"MFLOPs per token, context {context:,}, mean"] = f"{cost.flops_mean / 1e6:,.2f}{ratio}"
+                ratio = f" (dense {dense.bytes_last / cost.bytes_last:.2f} times)" if dense else ""
+                rows[f"MB read per token, context {context:,}, last"] = f"{cost.bytes_last / 1e6:,.2f}{ratio}"
+        return rows
+
+
+def run_figures(
+    directory: Path,
+    name: str,
+    configuration: Mapping[str, Any],
+    decoder: DecoderConfig,
+    model: nnx.Module,
+    batches: Iterable[Mapping[str, Any]],
+    contexts: Sequence[int] = CONTEXTS,
+) -> RunFigures:
+    """Measure a model over `batches` and read what its run left in `directory`.
+
+    Args:
+      name: of the run in the report.
+      configuration: the run's fields and values, to be shown.
+      decoder: the model's configuration.
+      contexts: lengths at which costs are counted.
+
+    Raises:
+      StorageError: the run's files can't be read.
+    """
+    evaluation, history = _final_figures(directory / "evaluation.json"), read_history(directory)
+    meters = measure(model, decoder, batches)
+    return RunFigures(
+        name=name,
+        configuration={field: str(value) for field, value in configuration.items()},
+        parameters=count_parameters(decoder).total,
+        evaluation=evaluation,
+        history=history,
+        meters=meters,
+        costs=cost_table(decoder, contexts, meters.sparsity()),
+    )
+
+
+def _final_figures(path: Path) -> dict[str, Any]:
+    """What training wrote at its end; nothing for a run that has not ended or was converted."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: can't be read ({error})") from None
+    return values if isinstance(values, dict) else {}

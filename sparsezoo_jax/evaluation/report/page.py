@@ -1,0 +1,172 @@
+"""The page of a report: headline figures, plots, tables and configuration, in one file without external parts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.evaluation.report.figures import RunFigures
+from sparsezoo_jax.evaluation.report.plots import comparison_plots, run_plots
+
+# The palette of Okabe and Ito, which the common forms of colour blindness keep apart, lightened where it is dark.
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --back: #ffffff; --faint: #e2e2e2; --grey: #777777; --ramp: 42%;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; --c6: #8c6d00;
+  --c7: #444444; }
+@media (prefers-color-scheme: dark) { :root { --text: #e8e8e8; --back: #16181b; --faint: #33373c; --grey: #9a9a9a;
+  --ramp: 62%; --c0: #4aa8e0; --c1: #ff8c42; --c2: #2cc79a; --c6: #f0e442; --c7: #c8c8c8; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
+  max-width: 1460px; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.2rem; }
+figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2rem; }
+svg { width: 100%; height: auto; }
+.line { fill: none; stroke-width: 1.6; } .axis { fill: none; stroke: var(--text); stroke-width: 1; }
+.grid { stroke: var(--faint); stroke-width: 1; } .reference { fill: none; stroke: var(--grey); stroke-dasharray: 4 4; }
+.tick, .label { font-size: 11px; fill: var(--text); } .hover { fill: transparent; }
+.hover:hover { fill: var(--grey); fill-opacity: .5; }
+.legend { list-style: none; margin: 0; padding: 0 0 0 52px; display: flex; flex-wrap: wrap; gap: 0 .9rem;
+  font-size: 12px; }
+.legend span { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } .note { color: var(--grey); }
+"""
+
+
+def render(runs: Sequence[RunFigures]) -> str:
+    """The report of one or several runs as an HTML document; the figures are in it as JSON, too."""
+    several = len(runs) > 1
+    title = f"{len(runs)} runs" if several else runs[0].name
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if several:
+        parts += [_headlines(runs), _plots(comparison_plots(runs)), _differences(runs)]
+    for run in runs:
+        parts.append(f"<section><h2>{escape(run.name)}</h2>" if several else "<section>")
+        parts += [] if several else [_headlines([run])]
+        parts += [_note(run), _plots(run_plots(run)), _layers(run), _configuration(run), "</section>"]
+    figures = json.dumps([_finite(run.as_dict()) for run in runs], allow_nan=False)
+    figures = figures.replace("<", "\\u003c").replace("&", "\\u0026")  # neither ends the element nor needs escapes
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n"
+        f'<script type="application/json" id="figures">{figures}</script>\n</body></html>\n'
+    )
+
+
+def write_report(path: Path, runs: Sequence[RunFigures]) -> None:
+    """Write the report of `runs` to `path`, whole or not at all.
+
+    Raises:
+      StorageError: it can't be written.
+    """
+    text, partial = render(runs), path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _headlines(runs: Sequence[RunFigures]) -> str:
+    headlines = [run.headline() for run in runs]
+    names = list(dict.fromkeys(name for headline in headlines for name in headline))
+    rows = [[name, *(headline.get(name, "–") for headline in headlines)] for name in names]
+    return _table(["", *(run.name for run in runs)], rows)
+
+
+def _differences(runs: Sequence[RunFigures]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.configuration))
+    absent = object()
+    rows = []
+    for name in names:
+        values = [run.configuration.get(name, absent) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([name, *("–" if value is absent else str(value) for value in values)])
+    return "<h2>Differences of configuration</h2>" + _table(["", *(run.name for run in runs)], rows) if rows else ""
+
+
+def _note(run: RunFigures) -> str:
+    notes = [f"Meters read {run.meters.tokens:,} tokens of the validation split in {run.meters.batches} batches."]
+    if not run.history.train.steps:
+        notes.append("The run has no metrics.jsonl, so nothing is known of its training.")
+    if run.history.unreadable:
+        notes.append(f"{run.history.unreadable} lines of metrics.jsonl are no metrics and were left out.")
+    return f'<p class="note">{" ".join(notes)}</p>'
+
+
+def _plots(figures: Sequence[str]) -> str:
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def _layers(run: RunFigures) -> str:
+    """Tables of every layer: FFN, then attention."""
+    ffn, attention = [], []
+    for index, layer in enumerate(run.meters.layers):
+        if layer.ffn is not None:
+            a, target = layer.ffn, layer.ffn.target
+            spread = [f"{a.active.mean:.1f}", f"{a.active.std:.1f}", *(str(v) for v in a.active.percentiles.values())]
+            ffn.append(
+                [str(index), f"{a.density:.2%}", "–" if target is None else f"{target / a.neurons:.2%}", *spread]
+            )
+            ffn[-1] += [f"{a.dead:,}", *_quality(layer.ffn_selection), *_shape(layer.ffn_scores)]
+        if layer.attention is not None:
+            keys = layer.attention
+            spread = [str(v) for v in keys.attended.percentiles.values()]
+            beyond = "–" if keys.attended_beyond_target is None else f"{keys.attended_beyond_target:.1f}"
+            attention.append([str(index), f"{keys.attended.mean:.1f}", f"{keys.attended.std:.1f}", *spread])
+            attention[-1] += ["–" if keys.target is None else str(keys.target), beyond]
+            attention[-1] += [*_quality(layer.attention_selection), *_shape(layer.attention_scores)]
+    spread = ("mean", "std", "5 %", "25 %", "50 %", "75 %", "95 %")
+    shape = ("recall", "precision", "F1", "Jaccard", "above threshold", "skewness", "excess kurtosis")
+    parts = []
+    if ffn:
+        parts.append("<h3>Active neurons by layer</h3>")
+        parts.append(_table(("layer", "density", "target", *spread, "dead", *shape), ffn))
+    if attention:
+        parts.append("<h3>Attended keys by layer</h3>")
+        parts.append(_table(("layer", *spread, "target", "beyond target", *shape), attention))
+    return "".join(parts)
+
+
+def _quality(quality: Any) -> list[str]:
+    if quality is None:
+        return ["–"] * 5
+    shares = [quality.recall, quality.precision, quality.f1, quality.jaccard]
+    above = f"{quality.selected_share:.2%} of {quality.target_share:.2%}"
+    return [*("–" if share is None else f"{share:.3f}" for share in shares), above]
+
+
+def _shape(scores: Any) -> list[str]:
+    return ["–"] * 2 if scores is None else [f"{scores.skewness:.3f}", f"{scores.excess_kurtosis:.3f}"]
+
+
+def _configuration(run: RunFigures) -> str:
+    rows = [[name, str(value)] for name, value in run.configuration.items()]
+    return f"<details><summary>Configuration</summary>{_table(('field', 'value'), rows)}</details>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON can't hold, and text for what it has no form of."""
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,36 @@
+"""Names of the internal arrays that a forward pass can record: `Decoder(...)(tokens, record={"ffn_gate", ...})`.
+
+A layer kind fills in the names that it has and leaves out the others, so a reader asks with `in` rather than by kind.
+A new kind uses these names for what they describe and adds a line here for what they don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sparsezoo_jax.errors import require
+
+FFN_SCORES = "ffn_scores"
+FFN_GATE = "ffn_gate"
+ATTENTION_SCORES = "attention_scores"
+ATTENTION_SELECTED = "attention_selected"
+ATTENTION_VISIBLE = "attention_visible"
+
+RECORDS: dict[str, str] = {
+    FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
+    FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
+    ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",
+    ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
+    ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",
+}
+
+
+def checked(names: Collection[str]) -> frozenset[str]:
+    """`names` as a set.
+
+    Raises:
+      ConfigError: a name that no layer kind could fill in.
+    """
+    for name in names:
+        require(name in RECORDS, "record", name, f"must be one of {', '.join(RECORDS)}")
+    return frozenset(names)

@@ -1,0 +1,98 @@
+"""Report on runs: `python -m sparsezoo_jax.report DIR...`.
+
+Writes one HTML file with plots and tables: the course of training, and the meters and costs of the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sparsezoo_jax import cli
+from sparsezoo_jax.errors import UserError, require
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.evaluation.report import RunFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Flags of the command."""
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directories; several are compared."""
+    output: Path | None = None
+    """File to write. Default: report.html in the run directory, for several runs in the current directory."""
+    batches: int = 8
+    """Batches of the validation split that the meters read."""
+    contexts: tuple[int, ...] = (512, 2048, 8192)
+    """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Write the report and say where it is."""
+    command = cli.parse(Report, args, prog="report", description=(__doc__ or "").strip())
+    print(report(command))
+
+
+def report(command: Report) -> Path:
+    """Write the report; returns its path.
+
+    Raises:
+      UserError: no run in a directory, a directory twice, or nowhere to write; nothing has been written then.
+      StorageError: reading or writing failed.
+    """
+    from sparsezoo_jax.evaluation.report import write_report
+
+    directories = command.directories
+    require(len(directories) > 0, "DIR", "", "name at least one run directory")
+    require(command.batches > 0, "--batches", command.batches, "must be above 0")
+    require(len(command.contexts) > 0, "--contexts", "", "needs at least one length")
+    for context in command.contexts:
+        require(context > 0, "--contexts", context, "must be above 0")
+    twice = {str(d) for i, d in enumerate(directories) if d.resolve() in [e.resolve() for e in directories[:i]]}
+    if twice:
+        raise UserError(f"{', '.join(sorted(twice))}: named twice")
+    output = command.output
+    if output is None:
+        output = directories[0] / "report.html" if len(directories) == 1 else Path("report.html")
+    elif output.is_dir():
+        raise UserError(f"--output={output}: is a directory; name a file")
+    elif not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}")
+    names = _names(directories)
+    runs = [figures(d, name, command.batches, command.contexts) for d, name in zip(directories, names, strict=True)]
+    write_report(output, runs)
+    return output
+
+
+def figures(directory: Path, name: str, batches: int, contexts: Sequence[int]) -> RunFigures:
+    """What a report shows of the run in `directory`.
+
+    Raises:
+      UserError: no run there, or one without a tokenizer. StorageError: files that can't be read.
+    """
+    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax.config import flatten
+    from sparsezoo_jax.evaluation.report import run_figures
+
+    model, config, tokenizer = run_dir.load(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory}: has no tokenizer, so no text can be read")
+    prepared = data.prepare(config.data, "validation", tokenizer)
+    shown = data.evaluation_batches(prepared, config.data.batch_size, batches)
+    return run_figures(directory, name, flatten(config), config.model, model, shown, contexts)
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Last parts of the paths, or whole paths where those are alike."""
+    short = [directory.resolve().name for directory in directories]
+    return [name if short.count(name) == 1 else str(d) for name, d in zip(short, directories, strict=True)]
+
+
+if __name__ == "__main__":
+    cli.run(main)
