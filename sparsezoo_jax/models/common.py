@@ -95,7 +95,9 @@ class CallContext:
 
     positions_BT: jax.Array
     """Position of each token within its document."""
-    valid_BT: jax.Array
+    segments_BT: jax.Array
+    """Document of each token; 0 marks padding."""
+    valid_BT: jax.Array = field(init=False)
     """True for tokens that are no padding; statistics average over these."""
     masks_BTS: dict[LayerType, jax.Array] = field(default_factory=dict)
     """For each layer type, true where the query may see the key."""
@@ -105,6 +107,9 @@ class CallContext:
     """Names of internal arrays that the caller wants; see `models.records`."""
     summarise: Any = None
     """Reduces a layer's records before they leave the layer; see `Decoder.__call__`."""
+
+    def __post_init__(self):
+        self.valid_BT = self.segments_BT > 0
 
     def recorded(self, arrays: Mapping[str, Callable[[], jax.Array]]) -> dict[str, jax.Array]:
         """Those of `arrays` (name to a function that makes the array) that the caller wants."""

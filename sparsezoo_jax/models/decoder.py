@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
         masks: dict[LayerType, jax.Array] = {"global": seen_BTS & (distance_BTS >= 0)}
         if "local" in self.config.layer_pattern:
             masks["local"] = masks["global"] & (distance_BTS < (self.config.attention.window or 0))
-        return CallContext(positions, valid_BT, masks, end)
+        return CallContext(positions, segment_ids, masks, end)
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
         """An empty cache for `batch` sequences of up to `length` tokens (padding included).

@@ -45,8 +45,8 @@ class Given(nnx.Module):
         spec = CONFIG.layer_specs()[0]
         records = {"ffn_scores": scores, "ffn_gate": gate}
         if record:
-            summary = summarise(records, spec, CallContext(positions, segment_ids > 0))
-        return Output(scores, {}, {}, None, {name: (value,) for name, value in summary.items()})
+            summary = summarise(records, spec, CallContext(positions, segment_ids))
+        return Output(scores, scores, {}, {}, None, {name: (value,) for name, value in summary.items()})
 
 
 def batches_of(tokens_NBT, padding=0):
