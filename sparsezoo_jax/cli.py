@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsezoo_jax.configs import PRESETS, preset
-from sparsezoo_jax.errors import ConfigError, UserError
+from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.overrides import list_fields, union_kinds, with_kind, with_list
 
 Command = TypeVar("Command")
@@ -24,6 +25,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     # Library chatter that says nothing to a user of a command; set before those are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    show = warnings.showwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, SparsezooWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where)
+
+    warnings.showwarning = one_line
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -198,11 +198,20 @@ def warn_of_repetition(decoder: Any, config: RunConfig, mesh: Any) -> None:
     if mesh.size == 1:
         return
     parameters = ModelTemplate(lambda rngs: decoder(config.model, rngs=rngs)).parameters
+    repeated: dict[tuple[str, str], list[str]] = {}
     for name, variable in parameters.items():
-        missing = undivided(variable.full_axes, variable.shape, mesh)
-        if missing and len(variable.axes or ()) > 1:
-            left = ", ".join(f"mesh.{axis} doesn't divide '{name}'" for name, axes in missing.items() for axis in axes)
-            warnings.warn(f"{name} {variable.shape} is repeated: {left}", SparsezooWarning, stacklevel=2)
+        if len(variable.axes or ()) > 1:
+            for dimension, axes in undivided(variable.full_axes, variable.shape, mesh).items():
+                for axis in axes:
+                    repeated.setdefault((axis, dimension), []).append(name)
+    for (axis, dimension), names in repeated.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        warnings.warn(
+            f"mesh.{axis}={mesh.shape[axis]} doesn't divide '{dimension}': each of its devices holds "
+            f"{' and '.join(names[:2])}{more} whole",
+            SparsezooWarning,
+            stacklevel=2,
+        )
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

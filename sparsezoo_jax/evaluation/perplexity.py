@@ -77,8 +77,16 @@ def evaluate_model(
       DataError: the batches hold no target token.
     """
     graphdef, state = nnx.split(model)
-    results = [_eval_step(graphdef, loss_chunk, state, to_device(batch)) for batch in batches]
-    fetched = jax.device_get(results)
+    fetched, pending = [], None
+    for batch in batches:
+        result = _eval_step(graphdef, loss_chunk, state, to_device(batch))
+        # The device works on this batch while the host waits for the one before; more at a time would fill the device's
+        # memory with batches, and make the forced devices of a CPU wait for each other for ever.
+        if pending is not None:
+            fetched.append(jax.device_get(pending))
+        pending = result
+    if pending is not None:
+        fetched.append(jax.device_get(pending))
     losses, counts, stats = ([row[i] for row in fetched] for i in range(3))
     totals = np.asarray(counts, np.float64)
     if totals.sum() == 0:
