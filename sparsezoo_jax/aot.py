@@ -80,19 +80,20 @@ def print_report(report: Report) -> None:
     ]
     if report.needed is not None:
         rows.append(("needed", f"{report.needed / GIB:.1f}"))
-    cli.print_table(f"{title}\nMemory of each device", ("kind", "GiB"), rows)
+    print(title)
+    cli.print_table("Memory of each device", ("kind", "GiB"), rows)
     meanings = {
-        "sparse": "aimed-at sparsity, nothing computed twice",
-        "traced": "matrix products of the traced step",
-        "xla": "compiler's count, loop bodies once",
-        "compute": "traced FLOPs at the datasheet's peak",
-        "hbm": "arguments read and outputs written once",
-        "interconnect": "bytes sent at the sum of the links",
+        "sparse": "aimed-at sparsity, no remat",
+        "traced": "matrix products as traced",
+        "xla": "compiler, loop bodies once",
+        "compute": "traced FLOPs at peak",
+        "hbm": "arguments in, outputs out",
+        "interconnect": "bytes sent over all links",
     }
     flops = [(f"FLOPs, {name}", f"{value / 1e12:,.3f} T", meanings[name]) for name, value in report.flops.items()]
     times = [(f"bound, {name}", f"{value * 1e3:,.3f} ms", meanings[name]) for name, value in report.bounds.items()]
     rest = [
-        ("tokens/s/chip", f"{report.tokens_per_second_per_chip:,.0f}", "at the largest bound, never reached"),
+        ("tokens/s/chip", f"{report.tokens_per_second_per_chip:,.0f}", "at the largest bound"),
         ("tokens", f"{report.tokens:,}", "of a step, all devices"),
         ("parameters, activations", f"{report.param_dtype}, {report.dtype}", "as stored and as computed"),
         ("lowering, compiling", f"{report.lower_seconds:.1f}, {report.compile_seconds:.1f} s", "here"),
@@ -100,14 +101,8 @@ def print_report(report: Report) -> None:
     cli.print_table("Work of each device in a step (static)", ("figure", "value", "meaning"), [*flops, *times, *rest])
     if report.collectives:
         rows = [
-            (
-                one["kind"],
-                one["axes"],
-                f"{one['count']:,.0f}",
-                f"{one['payload'] / 1e9:.3f}",
-                f"{one['moved'] / 1e9:.3f}",
-            )
-            for one in report.collectives
+            (x["kind"], x["axes"], f"{x['count']:,.0f}", f"{x['payload'] / 1e9:.3f}", f"{x['moved'] / 1e9:.3f}")
+            for x in report.collectives
         ]
         header = ("kind", "mesh axes", "count", "payload GB", "sent GB")
         cli.print_table("Collectives in a step, on each device", header, rows)

@@ -7,6 +7,7 @@ of lines before it computes on the CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import importlib
 import importlib.metadata
@@ -67,7 +68,10 @@ def import_jax() -> None:
         return
     with without_noise():
         importlib.import_module("jax")
-        importlib.import_module("jax_plugins.xla_cuda12")
+        plugin = importlib.import_module("jax_plugins.xla_cuda12")
+        # jax loads this library with its first computation, wherever that is; it complains while it loads.
+        for path in glob.glob(os.path.join(next(iter(plugin.__path__)), "xla_cuda_plugin.so")):
+            ctypes.CDLL(path)
 
 
 import_jax()

@@ -50,6 +50,9 @@ def find_collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective
                 continue
             group = _group(item, math.prod(mesh.values()))
             axes = _axes(group, mesh)
+            group = group or list(
+                range(math.prod(mesh.values()))
+            )  # of an unknown form: all devices, the most it can be
             seen = set()
             for kind, payload in _payloads(module, computation, item, opcode, len(group)):
                 entry = totals[kind, axes]
@@ -110,13 +113,14 @@ def _group(item: Instruction, devices: int) -> list[int]:
     if pairs:
         found = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text[pairs.start() : pairs.end()])]
         return list(next(((a, b) for a, b in found if a != b), found[0]))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}(.{0,12})", text)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))?\s*\{([^}]*)\}", text)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        kept = re.findall(r"'([^']+)'", named[2])
-        if "device_ids" in named[1] + named[3] or any(name not in sizes for name in kept):
+        order = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+        kept = re.findall(r"'([^']+)'", named[3])
+        if order is None or any(name not in sizes for name in kept):
             return []
+        ids = order.reshape(tuple(sizes.values()))
         return ids[tuple(slice(None) if name in kept else 0 for name in sizes)].reshape(-1).tolist()
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
@@ -129,6 +133,16 @@ def _group(item: Instruction, devices: int) -> list[int]:
     if listed:
         return [int(n) for n in listed[1].split(",")]
     return list(range(devices)) if "replica_groups={}" in text else []
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """Device numbers written as "[2,4]T(1,0)", an enumerated array and its transposition."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return None
+    shape = [int(n) for n in found[1].split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in found[2].split(",")]) if found[2] else ids
 
 
 def _axes(group: list[int], mesh: Mapping[str, int]) -> str:
