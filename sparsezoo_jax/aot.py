@@ -63,7 +63,9 @@ def main(args: Sequence[str]) -> None:
         print_report(report)
         if profile is not None:
             rows = [(row["op"], f"{row['cycles']:,}", f"{row['share']:.1%}") for row in profile["ops"]]
-            title = f"Static estimate: {profile['cycles']:,} cycles (loop bodies once), {profile['note']}"
+            clock = profile["clock_ghz"]
+            time = f" = {profile['cycles'] / clock / 1e6:.3f} ms at an assumed {clock} GHz" if clock else ""
+            title = f"Static estimate, {profile['note']}: {profile['cycles']:,} cycles{time} (loop bodies once)"
             cli.print_table(title, ("operation", "cycles", "share"), rows)
     if not report.fits:
         sys.exit(1)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sparsezoo_jax import aot, cli
-from sparsezoo_jax.compilation import memory, topologies
+from sparsezoo_jax.compilation import memory, profile, topologies
 from tests.test_commands import SMALL
 
 pytest.importorskip("libtpu")
@@ -149,3 +149,14 @@ def test_messages_of_the_compiler():
     short = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.50T) exceeds available HBM (15.75G)."
     assert memory.needed_bytes(short) == 1.5 * 2**40
     assert memory.listed_buffers(short) == []
+
+
+def test_profile_summary():
+    """Operations that are alike are listed once and count each time."""
+    texts = [
+        'hlo_op_estimate {\n  hlo_op_name: "fusion.1"\n  estimated_cycles: 100\n  num_equivalent_hlos: 3\n}\n',
+        'hlo_op_estimate {\n  hlo_op_name: "copy.2"\n  estimated_cycles: 50\n}\n',
+    ]
+    found = profile.summarise(texts, top=1)
+    assert found["cycles"] == 350
+    assert found["ops"] == [{"op": "fusion.1", "cycles": 300, "share": 300 / 350}]

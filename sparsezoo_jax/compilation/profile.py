@@ -27,7 +27,7 @@ def profile_command(args: Sequence[str], topology: Topology, top: int = 20) -> d
       top: operations to return.
 
     Returns:
-      `cycles` of all operations together, `note`, and `ops`: `op`, `cycles` and `share` of the costliest. Every
+      `cycles` of all operations together, `clock_ghz` (assumed; None: unknown), `note`, and `ops`: `op`, `cycles` and `share` of the costliest. Every
       operation counts as often as it stands in the program: the body of a loop counts once.
 
     Raises:
@@ -48,22 +48,26 @@ def profile_command(args: Sequence[str], topology: Topology, top: int = 20) -> d
             raise UserError(f"--profile: took more than {TIME_LIMIT} s; {_REMEDY}") from None
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         if done.returncode not in (0, 1) or not files:
-            raise UserError(f"--profile: the compiler failed with the profile on (status {done.returncode}); {_REMEDY}")
-        return summarise([path.read_text(errors="replace") for path in files], top)
+            fatal = re.search(rb"(?:LLO_CHECK|Check fail|RESOURCE_EXHAUSTED|bad_alloc)[^\n]*", done.stderr)
+            why = f": {fatal[0].decode(errors='replace')[:200]}" if fatal else ""
+            raise UserError(f"--profile: the compiler ended with status {done.returncode}{why}; {_REMEDY}")
+        found = summarise([path.read_text(errors="replace") for path in files], top)
+        return found | {"clock_ghz": CLOCK_GHZ.get(topology.generation)}
 
 
-_REMEDY = "profile a smaller step (--size, --model.layers 2, --data.seq-len)"
+_REMEDY = "profile a smaller step (--size, --model.layers 2, --data.seq-len), or on v6e, whose profile fails least"
+#: Assumed, to turn cycles into time: 1 / GHz is nanoseconds.
+CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
 
 
 def summarise(texts: Sequence[str], top: int = 20) -> dict[str, Any]:
     """Sum up profiles in text form, one an operation; see `profile_command`."""
     cycles: dict[str, int] = {}
     for text in texts:
-        name = re.search(r'(?:hlo_name|name): "([^"]+)"', text)
-        count = re.search(r"estimated_cycles: (\d+)", text)
-        if count:
-            label = name[1] if name else "unnamed"
-            cycles[label] = cycles.get(label, 0) + int(count[1])
+        found = {name: value.strip('"') for name, value in re.findall(r'(\w+): ("[^"]*"|\d+)', text)}
+        if "hlo_op_name" in found and "estimated_cycles" in found:
+            # Operations that are alike are estimated once.
+            cycles[found["hlo_op_name"]] = int(found["estimated_cycles"]) * int(found.get("num_equivalent_hlos", 1))
     total = sum(cycles.values())
     largest = sorted(cycles.items(), key=lambda item: -item[1])[:top]
     return {
