@@ -27,8 +27,8 @@ def profile_command(args: Sequence[str], topology: Topology, top: int = 20) -> d
       top: operations to return.
 
     Returns:
-      `cycles` of all operations together, `clock_ghz` (assumed; None: unknown), `note`, and `ops`: `op`, `cycles` and `share` of the costliest. Every
-      operation counts as often as it stands in the program: the body of a loop counts once.
+      `cycles` of all operations together, `clock_ghz` (assumed; None: unknown), `note`, and `ops`: `op`, `cycles` and
+      `share` of the costliest. Every operation counts as often as it stands in the program: the body of a loop once.
 
     Raises:
       ConfigError: not a TPU.
