@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from sparsezoo_jax import platforms  # noqa: F401  # before anything imports jax
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.overrides import list_fields, union_kinds, with_kind, with_list

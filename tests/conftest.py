@@ -6,6 +6,7 @@ import random
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # for several test processes that compile for TPUs
 
 WORDS = ["the", "state", "of", "union", "is", "strong", "and", "peace", "will", "follow", "where", "law", "congress"]
 

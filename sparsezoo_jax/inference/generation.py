@@ -13,6 +13,7 @@ from flax import nnx
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.inference.sampling import Sampling, sample
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.cache import DecoderCache
 
 
 def generate_tokens(
@@ -47,10 +48,7 @@ def generate_tokens(
     padded = min(limit, _power_of_two(len(prompt)))
     cache_length = min(limit, _power_of_two(padded + max_new_tokens))
 
-    @partial(jax.jit, donate_argnums=1)
-    def forward(state, cache, tokens_BT, segment_ids_BT, last, key):
-        out = nnx.merge(graphdef, state)(tokens_BT, segment_ids=segment_ids_BT, cache=cache)
-        return sample(out.logits[:, last], key, sampling), out.cache
+    forward = jax.jit(partial(next_token, graphdef, sampling), donate_argnums=1)
 
     # Padding goes in front, so that the cache's next free slot follows the prompt directly.
     gap = padded - len(prompt) if padded + max_new_tokens <= limit else 0
@@ -69,6 +67,27 @@ def generate_tokens(
         if value in stop:
             return
         yield value
+
+
+def next_token(
+    graphdef: nnx.GraphDef,
+    sampling: Sampling,
+    state: nnx.State,
+    cache: DecoderCache,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    last: jax.Array | int,
+    key: jax.Array,
+) -> tuple[jax.Array, DecoderCache]:
+    """Put tokens [B, T] into the cache and sample the one after position `last` of them: int32 [B], and the cache.
+
+    Pure, meant to be jitted with the cache donated. Segment ids are 0 for padding.
+    """
+    model = nnx.merge(graphdef, state)
+    out = model(tokens_BT, segment_ids=segment_ids_BT, cache=cache, logits=False)
+    # Logits of the one position that is sampled: those of a whole prompt would take more memory than the model.
+    logits_BV = model.logits_of(out.hidden[:, last][:, None])[:, 0]
+    return sample(logits_BV, key, sampling), out.cache
 
 
 def _power_of_two(n: int) -> int:

@@ -168,9 +168,24 @@ class Decoder(nnx.Module):
     def _single(self) -> tuple[SegmentSpec, ...]:
         return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
 
-    def logits_of(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V], float32, of final states [B, T, D]."""
-        weight_DV = self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
+    def _projection(self) -> jax.Array:
+        return self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
+
+    def output_weight(self) -> jax.Array:
+        """The output projection [D, V], with its model width gathered.
+
+        In a loop over chunks it is taken before the loop, or every trip would gather the table and reduce its gradient
+        over all devices.
+        """
+        weight_DV = self._projection()
+        # It travels in the activations' dtype, but chunks add up their gradients in that of the parameters.
+        moved = constrain(weight_DV.astype(jnp.dtype(self.config.dtype)), (None, "vocab"))
+        return moved.astype(weight_DV.dtype)
+
+    def logits_of(self, hidden_BTD: jax.Array, weight_DV: jax.Array | None = None) -> jax.Array:
+        """Logits [B, T, V], float32, of final states [B, T, D]; `weight_DV`: `output_weight()`, if at hand."""
+        if weight_DV is None:
+            weight_DV = self._projection()
         logits = matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
         logits = constrain(logits, ("batch", "length", "vocab"))
         cap = self.config.final_softcap

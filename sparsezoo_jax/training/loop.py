@@ -8,34 +8,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from sparsezoo_jax.data import BatchIterator
-from sparsezoo_jax.errors import StorageError, UserError, require
-from sparsezoo_jax.evaluation.cross_entropy import call_model
+from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.sharding import put, rows_here
 from sparsezoo_jax.training.checkpoint import Checkpointer
+from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.interrupts import StopRequest
-from sparsezoo_jax.training.objectives import check_objectives
-from sparsezoo_jax.training.optimizer import build_optimizer
-from sparsezoo_jax.training.state import (
-    Build,
-    ModelTemplate,
-    Placement,
-    TrainState,
-    initial_state,
-    parameter_count,
-    state_shardings,
-)
-from sparsezoo_jax.training.step import Batch, Metrics, build_train_step
+from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
+from sparsezoo_jax.training.step import Batch, Metrics
 from sparsezoo_jax.training.writers import (
     JsonlWriter,
     MetricWriter,
@@ -117,23 +105,10 @@ def fit(
     is_main = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------------------------------------- Build
-    template = ModelTemplate(build)
-    optimizer = build_optimizer(config, template.parameters)
-    initialise = partial(initial_state, template, build, optimizer, config.objectives)
-    abstract = jax.eval_shape(initialise, jax.random.key(config.seed))
-    _check_run(config, template, abstract, batch_shape)
-
-    if place is None:
-        place = _first_device
-    shardings = state_shardings(template, abstract, place)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
-    )
-    batch_sharding = place(("batch", "length"), batch_shape)
+    prepared = prepare_step(config, build, batch_shape, _first_device if place is None else place)
+    template, shardings, train_step = prepared.template, prepared.shardings, prepared.train_step
+    batch_sharding = prepared.batch["tokens"].sharding
     rows = rows_here(batch_sharding, batch_shape)
-    train_step = jax.jit(
-        build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, place((), ()))
-    )
 
     # ------------------------------------------------------------------------------------------ Initialise or restore
     if jax.process_count() > 1:  # no process writes while another one still looks at what is there
@@ -150,9 +125,9 @@ def fit(
     # 2. the position in the data, saved with them;
     # 3. the metrics files, cut back to that step (below, when they are opened).
     # Without a checkpoint: initialise, and the data start at the beginning.
-    restored = checkpointer.restore(abstract)
+    restored = checkpointer.restore(prepared.abstract)
     if restored is None:
-        state = jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.seed))
+        state = jax.jit(prepared.initialise, out_shardings=shardings)(jax.random.key(config.seed))
         first = 0
     else:
         state = restored.state
@@ -342,22 +317,6 @@ class _Profiler:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_run(
-    config: TrainConfig, template: ModelTemplate, abstract: TrainState, batch_shape: tuple[int, int]
-) -> None:
-    """Raise `ConfigError` for what can be found out without computing anything."""
-    batch_size, count = batch_shape[0], config.accumulation
-    require(batch_size % count == 0, "train.accumulation", count, f"must divide data.batch_size={batch_size}")
-    ints = jax.ShapeDtypeStruct((batch_size // count, batch_shape[1]), jnp.int32)
-    batch = {"tokens": ints, "segment_ids": ints, "positions": ints}
-
-    def losses(params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
-        return call_model(template.merge(params, model_state), batch).losses
-
-    known = jax.eval_shape(losses, abstract.params, abstract.model_state, batch) if config.objectives else {}
-    check_objectives(config.objectives, list(known))
 
 
 def _first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:

@@ -1,0 +1,170 @@
+"""Compile a step and put together what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsezoo_jax.compilation.collectives import find_collectives
+from sparsezoo_jax.compilation.hlo import parse
+from sparsezoo_jax.compilation.memory import (
+    Buffer,
+    compiled_memory,
+    estimated_buffers,
+    listed_buffers,
+    needed_bytes,
+    suggestions,
+)
+from sparsezoo_jax.compilation.steps import LoweredStep, OutOfMemoryError, StepName, compile_step, lower_step
+from sparsezoo_jax.compilation.topologies import Topology
+from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.sharding import build_mesh
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compiling a step for a topology tells. Sizes are bytes on one device, FLOPs and times those of one device.
+
+    Everything is computed, nothing was measured on a device.
+    """
+
+    arch: str
+    size: str
+    step: StepName
+    topology: str
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    tokens: int
+    """Tokens of a step on all devices."""
+    param_dtype: str
+    dtype: str
+    fits: bool
+    hbm: int
+    """Memory of a device."""
+    memory: dict[str, int]
+    """By kind; empty if the compiler gave up."""
+    arguments: dict[str, int]
+    """Parts of the arguments, from their shardings; tiles of the layout not counted."""
+    flops: dict[str, float]
+    """sparse: with the sparsity aimed at, no recomputation. traced: the matrix products of the traced step.
+    xla: the compiler's count, in which the body of a loop counts once."""
+    bounds: dict[str, float]
+    """Lower bounds of the step time, seconds: compute (traced FLOPs at the datasheet's peak), hbm (every argument read
+    and every output written once), interconnect (bytes sent at the sum of all links)."""
+    tokens_per_second_per_chip: float
+    """At the largest of the bounds."""
+    collectives: list[dict[str, Any]]
+    unknown_loops: list[str]
+    """Loops whose trips could not be read; their collectives count once."""
+    lower_seconds: float
+    compile_seconds: float
+    needed: int | None = None
+    """Memory that is needed according to the compiler, if it gave up."""
+    buffers: list[Buffer] = field(default_factory=list)
+    """Largest buffers of a step that does not fit."""
+    suggestions: list[str] = field(default_factory=list)
+    """Flags that would help it to fit."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def compile_report(config: RunConfig, topology: Topology, step: StepName, context: int) -> Report:
+    """Compile a step of `config` for a topology.
+
+    Raises:
+      ConfigError: the mesh does not fit the topology, or sizes don't divide.
+      UserError: the compiler refuses the step for another reason than memory.
+    """
+    mesh = build_mesh(config.mesh, topology.devices)
+    lowered = lower_step(config, mesh, step, context)
+    axes, limit = dict(mesh.shape), topology.chip.device_hbm
+    try:
+        compiled, seconds = compile_step(lowered)
+    except OutOfMemoryError as error:
+        return _report(config, topology, step, context, axes, lowered, message=str(error))
+    memory = compiled_memory(compiled)
+    module = parse(compiled.as_text())
+    costs = compiled.cost_analysis() or {}
+    return _report(
+        config,
+        topology,
+        step,
+        context,
+        axes,
+        lowered,
+        fits=max(memory["total"], memory["peak"]) <= limit,
+        memory=memory,
+        collectives=[asdict(found) for found in find_collectives(module, axes)],
+        unknown_loops=module.runs()[1],
+        xla_flops=costs.get("flops"),
+        compile_seconds=seconds,
+    )
+
+
+def _report(
+    config: RunConfig,
+    topology: Topology,
+    step: StepName,
+    context: int,
+    mesh: dict[str, int],
+    lowered: LoweredStep,
+    *,
+    message: str = "",
+    fits: bool = False,
+    memory: dict[str, int] | None = None,
+    collectives: list[dict[str, Any]] | None = None,
+    unknown_loops: list[str] | None = None,
+    xla_flops: float | None = None,
+    compile_seconds: float = 0.0,
+) -> Report:
+    chip, devices = topology.chip, len(topology.devices)
+    memory, collectives = memory or {}, collectives or []
+    flops = {"sparse": lowered.sparse_flops / devices, "traced": lowered.traced_flops / devices}
+    if xla_flops is not None and xla_flops > 0:
+        flops["xla"] = xla_flops
+    touched = sum(lowered.arguments.values()) + memory.get("outputs", 0)
+    bounds = {
+        "compute": flops["traced"] / (chip.bf16_flops / chip.devices),
+        "hbm": touched / (chip.hbm_bandwidth / chip.devices),
+        "interconnect": sum(item["moved"] for item in collectives) / (chip.interconnect / chip.devices),
+    }
+    buffers, advice = [], []
+    if not fits:
+        estimated = estimated_buffers(
+            config, mesh, step, context, lowered.tokens // config.data.batch_size if step != "train" else 0
+        )
+        state = [Buffer(f"{name} (argument)", size) for name, size in lowered.arguments.items() if size]
+        buffers = listed_buffers(message) or sorted(estimated + state, key=lambda item: -item.bytes)
+        kept = sum(
+            lowered.arguments[name] for name in ("parameters", "optimizer", "cache") if name in lowered.arguments
+        )
+        advice = suggestions(config, mesh, step, kept, estimated, chip.device_hbm)
+    return Report(
+        arch=config.arch,
+        size=config.size,
+        step=step,
+        topology=topology.name,
+        chips=topology.chips,
+        devices=devices,
+        mesh=mesh,
+        tokens=lowered.tokens,
+        param_dtype=config.model.param_dtype,
+        dtype=config.model.dtype,
+        fits=fits,
+        hbm=chip.device_hbm,
+        memory=memory,
+        arguments=lowered.arguments,
+        flops=flops,
+        bounds=bounds,
+        tokens_per_second_per_chip=lowered.tokens / topology.chips / max(bounds.values()),
+        collectives=collectives,
+        unknown_loops=unknown_loops or [],
+        lower_seconds=lowered.seconds,
+        compile_seconds=compile_seconds,
+        needed=needed_bytes(message) if message else None,
+        buffers=buffers[:6],
+        suggestions=advice,
+    )

@@ -1,0 +1,188 @@
+"""The steps that are compiled: a train step, one token with a cache, and the reading of a prompt into an empty one."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.inference import Sampling
+from sparsezoo_jax.inference.generation import next_token
+from sparsezoo_jax.models import Decoder, flops_per_token
+from sparsezoo_jax.sharding import RULES, activated, check_batch, named
+from sparsezoo_jax.training.compilation import prepare_step
+
+StepName = Literal["train", "decode", "prefill"]
+
+
+@dataclass(frozen=True)
+class LoweredStep:
+    """A step traced for a mesh, ready to compile."""
+
+    lowered: Any
+    """`jax.stages.Lowered`."""
+    arguments: dict[str, int]
+    """Bytes on each device of parts of the arguments: parameters, optimizer, batch, cache, other."""
+    tokens: int
+    """Tokens that a step processes, on all devices."""
+    sparse_flops: float
+    """FLOPs of a step with the sparsity that the configuration aims at, without recomputation, on all devices."""
+    traced_flops: float
+    """FLOPs of the matrix products in the traced step, on all devices."""
+    seconds: float
+    """Time to trace and lower."""
+
+
+def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> LoweredStep:
+    """Trace a step of `config` on `mesh`, without allocating anything.
+
+    A train step is the one that `train` runs, on batches of `data.batch_size` sequences of `data.seq_len` tokens. The
+    other two are the call that `generate` makes, on `data.batch_size` sequences with a cache of `context` tokens:
+    "decode" adds the last token, "prefill" reads all of them.
+
+    Raises:
+      ConfigError: sizes that the mesh does not divide, or a context beyond `model.max_seq_len`.
+    """
+    started = time.monotonic()
+    if step == "train":
+        batch_shape = (config.data.batch_size, config.data.seq_len)
+        check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
+        prepared = prepare_step(config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named(mesh))
+        function, arguments = prepared.train_step, (prepared.abstract, prepared.batch)
+        parts = {
+            "parameters": prepared.abstract.params,
+            "optimizer": prepared.abstract.opt_state,
+            "batch": prepared.batch,
+        }
+        length, new, position, passes = config.data.seq_len, config.data.seq_len, "mean", 3
+    else:
+        require(0 < context <= config.model.max_seq_len, "--context", context, _limit(config))
+        new = context if step == "prefill" else 1
+        function, arguments, parts = _inference(config, mesh, new, context)
+        length, position, passes = context, "last" if step == "decode" else "mean", 1
+    with activated(mesh):
+        traced = function.trace(*arguments)
+        lowered = traced.lower()
+    every_token = step != "prefill"
+    per_token = flops_per_token(config.model, length, position=position, logits=every_token)
+    tokens = config.data.batch_size * new
+    last_logits = 0 if every_token else 2 * config.model.d_model * config.model.vocab_size * config.data.batch_size
+    sizes = {name: bytes_per_device(part) for name, part in parts.items()}
+    sizes["other"] = bytes_per_device(arguments) - sum(sizes.values())
+    return LoweredStep(
+        lowered=lowered,
+        arguments=sizes,
+        tokens=tokens,
+        sparse_flops=passes * (per_token * tokens + last_logits),
+        traced_flops=matmul_flops(traced.jaxpr.jaxpr),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _limit(config: RunConfig) -> str:
+    return f"must be from 1 to model.max_seq_len={config.model.max_seq_len}"
+
+
+def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    place, batch = named(mesh), config.data.batch_size
+    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    require(batch % rows == 0, "data.batch_size", batch, f"must be a multiple of {rows}, the devices that split it")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)).unstacked()))
+
+    def spec(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place(axes, shape))
+
+    def of_variable(variable: Any) -> Any:
+        value = variable.get_value()
+        axes = variable.get_metadata().get("axes") or (None,) * value.ndim
+        return variable.replace(spec(value.shape, value.dtype, tuple(axes)))
+
+    flat = [(path, of_variable(variable)) for path, variable in nnx.to_flat_state(state)]
+    state = nnx.from_flat_state(flat)
+    model = nnx.merge(graphdef, state)
+    cache_axes = {4: ("batch", None, "kv_heads", "head_dim"), 2: ("batch", None), 0: ()}
+    cache = jax.tree.map(
+        lambda x: spec(x.shape, x.dtype, cache_axes[x.ndim]), jax.eval_shape(lambda: model.init_cache(batch, context))
+    )
+    ints = spec((batch, new), jnp.int32, ("batch", None))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    scalar = spec((), jnp.int32, ())
+    cache_shardings = jax.tree.map(lambda x: x.sharding, cache)
+    function = jax.jit(
+        partial(next_token, graphdef, Sampling()),
+        donate_argnums=1,
+        out_shardings=(place(("batch",), (batch,)), cache_shardings),
+    )
+    arguments = (state, cache, ints, ints, scalar, jax.ShapeDtypeStruct((), key.dtype, sharding=place((), ())))
+    return function, arguments, {"parameters": state, "cache": cache, "batch": ints}
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that each device holds of abstract arrays with shardings (tiles of the memory's layout not counted)."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            total += 8
+        else:
+            total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products of a jaxpr (a multiply-add counts 2), trips of scans multiplied in.
+
+    What the backward pass computes again is counted, as it is traced; while loops count once, of branches
+    only the costliest.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+            continue
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inner = [matmul_flops(found) for value in eqn.params.values() for found in _jaxprs(value)]
+        total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if hasattr(value, "eqns"):
+        return [value]
+    if hasattr(value, "jaxpr"):
+        return _jaxprs(value.jaxpr)
+    if isinstance(value, tuple | list):
+        return [found for item in value for found in _jaxprs(item)]
+    return []
+
+
+class OutOfMemoryError(Exception):
+    """The compiler found that a step does not fit; the message is the compiler's."""
+
+
+def compile_step(step: LoweredStep) -> tuple[Any, float]:
+    """The compiled step and the seconds it took.
+
+    Raises:
+      OutOfMemoryError: it does not fit into the memory of a device.
+      UserError: the compiler refuses it for another reason.
+    """
+    started = time.monotonic()
+    try:
+        return step.lowered.compile(), time.monotonic() - started
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text and ("HBM" in text or "hbm" in text):
+            raise OutOfMemoryError(text) from None
+        raise UserError(f"the compiler refuses this step: {text.splitlines()[0][:400]}") from None
