@@ -73,13 +73,12 @@ class BuildContext:
         `output=True` marks a projection that writes to the residual stream. A given `std` takes the place of that of
         the decoder's `init`; `scale` multiplies the latter.
         """
-        if std is None:
-            width_base = self.d_model if self.init.width_base is None else self.init.width_base
-            width_factor = math.sqrt(width_base / self.d_model)
-            std = scale * self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0) * width_factor
+        width_base = self.d_model if self.init.width_base is None else self.init.width_base
+        own = self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
+        deviation = scale * own * math.sqrt(width_base / self.d_model) if std is None else std
         if output and self.init.residual_depth_scaling:
-            std *= (2 * self.layers) ** -0.5
-        return nnx.Param(std * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
+            deviation /= math.sqrt(2 * self.layers)
+        return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A parameter that starts at `value` everywhere (norm scales, biases)."""
