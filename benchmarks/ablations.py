@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.training_runs import figures_of
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.models.spark import SparkFFNConfig
+from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
 
 class Variant(NamedTuple):
@@ -31,6 +31,7 @@ def variants() -> list[Variant]:
     """The rows, the unchanged model first."""
     model = preset("spark", "tiny").model
     assert isinstance(model.ffn, SparkFFNConfig)
+    assert isinstance(model.attention, SparkAttentionConfig)
     width, d_ff, head = model.d_model, model.ffn.d_ff, model.attention.head_dim
     dense_ffn = {"model.ffn.kind": "gated", "model.ffn.d-ff": d_ff * 2 // 3}
     return [

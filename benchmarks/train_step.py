@@ -21,6 +21,7 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.spark import SparkAttentionConfig
 from sparsezoo_jax.pallas_kernels.statistical_topk import reference
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
@@ -31,6 +32,7 @@ from sparsezoo_jax.training.step import build_train_step
 def dense_attention_of(config: DecoderConfig) -> GQAConfig:
     """Grouped-query attention of the same shape."""
     spark = config.attention
+    assert isinstance(spark, SparkAttentionConfig)
     return GQAConfig(
         heads=spark.heads, kv_heads=spark.kv_heads, head_dim=spark.head_dim, window=spark.window, softcap=spark.softcap
     )

@@ -40,6 +40,8 @@ RULES: dict[str, tuple[str, ...]] = {
     # In activations these mesh axes already split batch and length, so the width stays whole there.
     "embed": ("fsdp", "expert", "context"),
     "predictor": ("fsdp", "expert", "context"),
+    # Latents of attention: by whatever the other dimension of the matrix, width or heads, leaves over.
+    "latent": ("tensor", "fsdp", "expert", "context"),
     # Never split.
     "head_dim": (),
     "layers": (),

@@ -5,13 +5,19 @@ import pytest
 from sparsezoo_jax.config import differences, flatten, from_json, to_json
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, UserError
-from sparsezoo_jax.models import count_parameters
+from sparsezoo_jax.models import count_parameters, dense_twin
 from sparsezoo_jax.overrides import union_kinds, with_kind, with_list
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
-# (non-embedding, total), from the Spark and Gemma 2 papers for 2B and 9B, from GPT-2's release, and by hand otherwise.
+# (non-embedding, total), from the BlockFFN, Spark and Gemma 2 papers, from GPT-2's release, and by hand otherwise.
 PARAMETERS = {
+    ("blockffn", "tiny"): (1_021_664, 1_545_952),
+    ("blockffn", "small"): (119_383_552, 307_932_160),
+    ("blockffn", "medium"): (494_721_848, 808_969_528),
+    ("blockffn", "large"): (817_236_992, 1_194_334_208),
+    ("blockffn", "xlarge"): (1_187_830_952, 1_627_777_704),
+    ("blockffn", "2_8b"): (2_802_997_760, 2_953_419_264),
     ("dense", "tiny"): (985_216, 1_509_504),
     ("dense", "gemma2_2b"): (2_024_517_888, 2_614_636_800),
     ("dense", "0_1b"): (75_516_672, 124_668_672),
@@ -47,8 +53,26 @@ def test_spark_2b_is_the_papers():
     assert (model.attention.r, model.attention.top_k, model.attention.head_dim) == (128, 256, 256)
 
 
+@pytest.mark.parametrize(
+    ("size", "non_embedding"),
+    [("small", 119_382_784), ("medium", 496_103_168), ("large", 819_594_752), ("xlarge", 1_191_341_312)],
+)
+def test_blockffn_dense_twins_are_the_papers(size, non_embedding):
+    twin = dense_twin(preset("blockffn", size).model)
+    assert count_parameters(twin).non_embedding == non_embedding
+
+
+def test_blockffn_scalings():
+    for size, divisor, residual in (("small", 3, 0.35), ("medium", 5, 0.269430), ("xlarge", 7, 0.236643)):
+        model = preset("blockffn", size).model
+        assert (model.embedding_scale, model.logit_divisor) == (12, divisor)
+        assert model.residual.scale == pytest.approx(residual, abs=1e-6)
+
+
 def test_unknown_presets():
-    with pytest.raises(ConfigError, match=r"--arch=sparc: must be one of dense, spark \(did you mean spark\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, spark \(did you mean spark\?\)"
+    ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):
         preset("spark", "3b")

@@ -125,6 +125,7 @@ def _sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
 
 def _write_sizes(model: DecoderConfig) -> dict[str, Any]:
     attention = model.attention
+    assert isinstance(attention, GQAConfig)  # other kinds were refused before
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
@@ -374,6 +375,7 @@ def _compared(model: DecoderConfig) -> dict[str, Any]:
     flat["layer_types"] = tuple(spec.layer_type for spec in model.layer_specs())
     if "local" not in flat["layer_types"]:
         flat.pop("attention.window", None)
-    if flat.get("attention.query_scale") == model.attention.head_dim**-0.5:
+    attention = model.attention
+    if isinstance(attention, GQAConfig) and attention.query_scale == attention.head_dim**-0.5:
         flat["attention.query_scale"] = None
     return flat

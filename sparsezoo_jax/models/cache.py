@@ -9,7 +9,11 @@ import jax.numpy as jnp
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, K, H] each; slots that were not written yet hold zeros."""
+    """Keys and values of one layer, [B, S, K, H] each; slots that were not written yet hold zeros.
+
+    Attention that makes both from something smaller keeps that here instead: latent attention its latent and the
+    rotated key. The attention configuration's `cache_shapes` gives both [K, H].
+    """
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array

@@ -6,6 +6,7 @@ K key/value heads, H head width, E experts, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -31,11 +32,18 @@ class InitConfig:
     """Scale of the above."""
     embedding_std: float | None = None
     """Standard deviation of embeddings. None: 1 / sqrt(d_model) under fan_in, `scale` under fixed."""
+    output_std: float | None = None
+    """Standard deviation of an untied output projection. None: as any other matrix."""
+    width_base: int | None = None
+    """Divide the std of matrices by sqrt(d_model / width_base) (MiniCPM, with kind fixed: 256). None: don't."""
     residual_depth_scaling: bool = False
     """Divide the std of projections that write to the residual stream by sqrt(2 * layers), as GPT-2 does."""
 
     def __post_init__(self):
         require(self.scale > 0, "model.init.scale", self.scale, "must be above 0")
+        for name in ("embedding_std", "output_std", "width_base"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.init.{name}", value, "must be above 0 or None")
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,20 @@ class BuildContext:
         inputs: int,
         *,
         scale: float = 1.0,
-        **kwargs,
+        std: float | None = None,
+        output: bool = False,
     ) -> nnx.Param:
         """A normally initialised parameter; `axes` are its logical axis names, `inputs` its fan-in.
 
-        `output=True` marks a projection that writes to the residual stream.
+        `output=True` marks a projection that writes to the residual stream. A given `std` takes the place of that of
+        the decoder's `init`; `scale` multiplies the latter.
         """
-        output = kwargs.pop("output", False)
-        std = scale * self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
+        width_base = self.d_model if self.init.width_base is None else self.init.width_base
+        own = self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
+        deviation = scale * own * math.sqrt(width_base / self.d_model) if std is None else std
         if output and self.init.residual_depth_scaling:
-            std *= (2 * self.layers) ** -0.5
-        return nnx.Param(std * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
+            deviation /= math.sqrt(2 * self.layers)
+        return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A parameter that starts at `value` everywhere (norm scales, biases)."""

@@ -58,6 +58,8 @@ class DecoderConfig:
     """Add a learned embedding of each position (GPT-2)."""
     tie_embeddings: bool = True
     """Use the embedding as the output projection."""
+    logit_divisor: float = 1.0
+    """Divides the final state before the output projection (MiniCPM: d_model / 256)."""
     final_softcap: float | None = None
     """Logits become cap * tanh(logits / cap)."""
     init: InitConfig = InitConfig()
@@ -74,6 +76,7 @@ class DecoderConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "layers", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be above 0")
+        require(self.logit_divisor > 0, "model.logit_divisor", self.logit_divisor, "must be above 0")
         require(
             "local" not in self.layer_pattern or self.attention.window is not None,
             "model.attention.window",

@@ -100,7 +100,11 @@ class Decoder(nnx.Module):
         self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
         self.segments = nnx.List([self._stack(segment, rngs) for segment in config.segments()])
         self.final_norm = config.norm.build(ctx)
-        self.output_DV = None if config.tie_embeddings else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d)
+        self.output_DV = (
+            None
+            if config.tie_embeddings
+            else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
+        )
 
     def _stack(self, segment: SegmentSpec, rngs: nnx.Rngs) -> Period:
         @nnx.split_rngs(splits=segment.repeats)
@@ -186,6 +190,8 @@ class Decoder(nnx.Module):
         """Logits [B, T, V], float32, of final states [B, T, D]; `weight_DV`: `output_weight()`, if at hand."""
         if weight_DV is None:
             weight_DV = self._projection()
+        if self.config.logit_divisor != 1.0:
+            hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
         logits = matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
         logits = constrain(logits, ("batch", "length", "vocab"))
         cap = self.config.final_softcap
@@ -249,12 +255,10 @@ class Decoder(nnx.Module):
         """
         config = self.config
         require(0 < length <= config.max_seq_len, "cache length", length, _limit(config))
-        attention, dtype = config.attention, jnp.dtype(config.dtype)
-
-        def empty() -> jax.Array:
-            return jnp.zeros((batch, length, attention.kv_heads, attention.head_dim), dtype)
-
-        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.layers))
+        shapes, dtype = config.attention.cache_shapes, jnp.dtype(config.dtype)
+        layers = tuple(
+            LayerCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in shapes)) for _ in range(config.layers)
+        )
         return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def unstacked(self) -> Decoder:

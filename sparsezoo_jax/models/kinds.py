@@ -1,7 +1,8 @@
 """The unions of layer kinds that a decoder can be composed of: a new kind is added here and nowhere else.
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
-have `for_layer(layer, layers)`, which gives one layer's own configuration. For accounting, FFN kinds have
+have `for_layer(layer, layers)`, which gives one layer's own configuration, and attention kinds `window` and
+`cache_shapes`. For accounting, FFN kinds have
 `target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`, `projection_flops`, `mixing_flops`,
 `projection_weights`, `cache_reads` and `dense_twin`.
 """
@@ -13,10 +14,12 @@ from typing import Annotated
 from pydantic import Field
 
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
-AttentionConfig = Annotated[GQAConfig | SparkAttentionConfig, Field(discriminator="kind")]
-FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig, Field(discriminator="kind")]
+AttentionConfig = Annotated[GQAConfig | MLAConfig | SparkAttentionConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | BlockFFNConfig, Field(discriminator="kind")]
 ResidualConfig = PreNormConfig

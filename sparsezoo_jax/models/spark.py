@@ -181,6 +181,11 @@ class SparkAttentionConfig:
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
     @property
+    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Per token: keys and values, [heads, width] each."""
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
+    @property
     def target_keys(self) -> int | None:
         """Keys that each query's selection aims at; None where all visible keys are attended."""
         return None if self.selection == "none" else self.top_k

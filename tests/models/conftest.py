@@ -6,7 +6,10 @@ from flax import nnx
 
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.blockffn import BlockFFNConfig
+from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
@@ -33,6 +36,19 @@ CONFIGS = {
         **GEMMA,
         attention=SparkAttentionConfig(heads=4, kv_heads=2, head_dim=8, window=12, softcap=50.0, r=4, top_k=6),
         ffn=SparkFFNConfig(d_ff=48, top_k=5, r=12),
+    ),
+    "blockffn": DecoderConfig(
+        **BASE,
+        attention=MLAConfig(
+            heads=3, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+        ffn=BlockFFNConfig(experts=8, expert_width=6, chunk_length=16),
+        residual=PreNormConfig(scale=0.6),
+        norm=NormConfig(eps=1e-5),
+        embedding_scale=12.0,
+        logit_divisor=2.0,
+        tie_embeddings=False,
+        init=InitConfig(kind="fixed", scale=0.1, width_base=256, embedding_std=0.1, output_std=0.1),
     ),
     "llama": DecoderConfig(
         **BASE,

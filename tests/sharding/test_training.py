@@ -15,7 +15,7 @@ def differences(on_eight_devices):
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
 # relative, in the 2-norm, of the worst parameter.
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("arch", ["dense", "spark"])
+@pytest.mark.parametrize("arch", ["dense", "spark", "blockffn"])
 def test_meshes_agree_with_one_device(differences, arch, mesh):
     found = differences[arch][mesh]
     assert found["loss"] < 1e-5
@@ -25,6 +25,6 @@ def test_meshes_agree_with_one_device(differences, arch, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("arch", ["dense", "spark"])
+@pytest.mark.parametrize("arch", ["dense", "spark", "blockffn"])
 def test_only_norm_scales_are_repeated_within_a_model_copy(differences, arch, mesh):
     assert all(name.endswith("/scale") for name in differences[arch][mesh]["held"])

@@ -30,7 +30,7 @@ SHAPE = (8, 32)
 
 
 def models():
-    """Both attention kinds and FFN kinds, scanned and rematerialised as the large presets are, narrow."""
+    """The attention and FFN kinds, scanned and rematerialised as the large presets are, narrow."""
     for arch in ("dense", "spark"):
         model = preset(arch, "tiny").model
         narrow = {"r": 8, "top_k": 8} if arch == "spark" else {}
@@ -42,6 +42,16 @@ def models():
                 ffn=dataclasses.replace(model.ffn, d_ff=256, **({"r": 32, "top_k": 20} if arch == "spark" else {})),
             ),
         )  # fmt: skip
+
+    model = preset("blockffn", "tiny").model
+    attention = dataclasses.replace(model.attention, heads=8, q_lora_rank=32, kv_lora_rank=16)
+    ffn = dataclasses.replace(model.ffn, experts=16, expert_width=16, chunk_length=16)
+    yield (
+        "blockffn",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, attention=attention, ffn=ffn, scan_layers=True, remat="full"
+        ),
+    )
 
 
 def batches():

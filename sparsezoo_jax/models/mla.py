@@ -1,0 +1,177 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads come from one latent."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.attention import dense_attention
+from sparsezoo_jax.models.cache import LayerCache
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.records import ATTENTION_VISIBLE
+from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.sharding import constrain
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MLAConfig:
+    """`softmax(q k) v` with q from a query latent, and k, v from a key/value latent that alone is cached.
+
+    Each head's query and key have a part without position and a rotated part; the rotated key is shared by all heads.
+    """
+
+    kind: Literal["mla"] = "mla"
+    heads: int
+    """Heads."""
+    q_lora_rank: int = 768
+    """Width of the query latent."""
+    kv_lora_rank: int = 256
+    """Width of the key/value latent."""
+    qk_nope_head_dim: int = 128
+    """Width of each head's query and key without position."""
+    qk_rope_head_dim: int = 64
+    """Width of the rotated part; even."""
+    v_head_dim: int = 128
+    """Width of each head's value."""
+    window: int | None = None
+    """Keys that a query of a local layer sees, itself included."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary position embeddings of the rotated part."""
+    latent_norm_eps: float = 1e-6
+    """Added to the mean square by the RMSNorms of both latents."""
+    kv_up_init_std: float | None = None
+    """Initial std of the map from the latent to keys and values (BlockFFN: 0.02). None: as any other matrix."""
+
+    def __post_init__(self):
+        field = "model.attention"
+        for name in ("heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            require(getattr(self, name) > 0, f"{field}.{name}", getattr(self, name), "must be above 0")
+        rotated = self.qk_rope_head_dim
+        require(rotated % 2 == 0, f"{field}.qk_rope_head_dim", rotated, "must be even to rotate")
+        require(self.latent_norm_eps > 0, f"{field}.latent_norm_eps", self.latent_norm_eps, "must be above 0")
+        for name in ("window", "kv_up_init_std"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{field}.{name}", value, "must be above 0 or None")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of each head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Per token: the normalised latent and the rotated key, one "head" each."""
+        return (1, self.kv_lora_rank), (1, self.qk_rope_head_dim)
+
+    @property
+    def target_keys(self) -> None:
+        """No keys are selected."""
+        return None
+
+    def projection_flops(self, d_model: int) -> int:
+        """FLOPs per token of the five maps (a multiply-add counts 2)."""
+        return 2 * self.projection_weights(d_model)
+
+    def mixing_flops(self, keys: int, target: float | None = None) -> float:
+        """FLOPs per token of scores and mixing over `keys` visible keys, as in training; `target` changes nothing.
+
+        Decoding from the cache multiplies by the latent instead: `2 heads (2 kv_lora_rank + qk_rope_head_dim) keys`.
+        """
+        return 2 * self.heads * (self.qk_head_dim + self.v_head_dim) * keys
+
+    def projection_weights(self, d_model: int) -> int:
+        """Weights of the five maps; every token needs all."""
+        queries = self.q_lora_rank * (d_model + self.heads * self.qk_head_dim)
+        latent = d_model * (self.kv_lora_rank + self.qk_rope_head_dim)
+        expanded = self.kv_lora_rank * self.heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return queries + latent + expanded + d_model * self.heads * self.v_head_dim
+
+    def cache_reads(self, keys: int, target: float | None = None) -> float:
+        """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * keys
+
+    def dense_twin(self) -> MLAConfig:
+        """Attention of equal parameters to all visible keys: this one."""
+        return self
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MLA:
+        return MLA(self, ctx, rngs)
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention; see `MLAConfig`. Letters: R query latent, C key/value latent, P rotated width."""
+
+    def __init__(self, config: MLAConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config, self.dtype = config, ctx.dtype
+        self.layer_type: LayerType = ctx.layer_type
+        d, heads, r, c = ctx.d_model, config.heads, config.q_lora_rank, config.kv_lora_rank
+        joint, expanded = c + config.qk_rope_head_dim, config.qk_nope_head_dim + config.v_head_dim
+        norm = NormConfig(eps=config.latent_norm_eps)
+        head_axes = ("latent", "heads", "head_dim")
+        self.q_a_DR = ctx.weight(rngs, (d, r), ("embed", "latent"), d)
+        self.q_a_norm = norm.build(ctx, r, "latent")
+        self.q_b_RNH = ctx.weight(rngs, (r, heads, config.qk_head_dim), head_axes, r)
+        self.kv_a_DC = ctx.weight(rngs, (d, joint), ("embed", "latent"), d)
+        self.kv_a_norm = norm.build(ctx, c, "latent")
+        self.kv_b_CNH = ctx.weight(rngs, (c, heads, expanded), head_axes, c, std=config.kv_up_init_std)
+        self.o_NHD = ctx.weight(
+            rngs, (heads, config.v_head_dim, d), ("heads", "head_dim", "embed"), heads * config.v_head_dim, output=True
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
+        config, mask = self.config, ctx.masks_BTS[self.layer_type]
+        nope, scale = config.qk_nope_head_dim, config.qk_head_dim**-0.5
+        q_BTR = self.q_a_norm(matmul(x_BTD, self.q_a_DR[...].astype(self.dtype)))
+        q_BTNH = self._per_head(q_BTR, self.q_b_RNH)
+        q_BTNH = constrain(q_BTNH, ("batch", "length", "heads", "head_dim"))
+        joint_BTC = matmul(x_BTD, self.kv_a_DC[...].astype(self.dtype))
+        latent_BTC = self.kv_a_norm(joint_BTC[..., : config.kv_lora_rank])
+        q_nope, q_rope = q_BTNH[..., :nope], self._rotated(q_BTNH[..., nope:], ctx)
+        k_rope_BS1P = self._rotated(joint_BTC[..., None, config.kv_lora_rank :], ctx)
+        if cache is None:
+            # The latent, not the wider keys and values, is what the parts of a split sequence exchange.
+            latent_BSC = constrain(latent_BTC, ("batch", None, None))
+            kv_BSNH = self._per_head(latent_BSC, self.kv_b_CNH)
+            kv_BSNH = constrain(kv_BSNH, ("batch", None, "heads", "head_dim"))
+            k_rope = jnp.broadcast_to(k_rope_BS1P, (*kv_BSNH.shape[:3], config.qk_rope_head_dim))
+            k_BSNH = jnp.concatenate([kv_BSNH[..., :nope], k_rope], axis=-1)
+            q_BTNH = jnp.concatenate([q_nope, q_rope], axis=-1)
+            y_BTNH = dense_attention(q_BTNH, k_BSNH, kv_BSNH[..., nope:], mask, scale=scale, softcap=None)
+        else:
+            cache = cache.updated(latent_BTC[..., None, :], k_rope_BS1P, ctx.cache_end)
+            y_BTNH = self._attend_to_latents(q_nope, q_rope, cache, mask, scale)
+        y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+        attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
+        aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
+        return y_BTD, aux, cache
+
+    def _attend_to_latents(self, q_nope, q_rope, cache: LayerCache, mask_BTS, scale: float) -> jax.Array:
+        """The same attention with the map from the latent moved onto queries and results.
+
+        It then is multi-query attention whose keys are the cached rows, and nothing is expanded for each cached token.
+        """
+        nope, (latent_BS1C, k_rope_BS1P) = self.config.qk_nope_head_dim, cache
+        kv_b_CNH = self.kv_b_CNH[...].astype(self.dtype)
+        q_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope, kv_b_CNH[..., :nope])
+        q = jnp.concatenate([q_BTNC, q_rope], axis=-1)
+        k = jnp.concatenate([latent_BS1C, k_rope_BS1P], axis=-1)
+        mixed_BTNC = dense_attention(q, k, latent_BS1C, mask_BTS, scale=scale, softcap=None)
+        return jnp.einsum("btnc,cnh->btnh", mixed_BTNC, kv_b_CNH[..., nope:])
+
+    def _per_head(self, x_BTC: jax.Array, weight_CNH: nnx.Param) -> jax.Array:
+        latent, heads, width = weight_CNH.shape
+        y = matmul(x_BTC, weight_CNH[...].astype(self.dtype).reshape(latent, heads * width))
+        return y.reshape(*x_BTC.shape[:2], heads, width)
+
+    def _rotated(self, x_BTNP: jax.Array, ctx: CallContext) -> jax.Array:
+        rope = self.config.rope
+        return apply_rope(x_BTNP, ctx.positions_BT, rope.base_of(self.layer_type), rope.fraction)
