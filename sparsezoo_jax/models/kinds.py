@@ -1,9 +1,11 @@
 """The unions of layer kinds that a decoder can be composed of: a new kind is added here and nowhere else.
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
-have `for_layer(layer, layers)`, which gives one layer's own configuration. For accounting, FFN kinds have
-`target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`, `projection_flops`, `mixing_flops`,
-`projection_weights`, `cache_reads` and `dense_twin`.
+have `for_layer(layer, layers)`, which gives one layer's own configuration, and may have `samples`, true if training
+needs random numbers. A layer that returns something as `LayerAux.observed` has a method `after_step`.
+
+For accounting, FFN kinds have `target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`,
+`projection_flops`, `mixing_flops`, `projection_weights`, `cache_reads` and `dense_twin`.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from pydantic import Field
 
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
 AttentionConfig = Annotated[GQAConfig | SparkAttentionConfig, Field(discriminator="kind")]
-FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
 ResidualConfig = PreNormConfig

@@ -61,7 +61,11 @@ def grouped_ffn(
         experts.shape,
         f"must be that of weights {weights.shape}, and but for its end that of x {x.shape}",
     )
-    available: dict[str, Callable] = {"dense": reference.grouped_ffn, "ragged": by_expert.ragged, "loop": by_expert.loop}
+    available: dict[str, Callable] = {
+        "dense": reference.grouped_ffn,
+        "ragged": by_expert.ragged,
+        "loop": by_expert.loop,
+    }
     default = "loop" if jax.default_backend() == "cpu" else "ragged"
     apply = choose("grouped_ffn", implementation, available, default)
     if apply is reference.grouped_ffn:
@@ -73,7 +77,7 @@ def grouped_ffn(
         flat = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
         return apply(*flat, up, down, gate, activation).reshape(x.shape)
 
-    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 2), None)[: x.ndim]
+    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
     arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
     return per_device(on_pieces, arrays, [names] * 3 + [(None, None, None)] * (len(arrays) - 3), names)
 
@@ -105,4 +109,9 @@ def _check(x: jax.Array, up: jax.Array, down: jax.Array, gate: jax.Array | None)
     count, d, width = up.shape
     require(x.shape[-1] == d, "grouped_ffn.up", up.shape, f"must have {x.shape[-1]} as its second size, for x")
     require(down.shape == (count, width, d), "grouped_ffn.down", down.shape, f"must be {(count, width, d)} for up")
-    require(gate is None or gate.shape == up.shape, "grouped_ffn.gate", None if gate is None else gate.shape, f"must be {up.shape}")
+    require(
+        gate is None or gate.shape == up.shape,
+        "grouped_ffn.gate",
+        None if gate is None else gate.shape,
+        f"must be {up.shape}",
+    )

@@ -48,6 +48,4 @@ def grouped_ffn(
     activation: Activation,
 ) -> jax.Array:
     """The dense form of the operation; see the package."""
-    return weighted_ffn(
-        x, spread(experts, weights, up_EDW.shape[0]), up_EDW, down_EWD, gate_EDW, activation
-    )
+    return weighted_ffn(x, spread(experts, weights, up_EDW.shape[0]), up_EDW, down_EWD, gate_EDW, activation)
