@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import dense, spark
+from sparsezoo_jax.configs import dense, moe, spark
 from sparsezoo_jax.errors import ConfigError
 
-PRESETS: dict[str, dict[str, RunConfig]] = {"dense": dense.PRESETS, "spark": spark.PRESETS}
+PRESETS: dict[str, dict[str, RunConfig]] = {"dense": dense.PRESETS, "moe": moe.PRESETS, "spark": spark.PRESETS}
 
 
 def preset(arch: str, size: str = "tiny") -> RunConfig:
