@@ -12,6 +12,7 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import DecoderConfig, bytes_per_token, count_parameters, dense_twin, flops_per_token
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.routers import RouterName
 from tests.models.conftest import build
@@ -26,6 +27,9 @@ BASE = DecoderConfig(
     attention=GQAConfig(heads=2, kv_heads=1, head_dim=8, window=7),
     ffn=MoEFFNConfig(experts=8, expert_width=6, k=4, router_std=0.5),
 )
+
+
+logits_of = nnx.jit(lambda model, tokens: model(tokens).logits)
 
 
 def with_ffn(**changes) -> DecoderConfig:
@@ -96,39 +100,36 @@ def test_layer_by_hand(tokens):
 
 def test_noise_needs_training_mode_and_follows_the_seed(tokens):
     model = build(with_ffn(router="grin", competition=2.0))
-    calm = model(tokens).logits
-    np.testing.assert_array_equal(model(tokens).logits, calm)
+    calm = logits_of(model, tokens)
+    np.testing.assert_array_equal(logits_of(model, tokens), calm)
     model.train()
-    first, second = model(tokens).logits, model(tokens).logits
+    first, second = logits_of(model, tokens), logits_of(model, tokens)
     assert not np.array_equal(first, calm)
     assert not np.array_equal(first, second)
     again = build(with_ffn(router="grin", competition=2.0))
     again.train()
-    np.testing.assert_array_equal(again(tokens).logits, first)
+    np.testing.assert_array_equal(logits_of(again, tokens), first)
     model.eval()
-    np.testing.assert_array_equal(model(tokens).logits, calm)
+    np.testing.assert_array_equal(logits_of(model, tokens), calm)
 
 
-def test_noise_differs_between_layers_and_not_by_scanning(tokens):
-    config = dataclasses.replace(with_ffn(router="grin", competition=2.0), layer_pattern=("global",), layers=3)
+def test_noise_is_the_same_scanned_and_unrolled(tokens):
+    config = dataclasses.replace(with_ffn(router="grin", competition=2.0), layer_pattern=("global",))
 
     def trained(scan):
         model = build(dataclasses.replace(config, scan_layers=scan))
         model.train()
-        return model(tokens, record=["expert_scores"])
+        return logits_of(model, tokens)
 
-    scanned, unrolled = trained(True), trained(False)
-    np.testing.assert_allclose(scanned.logits, unrolled.logits, atol=1e-4)
-    model = build(config)
-    keys = []
-    ffn = type(model.segments[0].blocks[0].ffn)
-    original = ffn._route
-    try:
-        ffn._route = lambda self, s, ctx: keys.append(jax.random.key_data(ctx.rng)) or original(self, s, ctx)
-        trained(False)
-    finally:
-        ffn._route = original
-    assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 3
+    np.testing.assert_allclose(trained(True), trained(False), atol=1e-4)
+
+
+def test_every_layer_has_random_numbers_of_its_own():
+    segments = jnp.ones((1, 2), jnp.int32)
+    ctx = CallContext(segments, segments, rng=jax.random.key(0))
+    keys = {tuple(jax.random.key_data(ctx.folded(i).folded(j).rng).tolist()) for i in range(3) for j in range(2)}
+    assert len(keys) == 6
+    assert CallContext(segments, segments).folded(1).rng is None
 
 
 def test_parameters_and_cost():
