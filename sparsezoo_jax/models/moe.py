@@ -123,13 +123,9 @@ class MoEFFNConfig:
         """FLOPs per token with `active` neurons (None: those of k experts; a multiply-add counts 2)."""
         return 2 * self.weights(d_model, active)
 
-    def dense_twin(self) -> GatedFFNConfig | None:
-        """The SwiGLU layer of as many parameters, (2 d_ff + experts) / 3 wide; None where that is no whole number.
-
-        With shared experts the router is smaller by their columns, and the twin larger by those.
-        """
-        width, left = divmod(2 * self.d_ff + self.experts, 3)
-        return None if left else GatedFFNConfig(d_ff=width, activation="silu")
+    def dense_twin(self) -> GatedFFNConfig:
+        """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
+        return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEFFN:
         return MoEFFN(self, ctx, rngs)
