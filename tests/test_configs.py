@@ -22,6 +22,16 @@ PARAMETERS = {
     ("dense", "gemma2_2b"): (2_024_517_888, 2_614_636_800),
     ("dense", "0_1b"): (75_516_672, 124_668_672),
     ("dense", "gpt2"): (85_056_000, 124_439_808),
+    ("moe", "tiny"): (997_504, 1_521_792),
+    ("moe", "tiny_remoe"): (997_504, 1_521_792),
+    ("moe", "small"): (113_861_376, 302_409_984),
+    ("moe", "small_remoe"): (113_861_376, 302_409_984),
+    ("moe", "medium"): (532_294_400, 846_542_080),
+    ("moe", "medium_remoe"): (532_294_400, 846_542_080),
+    ("moe", "large"): (908_428_800, 1_285_526_016),
+    ("moe", "large_remoe"): (908_428_800, 1_285_526_016),
+    ("moe", "xlarge"): (1_352_370_432, 1_792_317_184),
+    ("moe", "xlarge_remoe"): (1_352_370_432, 1_792_317_184),
     ("spark", "tiny"): (985_216, 1_509_504),
     ("spark", "small"): (75_535_104, 100_111_104),
     ("spark", "2b"): (2_024_517_888, 2_614_636_800),
@@ -71,7 +81,7 @@ def test_blockffn_scalings():
 
 def test_unknown_presets():
     with pytest.raises(
-        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, spark \(did you mean spark\?\)"
+        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, spark \(did you mean spark\?\)"
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

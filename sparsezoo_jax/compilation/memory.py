@@ -76,7 +76,7 @@ def estimated_buffers(config: RunConfig, mesh: Mapping[str, int], step: str, con
     length = config.data.seq_len if train else new
     keys = length if train else context
     queries, wide = length / mesh["context"], 2 if model.dtype == "bfloat16" else 4
-    heads = model.attention.heads / (mesh["tensor"] if model.attention.kv_heads % mesh["tensor"] == 0 else 1)
+    heads = model.attention.heads / (mesh["tensor"] if model.attention.score_heads % mesh["tensor"] == 0 else 1)
     chunk = config.train.loss_chunk if train else 1
     positions = queries if chunk is None else chunk / (mesh["context"] if train else 1)
     sizes = {
@@ -123,7 +123,7 @@ def suggestions(
         else:
             found.append(f"--data.batch-size {rows}: one sequence on a device")
     if "attention scores" in large and batch <= 1:
-        heads = math.gcd(model.attention.kv_heads, mesh["fsdp"] * mesh["data"] * mesh["tensor"])
+        heads = math.gcd(model.attention.score_heads, mesh["fsdp"] * mesh["data"] * mesh["tensor"])
         if heads > mesh["tensor"]:
             fsdp = max(1, mesh["fsdp"] * mesh["tensor"] // heads)
             found.append(f"--mesh.tensor {heads} --mesh.fsdp {fsdp}: splits the heads of attention scores")

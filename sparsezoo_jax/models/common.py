@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,12 +89,15 @@ class LayerAux(NamedTuple):
     """Results of a layer beside its output: losses to be weighted by objectives, and statistics to be reported.
 
     A kind always returns the same keys, so that layers stack under `jax.lax.scan`. Losses and statistics are scalars;
-    records are the internal arrays that the call asked for (see `models.records`).
+    records are the internal arrays that the call asked for (see `models.records`); observed are arrays of any shape,
+    averages over real tokens, from which an FFN that has them updates variables of its own after each train step
+    (see `Decoder.after_step`).
     """
 
     losses: dict[str, jax.Array] = {}
     stats: dict[str, jax.Array] = {}
     records: dict[str, jax.Array] = {}
+    observed: dict[str, jax.Array] = {}
 
     def merged(self, other: LayerAux) -> LayerAux:
         return LayerAux(*({**mine, **theirs} for mine, theirs in zip(self, other, strict=True)))
@@ -118,9 +121,15 @@ class CallContext:
     """Names of internal arrays that the caller wants; see `models.records`."""
     summarise: Any = None
     """Reduces a layer's records before they leave the layer; see `Decoder.__call__`."""
+    rng: jax.Array | None = None
+    """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
 
     def __post_init__(self):
         self.valid_BT = self.segments_BT > 0
+
+    def folded(self, index: jax.Array | int) -> CallContext:
+        """The same with other random numbers for every `index`."""
+        return self if self.rng is None else replace(self, rng=jax.random.fold_in(self.rng, index))
 
     def recorded(self, arrays: Mapping[str, Callable[[], jax.Array]]) -> dict[str, jax.Array]:
         """Those of `arrays` (name to a function that makes the array) that the caller wants."""

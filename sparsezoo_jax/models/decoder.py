@@ -36,6 +36,8 @@ class Output(NamedTuple):
     """The cache after this call, when one was given."""
     records: dict[str, tuple[jax.Array | None, ...]] = {}
     """What was asked to be recorded: name to one array per layer, None where a layer has no such array."""
+    observed: tuple[dict[str, jax.Array], ...] = ()
+    """For each layer what `Decoder.after_step` updates its variables from."""
 
 
 class Block(nnx.Module):
@@ -74,19 +76,24 @@ class Period(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, caches: tuple[LayerCache | None, ...] | None):
         auxes, updated = [], []
-        for block, cache in zip(self.blocks, caches or (None,) * len(self.blocks), strict=True):
-            x_BTD, aux, cache = block(x_BTD, ctx, cache)
+        for i, (block, cache) in enumerate(zip(self.blocks, caches or (None,) * len(self.blocks), strict=True)):
+            x_BTD, aux, cache = block(x_BTD, ctx.folded(i), cache)
             auxes.append(aux)
             updated.append(cache)
         return x_BTD, tuple(auxes), tuple(updated)
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer; see `DecoderConfig`."""
+    """A decoder-only transformer; see `DecoderConfig`.
+
+    After `train()` layers that sample (routers with noise) do so, and every call takes the next of the model's random
+    streams; as built, or after `eval()`, a call is deterministic.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.stacked = True
+        self.deterministic = True
         ctx = config.build_context()
         vocab, d = config.vocab_size, config.d_model
         embedding_std = config.init.embedding_std
@@ -105,6 +112,8 @@ class Decoder(nnx.Module):
             if config.tie_embeddings
             else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
         )
+        # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
+        self.noise = nnx.RngStream(rngs.params(), tag="noise") if getattr(config.ffn, "samples", False) else None
 
     def _stack(self, segment: SegmentSpec, rngs: nnx.Rngs) -> Period:
         @nnx.split_rngs(splits=segment.repeats)
@@ -142,6 +151,7 @@ class Decoder(nnx.Module):
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
         ctx.record, ctx.summarise = checked(record), summarise
+        ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         dtype = jnp.dtype(config.dtype)
         x_BTD: Any = lookup(self.embedding_VD[...], tokens_BT, dtype)
         scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
@@ -153,12 +163,12 @@ class Decoder(nnx.Module):
         auxes: list[LayerAux] = []
         caches: list[LayerCache] = []
         unused = None if cache is None else list(cache.layers)
-        for period, spec in zip(self.segments, config.segments() if self.stacked else self._single(), strict=True):
+        for i, (period, spec) in enumerate(zip(self.segments, self._specs(), strict=True)):
             if not self.stacked or unused is not None or not config.scan_layers:
-                x_BTD, segment_auxes, updated = self._unrolled(period, spec, x_BTD, ctx, unused)
+                x_BTD, segment_auxes, updated = self._unrolled(period, spec, x_BTD, ctx.folded(i), unused)
                 caches.extend(updated)
             else:
-                x_BTD, segment_auxes = self._scanned(period, x_BTD, ctx)
+                x_BTD, segment_auxes = self._scanned(period, x_BTD, ctx.folded(i))
             auxes.extend(segment_auxes)
 
         losses, stats = _collect(auxes)
@@ -167,10 +177,30 @@ class Decoder(nnx.Module):
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
         hidden_BTD = self.final_norm(x_BTD)
         made = self.logits_of(hidden_BTD) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
-        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes))
+        observed = tuple(aux.observed for aux in auxes)
+        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed)
 
-    def _single(self) -> tuple[SegmentSpec, ...]:
+    def _specs(self) -> tuple[SegmentSpec, ...]:
+        if self.stacked:
+            return self.config.segments()
         return tuple(SegmentSpec((spec,), 1) for spec in self.config.layer_specs())
+
+    def after_step(self, observed: tuple[dict[str, jax.Array], ...]) -> None:
+        """Let the layers update variables that are no parameters (router biases), after an optimizer step.
+
+        Args:
+          observed: `Output.observed` of the step's batch, averaged over its micro-batches. FFNs that observe something
+            have a method `after_step` that gets theirs, stacked as their variables are.
+        """
+        rest = list(observed)
+        for period, spec in zip(self.segments, self._specs(), strict=True):
+            width = len(spec.period)
+            own, rest = rest[: width * spec.repeats], rest[width * spec.repeats :]
+            for i, block in enumerate(period.blocks):
+                stacked = jax.tree.map(lambda *x: jnp.stack(x) if self.stacked else x[0], *own[i::width])
+                if stacked:
+                    ffn: Any = block.ffn
+                    ffn.after_step(stacked)
 
     def _projection(self) -> jax.Array:
         return self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
@@ -200,12 +230,14 @@ class Decoder(nnx.Module):
     def _scanned(self, period: Period, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, list[LayerAux]]:
         graphdef, state = nnx.split(period)
 
-        def body(x_BTD, state):
-            x_BTD, auxes, _ = nnx.merge(graphdef, state)(x_BTD, ctx, None)
+        def body(x_BTD, inputs):
+            state, i = inputs
+            x_BTD, auxes, _ = nnx.merge(graphdef, state)(x_BTD, ctx.folded(i), None)
             return x_BTD, auxes
 
-        x_BTD, stacked = jax.lax.scan(_rematerialised(body, self.config.remat), x_BTD, state)
         repeats = jax.tree.leaves(state)[0].shape[0]
+        inputs = (state, jnp.arange(repeats))
+        x_BTD, stacked = jax.lax.scan(_rematerialised(body, self.config.remat), x_BTD, inputs)
         return x_BTD, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
 
     def _unrolled(self, period: Period, spec: SegmentSpec, x_BTD: jax.Array, ctx: CallContext, unused):
@@ -215,8 +247,8 @@ class Decoder(nnx.Module):
             state_i = jax.tree.map(lambda leaf, i=i: leaf[i], state) if self.stacked else state
             layer_caches = None if unused is None else tuple(unused.pop(0) for _ in spec.period)
 
-            def body(x_BTD, state, layer_caches=layer_caches):
-                return nnx.merge(graphdef, state)(x_BTD, ctx, layer_caches)
+            def body(x_BTD, state, layer_caches=layer_caches, i=i):
+                return nnx.merge(graphdef, state)(x_BTD, ctx.folded(i), layer_caches)
 
             x_BTD, aux, updated = _rematerialised(body, self.config.remat)(x_BTD, state_i)
             auxes.extend(aux)

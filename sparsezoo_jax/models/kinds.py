@@ -1,10 +1,12 @@
 """The unions of layer kinds that a decoder can be composed of: a new kind is added here and nowhere else.
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
-have `for_layer(layer, layers)`, which gives one layer's own configuration, and attention kinds `window` and
-`cache_shapes`. For accounting, FFN kinds have
-`target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`, `projection_flops`, `mixing_flops`,
-`projection_weights`, `cache_reads` and `dense_twin`.
+have `for_layer(layer, layers)`, which gives one layer's own configuration, and may have `samples`, true if training
+needs random numbers; attention kinds have `window`, `score_heads` and `cache_shapes`. A layer that returns something as
+`LayerAux.observed` has a method `after_step`.
+
+For accounting, FFN kinds have `target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`,
+`projection_flops`, `mixing_flops`, `projection_weights`, `cache_reads` and `dense_twin`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
 AttentionConfig = Annotated[GQAConfig | MLAConfig | SparkAttentionConfig, Field(discriminator="kind")]
-FFNConfig = Annotated[GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | BlockFFNConfig, Field(discriminator="kind")]
+FFNConfig = Annotated[
+    GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | BlockFFNConfig | MoEFFNConfig, Field(discriminator="kind")
+]
 ResidualConfig = PreNormConfig

@@ -66,6 +66,11 @@ class MLAConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def score_heads(self) -> int:
+        """Heads by which tensor parallelism can split the scores."""
+        return self.heads
+
+    @property
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Per token: the normalised latent and the rotated key, one "head" each."""
         return (1, self.kv_lora_rank), (1, self.qk_rope_head_dim)

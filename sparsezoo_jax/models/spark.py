@@ -181,6 +181,11 @@ class SparkAttentionConfig:
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
 
     @property
+    def score_heads(self) -> int:
+        """Heads by which tensor parallelism can split the scores."""
+        return self.kv_heads
+
+    @property
     def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Per token: keys and values, [heads, width] each."""
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)

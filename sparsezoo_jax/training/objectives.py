@@ -34,7 +34,11 @@ class Objective(Protocol):
         ...
 
     def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
-        """State after a step whose metrics are `loss`, `z_loss` and `losses/<name>` (unweighted, whole batch)."""
+        """State after a step.
+
+        Its metrics are `loss`, `z_loss`, `losses/<name>` (unweighted) and the model's statistics by name, float32 [L],
+        NaN where a layer has no such statistic; all of the whole batch.
+        """
         ...
 
 
@@ -180,7 +184,49 @@ class AdaptiveFactor:
         }
 
 
-ObjectiveConfig = Annotated[FixedObjective | SineProgressive | AdaptiveFactor, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DensityTarget:
+    """A weight that grows while more of the FFN is active than wanted, and shrinks while less is (ReMoE).
+
+    After each step it is multiplied by `factor` if the layers' mean `ffn_density`, in percent, exceeds
+    round(100 * target, 2), else divided by it, but never below where it started.
+
+    Source: ReMoE (arXiv 2412.14711), section 3.3, with the constants of BlockFFN's baseline (arXiv 2507.08771).
+    """
+
+    kind: Literal["density_target"] = "density_target"
+    """Objective kind."""
+    loss: str
+    """Name of the model's auxiliary loss."""
+    target: float
+    """Wanted share of the FFN that a token activates, k / experts; in (0, 1)."""
+    weight: float = 1e-8
+    """Weight at the start, and its floor; above 0."""
+    factor: float = 1.05
+    """Change of the weight in a step, above 1."""
+
+    def __post_init__(self):
+        name = "train.objectives"
+        require(0 < self.target < 1, f"{name}.target", self.target, "must be above 0 and below 1")
+        require(self.weight > 0, f"{name}.weight", self.weight, "must be above 0")
+        require(self.factor > 1, f"{name}.factor", self.factor, "must be above 1")
+
+    def init(self) -> dict[str, jax.Array]:
+        return {"weight": jnp.float32(self.weight)}
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        return state["weight"]
+
+    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
+        active = 100 * jnp.nanmean(metrics["ffn_density"])
+        weight = state["weight"]
+        less = jnp.maximum(weight / self.factor, self.weight)
+        return {"weight": jnp.where(active > round(100 * self.target, 2), weight * self.factor, less)}
+
+
+ObjectiveConfig = Annotated[
+    FixedObjective | SineProgressive | AdaptiveFactor | DensityTarget, Field(discriminator="kind")
+]
 
 
 def check_objectives(objectives: Sequence[Objective], losses: Sequence[str]) -> None:

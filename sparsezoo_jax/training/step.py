@@ -34,6 +34,9 @@ def build_train_step(
     are averaged with their target tokens as weights: exact for means over target tokens; a loss that is not one (a
     product of averages, as in load balancing) is taken within each micro-batch.
 
+    The model is called in training mode (`model.train()`). What it returns as `observed` is averaged like statistics
+    and given to its method `after_step`, which may change variables that are no parameters.
+
     If loss or gradient norm is not finite, parameters, optimizer, objectives and model state stay as they are and the
     step is counted in `skipped`.
 
@@ -46,6 +49,7 @@ def build_train_step(
 
     def objective_sum(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
         model = template.merge(params, model_state)
+        model.train()
         sums, out = model_loss(model, batch, config.loss_chunk)
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
         total = sums.cross_entropy_sum + config.z_loss * sums.z_sum + sums.count * auxiliary
@@ -53,12 +57,14 @@ def build_train_step(
         weighted = {name: sums.count * value.astype(jnp.float32) for name, value in averages.items()}
         _, model_state = template.split(model)
         metrics = {"loss": sums.cross_entropy_sum, "z_loss": sums.z_sum, **weighted}
-        return total, (model_state, sums.count, metrics)
+        # A model without `after_step` observes nothing.
+        observed = jax.tree.map(lambda x: sums.count * x, getattr(out, "observed", ()))
+        return total, (model_state, sums.count, (metrics, observed))
 
     gradient = jax.grad(objective_sum, has_aux=True)
 
     def accumulated(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
-        """Gradient, target tokens and metrics, each summed over micro-batches; and the last model state."""
+        """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
         if count == 1:
             grads, (model_state, tokens, metrics) = gradient(params, model_state, batch, coefficients)
             return grads, model_state, tokens, metrics
@@ -90,7 +96,11 @@ def build_train_step(
         grads, model_state, tokens, sums = accumulated(state.params, state.model_state, batch, coefficients)
         total = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
-        metrics = {name: value / total for name, value in sums.items()}
+        metrics, observed = jax.tree.map(lambda value: value / total, sums)
+        if jax.tree.leaves(observed):
+            model = template.merge(state.params, model_state)
+            model.after_step(jax.lax.stop_gradient(observed))
+            _, model_state = template.split(model)
         grads, grad_norm = clip_gradients(grads, config)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         objectives = tuple(

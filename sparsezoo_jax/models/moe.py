@@ -1,0 +1,222 @@
+"""Mixture of experts as a feed-forward kind: one layer, six routers (`models.routers`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models import routers
+from sparsezoo_jax.models.chunks import activation_stats
+from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
+from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.records import EXPERT_SCORES
+from sparsezoo_jax.models.routers import FIXED_COUNT, RouterName, Routing
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, weighted_ffn
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.sharding import constrain
+
+
+class RouterBias(nnx.Variable):
+    """A bias that balances loads without a loss: no parameter, moved after each train step."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoEFFNConfig:
+    """`sum_e w_e W_down,e act(W_up,e x)` over the experts that a router gives each token; no token is dropped.
+
+    Losses, to be weighted by objectives: `balance`; for remoe `l1_balance` in its place; for topp `router_entropy` too.
+    """
+
+    kind: Literal["moe"] = "moe"
+    experts: int
+    """Experts, shared ones included."""
+    expert_width: int
+    """Neurons of one expert."""
+    k: int
+    """Experts of a token, shared ones included. remoe and topp: the number aimed at (a budget for objectives)."""
+    router: RouterName = "topk"
+    """topk: softmax, k best, renormalised. deepseek: the same beside shared experts. grin: SparseMixer-v2. remoe: ReLU.
+    topp: as many as make up `top_p`. ling: sigmoid, and a bias in place of a balance loss."""
+    shared_experts: int | None = None
+    """Experts that every token takes with weight 1, fused into one. None: 2 for deepseek, 0 for the others."""
+    activation: ActivationName = "silu"
+    """Non-linearity of the experts."""
+    top_p: float = 0.4
+    """Probability that the experts of a token exceed together (topp)."""
+    competition: float = 0.1
+    """Half the relative distance from the best score within which experts are sampled (grin's epsilon)."""
+    routed_scale: float = 1.0
+    """Sum of the weights of a token's routed experts (ling)."""
+    bias_rate: float = 1e-3
+    """Change of a router's bias in a step (ling)."""
+    router_std: float = 0.01
+    """Standard deviation of the router's initial weights."""
+    expert_std: float | None = None
+    """Standard deviation of the experts' initial weights. None: as `model.init` says, by the width of one expert."""
+    implementation: Dispatch | None = None
+    """Form of the experts' product where k is fixed. None picks by platform; remoe and topp compute all experts."""
+
+    def __post_init__(self):
+        name = "model.ffn"
+        require(self.experts > 0, f"{name}.experts", self.experts, "must be above 0")
+        require(self.expert_width > 0, f"{name}.expert_width", self.expert_width, "must be above 0")
+        shared = self.shared
+        require(0 <= shared < self.experts, f"{name}.shared_experts", shared, f"must be from 0 to {self.experts - 1}")
+        require(
+            shared < self.k <= self.experts, f"{name}.k", self.k, f"must be from {shared + 1} to {self.experts} experts"
+        )
+        require(0 < self.top_p < 1, f"{name}.top_p", self.top_p, "must be above 0 and below 1")
+        for field in ("competition", "bias_rate"):
+            require(getattr(self, field) >= 0, f"{name}.{field}", getattr(self, field), "must be at least 0")
+        require(self.routed_scale > 0, f"{name}.routed_scale", self.routed_scale, "must be above 0")
+        require(self.router_std >= 0, f"{name}.router_std", self.router_std, "must be at least 0")
+        std = self.expert_std
+        require(std is None or std > 0, f"{name}.expert_std", std, "must be above 0 or None")
+        computes_all = self.router not in FIXED_COUNT
+        require(
+            not computes_all or self.implementation in (None, "dense"),
+            f"{name}.implementation",
+            self.implementation,
+            f"must be dense or None for router={self.router}, which gives tokens different numbers of experts",
+        )
+
+    @property
+    def shared(self) -> int:
+        """Experts that every token takes."""
+        default = 2 if self.router == "deepseek" else 0
+        return default if self.shared_experts is None else self.shared_experts
+
+    @property
+    def routed(self) -> int:
+        """Experts that the router chooses from."""
+        return self.experts - self.shared
+
+    @property
+    def samples(self) -> bool:
+        """Whether training needs random numbers."""
+        return self.router == "grin"
+
+    @property
+    def d_ff(self) -> int:
+        """Neurons of all experts."""
+        return self.experts * self.expert_width
+
+    def for_layer(self, layer: int, layers: int) -> MoEFFNConfig:
+        """The configuration of one layer: all are alike."""
+        return self
+
+    @property
+    def target_active(self) -> float | None:
+        """Neurons of a token's experts; None for topp, which aims at no number."""
+        return None if self.router == "topp" else self.k * self.expert_width
+
+    def weights(self, d_model: int, active: float | None = None) -> float:
+        """Weights that one token needs with `active` neurons (None: those of k experts), the router's included."""
+        return d_model * (self.routed + 2 * (self.k * self.expert_width if active is None else active))
+
+    def flops(self, d_model: int, active: float | None = None) -> float:
+        """FLOPs per token with `active` neurons (None: those of k experts; a multiply-add counts 2)."""
+        return 2 * self.weights(d_model, active)
+
+    def dense_twin(self) -> GatedFFNConfig:
+        """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
+        return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
+
+    def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEFFN:
+        return MoEFFN(self, ctx, rngs)
+
+
+class MoEFFN(nnx.Module):
+    """Mixture of experts; see `MoEFFNConfig`."""
+
+    def __init__(self, config: MoEFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
+        self.config, self.dtype = config, ctx.dtype
+        d, width, routed = ctx.d_model, config.expert_width, config.routed
+
+        def normal(std: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+            return nnx.Param(std * jax.random.normal(rngs.params(), shape, ctx.param_dtype), axes=axes)
+
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...], inputs: int, output: bool) -> nnx.Param:
+            if config.expert_std is not None:
+                return normal(config.expert_std, shape, axes)
+            return ctx.weight(rngs, shape, axes, inputs, output=output)
+
+        # Every device routes its own tokens over all experts, so the router's columns are not split.
+        self.router_DE = normal(config.router_std, (d, routed), ("embed", None))
+        self.up_EDW = weight((routed, d, width), ("experts", "embed", "ffn"), d, False)
+        self.down_EWD = weight((routed, width, d), ("experts", "ffn", "embed"), width, True)
+        fused = config.shared * width
+        self.shared_up_DF = weight((d, fused), ("embed", "ffn"), d, False) if fused else None
+        self.shared_down_FD = weight((fused, d), ("ffn", "embed"), width, True) if fused else None
+        self.bias_E = RouterBias(jnp.zeros(routed), axes=(None,)) if config.router == "ling" else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        config = self.config
+        scores_BTE = matmul(x_BTD, self.router_DE[...].astype(self.dtype), jnp.dtype(jnp.float32))
+        routing = self._route(scores_BTE, ctx)
+        y_BTD = self._experts(x_BTD, routing)
+        if self.shared_up_DF is not None and self.shared_down_FD is not None:
+            hidden = activation_fn(config.activation)(matmul(x_BTD, self.shared_up_DF[...].astype(self.dtype)))
+            hidden = constrain(hidden, ("batch", "length", "ffn"))
+            y_BTD = y_BTD + matmul(hidden, self.shared_down_FD[...].astype(self.dtype))
+
+        active_BTE = self._with_shared(routing.active_BTE)
+        load_E = routers.loads(routing.active_BTE, ctx)
+        stats = activation_stats(active_BTE, ctx)
+        stats["max_load"] = jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1e-20)
+        aux = LayerAux(
+            losses=self._losses(routing, ctx),
+            stats=stats,
+            records=ctx.recorded({EXPERT_SCORES: lambda: self._with_shared(routing.weights_BTE)}),
+            observed={} if self.bias_E is None else {"load": load_E},
+        )
+        return y_BTD, aux
+
+    def _route(self, scores_BTE: jax.Array, ctx: CallContext) -> Routing:
+        config = self.config
+        k = config.k - config.shared
+        if config.router == "grin":
+            return routers.sparse_mixer(scores_BTE, k, config.competition, ctx.rng)
+        if config.router == "remoe":
+            return routers.relu(scores_BTE)
+        if config.router == "topp":
+            return routers.top_p(scores_BTE, config.top_p)
+        if self.bias_E is not None:
+            return routers.biased_sigmoid(scores_BTE, self.bias_E[...], k, config.routed_scale)
+        return routers.top_k(scores_BTE, k)
+
+    def _experts(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+        maps = (self.up_EDW[...].astype(self.dtype), self.down_EWD[...].astype(self.dtype))
+        activation = activation_fn(self.config.activation)
+        if routing.experts_BTK is None or routing.weights_BTK is None:
+            return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
+        return grouped_ffn(
+            x_BTD,
+            routing.experts_BTK,
+            routing.weights_BTK,
+            *maps,
+            activation=activation,
+            implementation=self.config.implementation,
+        )
+
+    def _losses(self, routing: Routing, ctx: CallContext) -> dict[str, jax.Array]:
+        if self.config.router == "remoe":
+            return {"l1_balance": routers.l1_balance_loss(routing, ctx, self.config.k - self.config.shared)}
+        losses = {"balance": routers.balance_loss(routing, ctx)}
+        if self.config.router == "topp":
+            losses["router_entropy"] = routers.entropy_loss(routing, ctx)
+        return losses
+
+    def _with_shared(self, x_BTE: jax.Array) -> jax.Array:
+        """Routed experts' values behind those of the shared experts, which are 1."""
+        return jnp.pad(x_BTE, ((0, 0), (0, 0), (self.config.shared, 0)), constant_values=1)
+
+    def after_step(self, observed: dict[str, jax.Array]) -> None:
+        """Move the router's bias by the loads of the experts, [E] or stacked [layers, E] as the bias is."""
+        if self.bias_E is not None:
+            self.bias_E[...] = routers.balanced_bias(self.bias_E[...], observed["load"], self.config.bias_rate)

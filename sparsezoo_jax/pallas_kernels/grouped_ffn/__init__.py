@@ -1,0 +1,117 @@
+"""The feed-forward layer of a mixture of experts, without capacity: no token is ever dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
+from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, spread
+from sparsezoo_jax.sharding import per_device
+
+Dispatch = Literal["dense", "ragged", "loop"]
+
+__all__ = ["Dispatch", "grouped_ffn", "spread", "weighted_ffn"]
+
+
+def grouped_ffn(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    activation: Activation = jax.nn.silu,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`sum_j weights[..., j] * down_e act(up_e x)` with e = experts[..., j]; differentiable but for `experts`.
+
+    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`.
+
+    Args:
+      x: [..., D], usually [B, T, D].
+      experts: int [..., k], the experts of each token, in [0, E).
+      weights: [..., k], their weights.
+      up: [E, D, W].
+      down: [E, W, D].
+      gate: [E, D, W], or None for experts without a gate.
+      activation: pointwise.
+      implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
+        expert and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one expert and loops over these.
+        None: "loop" on a CPU, "ragged" elsewhere. On a mesh the sorting two sort each device's tokens by themselves,
+        and each device has all experts.
+
+    Returns:
+      [..., D] in the dtype of x.
+
+    Raises:
+      ConfigError: shapes that don't fit each other, or no such implementation.
+
+    Source: dropless experts as in MegaBlocks (arXiv 2211.15841).
+    """
+    _check(x, up, down, gate)
+    require(
+        experts.shape == weights.shape and experts.shape[:-1] == x.shape[:-1],
+        "grouped_ffn.experts",
+        experts.shape,
+        f"must be that of weights {weights.shape}, and but for its end that of x {x.shape}",
+    )
+    available: dict[str, Callable] = {
+        "dense": reference.grouped_ffn,
+        "ragged": by_expert.ragged,
+        "loop": by_expert.loop,
+    }
+    default = "loop" if jax.default_backend() == "cpu" else "ragged"
+    apply = choose("grouped_ffn", implementation, available, default)
+    if apply is reference.grouped_ffn:
+        return apply(x, experts, weights, up, down, gate, activation)
+
+    def on_pieces(x, experts, weights, up, down, *rest):
+        k, d = experts.shape[-1], x.shape[-1]
+        gate = rest[0] if len(rest) == 2 else None
+        flat = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
+        return apply(*flat, up, down, gate, activation).reshape(x.shape)
+
+    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
+    arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
+    return per_device(on_pieces, arrays, [names] * 3 + [(None, None, None)] * (len(arrays) - 3), names)
+
+
+def weighted_ffn(
+    x: jax.Array,
+    weights: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    activation: Activation = jax.nn.silu,
+) -> jax.Array:
+    """`sum_e weights[..., e] * down_e act(up_e x)`: any number of experts a token, those of weight 0 computed too.
+
+    The form for routers whose number of experts differs from token to token. Arguments as in `grouped_ffn`, but for
+    `weights` [..., E].
+
+    Raises:
+      ConfigError: shapes that don't fit each other.
+    """
+    _check(x, up, down, gate)
+    expected = (*x.shape[:-1], up.shape[0])
+    require(weights.shape == expected, "weighted_ffn.weights", weights.shape, f"must be {expected}")
+    return reference.weighted_ffn(x, weights, up, down, gate, activation)
+
+
+def _check(x: jax.Array, up: jax.Array, down: jax.Array, gate: jax.Array | None) -> None:
+    count, d, width = up.shape
+    require(x.shape[-1] == d, "grouped_ffn.up", up.shape, f"must have {x.shape[-1]} as its second size, for x")
+    require(down.shape == (count, width, d), "grouped_ffn.down", down.shape, f"must be {(count, width, d)} for up")
+    require(
+        gate is None or gate.shape == up.shape,
+        "grouped_ffn.gate",
+        None if gate is None else gate.shape,
+        f"must be {up.shape}",
+    )

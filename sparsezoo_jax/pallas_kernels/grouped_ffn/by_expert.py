@@ -1,0 +1,169 @@
+"""Expert feed-forward over tokens sorted by expert: each expert sees its own tokens, none is dropped.
+
+Shapes: N tokens, k experts of a token, A = N k assignments, D model width, E experts, W width of one expert.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation
+
+Experts = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W]."""
+
+TILE = 256
+"""Most rows of one matrix product of the loop: fastest of 64, 128 and 256 on a CPU (see docs/moe.md)."""
+
+
+def ragged(
+    x_ND: jax.Array,
+    experts_NK: jax.Array,
+    weights_NK: jax.Array,
+    up_EDW: jax.Array,
+    down_EWD: jax.Array,
+    gate_EDW: jax.Array | None,
+    activation: Activation,
+) -> jax.Array:
+    """Sort the assignments by expert, multiply by `jax.lax.ragged_dot`, put the rows back and add them up."""
+    k = experts_NK.shape[1]
+    order_A = jnp.argsort(experts_NK.reshape(-1), stable=True)
+    sizes_E = jnp.bincount(experts_NK.reshape(-1), length=up_EDW.shape[0])
+    x_AD = x_ND[order_A // k]
+    hidden_AW = jax.lax.ragged_dot(x_AD, up_EDW, sizes_E)
+    if gate_EDW is None:
+        hidden_AW = activation(hidden_AW)
+    else:
+        hidden_AW = activation(jax.lax.ragged_dot(x_AD, gate_EDW, sizes_E)) * hidden_AW
+    hidden_AW = hidden_AW * weights_NK.reshape(-1)[order_A][:, None].astype(hidden_AW.dtype)
+    y_AD = jax.lax.ragged_dot(hidden_AW, down_EWD, sizes_E)
+    return jnp.sum(y_AD[jnp.argsort(order_A)].reshape(-1, k, x_ND.shape[1]), axis=1)
+
+
+class _Tiles(NamedTuple):
+    """Assignments laid out by expert in tiles of equal height, each of one expert; S slots in all."""
+
+    count: jax.Array
+    """Tiles in use."""
+    expert_M: jax.Array
+    """Expert of each tile."""
+    token_S: jax.Array
+    """Token of each slot; 0 where the slot is empty."""
+    filled_S: jax.Array
+    """True where a slot holds an assignment."""
+    slot_NK: jax.Array
+    """Slot of each assignment."""
+
+
+def _tiled(experts_NK: jax.Array, count: int, tile: int) -> _Tiles:
+    tokens, k = experts_NK.shape
+    total = tokens * k
+    # Every expert wastes less than one tile.
+    most = -(-total // tile) + min(count, total)
+    flat_A = experts_NK.reshape(-1)
+    sizes_E = jnp.bincount(flat_A, length=count)
+    tiles_E = -(-sizes_E // tile)
+    end_E = jnp.cumsum(tiles_E)
+    order_A = jnp.argsort(flat_A, stable=True)
+    sorted_A = flat_A[order_A]
+    within_A = jnp.arange(total) - (jnp.cumsum(sizes_E) - sizes_E)[sorted_A]
+    place_A = (end_E - tiles_E)[sorted_A] * tile + within_A
+    slots = most * tile
+    return _Tiles(
+        count=end_E[-1],
+        expert_M=jnp.minimum(jnp.searchsorted(end_E, jnp.arange(most), side="right"), count - 1),
+        token_S=jnp.zeros((slots,), jnp.int32).at[place_A].set((order_A // k).astype(jnp.int32)),
+        filled_S=jnp.zeros((slots,), bool).at[place_A].set(True),
+        slot_NK=jnp.zeros((total,), jnp.int32).at[order_A].set(place_A.astype(jnp.int32)).reshape(tokens, k),
+    )
+
+
+def _expert(
+    activation: Activation, x_TD: jax.Array, weights_T: jax.Array, up_DW, down_WD, gate_DW: jax.Array | None
+) -> jax.Array:
+    hidden_TW = x_TD @ up_DW
+    hidden_TW = activation(hidden_TW) if gate_DW is None else activation(x_TD @ gate_DW) * hidden_TW
+    return (hidden_TW * weights_T[:, None].astype(hidden_TW.dtype)) @ down_WD
+
+
+def _weights_of(tiles: _Tiles, weights_NK: jax.Array) -> jax.Array:
+    empty = jnp.zeros(tiles.token_S.shape, weights_NK.dtype)
+    return empty.at[tiles.slot_NK.reshape(-1)].set(weights_NK.reshape(-1))
+
+
+def _rows(array_S: jax.Array, i: jax.Array, tile: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array_S, i * tile, tile)
+
+
+def loop(
+    x_ND: jax.Array,
+    experts_NK: jax.Array,
+    weights_NK: jax.Array,
+    up_EDW: jax.Array,
+    down_EWD: jax.Array,
+    gate_EDW: jax.Array | None,
+    activation: Activation,
+    tile: int | None = None,
+) -> jax.Array:
+    """Sort the assignments into tiles of one expert each and loop over the tiles that are in use.
+
+    The backward pass is a second such loop that computes the hidden layer of each tile again: a loop of so many rounds
+    as the routing asks for has no derivative of its own. Gathers, not scatters, carry rows there and back.
+    """
+    # No expert gets more rows than there are tokens: few tokens, as in decoding, don't fill up a whole tile.
+    tile = min(TILE, x_ND.shape[0]) if tile is None else tile
+    y: Any = _loop(x_ND, weights_NK, (up_EDW, down_EWD, gate_EDW), experts_NK, activation, tile)
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _loop(x_ND, weights_NK, weights: Experts, experts_NK, activation: Activation, tile: int):
+    return _loop_forward(x_ND, weights_NK, weights, experts_NK, activation, tile)[0]
+
+
+def _loop_forward(x_ND, weights_NK, weights: Experts, experts_NK, activation: Activation, tile: int):
+    tiles = _tiled(experts_NK, weights[0].shape[0], tile)
+    x_SD, weights_S = x_ND[tiles.token_S], _weights_of(tiles, weights_NK)
+
+    def body(i, y_SD):
+        own = jax.tree.map(lambda w: w[tiles.expert_M[i]], weights)
+        y = _expert(activation, _rows(x_SD, i, tile), _rows(weights_S, i, tile), *own)
+        return jax.lax.dynamic_update_slice_in_dim(y_SD, y, i * tile, axis=0)
+
+    y_SD = jax.lax.fori_loop(0, tiles.count, body, jnp.zeros_like(x_SD))
+    return jnp.sum(y_SD[tiles.slot_NK], axis=1), (x_ND, weights_NK, weights, tiles)
+
+
+def _loop_backward(activation: Activation, tile: int, residuals, g_ND: jax.Array):
+    x_ND, weights_NK, weights, tiles = residuals
+    x_SD, weights_S = x_ND[tiles.token_S], _weights_of(tiles, weights_NK)
+    # Slots without a token have weight 0, but their own weight's gradient would not be 0.
+    g_SD = jnp.where(tiles.filled_S[:, None], g_ND[tiles.token_S], 0)
+
+    def body(i, carry):
+        dx_SD, dweights_S, sums = carry
+        expert = tiles.expert_M[i]
+        own = jax.tree.map(lambda w: w[expert], weights)
+        rows = (_rows(x_SD, i, tile), _rows(weights_S, i, tile))
+        _, pullback = jax.vjp(partial(_expert, activation), *rows, *own)
+        dx, dweight, *dexpert = pullback(_rows(g_SD, i, tile))
+        return (
+            jax.lax.dynamic_update_slice_in_dim(dx_SD, dx, i * tile, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(dweights_S, dweight, i * tile, axis=0),
+            jax.tree.map(lambda total, d: total.at[expert].add(d.astype(total.dtype)), sums, tuple(dexpert)),
+        )
+
+    # Sums over many tiles are float32 at least, also for bfloat16 parameters.
+    sums = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), weights)
+    start = (jnp.zeros_like(x_SD), jnp.zeros_like(weights_S), sums)
+    dx_SD, dweights_S, sums = jax.lax.fori_loop(0, tiles.count, body, start)
+    dx_ND = jnp.sum(dx_SD[tiles.slot_NK], axis=1).astype(x_ND.dtype)
+    dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), sums, weights)
+    return dx_ND, dweights_S[tiles.slot_NK].astype(weights_NK.dtype), dweights, None
+
+
+_loop.defvjp(_loop_forward, _loop_backward)

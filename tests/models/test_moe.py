@@ -1,0 +1,174 @@
+"""Mixture of experts as a layer of a decoder: dispatch, training with every router, state that is no parameter."""
+
+import dataclasses
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.models import DecoderConfig, bytes_per_token, count_parameters, dense_twin, flops_per_token
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.common import CallContext
+from sparsezoo_jax.models.moe import MoEFFNConfig
+from sparsezoo_jax.models.routers import RouterName
+from tests.models.conftest import build
+
+ROUTERS = get_args(RouterName)
+BASE = DecoderConfig(
+    vocab_size=61,
+    d_model=24,
+    layers=3,
+    max_seq_len=48,
+    layer_pattern=("local", "global"),
+    attention=GQAConfig(heads=2, kv_heads=1, head_dim=8, window=7),
+    ffn=MoEFFNConfig(experts=8, expert_width=6, k=4, router_std=0.5),
+)
+
+
+logits_of = nnx.jit(lambda model, tokens: model(tokens).logits)
+
+
+def with_ffn(**changes) -> DecoderConfig:
+    return dataclasses.replace(BASE, ffn=dataclasses.replace(BASE.ffn, **changes))
+
+
+@pytest.fixture(scope="module", params=ROUTERS)
+def config(request):
+    return with_ffn(router=request.param)
+
+
+@pytest.fixture(scope="module")
+def result(config, tokens):
+    graphdef, state = nnx.split(build(config))
+    return jax.jit(lambda state: nnx.merge(graphdef, state)(tokens, record=["expert_scores"]))(state)
+
+
+def test_every_router_gives_its_losses_statistics_and_records(config, result):
+    router = config.ffn.router
+    expected = {"remoe": {"l1_balance"}, "topp": {"balance", "router_entropy"}}.get(router, {"balance"})
+    assert set(result.losses) == expected
+    assert {"ffn_density", "chunk_density_8", "expert_reuse", "max_load"} <= set(result.stats)
+    recorded = jnp.stack(result.records["expert_scores"])
+    assert recorded.shape == (3, 2, 30, 8)
+    np.testing.assert_allclose(result.stats["ffn_density"], (recorded != 0).mean(axis=(1, 2, 3)), rtol=1e-5)
+    if router in ("topk", "deepseek", "grin", "ling"):
+        np.testing.assert_allclose(result.stats["ffn_density"], 4 / 8, rtol=1e-6)
+    if router == "deepseek":
+        np.testing.assert_array_equal(recorded[..., :2], 1)
+        np.testing.assert_allclose(recorded[..., 2:].sum(-1), 1, rtol=1e-5)
+
+
+def test_dispatch_forms_agree_in_the_model(tokens):
+    def loss_and_grads(implementation):
+        graphdef, state = nnx.split(build(with_ffn(router="deepseek", implementation=implementation)))
+
+        def loss(state):
+            out = nnx.merge(graphdef, state)(tokens)
+            return jnp.mean(jax.nn.logsumexp(out.logits, axis=-1) - out.logits[..., 0]) + 0.1 * out.losses["balance"]
+
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    expected = loss_and_grads("dense")
+    for implementation in ("ragged", "loop"):
+        for a, b in zip(jax.tree.leaves(loss_and_grads(implementation)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_layer_by_hand(tokens):
+    """One layer's output is the weighted sum of its experts' outputs, shared experts beside them."""
+    model = build(with_ffn(router="deepseek", implementation="loop"))
+    ffn = model.unstacked().segments[0].blocks[0].ffn
+    x = jax.random.normal(jax.random.key(0), (1, 5, 24))
+    ctx = model._call_context(tokens[:1, :5], None, None, None)
+    ctx.record = frozenset({"expert_scores"})
+    y, aux = ffn(x, ctx)
+    up, down, shared_up, shared_down = (
+        np.asarray(p[...], np.float64) for p in (ffn.up_EDW, ffn.down_EWD, ffn.shared_up_DF, ffn.shared_down_FD)
+    )
+    silu = lambda h: h / (1 + np.exp(-h))  # noqa: E731
+    wide = np.asarray(x[0], np.float64)
+    expected = silu(wide @ shared_up) @ shared_down
+    weights = np.asarray(aux.records["expert_scores"], np.float64)[0, :, 2:]
+    for e in range(6):
+        expected += weights[:, e : e + 1] * (silu(wide @ up[e]) @ down[e])
+    np.testing.assert_allclose(y[0], expected, atol=1e-5)
+
+
+def test_noise_needs_training_mode_and_follows_the_seed(tokens):
+    model = build(with_ffn(router="grin", competition=2.0))
+    calm = logits_of(model, tokens)
+    np.testing.assert_array_equal(logits_of(model, tokens), calm)
+    model.train()
+    first, second = logits_of(model, tokens), logits_of(model, tokens)
+    assert not np.array_equal(first, calm)
+    assert not np.array_equal(first, second)
+    again = build(with_ffn(router="grin", competition=2.0))
+    again.train()
+    np.testing.assert_array_equal(logits_of(again, tokens), first)
+    model.eval()
+    np.testing.assert_array_equal(logits_of(model, tokens), calm)
+
+
+def test_noise_is_the_same_scanned_and_unrolled(tokens):
+    config = dataclasses.replace(with_ffn(router="grin", competition=2.0), layer_pattern=("global",))
+
+    def trained(scan):
+        model = build(dataclasses.replace(config, scan_layers=scan))
+        model.train()
+        return logits_of(model, tokens)
+
+    np.testing.assert_allclose(trained(True), trained(False), atol=1e-4)
+
+
+def test_every_layer_has_random_numbers_of_its_own():
+    segments = jnp.ones((1, 2), jnp.int32)
+    ctx = CallContext(segments, segments, rng=jax.random.key(0))
+    keys = {tuple(jax.random.key_data(ctx.folded(i).folded(j).rng).tolist()) for i in range(3) for j in range(2)}
+    assert len(keys) == 6
+    assert CallContext(segments, segments).folded(1).rng is None
+
+
+def test_parameters_and_cost():
+    for router in ROUTERS:
+        config = with_ffn(router=router)
+        routed, shared = (6, 2) if router == "deepseek" else (8, 0)
+        ffn = 24 * (routed + 2 * 8 * 6)
+        attention = 24 * 8 * (2 * 2 + 2)
+        assert count_parameters(config).non_embedding == 3 * (attention + ffn + 2 * 24) + 24
+        assert config.ffn.shared == shared
+        # The router and 4 experts of 6 neurons, two matrices each; the target or as measured.
+        assert config.ffn.weights(24) == 24 * (routed + 2 * 4 * 6)
+        assert config.ffn.flops(24, active=12) == 2 * 24 * (routed + 2 * 12)
+    assert with_ffn(router="topp").ffn.target_active is None
+    assert flops_per_token(BASE, 8) > 0
+    assert bytes_per_token(BASE, 8) > 0
+
+
+def test_dense_twin():
+    # BlockFFN's small size: a SwiGLU layer of 2,064 neurons has exactly the parameters.
+    small = with_ffn(experts=48, expert_width=64)
+    assert dense_twin(small).ffn.d_ff == 2064
+    assert count_parameters(dense_twin(small)) == count_parameters(small)
+    for router in ("topk", "deepseek"):
+        odd = with_ffn(router=router)
+        difference = count_parameters(dense_twin(odd)).total - count_parameters(odd).total
+        assert abs(difference) <= 3 * 3 * 24 / 2, "half a neuron of three matrices in three layers"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 9}, r"model.ffn.k=9: must be from 1 to 8"),
+        ({"k": 2, "router": "deepseek"}, r"model.ffn.k=2: must be from 3 to 8"),
+        ({"shared_experts": 8}, r"model.ffn.shared_experts=8: must be from 0 to 7"),
+        ({"top_p": 1.0}, r"model.ffn.top_p=1.0"),
+        ({"router": "remoe", "implementation": "loop"}, r"model.ffn.implementation=loop: must be dense or None"),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        with_ffn(**changes)
