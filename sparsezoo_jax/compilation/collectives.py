@@ -21,7 +21,8 @@ class Collective:
     """All collectives of one kind over the same mesh axes."""
 
     kind: str
-    """One of `KINDS`, or "all-gather by all-reduce": pieces written into zeros and summed up."""
+    """One of `KINDS`; "all-gather by all-reduce": pieces written into zeros and summed up; or one of `KINDS` followed by
+    " between slices"."""
     axes: str
     """Mesh axes within which devices exchange data, joined by "+"; "?" if the groups are no such product."""
     count: float
@@ -45,6 +46,12 @@ def find_collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective
     for name, times in runs.items():
         computation = module.computations[name]
         for item in computation.instructions.values():
+            if item.opcode == "send" and "_xla_megascale_transfer_type" in item.attributes:
+                kind, payload, slices = _between_slices(computation, item)
+                entry = totals[f"{kind} between slices", "data"]
+                for index, value in enumerate((1, payload, _moved(kind, payload, slices))):
+                    entry[index] += times * value
+                continue
             opcode = item.opcode.removesuffix("-start")
             if opcode not in KINDS:
                 continue
@@ -76,6 +83,22 @@ def _payloads(module: Module, computation: Computation, item: Instruction, opcod
         elif opcode == "all-reduce" and "all-reduce-scatter" in computation.name:
             kind = "reduce-scatter"  # the TPU compiler's fusion of an all-reduce and the slice that is kept of it
         yield kind, payload
+
+
+def _between_slices(computation: Computation, item: Instruction) -> tuple[str, int, int]:
+    """Kind, payload and number of slices of a transfer that the hosts make over the data-center network.
+
+    The TPU compiler spells it as a send to and a receive from the host, which does the rest.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', item.attributes)
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', item.attributes)
+    operand = computation.instructions.get(item.operands[0])
+    slices = len(target[1].split(",")) if target else 2
+    return (
+        kind[1].lower().replace("_", "-") if kind else "transfer",
+        sum(shape_bytes(operand.shape)) if operand else 0,
+        slices,
+    )
 
 
 def _writes_a_piece(module: Module, computation: Computation, operand: Instruction) -> bool:

@@ -51,7 +51,8 @@ class Report:
     xla: the compiler's count, in which the body of a loop counts once."""
     bounds: dict[str, float]
     """Lower bounds of the step time, seconds: compute (traced FLOPs at the datasheet's peak), hbm (every argument read
-    and every output written once), interconnect (bytes sent at the sum of all links)."""
+    and every output written once), interconnect (bytes sent within a slice at the sum of all
+    links)."""
     tokens_per_second_per_chip: float
     """At the largest of the bounds."""
     collectives: list[dict[str, Any]]
@@ -129,7 +130,8 @@ def _report(
     bounds = {
         "compute": flops["traced"] / (chip.bf16_flops / chip.devices),
         "hbm": touched / (chip.hbm_bandwidth / chip.devices),
-        "interconnect": sum(item["moved"] for item in collectives) / (chip.interconnect / chip.devices),
+        "interconnect": sum(item["moved"] for item in collectives if "between slices" not in item["kind"])
+        / (chip.interconnect / chip.devices),
     }
     buffers, advice = [], []
     if not fits:

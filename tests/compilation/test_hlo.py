@@ -151,3 +151,16 @@ def test_replica_groups(groups, axes, moved):
     text = "ENTRY %main (x: f32[16]) -> f32[16] {\n  %x = f32[16]{0} parameter(0)\n  ROOT " + line + "\n}\n"
     (found,) = find_collectives(parse(text), MESH)
     assert (found.axes, found.moved) == (axes, moved)
+
+
+def test_transfer_between_slices():
+    """Own text in the compiler's form: 1 KiB summed over two slices, by the hosts."""
+    attributes = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = (
+        "ENTRY %main (x: f32[256]) -> token[] {\n  %x = f32[256]{0} parameter(0)\n  %t = token[] after-all()\n"
+        f"  %send = (f32[256]{{0}}, u32[], token[]) send(%x, %t), frontend_attributes={{{attributes}}}\n"
+        "  ROOT %end = token[] send-done(%send)\n}\n"
+    )
+    (found,) = find_collectives(parse(text), MESH)
+    assert (found.kind, found.axes, found.count) == ("all-reduce between slices", "data", 1)
+    assert (found.payload, found.moved) == (1024, 1024)
