@@ -21,7 +21,7 @@ class Collective:
     """All collectives of one kind over the same mesh axes."""
 
     kind: str
-    """One of `KINDS`; "all-gather by all-reduce": pieces written into zeros and summed up; or one of `KINDS` followed by
+    """One of `KINDS`; "all-gather by all-reduce": pieces written into zeros and summed up; or one of `KINDS` and then
     " between slices"."""
     axes: str
     """Mesh axes within which devices exchange data, joined by "+"; "?" if the groups are no such product."""
