@@ -6,9 +6,10 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,19 +82,27 @@ def from_hf(source: Path, directory: Path) -> Conversion:
         parameters = _parameters(model)
         names, dtype, notes = _check(source, layout, model, files, list(places(layout, model, parameters)))
         model = dataclasses.replace(model, param_dtype=dtype, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-        arrays = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in parameters.items()}
-        for place in places(layout, model, parameters):
-            parts = to_ours(place.entry, files.read(names[place.name]), place.shapes)
-            for path, part in zip(place.paths, parts, strict=True):
-                target = arrays[path] if place.repeat is None else arrays[path][place.repeat]
-                target[...] = part
-    config = RunConfig(
-        arch="dense",
-        size=f"{layout.model_type}_hf",
-        model=model,
-        data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
-    )
-    save_params(directory / CHECKPOINTS, arrays)
+        config = RunConfig(
+            arch="dense",
+            size=f"{layout.model_type}_hf",
+            model=model,
+            data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
+        )
+        # Writing a checkpoint makes a copy in memory. That is to be the only one, so the arrays wait in a file.
+        parent = directory.absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=parent) as file:
+                parts = (
+                    (path, place.repeat or 0, part)
+                    for place in places(layout, model, parameters)
+                    for path, part in zip(
+                        place.paths, to_ours(place.entry, files.read(names[place.name]), place.shapes), strict=True
+                    )
+                )
+                save_params(directory / CHECKPOINTS, _mapped(file, parameters, jnp.dtype(dtype), parts))
+        except OSError as error:
+            raise StorageError(f"{parent}: {error.strerror}") from error
     _copy_tokenizer(source, directory)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
@@ -127,21 +136,36 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
         whole = [np.asarray(arrays[path]) for path in place.paths]
         return to_tensor(place.entry, whole if place.repeat is None else [x[place.repeat] for x in whole])
 
-    itemsize = jnp.dtype(model.param_dtype).itemsize
-    sizes = {name: itemsize * sum(map(math.prod, place.shapes)) for name, place in found.items()}
+    tensors = {name: (tensor_shape(place), jnp.dtype(model.param_dtype)) for name, place in found.items()}
     values["torch_dtype"] = model.param_dtype
     for name in ("bos", "eos"):
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        write_tensors(destination, sizes, value_of, max_file_bytes)
+        write_tensors(destination, tensors, value_of, max_file_bytes)
         _copy_tokenizer(directory, destination)
         (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{destination}: {error.strerror}") from error
-    count = sum(sizes.values()) // itemsize
+    count = sum(math.prod(shape) for shape, _ in tensors.values())
     return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
+
+
+def _mapped(
+    file: BinaryIO,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    parts: Iterator[tuple[str, int, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Arrays mapped from `file`, written from their parts: path, index in the stack of layers, values."""
+    sizes = [dtype.itemsize * math.prod(shape) for shape in shapes.values()]
+    offsets = dict(zip(shapes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+    for path, index, part in parts:
+        file.seek(offsets[path] + index * part.size * dtype.itemsize)
+        file.write(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data)
+    file.flush()
+    return {path: np.memmap(file, dtype, "r", offsets[path], shape) for path, shape in shapes.items()}
 
 
 def places(layout: Layout, model: DecoderConfig, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from sparsezoo_jax.errors import StorageError, UserError
 
+TYPES = {"float32": "F32", "bfloat16": "BF16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -87,19 +89,25 @@ def _files(directory: Path) -> list[Path]:
 
 
 def write_tensors(
-    directory: Path, sizes: Mapping[str, int], value_of: Callable[[str], np.ndarray], max_bytes: int
+    directory: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    value_of: Callable[[str], np.ndarray],
+    max_bytes: int,
 ) -> None:
-    """Write tensors in files of at most `max_bytes` (or one tensor); only one file's are in memory at a time.
+    """Write tensors in safetensors files of at most `max_bytes` (or one tensor); one tensor at a time is in memory.
+
+    The library's writer wants a file's tensors all at once and copies them again; the format is a few lines.
 
     Args:
       directory: where to; exists.
-      sizes: bytes of every tensor, in order.
+      tensors: shape and type of every tensor, in order.
       value_of: the values of a tensor.
       max_bytes: limit on a file.
 
     Raises:
       StorageError: writing failed.
     """
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (shape, dtype) in tensors.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_bytes:
@@ -108,16 +116,31 @@ def write_tensors(
     files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     try:
         for file, names in zip(files, shards, strict=True):
-            tensors = {name: np.ascontiguousarray(value_of(name)) for name in names}
-            library().numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+            with (directory / file).open("wb") as out:
+                out.write(_header({name: tensors[name] for name in names}))
+                for name in names:
+                    shape, dtype = tensors[name]
+                    value = value_of(name)
+                    assert (value.shape, value.dtype) == (shape, dtype), name
+                    out.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         if len(shards) > 1:
             places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    except UserError:
-        raise
-    except Exception as error:  # SafetensorError wraps what the system says
-        raise StorageError(f"{directory}: could not write: {error}") from error
+    except OSError as error:
+        raise StorageError(f"{directory}: could not write: {error.strerror}") from error
+
+
+def _header(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+    """What a safetensors file begins with: length of the JSON that follows, then type, shape and place by name."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": TYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _shard_name(index: int, count: int) -> str:

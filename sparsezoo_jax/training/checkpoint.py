@@ -244,19 +244,21 @@ def restore_params(
     if chosen is None or chosen not in steps:
         wanted = "checkpoint" if step is None else f"step {step}"
         raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
-    with _reader(directory) as manager:
-        try:
+    try:
+        with _reader(directory) as manager:
             meta = _read_meta(manager, chosen)
+        model_arrays = {path: entry for path, entry in meta["arrays"].items() if path.startswith("model/")}
+        largest = max(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in model_arrays.values())
+        with _reader(directory, max(largest, 10**9)) as manager:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             flat = {}
-            for path, (shape, dtype, _) in meta["arrays"].items():
-                item, _, name = path.partition("/")
-                if item == "model":
-                    sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
-                    flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
+            for path, (shape, dtype, _) in model_arrays.items():
+                name = path.removeprefix("model/")
+                sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
+                flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
             model = _read_arrays(manager, chosen, {"model": _nested(flat)}, meta["arrays"])["model"]
-        except DamagedCheckpointError as error:
-            raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
+    except DamagedCheckpointError as error:
+        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
     return model["params"], model.get("model_state", {})
 
 
@@ -274,7 +276,7 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
     directory = Path(directory).absolute()
     arrays: dict[str, list[Any]] = {}
     for path, array in params.items():
-        # One by one: fingerprints of all arrays at once would have all of them on the device.
+        # One by one: arrays of numpy are copied to the device.
         arrays |= describe({f"model/params/{path}": array})
     try:
         with ocp.CheckpointManager(directory) as manager:
@@ -292,8 +294,15 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
 
 
 @contextlib.contextmanager
-def _reader(directory: Path) -> Iterator[ocp.CheckpointManager]:
-    manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True))
+def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator[ocp.CheckpointManager]:
+    """A manager for reading; with a limit on the bytes in flight, a model is read without a second copy of it."""
+    handlers: dict[str, Any] = {"meta": ocp.JsonCheckpointHandler()}
+    if model_bytes_at_once is not None:
+        gigabytes: Any = (model_bytes_at_once + 1) / 1e9  # rounding must not put the limit below the largest array
+        handlers["model"] = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
+    manager = ocp.CheckpointManager(
+        directory, item_handlers=handlers, options=ocp.CheckpointManagerOptions(read_only=True)
+    )
     try:
         yield manager
     finally:
@@ -319,28 +328,25 @@ def _nested(flat: dict[str, Any]) -> PureDict:
 
 
 @jax.jit
-def _fingerprint(tree: Any) -> Any:
-    """For each array, sum of bits * (2 * index + 1) modulo 2^32: one flipped bit always changes it.
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Sum of bits * (2 * index + 1) modulo 2^32: one flipped bit always changes it.
 
     Integer sums do not depend on their order, so the number is the same on every mesh.
     """
-
-    def of(x: jax.Array) -> jax.Array:
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
-        index = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(of, tree)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def describe(items: PureDict) -> dict[str, list[Any]]:
     """Shape, type and fingerprint of every array by path."""
     arrays = flatten(items)
-    fingerprints = jax.device_get(flatten(_fingerprint(items)))
+    # One program an array: a program over all of them held a copy of them all.
+    fingerprints = jax.device_get({path: _fingerprint(x) for path, x in arrays.items()})
     return {path: [list(x.shape), str(x.dtype), int(fingerprints[path])] for path, x in arrays.items()}
 
 
