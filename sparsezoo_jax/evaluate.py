@@ -155,7 +155,7 @@ def print_experts(meters: dict[str, Any]) -> None:
         ]
         for name, experts in parts
     ]
-    header = ("layer", "mean", *(f"{p} %" for p in percentiles), "reuse", "dead", "max/mean load")
+    header = ("layer", "mean", *(f"{p} %" for p in percentiles), "reuse", "dead", "max/mean")
     cli.print_table("Experts: active for a token, used again by the next one, load", header, rows)
 
 
