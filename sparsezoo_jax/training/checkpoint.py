@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -243,11 +244,7 @@ def restore_params(
       StorageError: the step is damaged.
     """
     directory = Path(directory).absolute()
-    steps = saved_steps(directory)
-    chosen = step if step is not None else max(steps, default=None)
-    if chosen is None or chosen not in steps:
-        wanted = "checkpoint" if step is None else f"step {step}"
-        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    chosen = _chosen(directory, step)
     try:
         with _reader(directory) as manager:
             meta = _read_meta(manager, chosen)
@@ -264,6 +261,37 @@ def restore_params(
     except DamagedCheckpointError as error:
         raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
     return model["params"], model.get("model_state", {})
+
+
+def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters of the newest step, one at a time: path, as `flatten` gives it, and array in host memory.
+
+    Raises:
+      UserError: there is no step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    chosen = _chosen(directory, None)
+    try:
+        with _reader(directory) as manager:
+            arrays = _read_meta(manager, chosen)["arrays"]
+        with contextlib.closing(_manager(directory, model=ocp.PyTreeCheckpointHandler())) as manager:
+            prefix = "model/params/"
+            for path, (shape, dtype, fingerprint) in arrays.items():
+                if not path.startswith(prefix):
+                    continue
+                item = _nested({path.removeprefix("model/"): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))})
+                host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
+                try:
+                    (array,) = jax.tree.leaves(manager.restore(chosen, args=ocp.args.Composite(model=args))["model"])
+                except Exception as error:
+                    raise DamagedCheckpointError(_brief(error)) from error
+                if describe({path: array})[path][2] != fingerprint:
+                    raise DamagedCheckpointError(f"{path} is not what was saved")
+                yield path.removeprefix(prefix), array
+    except DamagedCheckpointError as error:
+        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
 
 
 def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
@@ -309,6 +337,15 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
         raise StorageError(f"saving a checkpoint in {directory} failed: {_brief(error)}") from error
 
 
+def _chosen(directory: Path, step: int | None) -> int:
+    steps = saved_steps(directory)
+    chosen = step if step is not None else max(steps, default=None)
+    if chosen is None or chosen not in steps:
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    return chosen
+
+
 @contextlib.contextmanager
 def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator[ocp.CheckpointManager]:
     """A manager for reading; with a limit on the bytes in flight, a model is read without a second copy of it."""
@@ -316,13 +353,13 @@ def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator
     if model_bytes_at_once is not None:
         gigabytes: Any = (model_bytes_at_once + 1) / 1e9  # rounding must not put the limit below the largest array
         handlers["model"] = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
-    manager = ocp.CheckpointManager(
-        directory, item_handlers=handlers, options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    try:
+    with contextlib.closing(_manager(directory, **handlers)) as manager:
         yield manager
-    finally:
-        manager.close()
+
+
+def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
 
 def _split(state: TrainState) -> tuple[PureDict, PureDict]:
