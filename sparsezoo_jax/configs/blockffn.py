@@ -1,33 +1,19 @@
 """BlockFFN (arXiv 2507.08771): ReLU-routed experts over MLA, in MiniCPM's scalings; 0.1B to 2.8B as published.
 
-The learning rate is that of embeddings, output head and norms; matrices train at it divided by d_model / 256, and the
-router is clipped by itself. Where the paper's decay stage belongs (another data mix), the presets end at the peak rate.
+Where the paper's decay stage belongs (another data mix), the presets end at the peak rate.
 """
 
 from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.configs.minicpm import INIT, OPTIMIZER, groups
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import ACTIVATION_LOCALITY, CHUNK_SPARSIFICATION, BlockFFNConfig
-from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.training.config import WSD, AdamW, ParameterGroup, TrainConfig
+from sparsezoo_jax.training.config import WSD, TrainConfig
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective, ObjectiveConfig
-
-INIT = InitConfig(kind="fixed", scale=0.1, width_base=256, embedding_std=0.1, output_std=0.1)
-OPTIMIZER = AdamW(weight_decay=0.1, decay_embeddings=True)
-MATRICES = r"/attention/(q_a|q_b|kv_a|kv_b|o)_[A-Z]|/attention/projections/|/ffn/"
-
-
-def groups(multiplier: float) -> tuple[ParameterGroup, ...]:
-    """The router, clipped by itself; all other matrices and the router's scales; the rest. Everything decays."""
-    return (
-        ParameterGroup(pattern="/ffn/router_DE", lr_multiplier=multiplier, clip=1.0, weight_decay=0.1),
-        ParameterGroup(pattern=MATRICES, lr_multiplier=multiplier, weight_decay=0.1),
-        ParameterGroup(pattern=".", weight_decay=0.1),
-    )
 
 
 def objectives(locality: float, chunk: float, start: int = 1000, interval: int = 100) -> tuple[ObjectiveConfig, ...]:
