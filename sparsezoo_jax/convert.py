@@ -1,7 +1,7 @@
 """Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, or `to-hf DIR DST`.
 
-SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer), DIR is a run
-directory. Gemma 2, Llama and GPT-2 are known.
+SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer; SRC may hold
+pytorch_model.bin instead), DIR is a run directory. Gemma 2, Llama, GPT-2 and BlockFFN are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FromHF:
     """Make a run directory of a Hugging Face checkpoint."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Directory with config.json and model.safetensors."""
+    """Directory with config.json and model.safetensors or pytorch_model.bin."""
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run directory to make; empty or absent."""
 

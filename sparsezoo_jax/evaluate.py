@@ -37,7 +37,7 @@ class Evaluate:
     batches: int | None = None
     """Batches to read; none reads the whole split."""
     meters: bool = True
-    """Measure density, selection quality, score distribution and dead neurons of every layer, and what they cost."""
+    """Measure density, selection, score distribution, dead neurons and experts of every layer, and what they cost."""
     meter_batches: int = 8
     """Batches that the meters read."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
@@ -64,6 +64,7 @@ def main(args: Sequence[str]) -> None:
         cli.print_layers(figures)
         return
     print_meters(figures["meters"]["layers"])
+    print_experts(figures["meters"])
     print_costs(figures["costs"])
 
 
@@ -125,6 +126,37 @@ def print_meters(layers: Sequence[dict[str, Any]]) -> None:
     header = ("layer", "recall", "precision", "skewness", "kurtosis")
     cli.print_table("FFN: selection against exact top-k, scores, active neurons", (*header, "active", "dead"), ffn)
     cli.print_table("Attention: the same, attended keys", (*header, "attended keys"), attention)
+
+
+def print_experts(meters: dict[str, Any]) -> None:
+    """Print what experts tokens and chunks activate, layer by layer and pooled; nothing where no layer has experts."""
+    pooled = meters["experts"]
+    if pooled is None:
+        return
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    parts = [(str(i), layer["experts"]) for i, layer in enumerate(meters["layers"]) if layer["experts"] is not None]
+    parts.append(("all", pooled))
+    sparsity = [[name, *(cell(x, ".2%") for x in experts["cls"].values())] for name, experts in parts]
+    sparsity.append(["stream", *(cell(x, ".2%") for x in pooled["cls_stream"].values())])
+    header = ["TLS" if n == "1" else f"CLS_{n}" for n in pooled["cls"]]
+    cli.print_table("Experts: token- and chunk-level sparsity", ("layer", *header), sparsity)
+    percentiles = pooled["active"]["percentiles"]
+    rows = [
+        [
+            name,
+            f"{experts['active']['mean']:.2f}",
+            *(str(x) for x in experts["active"]["percentiles"].values()),
+            cell(experts["reuse"], ".2%"),
+            f"{experts['dead']:,}",
+            cell(experts["max_load"], ".2f"),
+        ]
+        for name, experts in parts
+    ]
+    header = ("layer", "mean", *(f"{p} %" for p in percentiles), "reuse", "dead", "max/mean load")
+    cli.print_table("Experts: active for a token, used again by the next one, load", header, rows)
 
 
 def print_costs(costs: Sequence[dict[str, Any]]) -> None:

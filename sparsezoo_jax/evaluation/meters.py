@@ -18,25 +18,16 @@ import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.evaluation.counts import Count, count_of
+from sparsezoo_jax.evaluation.expert_meters import ExpertMeters, expert_meters
 from sparsezoo_jax.evaluation.summaries import EDGES, NAMES, summarise_layer
 from sparsezoo_jax.models import DecoderConfig, Sparsity
 from sparsezoo_jax.models.config import LayerSpec
 
-PERCENTILES = (5, 25, 50, 75, 95)
 CURVE_POINTS = 128
 """Most points of a curve that is kept for plotting."""
 QQ_POINTS = tuple(float(x) for x in np.arange(-3.5, 3.501, 0.25))
 """Quantiles of N(0, 1) at which those of the scores are taken."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """Distribution of a count over tokens or queries."""
-
-    mean: float
-    std: float
-    percentiles: dict[str, int]
-    """Smallest count that at least this share (in %) of tokens or queries does not exceed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +106,7 @@ class LayerMeters:
     attention: Attention | None
     attention_selection: SelectionQuality | None
     attention_scores: ScoreDistribution | None
+    experts: ExpertMeters | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +117,8 @@ class Meters:
     """Real tokens read."""
     batches: int
     layers: tuple[LayerMeters, ...]
+    experts: ExpertMeters | None = None
+    """Those of all layers pooled; None where no layer has experts."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
@@ -179,7 +173,7 @@ def measure(model: nnx.Module, config: DecoderConfig, batches: Iterable[Mapping[
     if tokens == 0:
         raise DataError("the split to measure on has no token")
     layers = tuple(_layer(total, spec) for total, spec in zip(totals, config.layer_specs(), strict=True))
-    return Meters(tokens, count, layers)
+    return Meters(tokens, count, layers, expert_meters(totals))
 
 
 def _layer(total: dict[str, np.ndarray], spec: LayerSpec) -> LayerMeters:
@@ -190,21 +184,13 @@ def _layer(total: dict[str, np.ndarray], spec: LayerSpec) -> LayerMeters:
         _attention(total, spec.attention.target_keys) if "attention_queries_by_attended" in total else None,
         _selection(total, "attention"),
         _distribution(total, "attention"),
+        expert_meters([total]),
     )
-
-
-def _count(tally: np.ndarray) -> Count:
-    values, rows = np.arange(len(tally)), tally.sum()
-    mean = float(tally @ values / rows)
-    std = float(np.sqrt(tally @ np.square(values - mean) / rows))
-    below = np.cumsum(tally)
-    percentiles = {str(p): int(np.searchsorted(below, p / 100 * rows)) for p in PERCENTILES}
-    return Count(mean, std, percentiles)
 
 
 def _activity(total: dict[str, np.ndarray], target: float | None) -> Activity:
     by_neuron = np.sort(total["ffn_tokens_by_neuron"])[::-1]
-    neurons, active = len(by_neuron), _count(total["ffn_tokens_by_count"])
+    neurons, active = len(by_neuron), count_of(total["ffn_tokens_by_count"])
     kept = np.unique(np.linspace(0, neurons - 1, min(neurons, CURVE_POINTS)).round().astype(int))
     return Activity(
         neurons=neurons,
@@ -229,7 +215,7 @@ def _attention(total: dict[str, np.ndarray], target: int | None) -> Attention:
     if target is not None and queries[target + 1 :].sum() > 0:
         beyond = float(attended[target + 1 :].sum() / queries[target + 1 :].sum())
     return Attention(
-        attended=_count(total["attention_queries_by_attended"]),
+        attended=count_of(total["attention_queries_by_attended"]),
         target=target,
         visible=[int(x) for x in ends[1:][used]],
         attended_by_visible=[float(x) for x in attended_in[used] / queries_in[used]],

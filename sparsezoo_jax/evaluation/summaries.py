@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsezoo_jax.evaluation.counts import tally
+from sparsezoo_jax.evaluation.expert_meters import summarise_experts
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.config import LayerSpec
 from sparsezoo_jax.models.records import (
     ATTENTION_SCORES,
     ATTENTION_SELECTED,
     ATTENTION_VISIBLE,
+    EXPERT_SCORES,
     FFN_GATE,
     FFN_SCORES,
 )
 
-NAMES = (FFN_SCORES, FFN_GATE, ATTENTION_SCORES, ATTENTION_SELECTED, ATTENTION_VISIBLE)
+NAMES = (FFN_SCORES, FFN_GATE, EXPERT_SCORES, ATTENTION_SCORES, ATTENTION_SELECTED, ATTENTION_VISIBLE)
 """The records that `summarise_layer` reads."""
 
 LIMIT = 8.0
@@ -37,8 +40,8 @@ Summary = dict[str, jax.Array]
 def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallContext) -> Summary:
     """Sums over the real tokens of one batch of what `records` of one layer hold; names that are absent are left out.
 
-    `ffn_*` and `attention_*` names: activity over all tokens; selection and scores over at most `ROWS` rows, evenly
-    spread, for they cost a sort.
+    `ffn_*`, `experts_*` and `attention_*` names: activity over all tokens; selection and scores over at most `ROWS`
+    rows, evenly spread, for they cost a sort.
     """
     summary: Summary = {}
     if FFN_GATE in records:
@@ -53,6 +56,8 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
         if spec.ffn.target_active is not None:
             k = min(round(spec.ffn.target_active), width)
             summary |= _named("ffn", _selection_sums(scores, active & visible, visible, k))
+    if EXPERT_SCORES in records:
+        summary |= summarise_experts(records[EXPERT_SCORES], ctx, getattr(spec.ffn, "shared", 0))
     if ATTENTION_VISIBLE in records:
         summary |= _attention(records, spec, ctx)
     return summary
@@ -63,7 +68,7 @@ def _activity(active_BTF: jax.Array, valid_BT: jax.Array) -> Summary:
     count_BT = jnp.sum(active_BTF, axis=-1, dtype=jnp.int32)
     return {
         "tokens": jnp.sum(valid_BT, dtype=jnp.int32),
-        "ffn_tokens_by_count": _tally(count_BT, valid_BT, active_BTF.shape[-1] + 1),
+        "ffn_tokens_by_count": tally(count_BT, valid_BT, active_BTF.shape[-1] + 1),
         "ffn_tokens_by_neuron": jnp.sum(active_BTF, axis=(0, 1), dtype=jnp.int32),
     }
 
@@ -76,9 +81,9 @@ def _attention(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallContext)
     attended_BNT = jnp.sum(selected_BNTS & visible_BTS[:, None], axis=-1, dtype=jnp.int32)
     counted = seen_BNT > 0
     summary = {
-        "attention_queries_by_attended": _tally(attended_BNT, counted, keys + 1),
-        "attention_queries_by_visible": _tally(seen_BNT, counted, keys + 1),
-        "attention_attended_by_visible": _tally(seen_BNT, attended_BNT, keys + 1),
+        "attention_queries_by_attended": tally(attended_BNT, counted, keys + 1),
+        "attention_queries_by_visible": tally(seen_BNT, counted, keys + 1),
+        "attention_attended_by_visible": tally(seen_BNT, attended_BNT, keys + 1),
     }
     k = spec.attention.target_keys
     if ATTENTION_SCORES in records and k is not None:
@@ -132,12 +137,8 @@ def _score_sums(scores_RS: jax.Array, visible_RS: jax.Array) -> Summary:
     return {
         "scores": jnp.sum(counted, dtype=jnp.int32),
         **{f"scores_power_{p}": jnp.sum(z**p) for p in (1, 2, 3, 4)},
-        "scores_histogram": _tally(bins, counted, BINS),
+        "scores_histogram": tally(bins, counted, BINS),
     }
-
-
-def _tally(index: jax.Array, weight: jax.Array, length: int) -> jax.Array:
-    return jnp.zeros(length, jnp.int32).at[index.reshape(-1)].add(weight.reshape(-1).astype(jnp.int32))
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -56,18 +56,22 @@ class Place(NamedTuple):
     repeat: int | None
     shapes: tuple[tuple[int, ...], ...]
     """Of the parameters, without the stack."""
+    experts: int
+    """Of one layer; 1 where there are none."""
 
 
 def from_hf(source: Path, directory: Path) -> Conversion:
     """Make a run directory, with one checkpoint at step 0, of a checkpoint in Hugging Face's layout.
 
     Args:
-      source: holds config.json, model.safetensors (or its shards and index), and tokenizer files if there are any.
+      source: holds config.json, model.safetensors or pytorch_model.bin (or shards and their index), and tokenizer
+        files if there are any.
       directory: empty or absent.
 
     Raises:
       UserError: a model that is not supported, or tensors that are missing, unexpected or of the wrong shape or type,
-        all in one message; `directory` is not empty; safetensors is not installed. Nothing is written then.
+        all in one message; `directory` is not empty; safetensors (or torch, for its files) is not installed. Nothing
+        is written then.
       StorageError: reading or writing failed.
     """
     library()
@@ -84,9 +88,10 @@ def from_hf(source: Path, directory: Path) -> Conversion:
         names, dtype, notes = _check(source, layout, model, files, list(places(layout, model, parameters)))
         model = dataclasses.replace(model, param_dtype=dtype, dtype="bfloat16" if dtype == "bfloat16" else "float32")
         config = RunConfig(
-            arch="dense",
+            arch=layout.arch,
             size=f"{layout.model_type}_hf",
             model=model,
+            train=layout.train(model),
             data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
         )
         # Writing a checkpoint makes a copy in memory. That is to be the only one, so the arrays wait in a file.
@@ -198,13 +203,14 @@ def places(layout: Layout, model: DecoderConfig, parameters: Mapping[str, tuple[
         for repeat in range(segment.repeats)
         for position in range(len(segment.period))
     ]
+    experts = getattr(model.ffn, "experts", 1)
     for entry in layout.entries:
         stacked = "{layer}" in entry.name
         for layer, (prefix, repeat) in enumerate(layers if stacked else [("", 0)]):
             paths = tuple(prefix + path for path in entry.paths)
             if all(path in parameters for path in paths):
                 shapes = tuple(parameters[path][1 if stacked else 0 :] for path in paths)
-                yield Place(entry, entry.name.format(layer=layer), paths, repeat if stacked else None, shapes)
+                yield Place(entry, entry.name.format(layer=layer), paths, repeat if stacked else None, shapes, experts)
 
 
 def matrix_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
@@ -217,11 +223,16 @@ def tensor_shape(place: Place) -> tuple[int, ...]:
     """The shape of a tensor in a checkpoint."""
     matrices = [matrix_shape(place.entry, shape) for shape in place.shapes]
     joined = (*matrices[0][:-1], sum(shape[-1] for shape in matrices))
-    return joined[::-1] if place.entry.transposed else joined
+    shape, axis = joined[::-1] if place.entry.transposed else joined, place.entry.expert_axis
+    if axis is None:
+        return shape
+    return place.experts, *(n // place.experts if i == axis else n for i, n in enumerate(shape))
 
 
 def to_ours(entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """The parameters of these shapes that a tensor holds."""
+    if entry.expert_axis is not None:
+        tensor = np.concatenate(tensor, axis=entry.expert_axis)
     joined = tensor.T if entry.transposed else tensor
     ends = np.cumsum([matrix_shape(entry, shape)[-1] for shape in shapes])[:-1]
     return [part.reshape(shape) for part, shape in zip(np.split(joined, ends, axis=-1), shapes, strict=True)]

@@ -49,6 +49,14 @@ class Fields:
         self.problems.append(f"{name}={value}: must be true or false")
         return default
 
+    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
+        """One of these strings, which must be there."""
+        value = self.values.get(name)
+        if value in allowed:
+            return value
+        self.problems.append(f"{name}={value}: must be {' or '.join(allowed)}")
+        return allowed[0]
+
     def activation(self, names: tuple[str, ...], default: str) -> str:
         """The non-linearity that the first of `names` with a value gives, by our name."""
         name = next((name for name in names if self.values.get(name) is not None), names[0])

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, single or sharded, read one at a time."""
+"""Tensors of a checkpoint, in one file or several, read and written one at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.huggingface import torch_files
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,8 +31,19 @@ def library() -> Any:
     return safetensors
 
 
-class TensorFiles:
-    """The tensors of a checkpoint by name: shape and type from the files' headers, values on demand."""
+class TensorFiles(Protocol):
+    """The tensors of a checkpoint by name: shapes, types by safetensors' names, and values on demand."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor."""
+        ...
+
+
+class SafetensorFiles:
+    """The tensors of safetensors files: shape and type from the files' headers, values on demand."""
 
     def __init__(self, handles: Mapping[str, Any]):
         self._handles = handles
@@ -53,13 +65,17 @@ class TensorFiles:
 
 @contextlib.contextmanager
 def open_tensors(directory: Path) -> Iterator[TensorFiles]:
-    """Open the checkpoint in `directory`: model.safetensors, or the files that its index names.
+    """Open the checkpoint in `directory`: model.safetensors, else pytorch_model.bin, or the files that an index names.
 
     Raises:
-      UserError: there is neither, or files of the index are missing. StorageError: a file is damaged.
+      UserError: there is none, files of the index are missing, or a library is not installed.
+      StorageError: a file is damaged.
     """
     safetensors = library()
-    paths = _files(directory)
+    index, paths = _files(directory)
+    if index == torch_files.INDEX:
+        yield torch_files.TorchFiles(paths)
+        return
     with contextlib.ExitStack() as stack:
         handles: dict[str, Any] = {}
         for path in paths:
@@ -68,15 +84,22 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
             except Exception as error:  # SafetensorError, OSError
                 raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
             handles.update(dict.fromkeys(handle.keys(), handle))
-        yield TensorFiles(handles)
+        yield SafetensorFiles(handles)
 
 
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise UserError(f"{directory}: holds neither {SINGLE} nor {INDEX}; other formats are not read")
-        return [directory / SINGLE]
+def _files(directory: Path) -> tuple[str, list[Path]]:
+    """The files of a checkpoint, and the name of the index that they have or would have."""
+    formats = ((SINGLE, INDEX), (torch_files.SINGLE, torch_files.INDEX))
+    for single, index in formats:
+        if (directory / index).is_file():
+            return index, _indexed(directory, directory / index)
+        if (directory / single).is_file():
+            return index, [directory / single]
+    names = ", ".join(name for pair in formats for name in pair)
+    raise UserError(f"{directory}: holds none of {names}; other formats are not read")
+
+
+def _indexed(directory: Path, index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         foreign = [name for name in names if Path(name).name != name]
@@ -84,7 +107,7 @@ def _files(directory: Path) -> list[Path]:
         raise StorageError(f"{index}: damaged: {error!r}") from error
     missing = foreign + [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise UserError(f"{directory}: files that {INDEX} names are missing: {', '.join(dict.fromkeys(missing))}")
+        raise UserError(f"{directory}: files that {index.name} names are missing: {', '.join(dict.fromkeys(missing))}")
     return [directory / name for name in names]
 
 

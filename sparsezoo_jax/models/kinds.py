@@ -2,8 +2,8 @@
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
 have `for_layer(layer, layers)`, which gives one layer's own configuration, and may have `samples`, true if training
-needs random numbers; attention kinds have `window`, `score_heads` and `cache_shapes`. A layer that returns something as
-`LayerAux.observed` has a method `after_step`.
+needs random numbers, and `shared`, the number of experts that every token takes; attention kinds have `window`,
+`score_heads` and `cache_shapes`. A layer that returns something as `LayerAux.observed` has a method `after_step`.
 
 For accounting, FFN kinds have `target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`,
 `projection_flops`, `mixing_flops`, `projection_weights`, `cache_reads` and `dense_twin`.

@@ -20,7 +20,7 @@ ATTENTION_VISIBLE = "attention_visible"
 RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
     FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
-    EXPERT_SCORES: "[B, T, E] weights of the experts; an expert is active where this is not 0",
+    EXPERT_SCORES: "[B, T, E] weights of the experts, shared ones first; an expert is active where this is not 0",
     ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",
     ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
     ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",

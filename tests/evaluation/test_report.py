@@ -10,7 +10,9 @@ import pytest
 
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.evaluate import print_experts
 from sparsezoo_jax.evaluation import cost_table
+from sparsezoo_jax.evaluation.expert_meters import ExpertMeters
 from sparsezoo_jax.evaluation.history import Course, History
 from sparsezoo_jax.evaluation.meters import (
     Activity,
@@ -39,6 +41,12 @@ DENSE_LAYER = LayerMeters(
     None,
     None,
 )
+CLS = {"1": 0.8054, "2": 0.78, "4": 0.75, "8": 0.7138, "16": 0.68, "32": 0.65, "64": None}
+EXPERTS = ExpertMeters(
+    4, 1, Count(1.25, 0.5, COUNT.percentiles), [0.0, 0.75, 0.25, 0, 0], 0.8054, CLS, {**CLS, "8": 0.7041}, 0.9028, 1,
+    1.875, [0.5, 0.0, 0.25]
+)  # fmt: skip
+EXPERT_LAYER = dataclasses.replace(DENSE_LAYER, experts=EXPERTS)
 TRAIN = Course(
     [10, 20],
     [7.5, None],
@@ -55,7 +63,7 @@ def run(name="tiny", layer=LAYER, arch="spark", history=None, **configuration):
         parameters=1_509_504,
         evaluation={"loss": 4.7289, "step": 300, "perplexity": float("nan")},
         history=history or History(TRAIN, NOTHING, 0),
-        meters=Meters(16_384, 8, (layer, layer)),
+        meters=Meters(16_384, 8, (layer, layer), layer.experts),
         costs=cost_table(config, (512, 8192), None),
     )
 
@@ -116,6 +124,34 @@ def test_dense_model():
     assert "100.00%" in text
     assert "selection against" not in text
     assert "FLOPs per token by context" in text
+
+
+def test_experts():
+    page = parsed(render([run("experts", EXPERT_LAYER, "blockffn")]))
+    tables = {
+        row[0]: row for table in page.iter("table") for row in [[text_of(c) for c in r] for r in table.iter("tr")]
+    }
+    assert tables["experts: TLS"][1] == "80.54%"
+    assert tables["experts: CLS_8"][1] == "71.38%"
+    assert tables["experts: CLS_8, chunks of the stream"][1] == "70.41%"
+    assert tables["dead experts"][1] == "1 of 3"
+    assert tables["all, chunks of the stream"][4] == "70.41%"
+    assert tables["all"][-3:] == ["90.28%", "1", "1.88"]
+    titles = [text_of(e) for e in page.iter("figcaption")]
+    assert titles[-5:-2] == ["Experts: chunk-level sparsity", "Active experts of a token", "Load of experts"]
+    assert "Experts: chunk-level sparsity" in render([run("a", EXPERT_LAYER), run("b")])
+    assert "Experts: " not in text_of(parsed(render([run()])).find("body"))
+
+
+def test_printed_experts(capsys):
+    print_experts(Meters(16_384, 8, (EXPERT_LAYER, DENSE_LAYER, EXPERT_LAYER), EXPERTS).as_dict())
+    rows = [line.split() for line in capsys.readouterr().out.replace("│", " ").replace("┃", " ").splitlines()]
+    shares = ["80.54%", "78.00%", "75.00%", "71.38%", "68.00%", "65.00%", "-"]
+    assert [row for row in rows if row[1:] == shares] == [["0", *shares], ["2", *shares], ["all", *shares]]
+    assert ["stream", *shares[:3], "70.41%", *shares[4:]] in rows
+    assert ["all", "1.25", "46", "51", "55", "60", "66", "90.28%", "1", "1.88"] in rows
+    print_experts(Meters(16_384, 8, (DENSE_LAYER,)).as_dict())
+    assert capsys.readouterr().out == ""
 
 
 def test_no_history():

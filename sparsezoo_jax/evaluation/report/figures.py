@@ -58,9 +58,6 @@ class RunFigures:
             value = figures.get(name)
             return format(value, form) if isinstance(value, (int, float)) else "–"
 
-        def shown(value: float | None, form: str) -> str:
-            return "–" if value is None else format(value, form)
-
         layers = self.meters.layers
         neurons = sum(layer.ffn.neurons for layer in layers if layer.ffn)
         dead = sum(layer.ffn.dead for layer in layers if layer.ffn)
@@ -70,16 +67,25 @@ class RunFigures:
             "validation loss (nats/token)": final("loss", ".4f"),
             "perplexity": final("perplexity", ".2f"),
             "bits per byte": final("bits_per_byte", ".4f"),
-            "FFN density": shown(self.layer_mean(lambda x: x.ffn and x.ffn.density), ".2%"),
-            "FFN selection: recall": shown(
+            "FFN density": _shown(self.layer_mean(lambda x: x.ffn and x.ffn.density), ".2%"),
+            "FFN selection: recall": _shown(
                 self.layer_mean(lambda x: x.ffn_selection and x.ffn_selection.recall), ".3f"
             ),
-            "FFN selection: precision": shown(
+            "FFN selection: precision": _shown(
                 self.layer_mean(lambda x: x.ffn_selection and x.ffn_selection.precision), ".3f"
             ),
             "dead neurons": f"{dead:,} of {neurons:,}" if neurons else "–",
-            "attended keys": shown(self.layer_mean(lambda x: x.attention and x.attention.attended.mean), ".1f"),
+            "attended keys": _shown(self.layer_mean(lambda x: x.attention and x.attention.attended.mean), ".1f"),
         }
+        experts = self.meters.experts
+        if experts is not None:
+            rows |= {
+                "experts: TLS": f"{experts.tls:.2%}",
+                **{f"experts: CLS_{n}": _shown(experts.cls[n], ".2%") for n in ("8", "32")},
+                "experts: CLS_8, chunks of the stream": _shown(experts.cls_stream["8"], ".2%"),
+                "experts: reuse": _shown(experts.reuse, ".2%"),
+                "dead experts": f"{experts.dead:,} of {experts.experts - experts.shared:,}",
+            }
         for context in self.contexts:
             measured, dense = self.cost(context, "measured"), self.cost(context, "dense")
             cost = measured or self.cost(context, "configured")
@@ -122,6 +128,10 @@ def run_figures(
         meters=meters,
         costs=cost_table(decoder, contexts, meters.sparsity()),
     )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _final_figures(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,42 @@ def _layers(run: RunFigures) -> str:
     if attention:
         parts.append("<h3>Attended keys by layer</h3>")
         parts.append(_table(("layer", *spread, "target", "beyond target", *shape), attention))
-    return "".join(parts)
+    return "".join([*parts, _experts(run)])
+
+
+def _experts(run: RunFigures) -> str:
+    """Tables of the experts of every layer, and of all layers pooled."""
+    pooled = run.meters.experts
+    if pooled is None:
+        return ""
+    parts = [(str(i), layer.experts) for i, layer in enumerate(run.meters.layers) if layer.experts is not None]
+    parts.append(("all", pooled))
+
+    def shares(values: Iterable[float | None]) -> list[str]:
+        return ["–" if value is None else f"{value:.2%}" for value in values]
+
+    sparsity = [[name, *shares(e.cls.values())] for name, e in parts]
+    sparsity.append(["all, chunks of the stream", *shares(pooled.cls_stream.values())])
+    active = [
+        [
+            name,
+            f"{e.active.mean:.2f}",
+            f"{e.active.std:.2f}",
+            *map(str, e.active.percentiles.values()),
+            *shares([e.reuse]),
+            f"{e.dead:,}",
+            "–" if e.max_load is None else f"{e.max_load:.2f}",
+        ]
+        for name, e in parts
+    ]
+    header = ["TLS" if n == "1" else f"CLS_{n}" for n in pooled.cls]
+    spread = ("mean", "std", *(f"{p} %" for p in pooled.active.percentiles))
+    return (
+        "<h3>Experts: token- and chunk-level sparsity by layer</h3>"
+        + _table(("layer", *header), sparsity)
+        + "<h3>Active experts of a token by layer</h3>"
+        + _table(("layer", *spread, "reuse", "dead", "max / mean load"), active)
+    )
 
 
 def _quality(quality: Any) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sparsezoo_jax.evaluation.expert_meters import ExpertMeters
 from sparsezoo_jax.evaluation.meters import LayerMeters, SelectionQuality
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.svg import Series, bar_plot, line_plot
@@ -55,7 +57,7 @@ def run_plots(run: RunFigures) -> list[str]:
                 log_y=True,
             )
         )
-    return [*plots, *_costs(run)]
+    return [*plots, *_experts(run), *_costs(run)]
 
 
 def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
@@ -81,6 +83,9 @@ def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
         if any(value is not None for _, values in qualities for value in values):
             title = f"{kind}: selection against exact top-k, mean over layers"
             plots.append(bar_plot(title, "share", ["recall", "precision"], qualities))
+    pooled = [(run.name, run.meters.experts) for run in runs if run.meters.experts is not None]
+    if pooled:
+        plots.append(_chunk_sparsity(pooled))
     contexts = list(dict.fromkeys(context for run in runs for context in run.contexts))
     for title, unit, value in COSTS:
         bars = [
@@ -88,6 +93,27 @@ def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
         ]
         plots.append(bar_plot(title, unit, [f"{context:,}" for context in contexts], bars))
     return plots
+
+
+def _experts(run: RunFigures) -> list[str]:
+    parts = [(f"layer {i}", layer.experts) for i, layer in enumerate(run.meters.layers) if layer.experts is not None]
+    if not parts:
+        return []
+    by_active = [Series(name, list(range(len(e.tokens_by_active))), e.tokens_by_active) for name, e in parts]
+    loads = [Series(name, np.linspace(0, 1, len(e.load)).tolist(), sorted(e.load, reverse=True)) for name, e in parts]
+    return [
+        _chunk_sparsity(parts),
+        line_plot("Active experts of a token", "active experts", "share of tokens", by_active, y_from_zero=True),
+        line_plot("Load of experts", "experts, busiest first (share)", "share of tokens", loads, y_from_zero=True),
+    ]
+
+
+def _chunk_sparsity(parts: Sequence[tuple[str, ExpertMeters]]) -> str:
+    """By the logarithm of the chunk length, so that each doubling has its place."""
+    lines = [Series(name, [math.log2(int(n)) for n in e.cls], list(e.cls.values())) for name, e in parts]
+    return line_plot(
+        "Experts: chunk-level sparsity", "log2 of tokens in a chunk", "experts not active", lines, percent=True
+    )
 
 
 COSTS: tuple[tuple[str, str, str], ...] = (

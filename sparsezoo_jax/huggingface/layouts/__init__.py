@@ -1,0 +1,118 @@
+"""How Hugging Face stores families of checkpoints: their `config.json`, and their tensors' names as tables.
+
+A row of a table names a tensor and the parameters it holds. Transposing, splitting and reshaping is all that happens
+between the two, so a checkpoint survives the way there and back bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparsezoo_jax.config import flatten
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.huggingface.fields import Fields
+from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
+from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
+from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
+from sparsezoo_jax.huggingface.layouts.rows import Entry, Layout
+from sparsezoo_jax.models import DecoderConfig
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.blockffn import BlockFFNConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.mla import MLAConfig
+
+__all__ = ["LAYOUTS", "Entry", "Layout", "read_model", "write_model"]
+
+LAYOUTS = {layout.model_type: layout for layout in (GEMMA2, LLAMA, GPT2, MINICPM)}
+_KINDS: dict[str, Any] = {
+    "gqa": GQAConfig,
+    "mla": MLAConfig,
+    "gated": GatedFFNConfig,
+    "plain": PlainFFNConfig,
+    "blockffn": BlockFFNConfig,
+}
+
+
+def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, DecoderConfig]:
+    """The layout of a `config.json` and the decoder it describes.
+
+    Raises:
+      UserError: another model type, or fields that are missing or not supported, all in one message.
+    """
+    layout = LAYOUTS.get(str(values.get("model_type")))
+    if layout is None:
+        raise UserError(f"{source}: model_type={values.get('model_type')}: must be one of {', '.join(LAYOUTS)}")
+    fields = Fields(values)
+    found = layout.read(fields)
+    if fields.problems:
+        raise UserError(f"{source}: {'; '.join(dict.fromkeys(fields.problems))}")
+    layout = dataclasses.replace(layout, entries=found.pop("entries", layout.entries))
+    defaults = {"attention": layout.attention_kinds[0], "ffn": layout.ffn_kind}
+    try:
+        parts = {part: _KINDS[found[part].get("kind", kind)](**found[part]) for part, kind in defaults.items()}
+        model = DecoderConfig(**{**found, **parts})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return layout, model
+
+
+#: What says how a model starts or runs, not what it computes: a Hugging Face checkpoint has no place for it.
+NOT_STORED = ("init", "dtype", "param_dtype", "scan_layers", "remat", "layer_pattern")
+
+
+def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str, Any]]:
+    """The layout that can hold a decoder, and its `config.json`.
+
+    Raises:
+      UserError: the decoder has parts that no layout can hold, all in one message.
+    """
+    layout = _layout_for(model)
+    kinds = {
+        "model.attention.kind": (model.attention.kind, layout.attention_kinds),
+        "model.ffn.kind": (model.ffn.kind, (layout.ffn_kind,)),
+    }
+    wrong = [f"{name}={kind}: only {' or '.join(known)}" for name, (kind, known) in kinds.items() if kind not in known]
+    if not wrong:
+        values = {"architectures": [layout.architecture], "model_type": layout.model_type, **layout.write(model)}
+        _, again = read_model(values, source)
+        ours, theirs = _compared(model, layout), _compared(again, layout)
+        names = sorted(name for name in ours.keys() | theirs.keys() if not _same(ours.get(name), theirs.get(name)))
+        wrong = [f"model.{name}={ours.get(name)}: only {theirs.get(name)}" for name in names]
+        if not wrong:
+            return layout, values
+    raise UserError(f"{source}: a {layout.architecture} checkpoint can't hold {'; '.join(wrong)}")
+
+
+def _layout_for(model: DecoderConfig) -> Layout:
+    """The only layout that could hold a decoder."""
+    if model.ffn.kind == MINICPM.ffn_kind:
+        return MINICPM
+    if model.learned_positions or model.norm.kind == "layer":
+        return GPT2
+    return GEMMA2 if model.residual.post_norm else LLAMA
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or numbers that differ by the rounding of a product and its quotient."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-11)
+    return a == b
+
+
+def _compared(model: DecoderConfig, layout: Layout) -> dict[str, Any]:
+    skipped = (*NOT_STORED, *layout.not_stored)
+    flat = {
+        name: value
+        for name, value in flatten(model).items()
+        if not any(name == one or name.startswith(f"{one}.") for one in skipped)
+    }
+    flat["layer_types"] = tuple(spec.layer_type for spec in model.layer_specs())
+    if "local" not in flat["layer_types"]:
+        flat.pop("attention.window", None)
+    attention = model.attention
+    if isinstance(attention, GQAConfig) and attention.query_scale == attention.head_dim**-0.5:
+        flat["attention.query_scale"] = None
+    return flat

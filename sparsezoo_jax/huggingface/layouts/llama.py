@@ -1,0 +1,183 @@
+"""Gemma 2 and Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsezoo_jax.huggingface.fields import Fields
+from sparsezoo_jax.huggingface.layouts.rows import (
+    EMBEDDING_AND_NORMS,
+    FFN_NORM,
+    GROUPED_QUERY,
+    INV_FREQ,
+    Entry,
+    Layout,
+    activation_name,
+    linear,
+    vector,
+)
+from sparsezoo_jax.models import DecoderConfig
+from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.common import LayerType
+from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.residual import PreNormConfig
+from sparsezoo_jax.models.rope import RopeConfig
+
+_COMMON = (
+    *EMBEDDING_AND_NORMS,
+    *GROUPED_QUERY,
+    *linear("model.layers.{layer}.mlp.gate_proj", "ffn/gate_DF"),
+    *linear("model.layers.{layer}.mlp.up_proj", "ffn/up_DF"),
+    *linear("model.layers.{layer}.mlp.down_proj", "ffn/down_FD"),
+)
+_LAYER_TYPES: dict[str, LayerType] = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def _sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": f.integer("vocab_size"),
+        "d_model": f.integer("hidden_size"),
+        "layers": f.integer("num_hidden_layers"),
+        "max_seq_len": f.integer("max_position_embeddings", max_seq_len),
+        "tie_embeddings": f.flag("tie_word_embeddings", tied),
+    }
+
+
+def _write_sizes(model: DecoderConfig) -> dict[str, Any]:
+    attention = model.attention
+    assert isinstance(attention, GQAConfig)  # other kinds were refused before
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ffn.d_ff,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": 10_000.0 if attention.rope is None else attention.rope.base,
+        "attention_bias": attention.bias,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def _read_gemma2(f: Fields) -> dict[str, Any]:
+    heads, width = f.integer("num_attention_heads"), f.integer("head_dim", 256)
+    scalar = f.number("query_pre_attn_scalar", 256)
+    f.require("use_bidirectional_attention", False)
+    return {
+        **_sizes(f, 8192, tied=True),
+        "layer_pattern": _read_layer_types(f),
+        "attention": {
+            "heads": heads,
+            "kv_heads": f.integer("num_key_value_heads", 4),
+            "head_dim": width,
+            "window": f.integer("sliding_window", 4096),
+            "rope": RopeConfig(base=f.rope_base()),
+            "query_scale": None if scalar == width else scalar**-0.5,
+            "softcap": f.optional_number("attn_logit_softcapping", 50.0),
+            "bias": f.flag("attention_bias", False),
+        },
+        "ffn": {
+            "d_ff": f.integer("intermediate_size"),
+            "activation": f.activation(("hidden_activation", "hidden_act"), "gelu_pytorch_tanh"),
+        },
+        "residual": PreNormConfig(post_norm=True),
+        "norm": NormConfig(eps=f.number("rms_norm_eps", 1e-6), zero_centered=True),
+        "embedding_scale": "sqrt_d_model",
+        "final_softcap": f.optional_number("final_logit_softcapping", 30.0),
+    }
+
+
+def _read_layer_types(f: Fields) -> tuple[LayerType, ...]:
+    """The shortest pattern that repeats to `layer_types`; without that field layers alternate, local first."""
+    names = f.values.get("layer_types")
+    if names is None:
+        return ("local", "global")
+    if not isinstance(names, list) or not all(name in _LAYER_TYPES for name in names):
+        f.problems.append(f"layer_types={names}: must list {' and '.join(_LAYER_TYPES)}")
+        return ("local", "global")
+    if len(names) != f.values.get("num_hidden_layers"):
+        f.problems.append(f"layer_types=<{len(names)} values>: must have one for each of num_hidden_layers")
+    types: tuple[LayerType, ...] = tuple(_LAYER_TYPES[name] for name in names)
+    for width in range(1, len(types)):
+        if all(kind == types[i % width] for i, kind in enumerate(types)):
+            return types[:width]
+    return types or ("global",)
+
+
+def _write_gemma2(model: Any) -> dict[str, Any]:
+    attention = model.attention
+    scalar = float(attention.head_dim) if attention.query_scale is None else attention.query_scale**-2
+    # Undo what rounding does to 144 ** -0.5 on the way back.
+    scalar = round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
+    names = {ours: name for name, ours in _LAYER_TYPES.items()}
+    activation = activation_name(model.ffn.activation)
+    return {
+        **_write_sizes(model),
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        "query_pre_attn_scalar": scalar,
+        "attn_logit_softcapping": attention.softcap,
+        "final_logit_softcapping": model.final_softcap,
+        "sliding_window": attention.window or 4096,
+        "layer_types": [names[spec.layer_type] for spec in model.layer_specs()],
+    }
+
+
+def _read_llama(f: Fields) -> dict[str, Any]:
+    heads = f.integer("num_attention_heads")
+    return {
+        **_sizes(f, 2048, tied=False),
+        "attention": {
+            "heads": heads,
+            "kv_heads": f.integer("num_key_value_heads", heads),
+            "head_dim": f.integer("head_dim", f.integer("hidden_size", 1) // heads),
+            "rope": RopeConfig(base=f.rope_base()),
+            "bias": f.flag("attention_bias", False),
+        },
+        "ffn": {
+            "d_ff": f.integer("intermediate_size"),
+            "activation": f.activation(("hidden_act",), "silu"),
+            "bias": f.flag("mlp_bias", False),
+        },
+        "norm": NormConfig(eps=f.number("rms_norm_eps", 1e-6)),
+    }
+
+
+def _write_llama(model: Any) -> dict[str, Any]:
+    return {
+        **_write_sizes(model),
+        "hidden_act": activation_name(model.ffn.activation),
+        "mlp_bias": model.ffn.bias,
+    }
+
+
+GEMMA2 = Layout(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    "model.",
+    (
+        *_COMMON,
+        vector("model.layers.{layer}.post_attention_layernorm.weight", "attention_residual/post/scale"),
+        Entry("model.layers.{layer}.pre_feedforward_layernorm.weight", FFN_NORM),
+        vector("model.layers.{layer}.post_feedforward_layernorm.weight", "ffn_residual/post/scale"),
+    ),
+    INV_FREQ,
+    _read_gemma2,
+    _write_gemma2,
+    ("gqa",),
+    "gated",
+)
+LLAMA = Layout(
+    "llama",
+    "LlamaForCausalLM",
+    "model.",
+    (*_COMMON, Entry("model.layers.{layer}.post_attention_layernorm.weight", FFN_NORM)),
+    INV_FREQ,
+    _read_llama,
+    _write_llama,
+    ("gqa",),
+    "gated",
+)

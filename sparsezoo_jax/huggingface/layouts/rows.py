@@ -1,0 +1,93 @@
+"""What the tables of all families are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sparsezoo_jax.huggingface.fields import ACTIVATIONS, Fields
+from sparsezoo_jax.training.config import TrainConfig
+
+
+class Entry(NamedTuple):
+    """One row: a tensor's name ('{layer}' in those of a layer) and our parameters' paths within the layer or model."""
+
+    name: str
+    paths: tuple[str, ...]
+    """Several are joined along the outputs (GPT-2's queries, keys and values)."""
+    inputs: int = 0
+    """How many leading dimensions of our parameter are inputs; 0: a vector."""
+    transposed: bool = False
+    """Stored as [out, in] (torch's Linear) instead of [in, out] (GPT-2's Conv1D, embeddings)."""
+    expert_axis: int | None = None
+    """Stored as a stack of one matrix an expert; in one matrix of all experts they would share this axis."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of checkpoints is stored."""
+
+    model_type: str
+    architecture: str
+    """Name of the model class."""
+    prefix: str
+    """What the names of a bare base model lack."""
+    entries: tuple[Entry, ...]
+    ignored: str
+    """Regular expression of tensors that are no parameters, prefix left out."""
+    read: Callable[[Fields], dict[str, Any]]
+    """From config.json to the fields of `DecoderConfig`; `attention` and `ffn` as dictionaries with their `kind`. May
+    also give `entries`, where these depend on the configuration."""
+    write: Callable[[Any], dict[str, Any]]
+    """And back."""
+    attention_kinds: tuple[str, ...]
+    ffn_kind: str
+    not_stored: tuple[str, ...] = ()
+    """Fields of the decoder, beside `NOT_STORED`, for which a checkpoint has no place."""
+    arch: str = "dense"
+    """Architecture of the run."""
+    train: Callable[[Any], TrainConfig] = lambda model: TrainConfig()
+    """How a run of this decoder would train."""
+
+    def key(self, name: str) -> str:
+        """A tensor's name without the prefix."""
+        return name.removeprefix(self.prefix)
+
+    def is_ignored(self, key: str, *, tied: bool) -> bool:
+        """Whether a tensor holds nothing to convert; with tied embeddings a stored head is a copy."""
+        return re.fullmatch(self.ignored, key) is not None or (tied and key == "lm_head.weight")
+
+
+def vector(name: str, path: str) -> Entry:
+    return Entry(name, (path,))
+
+
+def linear(name: str, path: str, inputs: int = 1) -> tuple[Entry, Entry]:
+    bias = re.sub(r"_[A-Z]+$", "_bias", path)
+    return Entry(f"{name}.weight", (path,), inputs, True), Entry(f"{name}.bias", (bias,))
+
+
+# Rows whose parameters a model does not have (biases, an output matrix of its own) don't apply to it.
+HEAD = Entry("lm_head.weight", ("output_DV",), 1, True)
+FFN_NORM = ("ffn_residual/pre/scale",)
+EMBEDDING_AND_NORMS = (
+    Entry("model.embed_tokens.weight", ("embedding_VD",), 1),
+    vector("model.norm.weight", "final_norm/scale"),
+    HEAD,
+    vector("model.layers.{layer}.input_layernorm.weight", "attention_residual/pre/scale"),
+)
+GROUPED_QUERY = (
+    *linear("model.layers.{layer}.self_attn.q_proj", "attention/projections/q_DNH"),
+    *linear("model.layers.{layer}.self_attn.k_proj", "attention/projections/k_DKH"),
+    *linear("model.layers.{layer}.self_attn.v_proj", "attention/projections/v_DKH"),
+    *linear("model.layers.{layer}.self_attn.o_proj", "attention/projections/o_NHD", 2),
+)
+INV_FREQ = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+
+
+def activation_name(ours: str, preferred: str | None = None) -> str:
+    if preferred is not None and ACTIVATIONS[preferred] == ours:
+        return preferred
+    return next(name for name, value in ACTIVATIONS.items() if value == ours)
