@@ -1,15 +1,20 @@
-"""Time of a train step, Spark against the dense twin of equal parameters: `python -m benchmarks.train_step`.
+"""Time of a train step against the dense twin of equal parameters: `python -m benchmarks.train_step [--arch spark]`.
 
-The whole step (forward, backward, AdamW) of the `spark` preset with parts of it exchanged, in interleaved rounds. "FFN
-alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN with the
-threshold taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using the closed
-form.
+The whole step (forward, backward, AdamW) of a preset with parts of it exchanged, in interleaved rounds.
+
+spark: "FFN alone" is the Spark FFN with the dense twin's attention. `lax.top_k` and `approx_max_k` are the same FFN
+with the threshold taken from a sort; "autodiff" differentiates the mean and the standard deviation instead of using
+the closed form.
+
+blockffn: with its losses and objectives, and without; beside it top-k and ReMoE mixtures of the same sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -20,10 +25,12 @@ from benchmarks.timing import interleaved, print_ratios
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig
 from sparsezoo_jax.pallas_kernels.statistical_topk import reference
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.state import ModelTemplate, initial_state
 from sparsezoo_jax.training.step import build_train_step
@@ -38,16 +45,16 @@ def dense_attention_of(config: DecoderConfig) -> GQAConfig:
     )
 
 
-def step_of(config: DecoderConfig, batch: dict[str, np.ndarray]):
+def step_of(config: DecoderConfig, batch: dict[str, np.ndarray], objectives: tuple[ObjectiveConfig, ...] = ()):
     """A function that makes one train step and returns its metrics."""
-    train = TrainConfig()
+    train = TrainConfig(objectives=objectives)
 
     def build(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config, rngs=rngs)
 
     template = ModelTemplate(build)
     optimizer = build_optimizer(train, template.parameters)
-    state = jax.jit(lambda key: initial_state(template, build, optimizer, (), key))(jax.random.key(0))
+    state = jax.jit(lambda key: initial_state(template, build, optimizer, objectives, key))(jax.random.key(0))
     compiled = jax.jit(build_train_step(train, template, optimizer), donate_argnums=0).lower(state, batch).compile()
     held = [state]
 
@@ -61,6 +68,7 @@ def step_of(config: DecoderConfig, batch: dict[str, np.ndarray]):
 def main() -> None:
     """Time the variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="spark", choices=sorted(VARIANTS))
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -68,23 +76,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
 
-    spark = preset("spark", options.size).model
+    model = preset(options.arch, options.size).model
     # Unrolled and in float32: what a CPU runs best, for all variants alike.
-    changes = {"scan_layers": False, "remat": "none", "dtype": "float32", "layers": options.layers or spark.layers}
-    spark = dataclasses.replace(spark, **changes)
-    plain = dense_attention_of(spark)
-    gated = GatedFFNConfig(d_ff=spark.ffn.d_ff * 2 // 3)
-    ffn_only = dataclasses.replace(spark, attention=plain)
-
+    model = dataclasses.replace(
+        model, scan_layers=False, remat="none", dtype="float32", layers=options.layers or model.layers
+    )
     draw = np.random.default_rng(0)
     shape = (options.batch_size, options.seq_len)
     batch = {
-        "tokens": draw.integers(0, spark.vocab_size, shape, np.int32),
-        "targets": draw.integers(0, spark.vocab_size, shape, np.int32),
+        "tokens": draw.integers(0, model.vocab_size, shape, np.int32),
+        "targets": draw.integers(0, model.vocab_size, shape, np.int32),
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         "mask": np.ones(shape, bool),
     }
+    variants = VARIANTS[options.arch](model, options.size, batch)
+    title = f"{options.arch} {options.size}, {model.layers} layers"
+    print(f"{title}, {shape[0]} x {shape[1]} tokens, {options.rounds} rounds\n")
+    print_ratios(interleaved(variants, options.rounds), "dense")
+
+
+def spark_variants(spark: DecoderConfig, size: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Steps by name, the dense twin's first."""
+    plain = dense_attention_of(spark)
+    gated = GatedFFNConfig(d_ff=spark.ffn.d_ff * 2 // 3)
+    ffn_only = dataclasses.replace(spark, attention=plain)
     configs = {
         "dense": dataclasses.replace(spark, attention=plain, ffn=gated),
         "Spark FFN alone": ffn_only,
@@ -100,8 +116,26 @@ def main() -> None:
 
     with mock.patch("sparsezoo_jax.pallas_kernels.spark_ffn.statistical_topk", autodiff):
         variants["Spark FFN alone, autodiff of mean and std"] = step_of(ffn_only, batch)
-    print(f"spark {options.size}, {spark.layers} layers, {shape[0]} x {shape[1]} tokens, {options.rounds} rounds\n")
-    print_ratios(interleaved(variants, options.rounds), "dense")
+    return variants
+
+
+def blockffn_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Steps by name, the dense twin's first."""
+    assert isinstance(model.ffn, BlockFFNConfig)
+    without = dataclasses.replace(model.ffn, auxiliary_losses=False)
+    variants = {
+        "dense": step_of(dataclasses.replace(model, ffn=model.ffn.dense_twin()), batch),
+        "BlockFFN": step_of(model, batch, preset("blockffn", size).train.objectives),
+        "BlockFFN without losses": step_of(dataclasses.replace(model, ffn=without), batch),
+    }
+    for name, other in (("top-k", size), ("ReMoE", f"{size}_remoe")):
+        mixture = preset("moe", other)
+        config = dataclasses.replace(model, ffn=mixture.model.ffn)
+        variants[f"{name} mixture"] = step_of(config, batch, mixture.train.objectives)
+    return variants
+
+
+VARIANTS = {"spark": spark_variants, "blockffn": blockffn_variants}
 
 
 def _selecting(config: DecoderConfig, selection: str) -> DecoderConfig:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,8 @@ from sparsezoo_jax.huggingface.layouts import Entry, Layout, read_model, write_m
 from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
-from sparsezoo_jax.training.checkpoint import restore_params, save_params
-from sparsezoo_jax.training.state import ModelTemplate, flatten
+from sparsezoo_jax.training.checkpoint import read_params, save_params
+from sparsezoo_jax.training.state import ModelTemplate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -94,20 +95,15 @@ def from_hf(source: Path, directory: Path) -> Conversion:
             data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
         )
         # Writing a checkpoint makes a copy in memory. That is to be the only one, so the arrays wait in a file.
-        parent = directory.absolute().parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=parent) as file:
-                parts = (
-                    (path, place.repeat or 0, part)
-                    for place in places(layout, model, parameters)
-                    for path, part in zip(
-                        place.paths, to_ours(place.entry, files.read(names[place.name]), place.shapes), strict=True
-                    )
-                )
-                save_params(directory / CHECKPOINTS, _mapped(file, parameters, jnp.dtype(dtype), parts))
-        except OSError as error:
-            raise StorageError(f"{parent}: {error.strerror}") from error
+        parts = (
+            (path, place.repeat or 0, part)
+            for place in places(layout, model, parameters)
+            for path, part in zip(
+                place.paths, to_ours(place.entry, files.read(names[place.name]), place.shapes), strict=True
+            )
+        )
+        with _mapped(directory.absolute().parent, parameters, jnp.dtype(dtype), parts) as arrays:
+            save_params(directory / CHECKPOINTS, arrays)
     _copy_tokenizer(source, directory)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
@@ -132,45 +128,71 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     model = read_config(directory / CONFIG).model
     layout, values = write_model(model, directory)
     tokenizer = find_tokenizer(directory)
-    params, _ = restore_params(directory / CHECKPOINTS)
-    arrays = flatten(params)
-    found = {place.name: place for place in places(layout, model, _parameters(model))}
-
-    def value_of(name: str) -> np.ndarray:
-        place = found[name]
-        whole = [np.asarray(arrays[path]) for path in place.paths]
-        return to_tensor(place.entry, whole if place.repeat is None else [x[place.repeat] for x in whole])
-
-    tensors = {name: (tensor_shape(place), jnp.dtype(model.param_dtype)) for name, place in found.items()}
+    parameters = _parameters(model)
+    found = {place.name: place for place in places(layout, model, parameters)}
+    dtype = jnp.dtype(model.param_dtype)
+    tensors = {name: (tensor_shape(place), dtype) for name, place in found.items()}
     values["torch_dtype"] = model.param_dtype
     for name in ("bos", "eos"):
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        write_tensors(destination, tensors, value_of, max_file_bytes)
-        _copy_tokenizer(directory, destination)
-        (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{destination}: {error.strerror}") from error
+    with _mapped(destination.absolute().parent, parameters, dtype, _saved(directory, parameters)) as arrays:
+
+        def value_of(name: str) -> np.ndarray:
+            place = found[name]
+            whole = [arrays[path] for path in place.paths]
+            return to_tensor(place.entry, whole if place.repeat is None else [x[place.repeat] for x in whole])
+
+        try:
+            destination.mkdir(parents=True, exist_ok=True)
+            write_tensors(destination, tensors, value_of, max_file_bytes)
+            _copy_tokenizer(directory, destination)
+            (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{destination}: {error.strerror}") from error
     count = sum(math.prod(shape) for shape, _ in tensors.values())
     return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
 
 
+def _saved(directory: Path, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Parameters of a run's newest checkpoint as parts of arrays; they are to be those of its configuration."""
+    seen = set()
+    for path, array in read_params(directory / CHECKPOINTS):
+        if array.shape != parameters.get(path):
+            raise UserError(
+                f"{directory}: {path} is {array.shape} in the checkpoint, {parameters.get(path)} by {CONFIG}"
+            )
+        seen.add(path)
+        yield path, 0, array
+    if missing := parameters.keys() - seen:
+        raise UserError(f"{directory}: the checkpoint lacks {', '.join(sorted(missing))}")
+
+
+@contextlib.contextmanager
 def _mapped(
-    file: BinaryIO,
+    directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    parts: Iterator[tuple[str, int, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """Arrays mapped from `file`, written from their parts: path, index in the stack of layers, values."""
+    parts: Iterable[tuple[str, int, np.ndarray]],
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Arrays in an unnamed file of `directory`, made from their parts: path, index in the stack of layers, values."""
     sizes = [dtype.itemsize * math.prod(shape) for shape in shapes.values()]
     offsets = dict(zip(shapes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-    for path, index, part in parts:
-        file.seek(offsets[path] + index * part.size * dtype.itemsize)
-        file.write(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data)
-    file.flush()
-    return {path: np.memmap(file, dtype, "r", offsets[path], shape) for path, shape in shapes.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115, closed below
+    except OSError as error:
+        raise StorageError(f"{directory}: {error.strerror}") from error
+    with file:
+        try:
+            for path, index, part in parts:
+                file.seek(offsets[path] + index * part.size * dtype.itemsize)
+                file.write(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data)
+            file.flush()
+            arrays = {path: np.memmap(file, dtype, "r", offsets[path], shape) for path, shape in shapes.items()}
+        except OSError as error:
+            raise StorageError(f"{directory}: {error.strerror}") from error
+        yield arrays
 
 
 def places(layout: Layout, model: DecoderConfig, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -29,6 +30,10 @@ from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.state import PureDict, TrainState, flatten
 
 MODEL_FIELDS = ("params", "model_state")
+READ_BYTES = 1 << 28
+"""Bytes of a model that are read at one time, or its largest array."""
+WRITE_BYTES = 1 << 25
+"""Unit in which `save_params` writes; what it holds in memory beside the arrays it was given is a few of these."""
 
 # Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
 # read_only. What it raises becomes one StorageError here; pages before that line would hide it.
@@ -239,17 +244,13 @@ def restore_params(
       StorageError: the step is damaged.
     """
     directory = Path(directory).absolute()
-    steps = saved_steps(directory)
-    chosen = step if step is not None else max(steps, default=None)
-    if chosen is None or chosen not in steps:
-        wanted = "checkpoint" if step is None else f"step {step}"
-        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    chosen = _chosen(directory, step)
     try:
         with _reader(directory) as manager:
             meta = _read_meta(manager, chosen)
         model_arrays = {path: entry for path, entry in meta["arrays"].items() if path.startswith("model/")}
         largest = max(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in model_arrays.values())
-        with _reader(directory, max(largest, 10**9)) as manager:
+        with _reader(directory, max(largest, READ_BYTES)) as manager:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             flat = {}
             for path, (shape, dtype, _) in model_arrays.items():
@@ -260,6 +261,37 @@ def restore_params(
     except DamagedCheckpointError as error:
         raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
     return model["params"], model.get("model_state", {})
+
+
+def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters of the newest step, one at a time: path, as `flatten` gives it, and array in host memory.
+
+    Raises:
+      UserError: there is no step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    chosen = _chosen(directory, None)
+    try:
+        with _reader(directory) as manager:
+            arrays = _read_meta(manager, chosen)["arrays"]
+        with contextlib.closing(_manager(directory, model=ocp.PyTreeCheckpointHandler())) as manager:
+            prefix = "model/params/"
+            for path, (shape, dtype, fingerprint) in arrays.items():
+                if not path.startswith(prefix):
+                    continue
+                item = _nested({path.removeprefix("model/"): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))})
+                host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
+                try:
+                    (array,) = jax.tree.leaves(manager.restore(chosen, args=ocp.args.Composite(model=args))["model"])
+                except Exception as error:
+                    raise DamagedCheckpointError(_brief(error)) from error
+                if describe({path: array})[path][2] != fingerprint:
+                    raise DamagedCheckpointError(f"{path} is not what was saved")
+                yield path.removeprefix(prefix), array
+    except DamagedCheckpointError as error:
+        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
 
 
 def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
@@ -278,12 +310,24 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
     for path, array in params.items():
         # One by one: arrays of numpy are copied to the device.
         arrays |= describe({f"model/params/{path}": array})
+    tree = {"params": _nested(dict(params))}
+    # Left to itself, orbax holds a file of 2 GB in memory until it is full, and compresses whole arrays at once.
+    in_flight: Any = 4 * WRITE_BYTES / 1e9
+    handlers: dict[str, Any] = {
+        "model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    model = ocp.args.PyTreeSave(
+        tree,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=WRITE_BYTES), tree),
+        ocdbt_target_data_file_size=2 * WRITE_BYTES,
+    )
     try:
-        with ocp.CheckpointManager(directory) as manager:
+        with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave({"params": _nested(dict(params))}),
+                    model=model,
                     meta=ocp.args.JsonSave({"step": step, "data": {}, "validation_loss": None, "arrays": arrays}),
                 ),
             )
@@ -293,6 +337,15 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
         raise StorageError(f"saving a checkpoint in {directory} failed: {_brief(error)}") from error
 
 
+def _chosen(directory: Path, step: int | None) -> int:
+    steps = saved_steps(directory)
+    chosen = step if step is not None else max(steps, default=None)
+    if chosen is None or chosen not in steps:
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    return chosen
+
+
 @contextlib.contextmanager
 def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator[ocp.CheckpointManager]:
     """A manager for reading; with a limit on the bytes in flight, a model is read without a second copy of it."""
@@ -300,13 +353,13 @@ def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator
     if model_bytes_at_once is not None:
         gigabytes: Any = (model_bytes_at_once + 1) / 1e9  # rounding must not put the limit below the largest array
         handlers["model"] = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
-    manager = ocp.CheckpointManager(
-        directory, item_handlers=handlers, options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    try:
+    with contextlib.closing(_manager(directory, **handlers)) as manager:
         yield manager
-    finally:
-        manager.close()
+
+
+def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
 
 def _split(state: TrainState) -> tuple[PureDict, PureDict]:
@@ -335,11 +388,20 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    if bits.ndim < 3:
+        return _weighted_sum(bits, jnp.uint32(0))
+    # A stack of layers is read layer by layer, for XLA for CPU makes room for all summands of a sum.
+    offsets = jnp.arange(bits.shape[0], dtype=jnp.uint32) * jnp.uint32(math.prod(bits.shape[1:]) % 2**32)
+    total, _ = jax.lax.scan(lambda sum, row: (sum + _weighted_sum(*row), None), jnp.uint32(0), (bits, offsets))
+    return total
+
+
+def _weighted_sum(bits: jax.Array, offset: jax.Array) -> jax.Array:
     index = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * (index + offset) + 1), dtype=jnp.uint32)
 
 
 def describe(items: PureDict) -> dict[str, list[Any]]:

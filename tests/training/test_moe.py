@@ -10,6 +10,7 @@ import pytest
 
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.routers import RouterName
 from sparsezoo_jax.training.checkpoint import Checkpointer
@@ -27,9 +28,16 @@ def model_config(router, **changes):
     """The tiny preset, smaller still."""
     model = preset("moe").model
     ffn = MoEFFNConfig(experts=8, expert_width=4, k=3, router=router, bias_rate=0.01, **changes)
-    attention = dataclasses.replace(model.attention, heads=2, kv_heads=1, head_dim=8)
     return dataclasses.replace(
-        model, vocab_size=17, d_model=16, layers=3, max_seq_len=32, attention=attention, ffn=ffn, scan_layers=True
+        model,
+        vocab_size=17,
+        d_model=16,
+        layers=3,
+        max_seq_len=32,
+        layer_pattern=("local", "global"),
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8, window=8),
+        ffn=ffn,
+        scan_layers=True,
     )
 
 
