@@ -136,7 +136,8 @@ def test_game_strings_are_what_python_chess_reads():
         assert text == ";" + chess.Board().variation_san(game.mainline_moves()).replace(". ", ".")
         assert game.headers["Result"] == board.result(claim_draw=True)
     assert moves_of(";1.e4 e5 2.Nf3 N") == ["e4", "e5", "Nf3", "N"]
-    assert moves_of(";1.e4 e5 2.") == ["e4", "e5"]
+    for cut in (";1.e4 e5 2.", ";1.e4 e5 2", ";1.e4 e5 "):
+        assert moves_of(cut) == ["e4", "e5"]
 
 
 def test_tokenizer(tmp_path):

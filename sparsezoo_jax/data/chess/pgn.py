@@ -96,9 +96,9 @@ def to_string(moves: Iterable[str]) -> str:
 
 
 def moves_of(game: str) -> list[str]:
-    """The moves of a game string, a last one that is cut off included."""
-    words = game.removeprefix(START).split(" ")
-    return [move for move in (word.rpartition(".")[2] for word in words) if move]
+    """The moves of a game string, a last one that is cut off included, a number that is cut off not."""
+    words = (word.rpartition(".")[2] for word in game.removeprefix(START).split(" "))
+    return [word for word in words if word and not word.isdigit()]
 
 
 def _moves(text: str, where: str) -> Iterator[str]:
