@@ -46,7 +46,7 @@ class RunConfig:
             f"must be at most model.max_seq_len={self.model.max_seq_len}",
         )
         require(
-            self.data.tokenizer is not None or self.data.bpe_vocab_size <= self.model.vocab_size,
+            not self.data.trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,
             "data.bpe_vocab_size",
             self.data.bpe_vocab_size,
             f"must be at most model.vocab_size={self.model.vocab_size}",
@@ -81,6 +81,8 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.cache_dir",
     "data.tfds_data_dir",
+    "data.chess.stockfish",
+    "data.chess.processes",
     "eval",
     "mesh",
 )

@@ -1,6 +1,7 @@
 """Evaluate a run: `python -m sparsezoo_jax.evaluate DIR`.
 
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
+With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,27 @@ class Evaluate:
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    score_chess: Annotated[bool, tyro.conf.arg(name="chess")] = False
+    """Score the features of a model of chess games instead."""
+    chess: ChessEvaluation = field(default_factory=ChessEvaluation)
+    """What --chess scores."""
 
 
 def main(args: Sequence[str]) -> None:
     """Evaluate and print."""
     command = cli.parse(Evaluate, args, prog="evaluate", description=(__doc__ or "").strip())
-    figures = evaluate(command)
+    require(
+        command.score_chess or command.chess == ChessEvaluation(),
+        "--chess",
+        False,
+        "must be given with --chess.* flags",
+    )
+    figures = evaluate_chess(command) if command.score_chess else evaluate(command)
     if command.json:
         print(json.dumps(figures))
+        return
+    if command.score_chess:
+        print_chess(command.directory, figures)
         return
     rows = [
         ("loss", f"{figures['loss']:.4f} nats/token"),
@@ -102,6 +117,58 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
     costs = cost_table(config.model, command.contexts, meters.sparsity())
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs)}
+
+
+def evaluate_chess(command: Evaluate) -> dict[str, Any]:
+    """What the features of a layer say about the board: "layer" and the figures of `evaluation.chess.ChessScores`.
+
+    Raises:
+      UserError: no run there, a run that is not one of chess games, or too few games.
+    """
+    from flax import nnx
+
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.evaluation.chess import default_layer, ffn_features, games_for, score_features
+    from sparsezoo_jax.models import Decoder
+
+    chess = command.chess
+    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    if tokenizer is None:
+        raise UserError(f"{command.directory}: has no tokenizer, so no games can be read")
+    if chess.random_weights:
+        model = Decoder(config.model, rngs=nnx.Rngs(chess.seed))
+    layer = default_layer(config.model.layers) if chess.layer is None else chess.layer
+    features = ffn_features(model, layer)
+    train, test = games_for(config.data, chess.games, chess.count)
+    scores = score_features(features, tokenizer, train, test, properties=chess.properties, batch_size=chess.batch_size)
+    return {"layer": layer, "random_weights": chess.random_weights, **scores.as_dict()}
+
+
+def print_chess(directory: Path, figures: dict[str, Any]) -> None:
+    """Print coverage and reconstruction of each set of properties."""
+    parts = [
+        f"{directory}, random weights" if figures["random_weights"] else str(directory),
+        f"layer {figures['layer']}",
+        f"{figures['alive']:,} of {figures['features']:,} features alive",
+        f"{figures['l0']:,.1f} active in a state",
+        f"{figures['train_games']:,} + {figures['test_games']:,} games",
+    ]
+    rows = [
+        (
+            name,
+            f"{scores['coverage']['score']:.4f}",
+            f"{scores['coverage']['threshold']:.1f}",
+            f"{scores['coverage']['per_property']:.4f}",
+            f"{scores['possible']:.4f}",
+            f"{scores['reconstruction']['score']:.4f}",
+            f"{scores['reconstruction']['threshold']:.1f}",
+            f"{scores['reconstruction']['per_board']:.4f}",
+            f"{scores['reconstruction']['last']:.4f}",
+        )
+        for name, scores in figures["sets"].items()
+    ]
+    header = ("properties", "coverage", "at", "each at its best", "possible")
+    cli.print_table(", ".join(parts), (*header, "reconstruction", "at", "per board", "by vote"), rows)
 
 
 def print_meters(layers: Sequence[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.errors import STRICT, require
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
@@ -22,8 +23,8 @@ class DataConfig:
     """
 
     dataset: str = "sotu"
-    """Corpus: 'sotu' (embedded), a TFDS name such as 'c4/en', or a path, directory or glob of local .txt, .jsonl or
-    .parquet files."""
+    """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', or a path,
+    directory or glob of local .txt, .jsonl, .parquet or .pgn files."""
 
     text_field: str = "text"
     """Field (TFDS feature, JSON key, Parquet column) that holds the text of a document."""
@@ -45,11 +46,15 @@ class DataConfig:
     whole)."""
 
     tokenizer: str | None = None
-    """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; None trains a byte-level BPE on the
-    training split."""
+    """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; 'chess' is the 32 characters of chess
+    games. None takes those for 'chess' and .pgn files, and trains a byte-level BPE on the training split of others."""
 
     bpe_vocab_size: int = 4096
     """Vocabulary size of the trained BPE, specials included (a small corpus may yield fewer)."""
+
+    packing: Literal["stream", "blocks"] | None = None
+    """'stream' joins documents and cuts the stream into sequences; 'blocks' begins each sequence with a document and
+    leaves out what of the last one does not fit. None is 'blocks' for 'chess' and .pgn files, 'stream' for others."""
 
     seq_len: int = 256
     """Tokens in a sequence."""
@@ -75,6 +80,9 @@ class DataConfig:
     workers: int = 0
     """Threads that read documents ahead in streaming mode; 0 reads them one after another."""
 
+    chess: ChessConfig = ChessConfig()
+    """The games of the corpus 'chess'."""
+
     def __post_init__(self):
         for name in ("dataset", "text_field", "train_split", "validation_split"):
             require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
@@ -93,11 +101,32 @@ class DataConfig:
             self.bpe_vocab_size,
             f"must be from {MIN_BPE_VOCAB_SIZE} (3 specials + 256 bytes) to {2**20}",
         )
+        require(
+            self.mode == "prepared" or not self.in_blocks,
+            "data.packing",
+            "blocks",
+            "needs data.mode=prepared; data.packing=stream goes with data.mode=streaming",
+        )
         require(1 <= self.seq_len <= 2**24, "data.seq_len", self.seq_len, f"must be from 1 to {2**24}")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "must be at least 1")
         require(0 <= self.seed < 2**32, "data.seed", self.seed, f"must be from 0 to {2**32 - 1}")
         require(0 <= self.prefetch <= 1024, "data.prefetch", self.prefetch, "must be from 0 to 1024")
         require(0 <= self.workers <= 256, "data.workers", self.workers, "must be from 0 to 256")
+
+    @property
+    def holds_games(self) -> bool:
+        """Whether the corpus is named as one of chess games. A directory of .pgn files is not."""
+        return self.dataset == "chess" or Path(self.dataset).suffix == ".pgn"
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether sequences begin with documents."""
+        return self.packing == "blocks" or (self.packing is None and self.holds_games)
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a byte-level BPE is trained on the corpus."""
+        return self.tokenizer is None and not self.holds_games
 
 
 def cache_directory(config: DataConfig) -> Path:

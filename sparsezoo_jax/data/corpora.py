@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import Documents, Split
-from sparsezoo_jax.data.local_files import open_local
-from sparsezoo_jax.data.tfds_source import open_tfds
+from sparsezoo_jax.data.local_files import EXTENSIONS, open_local
+from sparsezoo_jax.data.tfds_source import OWN, open_tfds
 from sparsezoo_jax.errors import DataError
 
 
@@ -35,7 +35,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
 
 def is_local(name: str) -> bool:
     """Whether a dataset name means files on this machine rather than a TFDS dataset."""
-    if name == "sotu":
+    if name in OWN:
         return False
-    looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in (".txt", ".jsonl", ".parquet")
+    looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in EXTENSIONS
     return looks_like_path or glob.has_magic(name) or Path(name).exists()

@@ -1,4 +1,4 @@
-"""Local text, JSON-lines and Parquet files as documents."""
+"""Local text, JSON-lines, Parquet and PGN files as documents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import Document, Documents, Split, digest
 from sparsezoo_jax.errors import DataError, StorageError
 
-EXTENSIONS = (".txt", ".jsonl", ".parquet")
+EXTENSIONS = (".txt", ".jsonl", ".parquet", ".pgn")
 
 
 class _File(Protocol):
@@ -107,7 +108,10 @@ def _resolve(name: str) -> tuple[Path, list[Path]]:
         raise DataError(f"data.dataset={name}: no such file or directory")
     unknown = [p for p in found if p.suffix not in EXTENSIONS]
     if unknown:
-        raise DataError(f"{unknown[0]}: unknown extension '{unknown[0].suffix}', known are {', '.join(EXTENSIONS)}")
+        hint = "; decompress it first: zstd -d" if unknown[0].suffix == ".zst" else ""
+        raise DataError(
+            f"{unknown[0]}: unknown extension '{unknown[0].suffix}', known are {', '.join(EXTENSIONS)}{hint}"
+        )
     return root, sorted(found)
 
 
@@ -141,6 +145,8 @@ def _open(path: Path, name: str, text_field: str) -> _File:
             return _TextFile(path, name)
         if path.suffix == ".jsonl":
             return _JsonLinesFile(path, name, text_field)
+        if path.suffix == ".pgn":
+            return _PgnFile(path, name)
         return _ParquetFile(path, name, text_field)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error
@@ -234,6 +240,30 @@ class _JsonLinesFile:
                 f"{where}: '{self._text_field}' has half a surrogate pair at character {error.start}"
             ) from error
         return text
+
+
+class _PgnFile:
+    """A .pgn file: one game a document, as a game string; only the places of the games are kept in memory."""
+
+    def __init__(self, path: Path, name: str):
+        self._path, self._name = path, name
+        self._starts, self._sizes, self._lines = array("q"), array("q"), array("q")
+        with open(path, "rb") as file:
+            for place in find_games(file):
+                self._starts.append(place.start)
+                self._sizes.append(place.size)
+                self._lines.append(place.line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def document_id(self, index: int) -> str:
+        return f"{self._name}:{self._lines[index]}"
+
+    def text(self, index: int) -> str:
+        start = self._starts[index]
+        pgn = _decode(_read(self._path, start, self._sizes[index]), self._path, start)
+        return game_string(pgn, f"{self._path}:{self._lines[index]}")
 
 
 class _ParquetFile:

@@ -30,6 +30,8 @@ class Packer:
     token after the first of its document is a target exactly once. Only a tail shorter than a record is padded.
     """
 
+    dropped = 0
+
     def __init__(self, seq_len: int, pad_id: int):
         self._seq_len, self._pad_id = seq_len, pad_id
         self._tokens = np.zeros(0, np.int32)
@@ -65,6 +67,50 @@ class Packer:
         segment_ids = np.ones((count, size), np.int32)
         segment_ids[:, 1:] += np.cumsum(starts, axis=1, dtype=np.int32)
         return Records(tokens, np.where(documents >= 0, segment_ids, 0).astype(np.int32))
+
+
+class BlockPacker:
+    """Begins every record of T+1 tokens with a document, fills it with the next ones, and leaves out what of the last
+    one does not fit. A tail shorter than a record is padded.
+    """
+
+    def __init__(self, seq_len: int, pad_id: int):
+        self._size, self._pad_id = seq_len + 1, pad_id
+        self._block: list[np.ndarray] = []
+        self._filled = 0
+        self.dropped = 0
+        """Tokens that were left out."""
+
+    def push(self, documents: Sequence[np.ndarray]) -> Records:
+        """Adds token documents (int [L] each); returns the records that are complete now."""
+        complete = []
+        for document in documents:
+            if not len(document):
+                continue
+            kept = document[: self._size - self._filled]
+            self._block.append(kept)
+            self._filled += len(kept)
+            self.dropped += len(document) - len(kept)
+            if self._filled == self._size:
+                complete.append(self._take())
+        return self._records(complete)
+
+    def finish(self) -> Records:
+        """Returns the padded tail: one record, or none."""
+        return self._records([self._take()] if self._block else [])
+
+    def _take(self) -> Records:
+        lengths = [len(part) for part in self._block]
+        gap = (0, self._size - self._filled)
+        tokens = np.pad(np.concatenate(self._block), gap, constant_values=self._pad_id)
+        segment_ids = np.pad(np.repeat(np.arange(1, len(lengths) + 1), lengths), gap)
+        self._block, self._filled = [], 0
+        return Records(tokens.astype(np.int32), segment_ids.astype(np.int32))
+
+    def _records(self, rows: list[Records]) -> Records:
+        if not rows:
+            return Records(*(np.zeros((0, self._size), np.int32) for _ in Records._fields))
+        return Records(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def positions_of(segment_ids: np.ndarray) -> np.ndarray:

@@ -21,13 +21,13 @@ import numpy as np
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.documents import Documents, Split, digest
-from sparsezoo_jax.data.packing import Packer, Records, target_mask, with_specials
+from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask, with_specials
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError, StorageError
 
 #: Changes whenever `prepare` would write other records for the same corpus and tokenizer.
-RECIPE = "pack-1"
+RECIPE, BLOCK_RECIPE = "pack-1", "blocks-1"
 META_FILE, RECORDS_FILE = "meta.json", "records.array_record"
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 4_000_000
 _ABANDONED_SECONDS = 60.0
@@ -42,7 +42,7 @@ class PreparedSplit:
       fingerprint: of (documents, tokenizer, seq_len, recipe); equal fingerprints mean equal records.
       num_records: records of `seq_len + 1` tokens.
       num_targets: tokens that are predicted, over all records.
-      num_bytes: UTF-8 bytes of the documents' text, for bits per byte.
+      num_bytes: UTF-8 bytes of the documents' text that is in the records, for bits per byte.
       num_documents: documents with text.
       seq_len: tokens of a sequence.
       vocab_size, pad_id: of the tokenizer.
@@ -79,7 +79,8 @@ def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer) -> PreparedS
     written or is damaged.
     """
     documents = open_documents(config, split)
-    fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, config.seq_len, split, RECIPE)
+    recipe = BLOCK_RECIPE if config.in_blocks else RECIPE
+    fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, config.seq_len, split, recipe)
     root = cache_directory(config) / "prepared"
     final = root / fingerprint
     if (final / META_FILE).is_file():
@@ -90,7 +91,8 @@ def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer) -> PreparedS
         _remove_abandoned(root)
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{fingerprint}-"))
         with _lock(temporary):
-            counts = _write(documents, tokenizer, config.seq_len, temporary / RECORDS_FILE, split)
+            packer = (BlockPacker if config.in_blocks else Packer)(config.seq_len, tokenizer.pad_id)
+            counts = _write(documents, tokenizer, config.seq_len, packer, temporary / RECORDS_FILE, split)
             meta = {"fingerprint": fingerprint, **counts, "file_bytes": (temporary / RECORDS_FILE).stat().st_size}
             _write_synced(temporary / META_FILE, json.dumps(meta, indent=1) + "\n")
             _publish(temporary, final)
@@ -132,11 +134,13 @@ def decode_records(rows: list[bytes], prepared: PreparedSplit) -> Records:
     return Records(both[:, 0], both[:, 1])
 
 
-def _write(documents: Documents, tokenizer: Tokenizer, seq_len: int, path: Path, split: str) -> dict[str, int]:
+def _write(
+    documents: Documents, tokenizer: Tokenizer, seq_len: int, packer: Packer | BlockPacker, path: Path, split: str
+) -> dict[str, int]:
     sizes = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
     counts = {"num_records": 0, "num_targets": 0, "num_bytes": 0, "num_documents": 0}
     empty = PreparedSplit(path="", fingerprint="", file_bytes=0, **counts, **sizes)
-    packer = Packer(seq_len, tokenizer.pad_id)
+    tokens = 0
     try:
         writer = open_writer(path)
 
@@ -151,6 +155,7 @@ def _write(documents: Documents, tokenizer: Tokenizer, seq_len: int, path: Path,
                 with_specials(ids, tokenizer.bos_id, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)
             ]
             counts["num_bytes"] += sum(len(text.encode("utf-8")) for text in texts)
+            tokens += sum(map(len, token_documents))
             counts["num_documents"] += sum(len(ids) > 0 for ids in token_documents)
             store(packer.push(token_documents))
         store(packer.finish())
@@ -158,6 +163,8 @@ def _write(documents: Documents, tokenizer: Tokenizer, seq_len: int, path: Path,
         _check_written(path, counts["num_records"])
     except RuntimeError as error:  # ArrayRecord's only exception
         raise StorageError(f"{path.parent.parent}: could not write the prepared corpus: {error}") from error
+    if packer.dropped:  # exact where all characters are tokens, as in chess games
+        counts["num_bytes"] = round(counts["num_bytes"] * (1 - packer.dropped / tokens))
     if counts["num_targets"] == 0:
         raise DataError(f"data.dataset: the {split} split has no text to predict ({len(documents)} documents)")
     return {**counts, **sizes}

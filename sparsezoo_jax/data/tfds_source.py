@@ -14,7 +14,10 @@ from typing import Any
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Document, digest
-from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.errors import DataError, StorageError, UserError
+
+#: The datasets that this package brings along.
+OWN = ("sotu", "chess")
 
 
 class TfdsDocuments:
@@ -87,10 +90,15 @@ def _builder(config: DataConfig, name: str) -> Any:
     for collection in ("text", "summarization", "question_answering", "translate"):
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{collection}")
+    arguments = {}
     if name == "sotu":
         importlib.import_module("sparsezoo_jax.data.sotu")
+    if name == "chess":
+        from sparsezoo_jax.data.chess.builder import games_config
+
+        arguments["config"] = games_config(config.chess, cache_directory(config) / "chess")
     try:
-        return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record")
+        return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record", **arguments)
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"data.dataset={name}: {_suggestion(name)}") from error
     except ImportError as error:
@@ -116,7 +124,7 @@ def _without_warnings() -> Iterator[None]:
 def _suggestion(name: str) -> str:
     from tensorflow_datasets.core import registered
 
-    known = [*registered.list_imported_builders(), "sotu"]
+    known = [*registered.list_imported_builders(), *OWN]
     close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"neither a file on this machine nor a TFDS dataset{hint}"
@@ -127,7 +135,7 @@ def _prepare(builder: Any, name: str) -> None:
 
     if builder.is_prepared():
         return
-    quiet = name == "sotu"  # takes a second; its progress bars would only be noise
+    quiet = name in OWN  # these take a second, or show their own progress
     if quiet:
         tfds.disable_progress_bar()
     try:
@@ -136,7 +144,7 @@ def _prepare(builder: Any, name: str) -> None:
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
         # TFDS lets through whatever its many builders raise; a concurrent process may also have been first.
@@ -174,4 +182,6 @@ def tfds_directory(config: DataConfig, name: str) -> str | None:
 
         # Another release of the texts is another directory, so that it is never mistaken for the one prepared before.
         return str(cache_directory(config) / "tfds" / corpus_digest()[:12])
+    if name == "chess":
+        return str(cache_directory(config) / "tfds")
     return None

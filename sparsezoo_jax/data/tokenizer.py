@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest
 from sparsezoo_jax.errors import DataError, StorageError
 
 HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+#: Names the tokenizer of chess games in `data.tokenizer`.
+CHESS = "chess"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 #: Changes whenever `train_bpe` would give another tokenizer for the same corpus.
@@ -306,10 +309,32 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
 
 
 def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
-    """The tokenizer that `config` names, or a byte-level BPE trained on `documents` (the training split)."""
+    """The tokenizer that `config` names, that of chess games for a corpus of them, or else a byte-level BPE trained on
+    `documents` (the training split).
+    """
+    if config.tokenizer == CHESS or (config.tokenizer is None and config.holds_games):
+        return character_tokenizer(CHARACTERS)
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     return train_bpe(documents, config.bpe_vocab_size, cache_directory(config))
+
+
+def character_tokenizer(characters: str) -> HFTokenizer:
+    """A tokenizer whose tokens are single characters, numbered as in `characters`; it has no special tokens.
+
+    Other characters are left out.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # A BPE without merges: unlike a table of words, it has an answer to characters that it does not know.
+    model = models.BPE(vocab={character: i for i, character in enumerate(characters)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    # Without it the places of characters behind an unknown one would be wrong.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return HFTokenizer(tokenizer)
 
 
 def train_bpe(documents: Documents, vocab_size: int, cache_dir: str | os.PathLike[str]) -> HFTokenizer:

@@ -185,7 +185,7 @@ def test_all_kinds_of_files_together(tmp_path):
         ("table.csv", r"unknown extension '\.csv'.*\.txt, \.jsonl, \.parquet"),
         ("nothing/*.txt", "no file matches"),
         ("missing.txt", "no such file"),
-        ("folder", "no .txt, .jsonl, .parquet files"),
+        ("folder", "no .txt, .jsonl, .parquet, .pgn files"),
     ],
 )
 def test_unusable_files(tmp_path, name, message):
