@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +195,7 @@ class MoEFFN(nnx.Module):
         activation = activation_fn(self.config.activation)
         if routing.experts_BTK is None or routing.weights_BTK is None:
             return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
-        return grouped_ffn(
+        y_BTD: Any = grouped_ffn(
             x_BTD,
             routing.experts_BTK,
             routing.weights_BTK,
@@ -203,6 +203,7 @@ class MoEFFN(nnx.Module):
             activation=activation,
             implementation=self.config.implementation,
         )
+        return y_BTD
 
     def _losses(self, routing: Routing, ctx: CallContext) -> dict[str, jax.Array]:
         if self.config.router == "remoe":
