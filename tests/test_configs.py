@@ -81,7 +81,7 @@ def test_blockffn_scalings():
 
 def test_unknown_presets():
     with pytest.raises(
-        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, spark \(did you mean spark\?\)"
+        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, moex, spark \(did you mean spark\?\)"
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

@@ -61,7 +61,7 @@ class BuildContext:
         self,
         rngs: nnx.Rngs,
         shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         inputs: int,
         *,
         scale: float = 1.0,

@@ -294,9 +294,10 @@ class Decoder(nnx.Module):
         return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def unstacked(self) -> Decoder:
-        """The same model with one set of arrays a layer instead of stacks, for decoding.
+        """The same model with one set of arrays a layer instead of stacks, for decoding only.
 
-        Slicing a layer out of a stack copies its weights in every step; doing it once, outside jit, does not.
+        Slicing a layer out of a stack copies its weights in every step; doing it once, outside jit, does not. FFNs with
+        a method `prepare` derive here, once, what depends on their weights alone.
         """
         if not self.stacked:
             return self
@@ -308,6 +309,9 @@ class Decoder(nnx.Module):
                 for block in period.blocks:
                     block_def, block_state = nnx.split(block)
                     single = nnx.merge(block_def, jax.tree.map(lambda leaf, i=i: leaf[i], block_state))
+                    ffn: Any = single.ffn
+                    if hasattr(ffn, "prepare"):
+                        ffn.prepare()
                     layers.append(Period([single]))
         model.segments = nnx.List(layers)
         model.stacked = False

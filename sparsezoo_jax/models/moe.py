@@ -123,6 +123,11 @@ class MoEFFNConfig:
         """FLOPs per token with `active` neurons (None: those of k experts; a multiply-add counts 2)."""
         return 2 * self.weights(d_model, active)
 
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters of the experts that a token does not take; 0 where their number is not fixed."""
+        fixed = self.router in FIXED_COUNT
+        return 2 * d_model * (self.experts - self.k) * self.expert_width if fixed else 0
+
     def dense_twin(self) -> GatedFFNConfig:
         """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
         return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
