@@ -169,7 +169,8 @@ class MoEXFFN(nnx.Module):
         """Keep the gate's statistics from now on; weights must not change, or be differentiated, any more."""
         if self.config.gate == "sparsity":
             mean_ED, variance_ED = gate_statistics(self.up_EDW[...])
-            self.mean_ED, self.variance_ED = GateStatistics(mean_ED), GateStatistics(variance_ED)
+            self.mean_ED = nnx.data(GateStatistics(mean_ED))
+            self.variance_ED = nnx.data(GateStatistics(variance_ED))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """The gate's scores of all experts, float32 [..., E], for x [..., D]; the larger, the sooner chosen."""
