@@ -1,12 +1,17 @@
 """Presets: every one is built abstractly and has the parameters it should have."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from sparsezoo_jax.config import differences, flatten, from_json, to_json
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import count_parameters, dense_twin
+from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.overrides import union_kinds, with_kind, with_list
+from sparsezoo_jax.training.schedules import build_schedule
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
@@ -32,6 +37,10 @@ PARAMETERS = {
     ("moe", "large_remoe"): (908_428_800, 1_285_526_016),
     ("moe", "xlarge"): (1_352_370_432, 1_792_317_184),
     ("moe", "xlarge_remoe"): (1_352_370_432, 1_792_317_184),
+    ("moex", "tiny"): (4_457_600, 5_112_960),
+    ("moex", "chess"): (142_615_040, 143_155_200),
+    ("moex", "small"): (481_315_584, 520_699_392),
+    ("moex", "medium"): (1_711_326_208, 1_763_837_952),
     ("spark", "tiny"): (985_216, 1_509_504),
     ("spark", "small"): (75_535_104, 100_111_104),
     ("spark", "2b"): (2_024_517_888, 2_614_636_800),
@@ -70,6 +79,37 @@ def test_spark_2b_is_the_papers():
 def test_blockffn_dense_twins_are_the_papers(size, non_embedding):
     twin = dense_twin(preset("blockffn", size).model)
     assert count_parameters(twin).non_embedding == non_embedding
+
+
+@pytest.mark.parametrize(("size", "active"), [("chess", 42_491_904), ("small", 180_960_768), ("medium", 555_878_400)])
+def test_moex_parameters_of_a_token_are_the_papers(size, active):
+    """Equal to those of a dense MLP of two experts' width, the paper's rule for matching."""
+    model = preset("moex", size).model
+    ffn = model.ffn
+    assert count_parameters(model).active == active
+
+    def dense(experts):
+        width = experts * ffn.expert_width
+        return count_parameters(dataclasses.replace(model, ffn=PlainFFNConfig(d_ff=width, activation="relu"))).total
+
+    assert dense(2) == active
+    assert size not in ALPHA_4 or dense(1) == ALPHA_4[size]
+
+
+ALPHA_4 = {"chess": 25_714_688, "small": 124_337_664}
+
+
+def test_moex_learning_rates_are_the_papers():
+    """Peak 3e-4 after 2,000 steps of warm-up; both final learning rates of the paper."""
+    train = preset("moex", "chess").train
+    table, text = (build_schedule(dataclasses.replace(train.schedule, min_ratio=r), train.steps) for r in (0.1, 1 / 3))
+    assert train.schedule.min_ratio == 0.1
+    for schedule, floor in ((table, 3e-5), (text, 1e-4)):
+        assert schedule(0) == 0
+        np.testing.assert_allclose(schedule(1000), 1.5e-4, rtol=1e-6)
+        np.testing.assert_allclose(schedule(2000), 3e-4, rtol=1e-6)
+        np.testing.assert_allclose(schedule(train.steps), floor, rtol=1e-5)
+    assert [objective.weight for objective in train.objectives] == [pytest.approx(0.008)]
 
 
 def test_blockffn_scalings():
