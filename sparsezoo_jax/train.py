@@ -18,7 +18,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.config import RunConfig, flatten
+from sparsezoo_jax.config import RunConfig, flatten, read_config
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
 from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here, undivided
 
@@ -104,7 +104,10 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     # ------------------------------------------------------------------------------------------- Directory and corpus
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
+    warm_start = None if resumes else open_source(config)
     tokenizer = data.find_tokenizer(workdir) if resumes else None
+    if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
+        tokenizer = data.find_tokenizer(config.train.init_from)  # what embeddings mean is the other run's
     if tokenizer is None:
         tokenizer = data.build_tokenizer(config.data, data.open_documents(config.data, "train"))
     require(
@@ -153,6 +156,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                 workdir=workdir,
                 evaluate=lambda model: evaluate(model, config.eval.batches).as_arrays(),
                 place=place,
+                warm_start=warm_start,
                 before_writing=write_run_files,
             )
         finally:
@@ -189,6 +193,43 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         write_report(workdir / "report.html", [run])
         print(f"\nReport: {workdir / 'report.html'}")
     return figures
+
+
+def open_source(config: RunConfig) -> Any:
+    """The run that `train.init_from` names as a `WarmStart`, None without one.
+
+    Warns of fields of the model that differ though no parameter shows it.
+
+    Raises:
+      UserError: no run or step there, or one whose parameters don't fit.
+    """
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.training.warm_start import open_warm_start
+
+    if config.train.init_from is None:
+        return None
+    directory = Path(config.train.init_from)
+    found = (directory / run_dir.CONFIG).is_file()
+    require(found, "train.init_from", directory, f"is no run directory ({run_dir.CONFIG} is missing)")
+    source = read_config(directory / run_dir.CONFIG).model
+    start = open_warm_start(
+        directory / run_dir.CHECKPOINTS,
+        source,
+        config.model,
+        step=config.train.init_step,
+        noise=config.train.upcycle_noise,
+        seed=config.train.seed,
+    )
+    there, here = flatten(source, "model."), flatten(config.model, "model.")
+    ignored = ("model.ffn", "model.init", "model.dtype", "model.param_dtype", "model.scan_layers", "model.remat")
+    changed = [
+        f"{name} was {there.get(name)}, is {here.get(name)}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not name.startswith(ignored)
+    ]
+    if changed:
+        warnings.warn(f"train.init_from={directory}: {'; '.join(changed)}", SparsezooWarning, stacklevel=2)
+    return start
 
 
 def warn_of_repetition(decoder: Any, config: RunConfig, mesh: Any) -> None:

@@ -244,7 +244,7 @@ def test_generate(trained, monkeypatch, capsys):
 
 
 BAD_FLAGS = [
-    (["--arch", "sparc"], "--arch=sparc: must be one of blockffn, dense, moe, spark"),
+    (["--arch", "sparc"], "--arch=sparc: must be one of blockffn, dense, moe, moex, spark"),
     (["--arch", "spark", "--size", "huge"], "--size=huge: for --arch spark"),
     ([], "--arch=: is needed"),
     (["--arch", "spark", "--model.ffn.widht", "3"], "Unrecognized options: --model.ffn.widht"),

@@ -1,12 +1,17 @@
 """Presets: every one is built abstractly and has the parameters it should have."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from sparsezoo_jax.config import differences, flatten, from_json, to_json
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import count_parameters, dense_twin
+from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.overrides import union_kinds, with_kind, with_list
+from sparsezoo_jax.training.schedules import build_schedule
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
@@ -32,6 +37,10 @@ PARAMETERS = {
     ("moe", "large_remoe"): (817_235_456, 1_194_332_672),
     ("moe", "xlarge"): (1_187_828_992, 1_627_775_744),
     ("moe", "xlarge_remoe"): (1_187_828_992, 1_627_775_744),
+    ("moex", "tiny"): (4_457_600, 5_112_960),
+    ("moex", "chess"): (142_615_040, 143_155_200),
+    ("moex", "small"): (481_315_584, 520_699_392),
+    ("moex", "medium"): (1_711_326_208, 1_763_837_952),
     ("spark", "tiny"): (985_216, 1_509_504),
     ("spark", "small"): (75_535_104, 100_111_104),
     ("spark", "2b"): (2_024_517_888, 2_614_636_800),
@@ -72,6 +81,37 @@ def test_blockffn_dense_twins_are_the_papers(size, non_embedding):
     assert count_parameters(twin).non_embedding == non_embedding
 
 
+@pytest.mark.parametrize(("size", "active"), [("chess", 42_491_904), ("small", 180_960_768), ("medium", 555_878_400)])
+def test_moex_parameters_of_a_token_are_the_papers(size, active):
+    """Equal to those of a dense MLP of two experts' width, the paper's rule for matching."""
+    model = preset("moex", size).model
+    ffn = model.ffn
+    assert count_parameters(model).active == active
+
+    def dense(experts):
+        width = experts * ffn.expert_width
+        return count_parameters(dataclasses.replace(model, ffn=PlainFFNConfig(d_ff=width, activation="relu"))).total
+
+    assert dense(2) == active
+    assert size not in ALPHA_4 or dense(1) == ALPHA_4[size]
+
+
+ALPHA_4 = {"chess": 25_714_688, "small": 124_337_664}
+
+
+def test_moex_learning_rates_are_the_papers():
+    """Peak 3e-4 after 2,000 steps of warm-up; both final learning rates of the paper."""
+    train = preset("moex", "chess").train
+    table, text = (build_schedule(dataclasses.replace(train.schedule, min_ratio=r), train.steps) for r in (0.1, 1 / 3))
+    assert train.schedule.min_ratio == 0.1
+    for schedule, floor in ((table, 3e-5), (text, 1e-4)):
+        assert schedule(0) == 0
+        np.testing.assert_allclose(schedule(1000), 1.5e-4, rtol=1e-6)
+        np.testing.assert_allclose(schedule(2000), 3e-4, rtol=1e-6)
+        np.testing.assert_allclose(schedule(train.steps), floor, rtol=1e-5)
+    assert [objective.weight for objective in train.objectives] == [pytest.approx(0.008)]
+
+
 def test_blockffn_scalings():
     for size, divisor, residual in (("small", 3, 0.35), ("medium", 5, 0.269430), ("xlarge", 7, 0.236643)):
         model = preset("blockffn", size).model
@@ -81,7 +121,7 @@ def test_blockffn_scalings():
 
 def test_unknown_presets():
     with pytest.raises(
-        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, spark \(did you mean spark\?\)"
+        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, moex, spark \(did you mean spark\?\)"
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

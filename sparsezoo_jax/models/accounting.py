@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ class ParameterCount:
     total: int
     embedding: int
     """Token and position embeddings, and the output projection where it is untied."""
+    active: int
+    """Those of one token's forward pass: all but the experts that a fixed number of chosen ones leaves out."""
 
     @property
     def non_embedding(self) -> int:
@@ -44,7 +46,10 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
 
     tables = (model.embedding_VD, model.positions_PD, model.output_DV)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
-    return ParameterCount(size(nnx.state(model, nnx.Param)), embedding)
+    total = size(nnx.state(model, nnx.Param))
+    ffns: list[Any] = [spec.ffn for spec in config.layer_specs()]
+    idle = sum(ffn.idle_parameters(config.d_model) for ffn in ffns if hasattr(ffn, "idle_parameters"))
+    return ParameterCount(total, embedding, total - idle)
 
 
 @dataclass(frozen=True)

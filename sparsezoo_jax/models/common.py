@@ -61,7 +61,7 @@ class BuildContext:
         self,
         rngs: nnx.Rngs,
         shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         inputs: int,
         *,
         scale: float = 1.0,
@@ -121,6 +121,10 @@ class CallContext:
     """Names of internal arrays that the caller wants; see `models.records`."""
     summarise: Any = None
     """Reduces a layer's records before they leave the layer; see `Decoder.__call__`."""
+    edit: Any = None
+    """Changes the residual stream or an FFN's output; see `Decoder.__call__`."""
+    layer: int = 0
+    """The layer, or the first of several, where something is edited."""
     rng: jax.Array | None = None
     """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
 
@@ -130,6 +134,14 @@ class CallContext:
     def folded(self, index: jax.Array | int) -> CallContext:
         """The same with other random numbers for every `index`."""
         return self if self.rng is None else replace(self, rng=jax.random.fold_in(self.rng, index))
+
+    def of_layer(self, layer: int) -> CallContext:
+        """The same for layer `layer`; only calls that edit something know which one it is."""
+        return self if self.edit is None else replace(self, layer=layer)
+
+    def edited(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """What the caller makes of this layer's array called `name`."""
+        return x_BTD if self.edit is None else self.edit(name, self.layer, x_BTD)
 
     def recorded(self, arrays: Mapping[str, Callable[[], jax.Array]]) -> dict[str, jax.Array]:
         """Those of `arrays` (name to a function that makes the array) that the caller wants."""

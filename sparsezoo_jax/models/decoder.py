@@ -14,11 +14,12 @@ from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 from sparsezoo_jax.models.embedding import lookup
-from sparsezoo_jax.models.records import checked
+from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, checked
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
 Summarise = Callable[[dict[str, jax.Array], LayerSpec, CallContext], dict[str, jax.Array]]
+Edit = Callable[[str, int, jax.Array], jax.Array]
 
 
 class Output(NamedTuple):
@@ -58,11 +59,16 @@ class Block(nnx.Module):
             y, aux, updated = self.attention(h_BTD, ctx, cache)
             return y, (aux, updated)
 
+        def transform(h_BTD):
+            y, aux = self.ffn(h_BTD, ctx)
+            y = ctx.edited(FFN_OUTPUT, y)
+            return y, aux.merged(LayerAux(records=ctx.recorded({FFN_OUTPUT: lambda: y})))
+
         x_BTD, (attention_aux, cache) = self.attention_residual(x_BTD, attend)
         x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
-        x_BTD, ffn_aux = self.ffn_residual(x_BTD, lambda h_BTD: self.ffn(h_BTD, ctx))
-        x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
-        aux = attention_aux.merged(ffn_aux)
+        x_BTD, ffn_aux = self.ffn_residual(x_BTD, transform)
+        x_BTD = ctx.edited(RESIDUAL, constrain(x_BTD, ("batch", "length", "embed")))
+        aux = attention_aux.merged(ffn_aux).merged(LayerAux(records=ctx.recorded({RESIDUAL: lambda: x_BTD})))
         if ctx.summarise is not None:
             aux = aux._replace(records=ctx.summarise(aux.records, self.spec, ctx))
         return x_BTD, aux, cache
@@ -77,7 +83,7 @@ class Period(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, caches: tuple[LayerCache | None, ...] | None):
         auxes, updated = [], []
         for i, (block, cache) in enumerate(zip(self.blocks, caches or (None,) * len(self.blocks), strict=True)):
-            x_BTD, aux, cache = block(x_BTD, ctx.folded(i), cache)
+            x_BTD, aux, cache = block(x_BTD, ctx.folded(i).of_layer(ctx.layer + i), cache)
             auxes.append(aux)
             updated.append(cache)
         return x_BTD, tuple(auxes), tuple(updated)
@@ -133,6 +139,7 @@ class Decoder(nnx.Module):
         logits: bool = True,
         record: Collection[str] = (),
         summarise: Summarise | None = None,
+        edit: Edit | None = None,
     ) -> Output:
         """Logits of every next token.
 
@@ -147,10 +154,12 @@ class Decoder(nnx.Module):
           record: names of internal arrays to return in `records`; `models.records` lists them. Static under jit.
           summarise: called in each layer with its records, its specification and the call's context; what it returns
             takes the records' place. So the arrays of one layer live at a time, not those of all.
+          edit: called with "ffn_output" or "residual", the layer's number and that array [B, T, D] (see
+            `models.records`); what it returns takes the array's place. Layers run unrolled then.
         """
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
-        ctx.record, ctx.summarise = checked(record), summarise
+        ctx.record, ctx.summarise, ctx.edit = checked(record), summarise, edit
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         dtype = jnp.dtype(config.dtype)
         x_BTD: Any = lookup(self.embedding_VD[...], tokens_BT, dtype)
@@ -164,8 +173,9 @@ class Decoder(nnx.Module):
         caches: list[LayerCache] = []
         unused = None if cache is None else list(cache.layers)
         for i, (period, spec) in enumerate(zip(self.segments, self._specs(), strict=True)):
-            if not self.stacked or unused is not None or not config.scan_layers:
-                x_BTD, segment_auxes, updated = self._unrolled(period, spec, x_BTD, ctx.folded(i), unused)
+            if not self.stacked or unused is not None or edit is not None or not config.scan_layers:
+                placed = ctx.folded(i).of_layer(len(auxes))
+                x_BTD, segment_auxes, updated = self._unrolled(period, spec, x_BTD, placed, unused)
                 caches.extend(updated)
             else:
                 x_BTD, segment_auxes = self._scanned(period, x_BTD, ctx.folded(i))
@@ -248,7 +258,8 @@ class Decoder(nnx.Module):
             layer_caches = None if unused is None else tuple(unused.pop(0) for _ in spec.period)
 
             def body(x_BTD, state, layer_caches=layer_caches, i=i):
-                return nnx.merge(graphdef, state)(x_BTD, ctx.folded(i), layer_caches)
+                placed = ctx.folded(i).of_layer(ctx.layer + i * len(spec.period))
+                return nnx.merge(graphdef, state)(x_BTD, placed, layer_caches)
 
             x_BTD, aux, updated = _rematerialised(body, self.config.remat)(x_BTD, state_i)
             auxes.extend(aux)
@@ -294,9 +305,10 @@ class Decoder(nnx.Module):
         return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def unstacked(self) -> Decoder:
-        """The same model with one set of arrays a layer instead of stacks, for decoding.
+        """The same model with one set of arrays a layer instead of stacks, for decoding only.
 
-        Slicing a layer out of a stack copies its weights in every step; doing it once, outside jit, does not.
+        Slicing a layer out of a stack copies its weights in every step; doing it once, outside jit, does not. FFNs with
+        a method `prepare` derive here, once, what depends on their weights alone.
         """
         if not self.stacked:
             return self
@@ -308,6 +320,9 @@ class Decoder(nnx.Module):
                 for block in period.blocks:
                     block_def, block_state = nnx.split(block)
                     single = nnx.merge(block_def, jax.tree.map(lambda leaf, i=i: leaf[i], block_state))
+                    ffn: Any = single.ffn
+                    if hasattr(ffn, "prepare"):
+                        ffn.prepare()
                     layers.append(Period([single]))
         model.segments = nnx.List(layers)
         model.stacked = False

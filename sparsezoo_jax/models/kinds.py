@@ -2,11 +2,14 @@
 
 A kind is a configuration dataclass with a `kind` literal. Attention and residual kinds have `build`; FFN kinds also
 have `for_layer(layer, layers)`, which gives one layer's own configuration, and may have `samples`, true if training
-needs random numbers, and `shared`, the number of experts that every token takes; attention kinds have `window`,
-`score_heads` and `cache_shapes`. A layer that returns something as `LayerAux.observed` has a method `after_step`.
+needs random numbers, `shared`, the number of experts that every token takes, and `upcycled(source, weights, noise,
+key)`, which makes parameters of those of another kind; attention kinds have `window`, `score_heads` and `cache_shapes`.
+A layer that returns something as `LayerAux.observed` has a method `after_step`, an FFN that derives something from its
+weights alone may have a method `prepare`.
 
-For accounting, FFN kinds have `target_active`, `flops`, `weights` and `dense_twin`, attention kinds `target_keys`,
-`projection_flops`, `mixing_flops`, `projection_weights`, `cache_reads` and `dense_twin`.
+For accounting, FFN kinds have `target_active`, `flops`, `weights` and `dense_twin` (and `idle_parameters`, if a token
+leaves some out), attention kinds `target_keys`, `projection_flops`, `mixing_flops`, `projection_weights`, `cache_reads`
+and `dense_twin`.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
+from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
 AttentionConfig = Annotated[GQAConfig | MLAConfig | SparkAttentionConfig, Field(discriminator="kind")]
 FFNConfig = Annotated[
-    GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | BlockFFNConfig | MoEFFNConfig, Field(discriminator="kind")
+    GatedFFNConfig | PlainFFNConfig | SparkFFNConfig | BlockFFNConfig | MoEFFNConfig | MoEXFFNConfig,
+    Field(discriminator="kind"),
 ]
 ResidualConfig = PreNormConfig

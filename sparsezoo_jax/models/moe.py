@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,11 @@ class MoEFFNConfig:
         """FLOPs per token with `active` neurons (None: those of k experts; a multiply-add counts 2)."""
         return 2 * self.weights(d_model, active)
 
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters of the experts that a token does not take; 0 where their number is not fixed."""
+        fixed = self.router in FIXED_COUNT
+        return 2 * d_model * (self.experts - self.k) * self.expert_width if fixed else 0
+
     def dense_twin(self) -> GatedFFNConfig:
         """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
         return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
@@ -195,7 +200,7 @@ class MoEFFN(nnx.Module):
         activation = activation_fn(self.config.activation)
         if routing.experts_BTK is None or routing.weights_BTK is None:
             return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
-        return grouped_ffn(
+        y_BTD: Any = grouped_ffn(
             x_BTD,
             routing.experts_BTK,
             routing.weights_BTK,
@@ -203,6 +208,7 @@ class MoEFFN(nnx.Module):
             activation=activation,
             implementation=self.config.implementation,
         )
+        return y_BTD
 
     def _losses(self, routing: Routing, ctx: CallContext) -> dict[str, jax.Array]:
         if self.config.router == "remoe":

@@ -13,6 +13,8 @@ from sparsezoo_jax.errors import require
 FFN_SCORES = "ffn_scores"
 FFN_GATE = "ffn_gate"
 EXPERT_SCORES = "expert_scores"
+FFN_OUTPUT = "ffn_output"
+RESIDUAL = "residual"
 ATTENTION_SCORES = "attention_scores"
 ATTENTION_SELECTED = "attention_selected"
 ATTENTION_VISIBLE = "attention_visible"
@@ -21,6 +23,8 @@ RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
     FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
     EXPERT_SCORES: "[B, T, E] weights of the experts, shared ones first; an expert is active where this is not 0",
+    FFN_OUTPUT: "[B, T, D] what the FFN returns, before a norm and before it joins the residual stream",
+    RESIDUAL: "[B, T, D] the residual stream after the layer",
     ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",
     ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
     ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",

@@ -274,6 +274,13 @@ class TrainConfig:
     """Keep the checkpoint with the lowest validation loss, too (and evaluate whenever a checkpoint is saved)."""
     seed: int = 0
     """Seed of the initialisation and of every random stream of the model."""
+    init_from: str | None = None
+    """Run directory whose parameters this run starts from: of the same architecture, or of a dense one whose FFNs
+    become experts (upcycling). Its tokenizer is taken too, unless data.tokenizer names one. None: random parameters."""
+    init_step: int | None = None
+    """Checkpoint of that run; None is the newest."""
+    upcycle_noise: float = 0.02
+    """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""
     accumulation: int = 1
     """Micro-batches per step; they divide data.batch_size, and change memory, not results."""
     loss_chunk: int | None = None
@@ -300,11 +307,20 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "log_every", "keep_last", "accumulation", "max_skipped_steps", "profile_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
-        for name in ("eval_every", "checkpoint_every", "seed", "z_loss"):
+        for name in ("eval_every", "checkpoint_every", "seed", "z_loss", "upcycle_noise"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
         for name in ("stop_at", "grad_clip", "loss_chunk", "profile_start"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", value, "must be above 0 or None")
+        require(
+            self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
+        )
+        require(
+            self.init_step is None or (self.init_from is not None and self.init_step >= 0),
+            "train.init_step",
+            self.init_step,
+            "must be at least 0, and train.init_from given",
+        )
         losses = [objective.loss for objective in self.objectives]
         for loss in losses:
             require(losses.count(loss) == 1, "train.objectives.loss", loss, "has more than one objective")

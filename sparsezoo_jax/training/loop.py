@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -24,6 +25,7 @@ from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.interrupts import StopRequest
 from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
+from sparsezoo_jax.training.warm_start import WarmStart
 from sparsezoo_jax.training.writers import (
     JsonlWriter,
     MetricWriter,
@@ -77,6 +79,7 @@ def fit(
     workdir: Path | str,
     evaluate: Evaluate | None = None,
     place: Placement | None = None,
+    warm_start: WarmStart | None = None,
     before_writing: Callable[[], None] | None = None,
     writers: Sequence[MetricWriter] | None = None,
 ) -> FitResult:
@@ -90,6 +93,7 @@ def fit(
       evaluate: called on the model every `eval_every` steps, with every checkpoint if `keep_best`, and at the end.
       place: from the logical axes and shape of an array to its sharding; axes of a batch are ('batch', 'length').
         Default: everything on the first device.
+      warm_start: gives the parameters of a run that has no checkpoint yet. Default: those that `build` makes.
       before_writing: called once when the configuration has been checked, before the first file is written.
       writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
 
@@ -105,7 +109,8 @@ def fit(
     is_main = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------------------------------------- Build
-    prepared = prepare_step(config, build, batch_shape, _first_device if place is None else place)
+    place = _first_device if place is None else place
+    prepared = prepare_step(config, build, batch_shape, place)
     template, shardings, train_step = prepared.template, prepared.shardings, prepared.train_step
     batch_sharding = prepared.batch["tokens"].sharding
     rows = rows_here(batch_sharding, batch_shape)
@@ -124,10 +129,13 @@ def fit(
     # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
     # 2. the position in the data, saved with them;
     # 3. the metrics files, cut back to that step (below, when they are opened).
-    # Without a checkpoint: initialise, and the data start at the beginning.
+    # Without a checkpoint: initialise, from another run's parameters if there is one, and start at the first data.
     restored = checkpointer.restore(prepared.abstract)
     if restored is None:
         state = jax.jit(prepared.initialise, out_shardings=shardings)(jax.random.key(config.seed))
+        if warm_start is not None:
+            # The optimizers' first states do not depend on the parameters' values.
+            state = dataclasses.replace(state, params=warm_start(state.params, shardings.params, place))
         first = 0
     else:
         state = restored.state

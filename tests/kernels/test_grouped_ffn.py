@@ -114,6 +114,27 @@ def test_infinite_rows_stay_with_their_token(implementation):
     assert jnp.isfinite(y[1:]).all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_active_units_are_counted(implementation, gated):
+    x, experts, weights, maps = arrays(tokens=TILE + 5, gated=gated)
+
+    @jax.jit
+    def outputs(x, maps):
+        y, active = grouped_ffn(
+            x, experts, weights, *maps, activation=jax.nn.relu, return_active=True, implementation=implementation
+        )
+        return jnp.sum(active), (y, active)
+
+    grads, (y, active) = jax.grad(outputs, argnums=(0, 1), has_aux=True)(x, maps)
+    up, gate = np.asarray(maps[0]), np.asarray(maps[2]) if gated else np.asarray(maps[0])
+    hidden = np.einsum("nd,nkdw->nkw", x, gate[np.asarray(experts)])
+    hidden = np.maximum(hidden, 0) * (np.einsum("nd,nkdw->nkw", x, up[np.asarray(experts)]) if gated else 1)
+    np.testing.assert_array_equal(active, (hidden != 0).sum(-1))
+    assert not any(g.any() for g in jax.tree.leaves(grads)), "a count has no gradient"
+    plain = grouped_ffn(x, experts, weights, *maps, activation=jax.nn.relu, implementation=implementation)
+    np.testing.assert_allclose(y, plain, atol=1e-5)
+
+
 def test_weights_of_all_experts():
     x, experts, weights, maps = arrays()
     every = spread(experts, weights, 7)

@@ -10,6 +10,7 @@ from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
@@ -62,6 +63,13 @@ CONFIGS = {
         attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None, bias=True),
         ffn=PlainFFNConfig(d_ff=32, bias=True),
         norm=NormConfig(kind="layer", bias=True),
+        learned_positions=True,
+    ),
+    "moex": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None),
+        ffn=MoEXFFNConfig(expert_width=12),
+        norm=NormConfig(kind="layer"),
         learned_positions=True,
     ),
     "gemma3n": DecoderConfig(

@@ -64,6 +64,8 @@ def test_shapes(spark):
     assert shapes == {
         "ffn_scores": {(2, 24, 40)},
         "ffn_gate": {(2, 24, 40)},
+        "ffn_output": {(2, 24, 16)},
+        "residual": {(2, 24, 16)},
         "attention_scores": {(2, 4, 24, 24)},
         "attention_selected": {(2, 4, 24, 24)},
         "attention_visible": {(2, 24, 24)},
@@ -129,10 +131,37 @@ def test_only_what_is_asked_for():
 
 def test_dense_layers_record_what_they_have():
     out = forward(DENSE, record=tuple(RECORDS))
-    assert set(out.records) == {"ffn_scores", "ffn_gate", "attention_visible"}
+    assert set(out.records) == {"ffn_scores", "ffn_gate", "ffn_output", "residual", "attention_visible"}
     np.testing.assert_allclose(
         out.records["ffn_gate"][2], jax.nn.gelu(out.records["ffn_scores"][2], approximate=True), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_stream_is_what_the_layers_add_up_to(scan):
+    out = forward(DENSE, scan=scan, record=("residual", "ffn_output"))
+    stream, last = out.records["residual"], out.records["residual"][-1]
+    norm = np.asarray(last) / np.sqrt(np.mean(np.square(last), axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm, out.hidden, rtol=1e-4, atol=1e-5)
+
+    def replaced(name, layer, x):
+        return stream[2] if (name, layer) == ("residual", 2) else jnp.zeros_like(x)
+
+    # After layer 2 everything is as it was, and only layer 3's FFN adds nothing.
+    edited = forward(DENSE, scan=scan, record=("residual",), edit=lambda n, i, x: replaced(n, i, x) if i < 3 else x)
+    np.testing.assert_allclose(edited.hidden, out.hidden, atol=1e-5)
+    np.testing.assert_array_equal(edited.records["residual"][1], 0)
+    silent = forward(DENSE, scan=scan, edit=lambda n, i, x: x * 0 if (n, i) == ("ffn_output", 3) else x)
+    full, short = np.asarray(last), np.asarray(last - out.records["ffn_output"][3])
+    assert np.abs(full - short).max() > 1e-3
+    norm = short / np.sqrt(np.mean(np.square(short), axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(silent.hidden, norm, rtol=1e-4, atol=1e-5)
+
+
+def test_edits_see_every_layer_once():
+    seen = []
+    forward(SPARK, edit=lambda name, layer, x: seen.append((name, layer)) or x)
+    assert seen == [(name, layer) for layer in range(4) for name in ("ffn_output", "residual")]
 
 
 def test_a_summary_takes_the_place_of_the_records():

@@ -10,12 +10,12 @@ import jax
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import choose
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
-from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, spread
+from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
 from sparsezoo_jax.sharding import per_device
 
 Dispatch = Literal["dense", "ragged", "loop"]
 
-__all__ = ["Dispatch", "grouped_ffn", "spread", "weighted_ffn"]
+__all__ = ["Dispatch", "grouped_ffn", "hidden_units", "pre_activations", "spread", "weighted_ffn"]
 
 
 def grouped_ffn(
@@ -27,8 +27,9 @@ def grouped_ffn(
     gate: jax.Array | None = None,
     *,
     activation: Activation = jax.nn.silu,
+    return_active: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`sum_j weights[..., j] * down_e act(up_e x)` with e = experts[..., j]; differentiable but for `experts`.
 
     With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`.
@@ -41,13 +42,14 @@ def grouped_ffn(
       down: [E, W, D].
       gate: [E, D, W], or None for experts without a gate.
       activation: pointwise.
+      return_active: also return how many hidden units of each chosen expert are not 0.
       implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
         expert and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one expert and loops over these.
         None: "loop" on a CPU, "ragged" elsewhere. On a mesh the sorting two sort each device's tokens by themselves,
         and each device has all experts.
 
     Returns:
-      [..., D] in the dtype of x.
+      [..., D] in the dtype of x, or that and float32 [..., k].
 
     Raises:
       ConfigError: shapes that don't fit each other, or no such implementation.
@@ -69,17 +71,21 @@ def grouped_ffn(
     default = "loop" if jax.default_backend() == "cpu" else "ragged"
     apply = choose("grouped_ffn", implementation, available, default)
     if apply is reference.grouped_ffn:
-        return apply(x, experts, weights, up, down, gate, activation)
+        y, active = apply(x, experts, weights, up, down, gate, activation)
+        return (y, active) if return_active else y
 
     def on_pieces(x, experts, weights, up, down, *rest):
         k, d = experts.shape[-1], x.shape[-1]
         gate = rest[0] if len(rest) == 2 else None
         flat = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
-        return apply(*flat, up, down, gate, activation).reshape(x.shape)
+        y, active = apply(*flat, up, down, gate, activation)
+        return y.reshape(x.shape), active.reshape(experts.shape)
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
     arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
-    return per_device(on_pieces, arrays, [names] * 3 + [(None, None, None)] * (len(arrays) - 3), names)
+    whole = [(None, None, None)] * (len(arrays) - 3)
+    y, active = per_device(on_pieces, arrays, [names] * 3 + whole, (names, names))
+    return (y, active) if return_active else y
 
 
 def weighted_ffn(

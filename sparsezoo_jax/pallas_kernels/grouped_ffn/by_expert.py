@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation
+from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, count_nonzero
 
 Experts = tuple[jax.Array, jax.Array, jax.Array | None]
 """Up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W]."""
@@ -28,8 +28,11 @@ def ragged(
     down_EWD: jax.Array,
     gate_EDW: jax.Array | None,
     activation: Activation,
-) -> jax.Array:
-    """Sort the assignments by expert, multiply by `jax.lax.ragged_dot`, put the rows back and add them up."""
+) -> tuple[jax.Array, jax.Array]:
+    """Sort the assignments by expert, multiply by `jax.lax.ragged_dot`, put the rows back and add them up.
+
+    Returns the sums [N, D] and the number of non-zero hidden units of each assignment, float32 [N, k].
+    """
     k = experts_NK.shape[1]
     order_A = jnp.argsort(experts_NK.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_NK.reshape(-1), length=up_EDW.shape[0])
@@ -39,9 +42,11 @@ def ragged(
         hidden_AW = activation(hidden_AW)
     else:
         hidden_AW = activation(jax.lax.ragged_dot(x_AD, gate_EDW, sizes_E)) * hidden_AW
+    back_A = jnp.argsort(order_A)
+    active_NK = count_nonzero(hidden_AW)[back_A].reshape(-1, k)
     hidden_AW = hidden_AW * weights_NK.reshape(-1)[order_A][:, None].astype(hidden_AW.dtype)
     y_AD = jax.lax.ragged_dot(hidden_AW, down_EWD, sizes_E)
-    return jnp.sum(y_AD[jnp.argsort(order_A)].reshape(-1, k, x_ND.shape[1]), axis=1)
+    return jnp.sum(y_AD[back_A].reshape(-1, k, x_ND.shape[1]), axis=1), active_NK
 
 
 class _Tiles(NamedTuple):
@@ -84,10 +89,10 @@ def _tiled(experts_NK: jax.Array, count: int, tile: int) -> _Tiles:
 
 def _expert(
     activation: Activation, x_TD: jax.Array, weights_T: jax.Array, up_DW, down_WD, gate_DW: jax.Array | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     hidden_TW = x_TD @ up_DW
     hidden_TW = activation(hidden_TW) if gate_DW is None else activation(x_TD @ gate_DW) * hidden_TW
-    return (hidden_TW * weights_T[:, None].astype(hidden_TW.dtype)) @ down_WD
+    return (hidden_TW * weights_T[:, None].astype(hidden_TW.dtype)) @ down_WD, count_nonzero(hidden_TW)
 
 
 def _weights_of(tiles: _Tiles, weights_NK: jax.Array) -> jax.Array:
@@ -108,16 +113,18 @@ def loop(
     gate_EDW: jax.Array | None,
     activation: Activation,
     tile: int | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Sort the assignments into tiles of one expert each and loop over the tiles that are in use.
+
+    Returns the sums [N, D] and the number of non-zero hidden units of each assignment, float32 [N, k].
 
     The backward pass is a second such loop that computes the hidden layer of each tile again: a loop of so many rounds
     as the routing asks for has no derivative of its own. Gathers, not scatters, carry rows there and back.
     """
     # No expert gets more rows than there are tokens: few tokens, as in decoding, don't fill up a whole tile.
     tile = min(TILE, x_ND.shape[0]) if tile is None else tile
-    y: Any = _loop(x_ND, weights_NK, (up_EDW, down_EWD, gate_EDW), experts_NK, activation, tile)
-    return y
+    result: Any = _loop(x_ND, weights_NK, (up_EDW, down_EWD, gate_EDW), experts_NK, activation, tile)
+    return result
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -129,16 +136,23 @@ def _loop_forward(x_ND, weights_NK, weights: Experts, experts_NK, activation: Ac
     tiles = _tiled(experts_NK, weights[0].shape[0], tile)
     x_SD, weights_S = x_ND[tiles.token_S], _weights_of(tiles, weights_NK)
 
-    def body(i, y_SD):
+    def body(i, carry):
+        y_SD, active_S = carry
         own = jax.tree.map(lambda w: w[tiles.expert_M[i]], weights)
-        y = _expert(activation, _rows(x_SD, i, tile), _rows(weights_S, i, tile), *own)
-        return jax.lax.dynamic_update_slice_in_dim(y_SD, y, i * tile, axis=0)
+        y, active = _expert(activation, _rows(x_SD, i, tile), _rows(weights_S, i, tile), *own)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(y_SD, y, i * tile, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(active_S, active, i * tile, axis=0),
+        )
 
-    y_SD = jax.lax.fori_loop(0, tiles.count, body, jnp.zeros_like(x_SD))
-    return jnp.sum(y_SD[tiles.slot_NK], axis=1), (x_ND, weights_NK, weights, tiles)
+    start = (jnp.zeros_like(x_SD), jnp.zeros(tiles.token_S.shape, jnp.float32))
+    y_SD, active_S = jax.lax.fori_loop(0, tiles.count, body, start)
+    result = jnp.sum(y_SD[tiles.slot_NK], axis=1), active_S[tiles.slot_NK]
+    return result, (x_ND, weights_NK, weights, tiles)
 
 
-def _loop_backward(activation: Activation, tile: int, residuals, g_ND: jax.Array):
+def _loop_backward(activation: Activation, tile: int, residuals, cotangents):
+    g_ND, _ = cotangents  # counts have no gradient
     x_ND, weights_NK, weights, tiles = residuals
     x_SD, weights_S = x_ND[tiles.token_S], _weights_of(tiles, weights_NK)
     # Slots without a token have weight 0, but their own weight's gradient would not be 0.
@@ -149,7 +163,7 @@ def _loop_backward(activation: Activation, tile: int, residuals, g_ND: jax.Array
         expert = tiles.expert_M[i]
         own = jax.tree.map(lambda w: w[expert], weights)
         rows = (_rows(x_SD, i, tile), _rows(weights_S, i, tile))
-        _, pullback = jax.vjp(partial(_expert, activation), *rows, *own)
+        _, pullback, _ = jax.vjp(partial(_expert, activation), *rows, *own, has_aux=True)
         dx, dweight, *dexpert = pullback(_rows(g_SD, i, tile))
         return (
             jax.lax.dynamic_update_slice_in_dim(dx_SD, dx, i * tile, axis=0),

@@ -1,0 +1,134 @@
+"""Starting from the parameters of another run instead of random ones.
+
+Parameters of the same architecture are taken one to one. Where the FFN is of another kind, its `upcycled` makes them of
+the other run's FFN: experts as copies of a dense layer, for example.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sparsezoo_jax.errors import ConfigError, UserError
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.training.checkpoint import restore_params, saved_steps
+from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, flatten, map_with_path
+
+_FIELD = "train.init_from"
+_FFN = re.compile(r"(?P<layer>.*/ffn)/(?P<name>.+)")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The parameters of one step of another run, checked to fit; nothing but their shapes has been read yet."""
+
+    checkpoints: Path
+    """Checkpoint directory of the other run."""
+    step: int
+    """Step whose parameters are taken."""
+    source: DecoderConfig
+    """The other run's decoder."""
+    target: DecoderConfig
+    """The decoder to start."""
+    noise: float
+    """Relative standard deviation of the noise on experts' copies."""
+    seed: int
+    """Seed of that noise."""
+
+    def __call__(self, params: PureDict, shardings: PureDict, place: Placement) -> PureDict:
+        """`params` with all that the other run gives replaced, on `shardings`.
+
+        Raises:
+          StorageError: the other run's checkpoint is damaged.
+        """
+        if jax.process_index() == 0:
+            print(f"parameters of {self.checkpoints.parent}, step {self.step}", file=sys.stderr)
+        axes = {name: v.full_axes for name, v in _template(self.source).parameters.items()}
+
+        def sharding_of(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+            return place(axes.get(name.removeprefix("params/"), (None,) * len(shape)), shape)
+
+        found, _ = restore_params(self.checkpoints, self.step, sharding_of=sharding_of)
+        convert = jax.jit(partial(_converted, self.source, self.target, self.noise), out_shardings=shardings)
+        return convert(params, found, jax.random.key(self.seed))
+
+
+def open_warm_start(
+    checkpoints: Path,
+    source: DecoderConfig,
+    target: DecoderConfig,
+    *,
+    step: int | None = None,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> WarmStart:
+    """Check that a step (None: the newest) of another run can start a decoder.
+
+    Raises:
+      UserError: there is no such step.
+      ConfigError: parameters of another shape or name, or FFNs that can't be made of each other.
+    """
+    steps = saved_steps(checkpoints)
+    if step is None and steps:
+        step = steps[-1]
+    if step is None or step not in steps:
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(
+            f"{_FIELD}={checkpoints.parent}: has no {wanted}; steps there are: {', '.join(map(str, steps)) or 'none'}"
+        )
+    jax.eval_shape(
+        partial(_converted, source, target, noise), _abstract(target), _abstract(source), jax.random.key(seed)
+    )
+    return WarmStart(checkpoints, step, source, target, noise, seed)
+
+
+def _template(config: DecoderConfig) -> ModelTemplate:
+    return ModelTemplate(lambda rngs: Decoder(config, rngs=rngs))
+
+
+def _abstract(config: DecoderConfig) -> PureDict:
+    template = _template(config)
+    return jax.eval_shape(lambda: template.split(Decoder(config, rngs=nnx.Rngs(0)))[0])
+
+
+def _converted(
+    source: DecoderConfig, target: DecoderConfig, noise: float, params: PureDict, found: PureDict, key: jax.Array
+) -> PureDict:
+    """`params` of a target decoder with what `found` of a source decoder gives in their place."""
+    own, given = flatten(params), flatten(found)
+    optional: set[str] = set()
+    if source.ffn.kind != target.ffn.kind:
+        given, optional = _with_upcycled(source.ffn, target.ffn, noise, own, given, key)
+    for path in sorted((own.keys() | given.keys()) - optional):
+        here, there = (tuple(x.shape) if x is not None else "absent" for x in (own.get(path), given.get(path)))
+        if here != there:
+            raise ConfigError(_FIELD, path, f"is {there} there and {here} here")
+    return map_with_path(lambda path, x: given[path].astype(x.dtype) if path in given else x, params)
+
+
+def _with_upcycled(
+    source: Any, target: Any, noise: float, own: Mapping[str, Any], given: Mapping[str, Any], key: jax.Array
+) -> tuple[dict[str, Any], set[str]]:
+    """`given` with every FFN of the source made into one of the target, and what of the target's is not made so."""
+    if not hasattr(target, "upcycled"):
+        raise ConfigError(_FIELD, source.kind, f"an FFN of kind {target.kind} can't be made of another kind")
+    layers: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {}
+    for path, x in given.items():
+        match = _FFN.fullmatch(path)
+        if match is None:
+            result[path] = x
+        else:
+            layers.setdefault(match["layer"], {})[match["name"]] = x
+    for i, (layer, weights) in enumerate(sorted(layers.items())):
+        made = target.upcycled(source, weights, noise, jax.random.fold_in(key, i))
+        result |= {f"{layer}/{name}": x for name, x in made.items()}
+    return result, {path for path in own if _FFN.fullmatch(path)} - result.keys()
