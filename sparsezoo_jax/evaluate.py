@@ -115,7 +115,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     if not command.meters:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
-    costs = cost_table(config.model, command.contexts, meters.sparsity())
+    costs = cost_table(config.model, command.contexts, meters.sparsity(config.model))
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs)}
 
 

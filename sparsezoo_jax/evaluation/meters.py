@@ -124,10 +124,17 @@ class Meters:
         """The figures by name, for JSON."""
         return dataclasses.asdict(self)
 
-    def sparsity(self) -> Sparsity:
-        """What was measured, for `flops_per_token` and `bytes_per_token`."""
+    def sparsity(self, config: DecoderConfig) -> Sparsity:
+        """What was measured on a model of `config`, for `flops_per_token` and `bytes_per_token`."""
+
+        def active(layer: LayerMeters, ffn: Any) -> float | None:
+            if layer.ffn is not None:
+                return layer.ffn.active.mean
+            # A layer that chooses experts and nothing within them records no neurons.
+            return None if layer.experts is None else layer.experts.active.mean * ffn.expert_width
+
         return Sparsity(
-            tuple(None if layer.ffn is None else layer.ffn.active.mean for layer in self.layers),
+            tuple(active(layer, spec.ffn) for layer, spec in zip(self.layers, config.layer_specs(), strict=True)),
             tuple(None if layer.attention is None else layer.attention.attended_beyond_target for layer in self.layers),
         )
 

@@ -229,11 +229,12 @@ def test_statistics_of_training_agree():
 
 @pytest.mark.parametrize("router", ["topk", "deepseek", "grin", "ling", "remoe", "topp"])
 def test_every_router(router):
-    found, _ = measured(layers=1, ffn=MoEFFNConfig(experts=8, expert_width=6, k=3, router=router, router_std=0.5))
+    found, model = measured(layers=1, ffn=MoEFFNConfig(experts=8, expert_width=6, k=3, router=router, router_std=0.5))
     experts = found.layers[0].experts
     assert experts.experts == 8
     assert experts.shared == (2 if router == "deepseek" else 0)
     assert experts.cls["16"] < experts.cls["2"] < experts.tls < 1
+    assert found.sparsity(model.config).active_neurons == (pytest.approx((1 - experts.tls) * 8 * 6),)
     if router not in ("remoe", "topp"):
         assert experts.tls == pytest.approx(1 - 3 / 8)
         assert experts.tokens_by_active == [0, 0, 0, 1, 0, 0, 0, 0, 0]

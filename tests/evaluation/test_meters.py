@@ -258,7 +258,7 @@ def test_attended_keys(spark, layer):
     assert meters.attended_by_visible == pytest.approx([attended[visible == n].mean() for n in meters.visible])
     assert meters.attended_by_visible[:4] == [1, 2, 3, 4], "few keys: all are attended"
     assert meters.attended_beyond_target == pytest.approx(attended[visible > 4].mean())
-    assert spark[2].sparsity().attended_keys[layer] == meters.attended_beyond_target
+    assert spark[2].sparsity(SPARK).attended_keys[layer] == meters.attended_beyond_target
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -303,5 +303,5 @@ def test_a_dense_model_has_meters_without_selection(spark):
         assert layer.ffn_selection is None
         assert layer.attention_selection is None
         assert layer.attention.attended_by_visible == layer.attention.visible
-    assert meters.sparsity().attended_keys == (None,) * 4
-    assert meters.sparsity().active_neurons == (24,) * 4
+    assert meters.sparsity(config).attended_keys == (None,) * 4
+    assert meters.sparsity(config).active_neurons == (24,) * 4

@@ -126,7 +126,7 @@ def run_figures(
         evaluation=evaluation,
         history=history,
         meters=meters,
-        costs=cost_table(decoder, contexts, meters.sparsity()),
+        costs=cost_table(decoder, contexts, meters.sparsity(decoder)),
     )
 
 
