@@ -1,6 +1,7 @@
 """Evaluate a run: `python -m sparsezoo_jax.evaluate DIR`.
 
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
+With --interpret: how well a layer's features can be explained (docs/interpretability.md).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,10 @@ class Evaluate:
     """Batches that the meters read."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
+    explain: Annotated[bool, tyro.conf.arg(name="interpret")] = False
+    """Explain the features of a layer, and test the explanations, instead."""
+    interpret: InterpretEvaluation = field(default_factory=InterpretEvaluation)
+    """What --interpret explains, and who judges."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -49,9 +55,14 @@ class Evaluate:
 def main(args: Sequence[str]) -> None:
     """Evaluate and print."""
     command = cli.parse(Evaluate, args, prog="evaluate", description=(__doc__ or "").strip())
-    figures = evaluate(command)
+    given = command.explain or command.interpret == InterpretEvaluation()
+    require(given, "--interpret", False, "must be given with --interpret.* flags")
+    figures = interpret(command) if command.explain else evaluate(command)
     if command.json:
         print(json.dumps(figures))
+        return
+    if command.explain:
+        print_interpretation(command.directory, figures)
         return
     rows = [
         ("loss", f"{figures['loss']:.4f} nats/token"),
@@ -101,6 +112,81 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
     costs = cost_table(config.model, command.contexts, meters.sparsity())
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs)}
+
+
+def interpret(command: Evaluate) -> dict[str, Any]:
+    """The figures of `evaluation.interpretability.Interpretation`, and with experts "experts" (`ExpertFigures`).
+
+    Raises:
+      UserError: no run, layer or autoencoder there, too little text, or a judge that can't be reached.
+      StorageError: files that can't be read.
+    """
+    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax.autoencoders import load_sae
+    from sparsezoo_jax.autoencoders.activations import sae_features
+    from sparsezoo_jax.evaluation import interpretability
+
+    options = command.interpret
+    if options.judge == "endpoint":
+        judge: Any = interpretability.EndpointJudge(options.model or "", options.base_url)
+    else:
+        judge = interpretability.built_in_judge(options.judge, options.seed)
+    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    if tokenizer is None:
+        raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
+    prepared = data.prepare(config.data, command.split, tokenizer)
+
+    def batches(most: int | None = None) -> Any:
+        return data.evaluation_batches(prepared, command.batch_size or config.data.batch_size, most)
+
+    layer = options.layer or interpretability.default_layer(config.model.layers)
+    if options.sae is None:
+        features = interpretability.ffn_features(model, layer)
+        experts = interpretability.expert_figures(model, batches(command.meter_batches), layer)
+    else:
+        autoencoder, run = load_sae(options.sae)
+        layer, experts = run.train.layer or layer, None
+        features = sae_features(autoencoder, model, layer, run.train.site)
+    result = interpretability.interpret(
+        features, batches, judge, options, lambda token: tokenizer.decode([token]), layer=layer
+    )
+    figures = {"split": command.split, "sae": options.sae, **result.as_dict()}
+    return figures if experts is None else {**figures, "experts": experts.as_dict()}
+
+
+def print_interpretation(directory: Path, figures: dict[str, Any]) -> None:
+    """Print accuracy overall and by activation, and the figures of experts."""
+
+    def cell(value: dict[str, Any]) -> str:
+        if value["mean"] is None:
+            return "-"
+        width = value["half_width"]
+        return f"{value['mean']:.3f}" + ("" if width is None else f" ± {width:.3f}")
+
+    rows = [
+        (name, *(cell(figures["by_bucket"][task][i]) for task in figures["by_bucket"]))
+        for i, name in enumerate(figures["buckets"])
+    ]
+    rows = [("balanced accuracy", *(cell(value) for value in figures["accuracy"].values())), *rows]
+    rows.append(("windows without an answer", *(f"{n:,}" for n in figures["failed"].values())))
+    title = (
+        f"{directory}: {figures['sae'] or 'FFN'} features of layer {figures['layer']}, {len(figures['features'])} "
+        f"explained; judge {figures['judge']} ({figures['judge_kind']}); 95 % intervals over features"
+    )
+    cli.print_table(title, ("windows", *figures["accuracy"]), rows)
+    print(f"{figures['l0']:,.1f} features of a token; {figures['dead']:.2%} of the features never active")
+    experts = figures.get("experts")
+    if experts is None:
+        return
+    columns = (experts["l0_by_expert"], experts["correlation"], experts["load"])
+    table = [
+        (str(i), f"{l0:.1f}", f"{r:.3f}", f"{load:.2%}") for i, (l0, r, load) in enumerate(zip(*columns, strict=True))
+    ]
+    cli.print_table("Experts", ("expert", "active units (L0)", "correlation of score and L0", "load"), table)
+    print(
+        f"L0 of the chosen {experts['l0_chosen']:.1f}, of the best choice {experts['l0_oracle']:.1f}; "
+        f"entropy of the load {experts['load_entropy']:.3f} of its largest"
+    )
 
 
 def print_meters(layers: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ The autoencoder goes to DIR/sae/KIND-SITE-LAYER, or --workdir, with the figures 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def main(args: Sequence[str]) -> None:
         ("loss: model, reconstructed, ablated", ", ".join(shown(n, ".4f") for n in _LOSSES)),
         ("tokens", f"{figures['tokens']:,}"),
     ]
-    cli.print_table(f"{figures['workdir']}: {kind}, {command.train.site} of layer {command.train.layer}", _HEAD, rows)
+    cli.print_table(f"{figures['workdir']}: {kind}, {figures['site']} of layer {figures['layer']}", _HEAD, rows)
 
 
 _HEAD = ("figure", "value")
@@ -96,22 +97,25 @@ def train(command: TrainSAE) -> dict[str, Any]:
     from sparsezoo_jax.autoencoders import SAERun, Trainer, save_sae
     from sparsezoo_jax.autoencoders.activations import fidelity, reader, stream
     from sparsezoo_jax.autoencoders.store import as_row
+    from sparsezoo_jax.evaluation.interpretability.features import default_layer
 
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
     settings = command.train
     model, config, tokenizer = run_dir.load(command.directory, step=command.step)
     layers = config.model.layers
-    require(settings.layer < layers, "train.layer", settings.layer, f"must be below the model's {layers} layers")
+    layer = default_layer(layers) if settings.layer is None else settings.layer
+    require(layer <= layers, "train.layer", layer, f"must be from 1 to {layers}")
+    settings = dataclasses.replace(settings, layer=layer)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
-    place = f"{command.kind}-{settings.site}-{settings.layer}"
+    place = f"{command.kind}-{settings.site}-{layer}"
     workdir = command.workdir or command.directory / "sae" / place
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir={workdir}: is not empty; name another")
 
     prepared = data.prepare(config.data, "train", tokenizer)
     batches = data.prepared_batches(prepared, batch_size=config.data.batch_size, seed=settings.seed)
-    read = reader(model, settings.layer, settings.site)
+    read = reader(model, layer, settings.site)
     rows: list[dict[str, Any]] = []
     try:
         activations = stream(read, batches, settings.batch_size, settings.seed)
@@ -128,7 +132,7 @@ def train(command: TrainSAE) -> dict[str, Any]:
     validation = data.prepare(config.data, "validation", tokenizer)
     shown = data.evaluation_batches(validation, config.data.batch_size, command.batches)
     run = SAERun(source=str(command.directory), step=command.step, sae=command.sae, train=settings)
-    result = fidelity(trainer.autoencoder, model, shown, settings.layer, settings.site)
+    result = fidelity(trainer.autoencoder, model, shown, layer, settings.site)
     figures = {"workdir": str(workdir), **as_row(run), **result.as_dict()}
     save_sae(workdir, run, trainer.autoencoder)
     try:

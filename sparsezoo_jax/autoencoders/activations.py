@@ -16,6 +16,7 @@ from sparsezoo_jax.autoencoders.config import Site
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.cross_entropy import token_loss
+from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.records import FFN_GATE
 
 Batch = Mapping[str, Any]
@@ -38,14 +39,25 @@ def _activations(graphdef: nnx.GraphDef, site: str, layer: int, state: Any, batc
 
 
 def reader(model: nnx.Module, layer: int, site: Site) -> Callable[[Batch], jax.Array]:
-    """The function from a batch of tokens to the activations [B, T, D] of `site` in `layer`."""
+    """The function from a batch of tokens to the activations [B, T, D] of `site` in `layer`, from 1."""
     graphdef, state = nnx.split(model)
 
     def read(batch: Batch) -> jax.Array:
         arrays = {name: jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions")}
-        return _activations(graphdef, site, layer, state, arrays)
+        return _activations(graphdef, site, layer - 1, state, arrays)
 
     return read
+
+
+def sae_features(sae: SparseAutoencoder, model: nnx.Module, layer: int, site: Site) -> Callable[[Any, Any], jax.Array]:
+    """The autoencoder's features [B, T, F] of tokens and segment ids [B, T], for evaluations of features."""
+    read = reader(model, layer, site)
+
+    def features(tokens_BT: Any, segment_ids_BT: Any) -> jax.Array:
+        positions_BT = positions_within_segments(jnp.asarray(segment_ids_BT))
+        return sae.encode(read({"tokens": tokens_BT, "segment_ids": segment_ids_BT, "positions": positions_BT}))
+
+    return features
 
 
 def stream(read: Callable[[Batch], jax.Array], batches: Iterable[Batch], size: int, seed: int) -> Iterator[np.ndarray]:
@@ -135,7 +147,7 @@ def _compare(graphdef: nnx.GraphDef, site: str, layer: int, state: Any, sae: Spa
 
 
 def fidelity(sae: SparseAutoencoder, model: nnx.Module, batches: Iterable[Batch], layer: int, site: Site) -> Fidelity:
-    """Measure an autoencoder on the tokens of `batches`.
+    """Measure an autoencoder of a layer (from 1) on the tokens of `batches`.
 
     For ffn_gate, whose units are no output of a part that could be exchanged, losses are None.
 
@@ -146,7 +158,7 @@ def fidelity(sae: SparseAutoencoder, model: nnx.Module, batches: Iterable[Batch]
     totals: dict[str, Any] = {}
     for batch in batches:
         arrays = {name: jnp.asarray(x) for name, x in batch.items()}
-        for name, value in jax.device_get(_compare(graphdef, site, layer, state, sae, arrays)).items():
+        for name, value in jax.device_get(_compare(graphdef, site, layer - 1, state, sae, arrays)).items():
             totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
     if not totals or totals["tokens"] == 0:
         raise DataError("the split to measure on has no token")

@@ -178,8 +178,8 @@ SAEConfig = Annotated[
 class SAETrainConfig:
     """Where a dictionary reads, and how it is trained."""
 
-    layer: int = 0
-    """Layer, from 0."""
+    layer: int | None = None
+    """Layer, from 1; none is the one at three quarters of the depth."""
     site: Site = "residual"
     """residual: the stream after the layer. ffn_output: what its FFN adds. ffn_gate: the FFN's hidden units."""
     steps: int = 2000
@@ -200,5 +200,6 @@ class SAETrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "learning_rate", "grad_clip", "dead_after"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
-        for name in ("layer", "warmup_steps", "seed"):
+        for name in ("warmup_steps", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
+        require(self.layer is None or self.layer >= 1, "train.layer", self.layer, "must be at least 1")

@@ -23,7 +23,7 @@ from sparsezoo_jax.autoencoders import (
     load_sae,
     save_sae,
 )
-from sparsezoo_jax.autoencoders.activations import fidelity, reader, stream
+from sparsezoo_jax.autoencoders.activations import fidelity, reader, sae_features, stream
 from sparsezoo_jax.autoencoders.model import auxiliary_loss, geometric_median
 from sparsezoo_jax.autoencoders.training import anneal_powers, dying_features, matched_penalty
 from sparsezoo_jax.errors import ConfigError, UserError
@@ -230,7 +230,7 @@ def token_batches(count=3, padding=4):
 
 
 def test_stream_gives_every_token_once(model):
-    read = reader(model, 1, "residual")
+    read = reader(model, 2, "residual")
     rows = np.concatenate(list(stream(read, token_batches(40), 16, seed=0)))
     expected = np.concatenate([np.asarray(read(b))[:, :12].reshape(-1, 24) for b in token_batches(40)])
     assert len(rows) == len(expected) // 16 * 16
@@ -250,17 +250,17 @@ def autoencoder_of(w_dec):
 
 @pytest.mark.parametrize("site", ["residual", "ffn_output"])
 def test_fidelity(model, site):
-    perfect = fidelity(autoencoder_of(jnp.eye(24)), model, token_batches(), 1, site)
+    perfect = fidelity(autoencoder_of(jnp.eye(24)), model, token_batches(), 2, site)
     assert perfect.tokens == 3 * 4 * 12
     assert perfect.fvu == pytest.approx(0, abs=1e-6)
     assert perfect.loss_reconstructed == pytest.approx(perfect.loss, abs=1e-5)
     assert perfect.loss_recovered == pytest.approx(1, abs=1e-3)
     assert perfect.l0 == pytest.approx(24, abs=0.1), "every entry has a sign"
-    useless = fidelity(autoencoder_of(jnp.zeros((24, 24))), model, token_batches(), 1, site)
+    useless = fidelity(autoencoder_of(jnp.zeros((24, 24))), model, token_batches(), 2, site)
     assert useless.loss_reconstructed == pytest.approx(useless.loss_ablated, abs=1e-6)
     assert useless.loss_recovered == pytest.approx(0, abs=1e-6)
     assert useless.loss == pytest.approx(perfect.loss)
-    x = np.concatenate([np.asarray(reader(model, 1, site)(b))[:, :12].reshape(-1, 24) for b in token_batches()])
+    x = np.concatenate([np.asarray(reader(model, 2, site)(b))[:, :12].reshape(-1, 24) for b in token_batches()])
     assert useless.fvu == pytest.approx(np.square(x).sum() / np.square(x - x.mean(0)).sum(), rel=1e-4)
     if site == "residual":  # nothing is left of what the last layer gave
         assert useless.loss_ablated == pytest.approx(np.log(61), rel=1e-5)
@@ -268,11 +268,14 @@ def test_fidelity(model, site):
 
 def test_hidden_units_have_no_loss_recovered(model):
     config = TopKSAE(features=16, k=2)
-    read = reader(model, 0, "ffn_gate")
+    read = reader(model, 1, "ffn_gate")
     first = np.concatenate(list(stream(read, token_batches(), 16, 0)))
     trainer = Trainer(config, SAETrainConfig(site="ffn_gate"), first)
-    result = fidelity(trainer.autoencoder, model, token_batches(), 0, "ffn_gate")
+    result = fidelity(trainer.autoencoder, model, token_batches(), 1, "ffn_gate")
     assert result.loss_recovered is None
+    batch = next(token_batches())
+    features = sae_features(trainer.autoencoder, model, 1, "ffn_gate")(batch["tokens"], batch["segment_ids"])
+    np.testing.assert_allclose(features, trainer.autoencoder.encode(read(batch)), atol=1e-6)
     assert result.l0 <= 2
 
 
@@ -299,7 +302,7 @@ def test_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     for bad, message in (
         (args, "is not empty; name another"),
         ([run, "--kind", "tok"], "--kind=tok: must be one of standard, topk, batch_topk, feature_choice, gba"),
-        ([run, "--train.layer", 2], "train.layer=2: must be below the model's 2 layers"),
+        ([run, "--train.layer", 3], "train.layer=3: must be from 1 to 2"),
         ([run, "--sae.k", 0], "sae.k=0: must be from 1 to 4096 features"),
         ([run, "--kind", "gba", "--sae.k", 3], "--sae.k"),
         ([tmp_path / "none"], "no run here"),
@@ -315,7 +318,7 @@ def test_bad_values():
         (lambda: StandardSAE(penalty=-1), r"sae.penalty=-1"),
         (lambda: GBASAE(lowest=0.6), r"sae.lowest=0.6: must be in \(0, sae.highest\]"),
         (lambda: FeatureChoiceSAE(zipf_offset=-1.0), r"sae.zipf_offset=-1.0: must be above -1"),
-        (lambda: SAETrainConfig(layer=-1), r"train.layer=-1: must be at least 0"),
+        (lambda: SAETrainConfig(layer=0), r"train.layer=0: must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             make()
