@@ -46,9 +46,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(1)
 
 
-def parse(command: type[Command], args: Sequence[str], *, prog: str, description: str) -> Command:
-    """Parse flags into a command's dataclass; exits with status 2 and suggestions on an unknown flag or bad value."""
-    return tyro.cli(command, args=list(args), prog=f"python -m sparsezoo_jax.{prog}", description=description)
+def parse(
+    command: type[Command], args: Sequence[str], *, prog: str, description: str, default: Command | None = None
+) -> Command:
+    """Parse flags into a command's dataclass; exits with status 2 and suggestions on an unknown flag or bad value.
+
+    With `default`, its values are those of flags that are not given.
+    """
+    name = f"python -m sparsezoo_jax.{prog}"
+    if default is None:
+        return tyro.cli(command, args=list(args), prog=name, description=description)
+    # Members of unions are as in `default`, not subcommands.
+    kinds: Any = tyro.conf.AvoidSubcommands[command]  # pyright: ignore[reportInvalidTypeArguments]
+    return tyro.cli(kinds, args=list(args), default=default, prog=name, description=description)
 
 
 def parse_with_preset(
@@ -63,10 +73,10 @@ def parse_with_preset(
       ConfigError: no such architecture, size or kind, or an impossible combination of values.
     """
     asks_help = any(arg in ("-h", "--help") for arg in args)
-    arch = _value_of(args, "--arch")
+    arch = value_of(args, "--arch")
     if arch is None and not asks_help:
         raise ConfigError("--arch", "", f"is needed: one of {', '.join(PRESETS)}")
-    config = preset(arch or default_arch, _value_of(args, "--size") or "tiny")
+    config = preset(arch or default_arch, value_of(args, "--size") or "tiny")
     for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--")):
         path = flag.removeprefix("--").replace("-", "_")
         if path.endswith(".kind"):
@@ -91,7 +101,7 @@ def parse_with_preset(
     )
 
 
-def _value_of(args: Sequence[str], flag: str) -> str | None:
+def value_of(args: Sequence[str], flag: str) -> str | None:
     """The value after `flag` (or in `flag=value`), None without it."""
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
@@ -102,7 +112,7 @@ def _value_of(args: Sequence[str], flag: str) -> str | None:
 
 
 def _needed_value_of(args: Sequence[str], flag: str) -> str:
-    value = _value_of(args, flag)
+    value = value_of(args, flag)
     if value is None or value.startswith("--"):
         raise ConfigError(flag.removeprefix("--"), "", "needs a value")
     return value

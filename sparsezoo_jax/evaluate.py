@@ -2,22 +2,24 @@
 
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
 With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
+With --interpret: how well a layer's features can be explained (docs/interpretability.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
+from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,10 @@ class Evaluate:
     """Batches that the meters read."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
+    explain: Annotated[bool, tyro.conf.arg(name="interpret")] = False
+    """Explain the features of a layer, and test the explanations, instead."""
+    interpret: InterpretEvaluation = field(default_factory=InterpretEvaluation)
+    """What --interpret explains, and who judges."""
     json: bool = False
     """Print one JSON object instead of tables."""
     score_chess: Annotated[bool, tyro.conf.arg(name="chess")] = False
@@ -55,18 +61,18 @@ class Evaluate:
 def main(args: Sequence[str]) -> None:
     """Evaluate and print."""
     command = cli.parse(Evaluate, args, prog="evaluate", description=(__doc__ or "").strip())
-    require(
-        command.score_chess or command.chess == ChessEvaluation(),
-        "--chess",
-        False,
-        "must be given with --chess.* flags",
-    )
-    figures = evaluate_chess(command) if command.score_chess else evaluate(command)
+    modes = _modes(command)
+    for mode in modes:
+        require(mode.wanted or not mode.configured, mode.flag, False, f"must be given with {mode.flag}.* flags")
+    chosen = [mode for mode in modes if mode.wanted]
+    for mode in chosen[1:]:
+        require(False, mode.flag, True, f"can't be given with {chosen[0].flag}")
+    figures = chosen[0].evaluate(command) if chosen else evaluate(command)
     if command.json:
         print(json.dumps(figures))
         return
-    if command.score_chess:
-        print_chess(command.directory, figures)
+    if chosen:
+        chosen[0].show(command.directory, figures)
         return
     rows = [
         ("loss", f"{figures['loss']:.4f} nats/token"),
@@ -81,6 +87,25 @@ def main(args: Sequence[str]) -> None:
     print_meters(figures["meters"]["layers"])
     print_experts(figures["meters"])
     print_costs(figures["costs"])
+
+
+class Mode(NamedTuple):
+    """Something that is evaluated in place of the loss and the meters."""
+
+    flag: str
+    wanted: bool
+    configured: bool
+    """Whether flags of this mode alone were given."""
+    evaluate: Callable[[Evaluate], dict[str, Any]]
+    show: Callable[[Path, dict[str, Any]], None]
+
+
+def _modes(command: Evaluate) -> tuple[Mode, ...]:
+    chess, explained = command.chess != ChessEvaluation(), command.interpret != InterpretEvaluation()
+    return (
+        Mode("--chess", command.score_chess, chess, evaluate_chess, print_chess),
+        Mode("--interpret", command.explain, explained, interpret, print_interpretation),
+    )
 
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
@@ -169,6 +194,81 @@ def print_chess(directory: Path, figures: dict[str, Any]) -> None:
     ]
     header = ("properties", "coverage", "at", "each at its best", "possible")
     cli.print_table(", ".join(parts), (*header, "reconstruction", "at", "per board", "by vote"), rows)
+
+
+def interpret(command: Evaluate) -> dict[str, Any]:
+    """The figures of `evaluation.interpretability.Interpretation`, and with experts "experts" (`ExpertFigures`).
+
+    Raises:
+      UserError: no run, layer or autoencoder there, too little text, or a judge that can't be reached.
+      StorageError: files that can't be read.
+    """
+    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax.autoencoders import load_sae
+    from sparsezoo_jax.autoencoders.activations import sae_features
+    from sparsezoo_jax.evaluation import interpretability
+
+    options = command.interpret
+    if options.judge == "endpoint":
+        judge: Any = interpretability.EndpointJudge(options.model or "", options.base_url)
+    else:
+        judge = interpretability.built_in_judge(options.judge, options.seed)
+    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    if tokenizer is None:
+        raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
+    prepared = data.prepare(config.data, command.split, tokenizer)
+
+    def batches(most: int | None = None) -> Any:
+        return data.evaluation_batches(prepared, command.batch_size or config.data.batch_size, most)
+
+    layer = options.layer or interpretability.default_layer(config.model.layers)
+    if options.sae is None:
+        features = interpretability.ffn_features(model, layer)
+        experts = interpretability.expert_figures(model, batches(command.meter_batches), layer)
+    else:
+        autoencoder, run = load_sae(options.sae)
+        layer, experts = run.train.layer or layer, None
+        features = sae_features(autoencoder, model, layer, run.train.site)
+    result = interpretability.interpret(
+        features, batches, judge, options, lambda token: tokenizer.decode([token]), layer=layer
+    )
+    figures = {"split": command.split, "sae": options.sae, **result.as_dict()}
+    return figures if experts is None else {**figures, "experts": experts.as_dict()}
+
+
+def print_interpretation(directory: Path, figures: dict[str, Any]) -> None:
+    """Print accuracy overall and by activation, and the figures of experts."""
+
+    def cell(value: dict[str, Any]) -> str:
+        if value["mean"] is None:
+            return "-"
+        width = value["half_width"]
+        return f"{value['mean']:.3f}" + ("" if width is None else f" ± {width:.3f}")
+
+    rows = [
+        (name, *(cell(figures["by_bucket"][task][i]) for task in figures["by_bucket"]))
+        for i, name in enumerate(figures["buckets"])
+    ]
+    rows = [("balanced accuracy", *(cell(value) for value in figures["accuracy"].values())), *rows]
+    rows.append(("windows without an answer", *(f"{n:,}" for n in figures["failed"].values())))
+    title = (
+        f"{directory}: {figures['sae'] or 'FFN'} features of layer {figures['layer']}, {len(figures['features'])} "
+        f"explained; judge {figures['judge']} ({figures['judge_kind']}); 95 % intervals over features"
+    )
+    cli.print_table(title, ("windows", *figures["accuracy"]), rows)
+    print(f"{figures['l0']:,.1f} features of a token; {figures['dead']:.2%} of the features never active")
+    experts = figures.get("experts")
+    if experts is None:
+        return
+    columns = (experts["l0_by_expert"], experts["correlation"], experts["load"])
+    table = [
+        (str(i), f"{l0:.1f}", f"{r:.3f}", f"{load:.2%}") for i, (l0, r, load) in enumerate(zip(*columns, strict=True))
+    ]
+    cli.print_table("Experts", ("expert", "active units (L0)", "correlation of score and L0", "load"), table)
+    print(
+        f"L0 of the chosen {experts['l0_chosen']:.1f}, of the best choice {experts['l0_oracle']:.1f}; "
+        f"entropy of the load {experts['load_entropy']:.3f} of its largest"
+    )
 
 
 def print_meters(layers: Sequence[dict[str, Any]]) -> None:

@@ -154,7 +154,7 @@ class Decoder(nnx.Module):
           record: names of internal arrays to return in `records`; `models.records` lists them. Static under jit.
           summarise: called in each layer with its records, its specification and the call's context; what it returns
             takes the records' place. So the arrays of one layer live at a time, not those of all.
-          edit: called with "ffn_output" or "residual", the layer's number and that array [B, T, D] (see
+          edit: called with "ffn_output" or "residual", the layer's number from 0 and that array [B, T, D] (see
             `models.records`); what it returns takes the array's place. Layers run unrolled then.
         """
         config = self.config

@@ -19,7 +19,7 @@ from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.ffn import PlainFFNConfig
-from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES
+from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, hidden_units, pre_activations
 from sparsezoo_jax.pallas_kernels.matmul import matmul
@@ -233,6 +233,7 @@ class MoEXFFN(nnx.Module):
         }
         records = {
             EXPERT_SCORES: lambda: routing.weights_BTE,
+            GATE_SCORES: lambda: self.scores(x_BTD),
             FFN_SCORES: lambda: self._pre_activations(x_BTD),
             FFN_GATE: lambda: self._features(x_BTD, routing),
         }

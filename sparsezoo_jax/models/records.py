@@ -13,6 +13,7 @@ from sparsezoo_jax.errors import require
 FFN_SCORES = "ffn_scores"
 FFN_GATE = "ffn_gate"
 EXPERT_SCORES = "expert_scores"
+GATE_SCORES = "gate_scores"
 FFN_OUTPUT = "ffn_output"
 RESIDUAL = "residual"
 ATTENTION_SCORES = "attention_scores"
@@ -23,6 +24,7 @@ RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
     FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
     EXPERT_SCORES: "[B, T, E] weights of the experts, shared ones first; an expert is active where this is not 0",
+    GATE_SCORES: "float32 [B, T, E] scores by which MoE-X chooses experts, before the choice",
     FFN_OUTPUT: "[B, T, D] what the FFN returns, before a norm and before it joins the residual stream",
     RESIDUAL: "[B, T, D] the residual stream after the layer",
     ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",

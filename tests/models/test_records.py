@@ -59,7 +59,7 @@ def spark():
 
 def test_shapes(spark):
     # This model has no experts.
-    assert set(spark.records) == set(RECORDS) - {"expert_scores"}
+    assert set(spark.records) == set(RECORDS) - {"expert_scores", "gate_scores"}
     shapes = {name: {x.shape for x in layers} for name, layers in spark.records.items()}
     assert shapes == {
         "ffn_scores": {(2, 24, 40)},
