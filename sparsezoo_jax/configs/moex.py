@@ -43,7 +43,7 @@ TINY = RunConfig(
     train=TrainConfig(
         steps=300,
         eval_every=100,
-        schedule=Cosine(learning_rate=8e-3, warmup_steps=0.1),
+        schedule=Cosine(learning_rate=4e-3, warmup_steps=0.1),
         objectives=(balance(4),),
     ),
 )

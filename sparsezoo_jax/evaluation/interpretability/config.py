@@ -42,7 +42,7 @@ class InterpretEvaluation:
     seed: int = 0
     """Seed of features, windows and marks."""
     base_url: str | None = None
-    """Address of the endpoint, such as http://localhost:8000/v1; none is $OPENAI_BASE_URL. $OPENAI_API_KEY is its key."""
+    """Address of the endpoint, such as http://localhost:8000/v1; none is $OPENAI_BASE_URL. Its key: $OPENAI_API_KEY."""
     model: str | None = None
     """Model that the endpoint is asked for."""
 
