@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, dense, moe, spark
+from sparsezoo_jax.configs import blockffn, dense, moe, mohd, spark
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
     "blockffn": blockffn.PRESETS,
     "dense": dense.PRESETS,
     "moe": moe.PRESETS,
+    "mohd": mohd.PRESETS,
     "spark": spark.PRESETS,
 }
 

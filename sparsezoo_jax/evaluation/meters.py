@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.evaluation.flow import StreamFlow, figures
 from sparsezoo_jax.evaluation.summaries import EDGES, NAMES, summarise_layer
 from sparsezoo_jax.models import DecoderConfig, Sparsity
 from sparsezoo_jax.models.config import LayerSpec
@@ -115,6 +116,8 @@ class LayerMeters:
     attention: Attention | None
     attention_selection: SelectionQuality | None
     attention_scores: ScoreDistribution | None
+    flow: dict[str, StreamFlow] = dataclasses.field(default_factory=dict)
+    """Activation flow through each of `evaluation.flow.STREAMS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +193,7 @@ def _layer(total: dict[str, np.ndarray], spec: LayerSpec) -> LayerMeters:
         _attention(total, spec.attention.target_keys) if "attention_queries_by_attended" in total else None,
         _selection(total, "attention"),
         _distribution(total, "attention"),
+        figures(total),
     )
 
 

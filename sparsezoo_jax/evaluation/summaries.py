@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsezoo_jax.evaluation import flow
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.config import LayerSpec
 from sparsezoo_jax.models.records import (
@@ -20,7 +21,7 @@ from sparsezoo_jax.models.records import (
     FFN_SCORES,
 )
 
-NAMES = (FFN_SCORES, FFN_GATE, ATTENTION_SCORES, ATTENTION_SELECTED, ATTENTION_VISIBLE)
+NAMES = (FFN_SCORES, FFN_GATE, ATTENTION_SCORES, ATTENTION_SELECTED, ATTENTION_VISIBLE, *flow.NAMES)
 """The records that `summarise_layer` reads."""
 
 LIMIT = 8.0
@@ -38,7 +39,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
     """Sums over the real tokens of one batch of what `records` of one layer hold; names that are absent are left out.
 
     `ffn_*` and `attention_*` names: activity over all tokens; selection and scores over at most `ROWS` rows, evenly
-    spread, for they cost a sort.
+    spread, for they cost a sort. `flow_*` names: see `evaluation.flow`.
     """
     summary: Summary = {}
     if FFN_GATE in records:
@@ -55,7 +56,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
             summary |= _named("ffn", _selection_sums(scores, active & visible, visible, k))
     if ATTENTION_VISIBLE in records:
         summary |= _attention(records, spec, ctx)
-    return summary
+    return summary | flow.flow_sums(records, ctx)
 
 
 def _activity(active_BTF: jax.Array, valid_BT: jax.Array) -> Summary:

@@ -16,6 +16,8 @@ EXPERT_SCORES = "expert_scores"
 ATTENTION_SCORES = "attention_scores"
 ATTENTION_SELECTED = "attention_selected"
 ATTENTION_VISIBLE = "attention_visible"
+RESIDUAL = "residual"
+SUBLAYER_INPUT = "sublayer_input"
 
 RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
@@ -24,6 +26,8 @@ RECORDS: dict[str, str] = {
     ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",
     ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
     ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",
+    RESIDUAL: "[B, T, D] residual stream after the layer",
+    SUBLAYER_INPUT: "[2, B, T, D] normalised inputs of attention and feed-forward network, as these read them",
 }
 
 

@@ -10,6 +10,7 @@ from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.models.mohd import MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
@@ -63,6 +64,13 @@ CONFIGS = {
         ffn=PlainFFNConfig(d_ff=32, bias=True),
         norm=NormConfig(kind="layer", bias=True),
         learned_positions=True,
+    ),
+    "mohd": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
+        ffn=GatedFFNConfig(d_ff=32, activation="silu"),
+        residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
+        norm=NormConfig(eps=1e-5),
     ),
     "gemma3n": DecoderConfig(
         **BASE,
