@@ -40,7 +40,7 @@ def variants() -> list[Variant]:
         changed("router", "random", router="random"),
         changed("router", "one for a layer", routers="layer"),
         changed("router", "a second one for the output", output_blocks="routed"),
-        *(changed("scaling", name, scale=name) for name in ("none", "mean", "y_literal")),
+        *(changed("scaling", name, scale_mode=name) for name in ("none", "mean", "y_literal")),
         changed("scaling", "norm after the mask", norm_after_mask=True),
         changed("shared gate", "hard", shared_gate="hard"),
         *(changed("fusion", name, fusion=name) for name in ("none", "block_diagonal", "square")),

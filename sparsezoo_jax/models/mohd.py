@@ -57,7 +57,7 @@ class MoHDConfig:
     """Standard deviation of the routers' initial centroids."""
     shared_gate: Literal["soft", "hard"] = "soft"
     """soft: shared blocks are weighted by their affinity like the others; hard: by 1."""
-    scale: Literal["rms", "mean", "y_literal", "none"] = "rms"
+    scale_mode: Literal["rms", "mean", "y_literal", "none"] = "rms"
     """Factor on the gates. rms, mean: gates of mean 1 over a token's blocks, times delta^-1/2 (keeps the energy of the
     input) or delta^-1 (keeps sums). y_literal: `N sum(g) g` of a public re-implementation. none: the softmax's g."""
     norm_after_mask: bool = False
@@ -240,18 +240,18 @@ class BlockRouter(nnx.Module):
     def _factor(self, active: jax.Array | int) -> jax.Array:
         """What gates of mean 1 are multiplied by."""
         delta = jnp.asarray(active, jnp.float32) / self.config.blocks
-        if self.config.norm_after_mask or self.config.scale not in ("rms", "mean"):
+        if self.config.norm_after_mask or self.config.scale_mode not in ("rms", "mean"):
             return jnp.float32(1)
-        return 1 / (delta if self.config.scale == "mean" else jnp.sqrt(delta))
+        return 1 / (delta if self.config.scale_mode == "mean" else jnp.sqrt(delta))
 
     def _gates(self, affinity_BTN: jax.Array, active_BTN: jax.Array, count: jax.Array) -> jax.Array:
         config = self.config
         first = config.shared if config.shared_gate == "hard" else 0
         soft_BTN = (affinity_BTN * active_BTN)[..., first:]
         total_BT1 = jnp.sum(soft_BTN, axis=-1, keepdims=True)
-        if config.scale in ("rms", "mean"):
+        if config.scale_mode in ("rms", "mean"):
             soft_BTN = (count - first) * soft_BTN / jnp.maximum(total_BT1, jnp.finfo(jnp.float32).tiny)
-        elif config.scale == "y_literal":
+        elif config.scale_mode == "y_literal":
             soft_BTN = config.blocks * total_BT1 * soft_BTN
         hard_BTN = jnp.ones((*soft_BTN.shape[:2], first), jnp.float32)
         return self._factor(count) * jnp.concatenate([hard_BTN, soft_BTN], axis=-1)

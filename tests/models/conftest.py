@@ -71,6 +71,7 @@ CONFIGS = {
         ffn=GatedFFNConfig(d_ff=32, activation="silu"),
         residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
         norm=NormConfig(eps=1e-5),
+        init=InitConfig(kind="fixed", scale=0.1, embedding_std=1.0),
     ),
     "gemma3n": DecoderConfig(
         **BASE,

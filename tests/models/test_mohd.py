@@ -52,6 +52,21 @@ def with_parameters_of(config, source):
     return model
 
 
+ONE = dataclasses.replace(BASE, layers=1)
+
+
+def recorded(config, tokens):
+    """The output of a decoder with the residual stream and the sublayers' inputs."""
+    graphdef, state = nnx.split(build(config))
+    names = ("residual", "sublayer_input")
+    return jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens, record=names))(state, tokens)
+
+
+def blocks_read(inputs):
+    """Booleans [2, B, T, N]: the blocks of width 4 that attention and feed-forward network see."""
+    return (np.asarray(inputs).reshape(*inputs.shape[:3], 8, 4) != 0).any(-1)
+
+
 def with_fusion(model):
     """The model with fusions that do something."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -128,20 +143,19 @@ def test_grouped_forms_equal_the_masked_one(tokens, changes):
 
 def test_decoding_reads_only_the_slabs_of_active_blocks(tokens):
     """A decode step is the same with nothing but nan in the weights of the other blocks."""
-    config = with_residual(dataclasses.replace(BASE, layers=1), fusion="none")
-    model = build(config).unstacked()
+    model = build(with_residual(ONE, fusion="none")).unstacked()
     token, cache = tokens[:1, :1], model.init_cache(1, 8)
-    out = model(token, cache=cache, record=["sublayer_input"])
-    (inputs,) = out.records["sublayer_input"]
-    used = (inputs.reshape(2, 8, 4) != 0).any(-1)
+    graphdef, saved = nnx.split(model)
+    step = jax.jit(lambda state: nnx.merge(graphdef, state)(token, cache=cache, record=("sublayer_input",)))
+    saved = jax.tree.map(jnp.array, saved)
+    out = step(saved)
+    used = blocks_read(out.records["sublayer_input"][0])[:, 0, 0]
     np.testing.assert_array_equal(used.sum(-1), 4)
     block = model.segments[0].blocks[0]
     sides = {
         0: [(block.attention.projections, name) for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD")],
         1: [(block.ffn, name) for name in ("gate_DF", "up_DF", "down_FD")],
     }
-
-    saved = jax.tree.map(jnp.array, nnx.state(model))
 
     def spoilt(blocks_of):
         """Logits with nan in the weights of the blocks that `blocks_of` gives for each sublayer."""
@@ -152,7 +166,7 @@ def test_decoding_reads_only_the_slabs_of_active_blocks(tokens):
                 leading = name.partition("_")[2].startswith("D")
                 shape = (32, *(1,) * (weight.ndim - 1)) if leading else (32,)
                 weight[...] = jnp.where(bad.reshape(shape), jnp.nan, weight[...])
-        logits = model(token, cache=cache).logits
+        logits = step(nnx.state(model)).logits
         nnx.update(model, saved)
         return logits
 
@@ -189,12 +203,12 @@ def gates_by_hand(z_N, active_N, config):
     g = affinity / affinity.sum() * active_N
     first = config.shared if config.shared_gate == "hard" else 0
     soft, delta = g[first:], config.active / config.blocks
-    match config.scale:
+    match config.scale_mode:
         case "rms" | "mean":
             soft = (config.active - first) * soft / soft.sum()
         case "y_literal":
             soft = config.blocks * soft.sum() * soft
-    a = {"rms": delta**-0.5, "mean": 1 / delta}.get(config.scale, 1)
+    a = {"rms": delta**-0.5, "mean": 1 / delta}.get(config.scale_mode, 1)
     return (1 if config.norm_after_mask else a) * np.concatenate([np.ones(first), soft])
 
 
@@ -206,7 +220,7 @@ SCORES = np.random.default_rng(0).normal(size=(2, 5, 8))
 @pytest.mark.parametrize("norm_after_mask", [False, True])
 def test_gates_and_their_gradient(scale, shared_gate, norm_after_mask):
     config = MoHDConfig(
-        blocks=8, active=5, shared=2, scale=scale, shared_gate=shared_gate, norm_after_mask=norm_after_mask
+        blocks=8, active=5, shared=2, scale_mode=scale, shared_gate=shared_gate, norm_after_mask=norm_after_mask
     )
     router, ctx = router_of(config), context(np.ones((2, 5), int))
     chosen, _ = router(jnp.asarray(SCORES, jnp.float32), ctx)
@@ -226,7 +240,7 @@ def test_gates_and_their_gradient(scale, shared_gate, norm_after_mask):
 
 def test_uniform_affinities_keep_energy_or_sum():
     for scale, total, power in (("rms", 8, 2), ("mean", 8, 1), ("y_literal", 8 * (3 / 8) ** 2, 1), ("none", 3 / 8, 1)):
-        config = MoHDConfig(blocks=8, active=3, shared=1, scale=scale)
+        config = MoHDConfig(blocks=8, active=3, shared=1, scale_mode=scale)
         chosen, _ = router_of(config)(jnp.zeros((1, 4, 8)), context(np.ones((1, 4), int)))
         np.testing.assert_allclose(jnp.sum(chosen.gates_BTN**power, axis=-1), total, rtol=1e-6)
 
@@ -255,7 +269,7 @@ def test_balance_loss():
 def test_bias_evens_out_loads_without_moving_gates():
     config = with_residual(balance="bias", bias_rate=0.25, masked_head=True)
     model = build(config)
-    out = model(jnp.zeros((1, 6), jnp.int32))
+    out = forward(model)(jnp.zeros((1, 6), jnp.int32))
     model.after_step(out.observed)
     for layer in range(2):
         for name in ("attention_residual", "ffn_residual"):
@@ -287,8 +301,8 @@ def test_warmup_goes_from_all_blocks_to_the_active_ones():
 
 
 def test_a_random_router_does_not_learn(tokens):
-    gradients = loss_and_gradients(with_residual(router="random"), tokens)[2]
-    learned = loss_and_gradients(BASE, tokens)[2]
+    gradients = loss_and_gradients(with_residual(ONE, router="random"), tokens)[2]
+    learned = loss_and_gradients(ONE, tokens)[2]
     for path, gradient in gradients.items():
         if path[-1] == "centroids_DN":
             assert not gradient.any()
@@ -296,28 +310,24 @@ def test_a_random_router_does_not_learn(tokens):
 
 
 def test_one_router_for_a_layer(tokens):
-    config = with_residual(routers="layer")
-    out = build(config)(tokens, record=["sublayer_input"])
-    for inputs in out.records["sublayer_input"]:
-        used = (np.asarray(inputs).reshape(2, 2, 30, 8, 4) != 0).any(-1)
-        np.testing.assert_array_equal(used[0], used[1])
-    apart = build(BASE)(tokens, record=["sublayer_input"]).records["sublayer_input"][0]
-    used = (np.asarray(apart).reshape(2, 2, 30, 8, 4) != 0).any(-1)
-    assert (used[0] != used[1]).any()
+    for inputs in recorded(with_residual(routers="layer"), tokens).records["sublayer_input"]:
+        attention, ffn = blocks_read(inputs)
+        np.testing.assert_array_equal(attention, ffn)
+    attention, ffn = blocks_read(recorded(ONE, tokens).records["sublayer_input"][0])
+    assert (attention != ffn).any()
 
 
 def test_only_active_blocks_are_written(tokens):
-    plain, aside = build(with_residual(fusion="none")), build(with_residual(fusion="none", sublayers="attention"))
-    out = plain(tokens, record=["residual", "sublayer_input"])
+    out = recorded(with_residual(fusion="none"), tokens)
     before, after = out.records["residual"]
-    reads = (np.asarray(out.records["sublayer_input"][1]).reshape(2, 2, 30, 8, 4) != 0).any(-1)
+    reads = blocks_read(out.records["sublayer_input"][1])
     changed = (np.asarray(after - before).reshape(2, 30, 8, 4) != 0).any(-1)
     np.testing.assert_array_equal(changed, reads.any(0))
     np.testing.assert_allclose(out.stats["width_density"], 0.5)
-    inputs = aside(tokens, record=["sublayer_input"]).records["sublayer_input"][0]
-    used = (np.asarray(inputs).reshape(2, 2, 30, 8, 4) != 0).any(-1)
-    assert (used[0].sum(-1) == 4).all()
-    assert used[1].all()
+    aside = recorded(with_residual(ONE, fusion="none", sublayers="attention"), tokens)
+    attention, ffn = blocks_read(aside.records["sublayer_input"][0])
+    assert (attention.sum(-1) == 4).all()
+    assert ffn.all()
 
 
 # --- Fusion.
