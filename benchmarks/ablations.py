@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +57,25 @@ def variants() -> list[Variant]:
 
 def main() -> None:
     """Train what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
+    columns = {
+        "active neurons": lambda figures: f"{statistics.mean(figures['ffn_density']):.1%}",
+        "attended keys": lambda figures: f"{statistics.mean(figures['attended_keys']):.1f}",
+    }
+    run(variants(), columns, Path("runs/ablations"), __doc__ or "")
+
+
+Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+
+
+def run(rows_wanted: Sequence[Variant], columns: Columns, runs: Path, description: str) -> None:
+    """Parse flags, train what is missing and print the table; `columns` format statistics of a row beside its loss."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=runs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs only")
     options = parser.parse_args()
-    rows: list[tuple[Variant, list[dict[str, Any]]]] = [(variant, []) for variant in variants()]
+    rows: list[tuple[Variant, list[dict[str, Any]]]] = [(variant, []) for variant in rows_wanted]
     for seed in options.seeds:
         for index, (variant, found) in enumerate(rows):
             slug = "-".join("".join(c if c.isalnum() else " " for c in f"{variant.group} {variant.name}").split())
@@ -72,28 +84,30 @@ def main() -> None:
                 continue
             flags = {"train.steps": options.steps, "train.seed": seed, "data.seed": seed, **variant.flags}
             found.append(figures_of(workdir, variant.arch, flags))
-    print_table(rows)
+    print_table(rows, columns)
 
 
-def print_table(rows: Sequence[tuple[Variant, list[dict[str, Any]]]]) -> None:
+def print_table(rows: Sequence[tuple[Variant, list[dict[str, Any]]]], columns: Columns) -> None:
     """Loss of every variant, beside the unchanged model over the seeds that both have."""
     base = rows[0][1]
-    print(
-        "| changed | to | loss, nats/token | spread | against the first row | active neurons | attended keys | seeds |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    header = ("changed", "to", "loss, nats/token", "spread", "against the first row", *columns, "seeds")
+    print(f"| {' | '.join(header)} |")
+    print("|---" * len(header) + "|")
     for variant, found in rows:
         if not found:
             continue
         losses = [figures["loss"] for figures in found]
         change = statistics.mean(losses) / statistics.mean(row["loss"] for row in base[: len(losses)]) - 1
-        density, keys = (
-            statistics.mean(value for figures in found for value in figures[name])
-            for name in ("ffn_density", "attended_keys")
-        )
+        # Statistics of all seeds as one: their layers beside each other.
+        together = {
+            name: [value for figures in found for value in figures[name]]
+            for name, first in found[0].items()
+            if isinstance(first, list)
+        }
+        more = "".join(f" {form(together)} |" for form in columns.values())
         print(
             f"| {variant.group or '(nothing)'} | {variant.name} | {statistics.mean(losses):.4f} "
-            f"| {max(losses) - min(losses):.4f} | {change:+.2%} | {density:.1%} | {keys:.1f} | {len(losses)} |"
+            f"| {max(losses) - min(losses):.4f} | {change:+.2%} |{more} {len(losses)} |"
         )
 
 

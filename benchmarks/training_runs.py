@@ -11,12 +11,16 @@ from typing import Any
 
 
 def figures_of(workdir: Path, arch: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What `evaluation.json` of a run holds; without it, trains now with `--flag value` for each of `flags`."""
+    """What `evaluation.json` of a run holds; without it, trains now with `--flag value` for each of `flags`.
+
+    A value of True stands for a flag without value.
+    """
     figures = workdir / "evaluation.json"
     if not figures.exists():
         command = [sys.executable, "-m", "sparsezoo_jax.train", "--arch", arch, "--workdir", str(workdir)]
         command += ["--train.checkpoint-every", "100", "--train.no-keep-best"]
-        command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        for name, value in flags.items():
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         print(f"training {workdir.name}", file=sys.stderr, flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(figures.read_text())

@@ -142,10 +142,15 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def print_layers(figures: Mapping[str, Any]) -> None:
-    """Print per-layer statistics: FFN density and attended keys."""
-    density, keys = figures.get("ffn_density"), figures.get("attended_keys")
-    if not density or not keys:
+    """Print per-layer statistics: FFN density, attended keys and, where it is routed, active width."""
+    kinds = (("ffn_density", "active neurons", ".2%"), ("attended_keys", "attended keys", ".1f"))
+    kinds += (("width_density", "active width", ".2%"),) if figures.get("width_density") else ()
+    if not all(figures.get(name) for name, _, _ in kinds):
         return
-    rows = [(str(layer), f"{d:.2%}", f"{k:.1f}") for layer, (d, k) in enumerate(zip(density, keys, strict=True))]
-    rows.append(("mean", f"{sum(density) / len(density):.2%}", f"{sum(keys) / len(keys):.1f}"))
-    print_table("Sparsity on the validation split", ("layer", "active neurons", "attended keys"), rows)
+    columns = [[*figures[name], sum(figures[name]) / len(figures[name])] for name, _, _ in kinds]
+    layers = [*map(str, range(len(columns[0]) - 1)), "mean"]
+    rows = [
+        (layer, *(format(value, form) for value, (_, _, form) in zip(values, kinds, strict=True)))
+        for layer, *values in zip(layers, *columns, strict=True)
+    ]
+    print_table("Sparsity on the validation split", ("layer", *(title for _, title, _ in kinds)), rows)

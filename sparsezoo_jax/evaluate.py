@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -20,6 +20,9 @@ from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.models import DecoderConfig, Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ def main(args: Sequence[str]) -> None:
         return
     print_meters(figures["meters"]["layers"])
     print_experts(figures["meters"])
+    print_flow(figures["meters"]["layers"])
+    print_parameters(figures["parameters"])
     print_costs(figures["costs"])
 
 
@@ -111,7 +116,7 @@ def _modes(command: Evaluate) -> tuple[Mode, ...]:
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """The figures by name: loss (nats/token), perplexity, bits_per_byte, tokens, and per-layer statistics.
 
-    With meters also "meters" (see `evaluation.Meters`) and "costs" (a list of `evaluation.Cost`).
+    With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
 
     Raises:
       UserError: no run or step there, an unknown corpus, or a run without a tokenizer.
@@ -141,7 +146,22 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
     costs = cost_table(config.model, command.contexts, meters.sparsity(config.model))
-    return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs)}
+    counts = parameter_counts(config.model, meters.sparsity(config.model))
+    return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs), "parameters": counts}
+
+
+def parameter_counts(config: DecoderConfig, measured: Sparsity) -> dict[str, float]:
+    """Parameters in all, without embeddings, and those that one token needs: as configured and as measured."""
+    from sparsezoo_jax.models import activated_parameters, count_parameters
+
+    count, aim, found = count_parameters(config), activated_parameters(config), activated_parameters(config, measured)
+    return {
+        "total": count.total,
+        "non_embedding": count.non_embedding,
+        "activated_layers": aim.layers,
+        "activated_layers_measured": found.layers,
+        "activated_head": aim.head,
+    }
 
 
 def evaluate_chess(command: Evaluate) -> dict[str, Any]:
@@ -324,6 +344,37 @@ def print_experts(meters: dict[str, Any]) -> None:
     ]
     header = ("layer", "mean", *(f"{p} %" for p in percentiles), "reuse", "dead", "max/mean")
     cli.print_table("Experts: active for a token, used again by the next one, load", header, rows)
+
+
+def print_flow(layers: Sequence[dict[str, Any]]) -> None:
+    """Print how each layer's hidden states spread over the dimensions of the residual stream."""
+    rows = [
+        (
+            f"{index} {stream.replace('_', ' ')}",
+            f"{flow['flow']:.1f}",
+            *(f"{flow[name]:.1f} ({flow[name] / flow['width']:.0%})" for name in ("dims_50", "dims_90")),
+            f"{flow['shared']:,}",
+            f"{flow['specialised']:,}",
+            f"{flow['run_length']:.2f}",
+            "-" if flow["jaccard"] is None else f"{flow['jaccard']:.3f}",
+        )
+        for index, layer in enumerate(layers)
+        for stream, flow in layer["flow"].items()
+    ]
+    header = ("layer", "flow", "dims of 50 %", "dims of 90 %", "shared", "specialised", "run", "Jaccard")
+    cli.print_table("Activation flow: dimensions of the stream that hold a token's magnitude", header, rows)
+
+
+def print_parameters(counts: dict[str, float]) -> None:
+    """Print parameters, and those that one token needs."""
+    names = {
+        "total": "all",
+        "non_embedding": "without embeddings",
+        "activated_layers": "activated by a token, layers, as configured",
+        "activated_layers_measured": "activated by a token, layers, as measured",
+        "activated_head": "activated by a token, output projection",
+    }
+    cli.print_table("Parameters", ("which", "number"), [(text, f"{counts[name]:,.0f}") for name, text in names.items()])
 
 
 def print_costs(costs: Sequence[dict[str, Any]]) -> None:

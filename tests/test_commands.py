@@ -151,11 +151,15 @@ def test_meters(trained, monkeypatch, capsys):
     keys = [layer["attention"]["attended"]["mean"] for layer in layers]
     assert keys == pytest.approx(figures["attended_keys"], rel=1e-5)
     assert all(0.5 < layer["ffn_selection"]["recall"] <= 1 for layer in layers)
+    assert all(0 < flow["dims_50"] < flow["dims_90"] <= 32 for layer in layers for flow in layer["flow"].values())
+    counts = figures["parameters"]
+    assert counts["activated_layers"] < counts["non_embedding"] < counts["total"]
+    assert counts["activated_head"] == 320 * 32
     variants = [(cost["context"], cost["variant"]) for cost in figures["costs"]]  # 64 neurons have no gated twin
     assert variants == [(context, name) for context in (64, 128) for name in ("configured", "measured")]
     assert call(evaluate, [trained, "--batches", 1, "--no-meters", "--json"], monkeypatch) == 0
     plain = json.loads(capsys.readouterr().out)
-    assert plain == {name: value for name, value in figures.items() if name not in ("meters", "costs")}
+    assert plain == {name: value for name, value in figures.items() if name not in ("meters", "costs", "parameters")}
     for extra, message in (
         (["--meter-batches", 0], "--meter-batches=0: must be above 0"),
         (["--contexts", 64, 0], "--contexts=0: must be above 0"),
@@ -244,7 +248,7 @@ def test_generate(trained, monkeypatch, capsys):
 
 
 BAD_FLAGS = [
-    (["--arch", "sparc"], "--arch=sparc: must be one of blockffn, dense, moe, moex, spark"),
+    (["--arch", "sparc"], "--arch=sparc: must be one of blockffn, dense, moe, moex, mohd, spark"),
     (["--arch", "spark", "--size", "huge"], "--size=huge: for --arch spark"),
     ([], "--arch=: is needed"),
     (["--arch", "spark", "--model.ffn.widht", "3"], "Unrecognized options: --model.ffn.widht"),

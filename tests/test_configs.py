@@ -41,6 +41,24 @@ PARAMETERS = {
     ("moex", "chess"): (142_615_040, 143_155_200),
     ("moex", "small"): (481_315_584, 520_699_392),
     ("moex", "medium"): (1_711_326_208, 1_763_837_952),
+    ("mohd", "tiny"): (2_068_736, 3_117_312),
+    ("mohd", "tiny_c50"): (1_026_176, 1_550_464),
+    ("mohd", "tiny_x4"): (4_203_008, 6_300_160),
+    ("mohd", "355m_c50"): (294_175_744, 326_943_744),
+    ("mohd", "355m_c75"): (294_175_744, 326_943_744),
+    ("mohd", "355m_x2"): (589_924_352, 655_460_352),
+    ("mohd", "355m_x3"): (888_425_472, 986_729_472),
+    ("mohd", "355m_x4"): (1_186_140_160, 1_317_212_160),
+    ("mohd", "495m_c50"): (401_911_296, 451_063_296),
+    ("mohd", "495m_c75"): (401_911_296, 451_063_296),
+    ("mohd", "495m_x2"): (803_822_592, 902_126_592),
+    ("mohd", "495m_x3"): (1_209_862_656, 1_357_318_656),
+    ("mohd", "495m_x4"): (1_615_902_720, 1_812_510_720),
+    ("mohd", "1_13b_c50"): (1_017_743_360, 1_083_279_360),
+    ("mohd", "1_13b_c75"): (1_017_743_360, 1_083_279_360),
+    ("mohd", "1_13b_x2"): (2_041_778_176, 2_172_850_176),
+    ("mohd", "1_13b_x3"): (3_074_463_744, 3_271_071_744),
+    ("mohd", "1_13b_x4"): (4_108_722_176, 4_370_866_176),
     ("spark", "tiny"): (985_216, 1_509_504),
     ("spark", "small"): (75_535_104, 100_111_104),
     ("spark", "2b"): (2_024_517_888, 2_614_636_800),
@@ -121,7 +139,8 @@ def test_blockffn_scalings():
 
 def test_unknown_presets():
     with pytest.raises(
-        ConfigError, match=r"--arch=sparc: must be one of blockffn, dense, moe, moex, spark \(did you mean spark\?\)"
+        ConfigError,
+        match=r"--arch=sparc: must be one of blockffn, dense, moe, moex, mohd, spark \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

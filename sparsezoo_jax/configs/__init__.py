@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, dense, moe, moex, spark
+from sparsezoo_jax.configs import blockffn, dense, moe, moex, mohd, spark
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
@@ -13,6 +13,7 @@ PRESETS: dict[str, dict[str, RunConfig]] = {
     "dense": dense.PRESETS,
     "moe": moe.PRESETS,
     "moex": moex.PRESETS,
+    "mohd": mohd.PRESETS,
     "spark": spark.PRESETS,
 }
 

@@ -20,6 +20,7 @@ from flax import nnx
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.counts import Count, count_of
 from sparsezoo_jax.evaluation.expert_meters import ExpertMeters, expert_meters
+from sparsezoo_jax.evaluation.flow import StreamFlow, figures
 from sparsezoo_jax.evaluation.summaries import EDGES, NAMES, summarise_layer
 from sparsezoo_jax.models import DecoderConfig, Sparsity
 from sparsezoo_jax.models.config import LayerSpec
@@ -107,6 +108,8 @@ class LayerMeters:
     attention_selection: SelectionQuality | None
     attention_scores: ScoreDistribution | None
     experts: ExpertMeters | None = None
+    flow: dict[str, StreamFlow] = dataclasses.field(default_factory=dict)
+    """Activation flow through each of `evaluation.flow.STREAMS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +195,7 @@ def _layer(total: dict[str, np.ndarray], spec: LayerSpec) -> LayerMeters:
         _selection(total, "attention"),
         _distribution(total, "attention"),
         expert_meters([total]),
+        figures(total),
     )
 
 

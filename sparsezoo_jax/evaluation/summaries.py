@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsezoo_jax.evaluation import flow
 from sparsezoo_jax.evaluation.counts import tally
 from sparsezoo_jax.evaluation.expert_meters import summarise_experts
 from sparsezoo_jax.models.common import CallContext
@@ -23,7 +24,15 @@ from sparsezoo_jax.models.records import (
     FFN_SCORES,
 )
 
-NAMES = (FFN_SCORES, FFN_GATE, EXPERT_SCORES, ATTENTION_SCORES, ATTENTION_SELECTED, ATTENTION_VISIBLE)
+NAMES = (
+    FFN_SCORES,
+    FFN_GATE,
+    EXPERT_SCORES,
+    ATTENTION_SCORES,
+    ATTENTION_SELECTED,
+    ATTENTION_VISIBLE,
+    *flow.NAMES,
+)
 """The records that `summarise_layer` reads."""
 
 LIMIT = 8.0
@@ -41,7 +50,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
     """Sums over the real tokens of one batch of what `records` of one layer hold; names that are absent are left out.
 
     `ffn_*`, `experts_*` and `attention_*` names: activity over all tokens; selection and scores over at most `ROWS`
-    rows, evenly spread, for they cost a sort.
+    rows, evenly spread, for they cost a sort. `flow_*` names: see `evaluation.flow`.
     """
     summary: Summary = {}
     if FFN_GATE in records:
@@ -60,7 +69,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
         summary |= summarise_experts(records[EXPERT_SCORES], ctx, getattr(spec.ffn, "shared", 0))
     if ATTENTION_VISIBLE in records:
         summary |= _attention(records, spec, ctx)
-    return summary
+    return summary | flow.flow_sums(records, ctx)
 
 
 def _activity(active_BTF: jax.Array, valid_BT: jax.Array) -> Summary:

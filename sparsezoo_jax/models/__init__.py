@@ -1,8 +1,10 @@
 """One decoder, composed of attention kinds, FFN kinds and residual kinds."""
 
 from sparsezoo_jax.models.accounting import (
+    ActivatedCount,
     ParameterCount,
     Sparsity,
+    activated_parameters,
     bytes_per_token,
     count_parameters,
     dense_twin,
@@ -12,11 +14,13 @@ from sparsezoo_jax.models.config import DecoderConfig
 from sparsezoo_jax.models.decoder import Decoder, Output
 
 __all__ = [
+    "ActivatedCount",
     "Decoder",
     "DecoderConfig",
     "Output",
     "ParameterCount",
     "Sparsity",
+    "activated_parameters",
     "bytes_per_token",
     "count_parameters",
     "dense_twin",

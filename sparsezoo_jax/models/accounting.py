@@ -53,6 +53,20 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
 
 
 @dataclass(frozen=True)
+class ActivatedCount:
+    """Numbers of weights that one token needs; norm scales are not counted."""
+
+    layers: float
+    """Attention, feed-forward networks and residual connections of all layers."""
+    head: float
+    """Output projection."""
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.head
+
+
+@dataclass(frozen=True)
 class Sparsity:
     """How sparse each layer is, in place of what its configuration aims at; None where that is kept."""
 
@@ -86,8 +100,9 @@ def flops_per_token(
     total = 0.0
     for spec, active, attended in _layers(config, sparsity):
         mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
-        total += spec.attention.projection_flops(config.d_model) + mixing + spec.ffn.flops(config.d_model, active)
-    return total + (2 * config.d_model * config.vocab_size if logits else 0)
+        total += spec.attention.projection_flops(_width(config, "attention")) + mixing
+        total += spec.ffn.flops(_width(config, "ffn"), active) + 2 * _connections(config)
+    return total + (2 * _head_weights(config) if logits else 0)
 
 
 def bytes_per_token(
@@ -108,9 +123,19 @@ def bytes_per_token(
     numbers = 0.0
     for spec, active, attended in _layers(config, sparsity):
         cache = _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
-        numbers += spec.attention.projection_weights(config.d_model) + cache + spec.ffn.weights(config.d_model, active)
-    numbers += config.d_model * config.vocab_size if logits else 0
+        numbers += _layer_weights(config, spec, active) + cache
+    numbers += _head_weights(config) if logits else 0
     return numbers * jnp.dtype(config.dtype).itemsize
+
+
+def activated_parameters(config: DecoderConfig, sparsity: Sparsity | None = None) -> ActivatedCount:
+    """The parameters that one token needs; `sparsity` as in `flops_per_token`.
+
+    Of a layer with a routed width: `delta B` of its `B` weights, routers, and the fusion of active blocks (MoHD,
+    arXiv 2412.05644).
+    """
+    layers = sum(_layer_weights(config, spec, active) for spec, active, _ in _layers(config, sparsity))
+    return ActivatedCount(layers, _head_weights(config))
 
 
 def dense_twin(config: DecoderConfig) -> DecoderConfig | None:
@@ -119,7 +144,30 @@ def dense_twin(config: DecoderConfig) -> DecoderConfig | None:
     `config` itself when it is dense; None when its FFN has no gated form of equal parameters.
     """
     ffn = config.ffn.dense_twin()
-    return None if ffn is None else dataclasses.replace(config, ffn=ffn, attention=config.attention.dense_twin())
+    if ffn is None:
+        return None
+    attention, residual = config.attention.dense_twin(), config.residual.dense_twin()
+    return dataclasses.replace(config, ffn=ffn, attention=attention, residual=residual)
+
+
+def _width(config: DecoderConfig, sublayer: Literal["attention", "ffn", "head"]) -> int:
+    """The part of the residual stream that a token's sublayer reads or writes."""
+    return config.residual.active_width(config.d_model, sublayer)
+
+
+def _connections(config: DecoderConfig) -> float:
+    """Weights of a layer's two residual connections (routers, fusion) that one token needs."""
+    return sum(config.residual.weights(config.d_model, sublayer) for sublayer in ("attention", "ffn"))
+
+
+def _layer_weights(config: DecoderConfig, spec: LayerSpec, active: float | None) -> float:
+    attention = spec.attention.projection_weights(_width(config, "attention"))
+    return attention + spec.ffn.weights(_width(config, "ffn"), active) + _connections(config)
+
+
+def _head_weights(config: DecoderConfig) -> float:
+    """Weights of the output projection, and of what chooses its part of the width, that one token needs."""
+    return _width(config, "head") * config.vocab_size + config.residual.weights(config.d_model, "head")
 
 
 def _layers(config: DecoderConfig, sparsity: Sparsity | None):

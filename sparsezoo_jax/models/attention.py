@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, Lay
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.spark_attention import (
     NEGATIVE,
     attention_scores,
@@ -29,6 +29,8 @@ from sparsezoo_jax.sharding import constrain
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GQAConfig:
     """Grouped-query attention; as many key/value heads as query heads make it multi-head attention."""
+
+    partial_width: ClassVar[bool] = True
 
     kind: Literal["gqa"] = "gqa"
     heads: int
@@ -121,9 +123,9 @@ class Projections(nnx.Module):
     def __init__(self, config, ctx: BuildContext, rngs: nnx.Rngs):
         d, heads, kv_heads, width = ctx.d_model, config.heads, config.kv_heads, config.head_dim
         self.dtype = ctx.dtype
-        self.q_DNH = ctx.weight(rngs, (d, heads, width), ("embed", "heads", "head_dim"), d)
-        self.k_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), d)
-        self.v_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), d)
+        self.q_DNH = ctx.weight(rngs, (d, heads, width), ("embed", "heads", "head_dim"), ctx.fan_in)
+        self.k_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
+        self.v_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
         self.o_NHD = ctx.weight(rngs, (heads, width, d), ("heads", "head_dim", "embed"), heads * width, output=True)
         self.q_bias = ctx.constant(0.0, (heads, width), ("heads", "head_dim")) if config.bias else None
         self.k_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
@@ -133,12 +135,12 @@ class Projections(nnx.Module):
         self.q_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
         self.k_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
 
-    def qkv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
 
         def project(weight, bias):
             heads, width = weight.shape[1:]
-            y = matmul(x_BTD, weight[...].astype(self.dtype).reshape(-1, heads * width))
+            y = stream.read(x_BTD, weight[...].astype(self.dtype).reshape(-1, heads * width))
             y = y.reshape(*x_BTD.shape[:2], heads, width)
             return y if bias is None else y + bias[...].astype(self.dtype)
 
@@ -150,8 +152,8 @@ class Projections(nnx.Module):
         k = constrain(k if self.k_norm is None else self.k_norm(k), ("batch", None, "kv_heads", "head_dim"))
         return q, k, constrain(v, ("batch", None, "kv_heads", "head_dim"))
 
-    def output(self, y_BTNH: jax.Array) -> jax.Array:
-        y = jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+    def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
+        y = stream.write(y_BTNH, self.o_NHD[...].astype(self.dtype))
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 
@@ -176,7 +178,7 @@ class GQA(nnx.Module):
         self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
         config = self.config
-        q, k, v = self.projections.qkv(x_BTD)
+        q, k, v = self.projections.qkv(x_BTD, ctx.width)
         if config.rope is not None:
             base = config.rope.base_of(self.layer_type)
             q = apply_rope(q, ctx.positions_BT, base, config.rope.fraction)
@@ -189,4 +191,4 @@ class GQA(nnx.Module):
         y = dense_attention(q, k, v, mask, scale=scale, softcap=config.softcap)
         attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
         aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
-        return self.projections.output(y), aux, cache
+        return self.projections.output(y, ctx.width), aux, cache

@@ -17,6 +17,7 @@ from flax import nnx
 from pydantic.dataclasses import dataclass as config_dataclass
 
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.width import WHOLE, Width
 
 LayerType = Literal["global", "local"]
 DType = Literal["float32", "bfloat16"]
@@ -56,6 +57,13 @@ class BuildContext:
     param_dtype: jnp.dtype
     dtype: jnp.dtype
     layer_type: LayerType = "global"
+    stream_fan_in: int | None = None
+    """Fan-in of sublayers' maps from the residual stream. None: all of its width."""
+
+    @property
+    def fan_in(self) -> int:
+        """Fan-in of maps from the residual stream."""
+        return self.d_model if self.stream_fan_in is None else self.stream_fan_in
 
     def weight(
         self,
@@ -80,7 +88,7 @@ class BuildContext:
             deviation /= math.sqrt(2 * self.layers)
         return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
 
-    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A parameter that starts at `value` everywhere (norm scales, biases)."""
         return nnx.Param(jnp.full(shape, value, self.param_dtype), axes=axes)
 
@@ -101,6 +109,15 @@ class LayerAux(NamedTuple):
 
     def merged(self, other: LayerAux) -> LayerAux:
         return LayerAux(*({**mine, **theirs} for mine, theirs in zip(self, other, strict=True)))
+
+    def averaged(self, other: LayerAux) -> LayerAux:
+        """Losses and statistics that both have as the mean of the two, those of one as they are; nothing else."""
+
+        def mean(mine: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            both = {name: (mine[name] + theirs[name]) / 2 for name in mine.keys() & theirs.keys()}
+            return {**mine, **theirs, **both}
+
+        return LayerAux(mean(self.losses, other.losses), mean(self.stats, other.stats))
 
 
 @dataclass
@@ -127,6 +144,10 @@ class CallContext:
     """The layer, or the first of several, where something is edited."""
     rng: jax.Array | None = None
     """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
+    routing: Any = None
+    """What the residual connection before, in the same layer, leaves for the next (see `models.residual`)."""
+    width: Width = WHOLE
+    """How a sublayer reads and writes the residual stream; its residual connection sets it."""
 
     def __post_init__(self):
         self.valid_BT = self.segments_BT > 0

@@ -85,6 +85,7 @@ class DecoderConfig:
         )
         r = getattr(self.ffn, "r", None)
         require(r is None or r < self.d_model, "model.ffn.r", r, f"must be below model.d_model={self.d_model}")
+        self.residual.check(self.d_model, self.attention, self.ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -110,5 +111,11 @@ class DecoderConfig:
     def build_context(self, layer_type: LayerType = "global") -> BuildContext:
         """What layer kinds need to know to build themselves into this decoder."""
         return BuildContext(
-            self.d_model, self.layers, self.init, jnp.dtype(self.param_dtype), jnp.dtype(self.dtype), layer_type
+            self.d_model,
+            self.layers,
+            self.init,
+            jnp.dtype(self.param_dtype),
+            jnp.dtype(self.dtype),
+            layer_type,
+            self.residual.fan_in(self.d_model),
         )

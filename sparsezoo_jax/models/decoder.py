@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 from sparsezoo_jax.models.embedding import lookup
-from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, checked
+from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT, checked
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
@@ -38,7 +39,7 @@ class Output(NamedTuple):
     records: dict[str, tuple[jax.Array | None, ...]] = {}
     """What was asked to be recorded: name to one array per layer, None where a layer has no such array."""
     observed: tuple[dict[str, jax.Array], ...] = ()
-    """For each layer what `Decoder.after_step` updates its variables from."""
+    """For each layer what `Decoder.after_step` updates its variables from; last, where it has any, for the head."""
 
 
 class Block(nnx.Module):
@@ -47,31 +48,49 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, spec: LayerSpec, rngs: nnx.Rngs):
         ctx = config.build_context(spec.layer_type)
         self.spec = spec
-        self.attention_residual = config.residual.build(ctx, config.norm, rngs)
+        self.attention_residual = config.residual.build(ctx, config.norm, rngs, "attention")
         self.attention = spec.attention.build(ctx, rngs)
-        self.ffn_residual = config.residual.build(ctx, config.norm, rngs)
+        self.ffn_residual = config.residual.build(ctx, config.norm, rngs, "ffn")
         self.ffn = spec.ffn.build(ctx, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
-        def attend(h_BTD):
+        inputs: list[jax.Array] = []
+
+        def attend(h_BTD, ctx):
+            inputs.append(h_BTD)
             y, aux, updated = self.attention(h_BTD, ctx, cache)
             return y, (aux, updated)
 
-        def transform(h_BTD):
+        def feed_forward(h_BTD, ctx):
+            inputs.append(h_BTD)
             y, aux = self.ffn(h_BTD, ctx)
             y = ctx.edited(FFN_OUTPUT, y)
             return y, aux.merged(LayerAux(records=ctx.recorded({FFN_OUTPUT: lambda: y})))
 
-        x_BTD, (attention_aux, cache) = self.attention_residual(x_BTD, attend)
-        x_BTD = constrain(x_BTD, ("batch", "length", "embed"))
-        x_BTD, ffn_aux = self.ffn_residual(x_BTD, transform)
-        x_BTD = ctx.edited(RESIDUAL, constrain(x_BTD, ("batch", "length", "embed")))
-        aux = attention_aux.merged(ffn_aux).merged(LayerAux(records=ctx.recorded({RESIDUAL: lambda: x_BTD})))
+        first = self.attention_residual(x_BTD, ctx, attend)
+        x_BTD = constrain(first.stream_BTD, ("batch", "length", "embed"))
+        second = self.ffn_residual(x_BTD, replace(ctx, routing=first.routing), feed_forward)
+        x_BTD = ctx.edited(RESIDUAL, constrain(second.stream_BTD, ("batch", "length", "embed")))
+        (attention_aux, cache), ffn_aux = first.extra, second.extra
+        parts = {"attention_residual": first.aux, "ffn_residual": second.aux, "ffn": ffn_aux}
+        aux = attention_aux.merged(ffn_aux).merged(first.aux.averaged(second.aux))
+        aux = aux._replace(
+            records={
+                **aux.records,
+                **ctx.recorded({RESIDUAL: lambda: x_BTD, SUBLAYER_INPUT: lambda: jnp.stack(inputs)}),
+            },
+            observed={name: part.observed for name, part in parts.items() if part.observed},
+        )
         if ctx.summarise is not None:
             aux = aux._replace(records=ctx.summarise(aux.records, self.spec, ctx))
         return x_BTD, aux, cache
+
+    def after_step(self, observed: dict[str, dict[str, jax.Array]]) -> None:
+        """Let the parts that observed something move their variables; values are stacked as these are."""
+        for name, values in observed.items():
+            getattr(self, name).after_step(values)
 
 
 class Period(nnx.Module):
@@ -113,6 +132,7 @@ class Decoder(nnx.Module):
         self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
         self.segments = nnx.List([self._stack(segment, rngs) for segment in config.segments()])
         self.final_norm = config.norm.build(ctx)
+        self.head = config.residual.build_head(ctx, rngs)
         self.output_DV = (
             None
             if config.tie_embeddings
@@ -181,13 +201,16 @@ class Decoder(nnx.Module):
                 x_BTD, segment_auxes = self._scanned(period, x_BTD, ctx.folded(i))
             auxes.extend(segment_auxes)
 
-        losses, stats = _collect(auxes)
+        if self.head is None:
+            hidden_BTD, head_aux = self.final_norm(x_BTD), LayerAux()
+        else:
+            hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
+        losses, stats = _collect(auxes, head_aux)
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
-        hidden_BTD = self.final_norm(x_BTD)
         made = self.logits_of(hidden_BTD) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
-        observed = tuple(aux.observed for aux in auxes)
+        observed = (*(aux.observed for aux in auxes), *([head_aux.observed] if head_aux.observed else []))
         return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed)
 
     def _specs(self) -> tuple[SegmentSpec, ...]:
@@ -199,8 +222,8 @@ class Decoder(nnx.Module):
         """Let the layers update variables that are no parameters (router biases), after an optimizer step.
 
         Args:
-          observed: `Output.observed` of the step's batch, averaged over its micro-batches. FFNs that observe something
-            have a method `after_step` that gets theirs, stacked as their variables are.
+          observed: `Output.observed` of the step's batch, averaged over its micro-batches. Modules that observe
+            something have a method `after_step` that gets theirs, stacked as their variables are.
         """
         rest = list(observed)
         for period, spec in zip(self.segments, self._specs(), strict=True):
@@ -208,9 +231,9 @@ class Decoder(nnx.Module):
             own, rest = rest[: width * spec.repeats], rest[width * spec.repeats :]
             for i, block in enumerate(period.blocks):
                 stacked = jax.tree.map(lambda *x: jnp.stack(x) if self.stacked else x[0], *own[i::width])
-                if stacked:
-                    ffn: Any = block.ffn
-                    ffn.after_step(stacked)
+                block.after_step(stacked)
+        if rest and self.head is not None:
+            self.head.after_step(rest[0])
 
     def _projection(self) -> jax.Array:
         return self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
@@ -232,7 +255,8 @@ class Decoder(nnx.Module):
             weight_DV = self._projection()
         if self.config.logit_divisor != 1.0:
             hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
-        logits = matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
+        project = matmul if self.head is None else self.head.project
+        logits = project(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
         logits = constrain(logits, ("batch", "length", "vocab"))
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -340,11 +364,12 @@ def _rematerialised(body: Any, remat: str):
     return jax.checkpoint(body, policy=policy)
 
 
-def _collect(auxes: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Losses averaged over the layers that have them; statistics as one array over all layers."""
-    loss_names = sorted({name for aux in auxes for name in aux.losses})
+def _collect(auxes: list[LayerAux], head: LayerAux) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Losses averaged over the layers (and the head) that have them; statistics as one array over all layers."""
+    having = [*auxes, head]
+    loss_names = sorted({name for aux in having for name in aux.losses})
     losses = {
-        name: jnp.mean(jnp.stack([aux.losses[name] for aux in auxes if name in aux.losses])) for name in loss_names
+        name: jnp.mean(jnp.stack([aux.losses[name] for aux in having if name in aux.losses])) for name in loss_names
     }
     stat_names = sorted({name for aux in auxes for name in aux.stats})
     absent = jnp.full((), jnp.nan, jnp.float32)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from sparsezoo_jax.sharding import constrain
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GatedFFNConfig:
     """`W_down (act(W_gate x) * (W_up x))`."""
+
+    partial_width: ClassVar[bool] = True
 
     kind: Literal["gated"] = "gated"
     d_ff: int
@@ -92,8 +95,8 @@ class GatedFFN(nnx.Module):
     def __init__(self, config: GatedFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
         d, f = ctx.d_model, config.d_ff
-        self.gate_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
-        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
+        self.gate_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), ctx.fan_in)
+        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), ctx.fan_in)
         self.down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, output=True)
         self.gate_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
         self.up_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
@@ -102,23 +105,26 @@ class GatedFFN(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         config = self.config
         sparsity = config.activation_sparsity_pattern[0] if config.activation_sparsity_pattern else 0.0
-        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype)
+        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype, ctx.width.read)
         scores = gate
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
-        hidden = constrain(gate * linear(x_BTD, self.up_DF, self.up_bias, self.dtype), ("batch", "length", "ffn"))
+        up = linear(x_BTD, self.up_DF, self.up_bias, self.dtype, ctx.width.read)
+        hidden = constrain(gate * up, ("batch", "length", "ffn"))
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate}),
         )
-        return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
+        return linear(hidden, self.down_FD, self.down_bias, self.dtype, ctx.width.write), aux
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlainFFNConfig:
     """`W_down act(W_up x)`."""
+
+    partial_width: ClassVar[bool] = True
 
     kind: Literal["plain"] = "plain"
     d_ff: int
@@ -164,20 +170,20 @@ class PlainFFN(nnx.Module):
     def __init__(self, config: PlainFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
         d, f = ctx.d_model, config.d_ff
-        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
+        self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), ctx.fan_in)
         self.down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, output=True)
         self.up_bias = ctx.constant(0.0, (f,), ("ffn",)) if config.bias else None
         self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        scores = linear(x_BTD, self.up_DF, self.up_bias, self.dtype)
+        scores = linear(x_BTD, self.up_DF, self.up_bias, self.dtype, ctx.width.read)
         hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden}),
         )
-        return linear(hidden, self.down_FD, self.down_bias, self.dtype), aux
+        return linear(hidden, self.down_FD, self.down_bias, self.dtype, ctx.width.write), aux
 
 
 def or_target(active: float | None, config) -> float:
@@ -187,9 +193,15 @@ def or_target(active: float | None, config) -> float:
     return config.d_ff if active is None else active
 
 
-def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, dtype: jnp.dtype) -> jax.Array:
-    """`x W + b` in `dtype`, for x [..., inputs] and W [inputs, outputs]."""
-    y = matmul(x, weight[...].astype(dtype))
+def linear(
+    x: jax.Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None,
+    dtype: jnp.dtype,
+    product: Callable[[jax.Array, jax.Array], jax.Array] = matmul,
+) -> jax.Array:
+    """`x W + b` in `dtype`, for x [..., inputs] and W [inputs, outputs]; `product` makes `x W`."""
+    y = product(x, weight[...].astype(dtype))
     return y if bias is None else y + bias[...].astype(dtype)
 
 

@@ -15,14 +15,10 @@ from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
-from sparsezoo_jax.models.routers import FIXED_COUNT, RouterName, Routing
+from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, weighted_ffn
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
-
-
-class RouterBias(nnx.Variable):
-    """A bias that balances loads without a loss: no parameter, moved after each train step."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

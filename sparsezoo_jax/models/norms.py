@@ -41,14 +41,15 @@ class Norm(nnx.Module):
         self.scale = ctx.constant(0.0 if config.zero_centered else 1.0, (width,), (axis,))
         self.bias = ctx.constant(0.0, (width,), (axis,)) if config.bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """Normalise the last axis of `x`; with booleans `where` of its shape, over those entries: others become 0."""
         wide = x.astype(jnp.float32)
         if self.config.kind == "layer":
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True, where=where)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True, where=where) + self.config.eps)
         # The scale multiplies in float32, before the cast back: in bfloat16 1 + w would lose w's low bits.
         scale = self.scale[...].astype(jnp.float32)
         wide = wide * (1 + scale if self.config.zero_centered else scale)
         if self.bias is not None:
             wide = wide + self.bias[...].astype(jnp.float32)
-        return wide.astype(x.dtype)
+        return (wide if where is None else jnp.where(where, wide, 0)).astype(x.dtype)

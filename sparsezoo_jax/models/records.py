@@ -19,6 +19,7 @@ RESIDUAL = "residual"
 ATTENTION_SCORES = "attention_scores"
 ATTENTION_SELECTED = "attention_selected"
 ATTENTION_VISIBLE = "attention_visible"
+SUBLAYER_INPUT = "sublayer_input"
 
 RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
@@ -30,6 +31,7 @@ RECORDS: dict[str, str] = {
     ATTENTION_SCORES: "float32 [B, N, T, S] scores that select keys (where keys are selected)",
     ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
     ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",
+    SUBLAYER_INPUT: "[2, B, T, D] normalised inputs of attention and feed-forward network, as these read them",
 }
 
 

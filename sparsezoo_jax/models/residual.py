@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT
-from sparsezoo_jax.models.common import BuildContext
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.norms import NormConfig
 
 Extra = TypeVar("Extra")
+SublayerName = Literal["attention", "ffn"]
+Sublayer = Callable[[jax.Array, CallContext], tuple[jax.Array, Extra]]
+
+
+class Joined(NamedTuple, Generic[Extra]):
+    """What a residual connection around a sublayer returns."""
+
+    stream_BTD: jax.Array
+    """The stream after the sublayer."""
+    extra: Extra
+    """Whatever the sublayer returned beside its output."""
+    aux: LayerAux = LayerAux()
+    """Losses, statistics and observations of the connection itself."""
+    routing: Any = None
+    """What the next connection of the same layer finds as `CallContext.routing`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -26,8 +41,30 @@ class PreNormConfig:
     scale: float = 1.0
     """Factor on what is added (MiniCPM: 1.4 / sqrt(layers))."""
 
-    def build(self, ctx: BuildContext, norm: NormConfig, rngs: nnx.Rngs) -> PreNorm:
+    def check(self, d_model: int, attention: Any, ffn: Any) -> None:
+        """Raise `ConfigError` for a decoder that this can't be the residual connection of: there is none."""
+
+    def fan_in(self, d_model: int) -> int:
+        """Dimensions by which sublayers scale the initial weights that read the stream."""
+        return d_model
+
+    def active_width(self, d_model: int, sublayer: SublayerName | Literal["head"]) -> int:
+        """Dimensions of the stream that a token's sublayer (or the output projection) reads or writes."""
+        return d_model
+
+    def weights(self, d_model: int, sublayer: SublayerName | Literal["head"]) -> float:
+        """Matrix weights of the connection that one token needs."""
+        return 0
+
+    def dense_twin(self) -> PreNormConfig:
+        """The connection whose sublayers see all of the stream: this one."""
+        return self
+
+    def build(self, ctx: BuildContext, norm: NormConfig, rngs: nnx.Rngs, sublayer: SublayerName) -> PreNorm:
         return PreNorm(self, ctx, norm)
+
+    def build_head(self, ctx: BuildContext, rngs: nnx.Rngs) -> None:
+        """What chooses the part of the final state that the output projection reads: nothing, it reads all."""
 
 
 class PreNorm(nnx.Module):
@@ -38,13 +75,10 @@ class PreNorm(nnx.Module):
         self.pre = norm.build(ctx)
         self.post = norm.build(ctx) if config.post_norm else None
 
-    def __call__(
-        self, x_BTD: jax.Array, sublayer: Callable[[jax.Array], tuple[jax.Array, Extra]]
-    ) -> tuple[jax.Array, Extra]:
-        """Return the stream after the sublayer, and whatever else the sublayer returned."""
-        y, extra = sublayer(self.pre(x_BTD))
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext, sublayer: Sublayer[Extra]) -> Joined[Extra]:
+        y, extra = sublayer(self.pre(x_BTD), ctx)
         if self.post is not None:
             y = self.post(y)
         if self.config.scale != 1.0:
             y = y * self.config.scale
-        return x_BTD + y, extra
+        return Joined(x_BTD + y, extra, routing=ctx.routing)

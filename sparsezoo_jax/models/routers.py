@@ -9,9 +9,15 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.pallas_kernels.grouped_ffn import spread
+
+
+class RouterBias(nnx.Variable):
+    """A bias that balances loads without a loss: no parameter, moved after each train step by `balanced_bias`."""
+
 
 RouterName = Literal["topk", "deepseek", "grin", "remoe", "topp", "ling"]
 FIXED_COUNT: tuple[RouterName, ...] = ("topk", "deepseek", "grin", "ling")
@@ -48,10 +54,15 @@ def biased_sigmoid(scores_BTE: jax.Array, bias_E: jax.Array, k: int, scale: floa
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; the loss-free balancing of arXiv 2408.15664.
     """
     q_BTE = jax.nn.sigmoid(scores_BTE)
-    _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(q_BTE + bias_E), k)
+    experts_BTK = best_with_bias(q_BTE, bias_E, k)
     best_BTK = jnp.take_along_axis(q_BTE, experts_BTK, axis=-1)
     weights_BTK = scale * best_BTK / (jnp.sum(best_BTK, axis=-1, keepdims=True) + 1e-20)
     return _chosen(experts_BTK, weights_BTK, q_BTE / (jnp.sum(q_BTE, axis=-1, keepdims=True) + 1e-20))
+
+
+def best_with_bias(q_BTE: jax.Array, bias_E: jax.Array, k: int) -> jax.Array:
+    """The k experts of largest q + bias, int [B, T, k]; the choice has no gradient."""
+    return jax.lax.top_k(jax.lax.stop_gradient(q_BTE + bias_E), k)[1]
 
 
 def balanced_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:

@@ -11,6 +11,7 @@ from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
+from sparsezoo_jax.models.mohd import MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
@@ -71,6 +72,14 @@ CONFIGS = {
         ffn=MoEXFFNConfig(expert_width=12),
         norm=NormConfig(kind="layer"),
         learned_positions=True,
+    ),
+    "mohd": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
+        ffn=GatedFFNConfig(d_ff=32, activation="silu"),
+        residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
+        norm=NormConfig(eps=1e-5),
+        init=InitConfig(kind="fixed", scale=0.1, embedding_std=1.0),
     ),
     "gemma3n": DecoderConfig(
         **BASE,

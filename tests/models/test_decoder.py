@@ -112,8 +112,8 @@ def test_bfloat16_stays_close(config, model, tokens, output):
     logits = forward(half)(tokens).logits
     assert logits.dtype == jnp.float32
     error = jnp.linalg.norm(logits - output.logits) / jnp.linalg.norm(output.logits)
-    # Rounding moves neurons and keys across their thresholds, and each of these widths has few of them.
-    assert float(error) < (0.3 if config.ffn.kind == "spark" else 0.1)
+    # Rounding moves neurons, keys and blocks of the width across their thresholds, and each of these widths has few.
+    assert float(error) < (0.3 if config.ffn.kind == "spark" or config.residual.kind == "mohd" else 0.1)
 
 
 def test_positions_restart_with_each_segment():

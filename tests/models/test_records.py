@@ -69,6 +69,7 @@ def test_shapes(spark):
         "attention_scores": {(2, 4, 24, 24)},
         "attention_selected": {(2, 4, 24, 24)},
         "attention_visible": {(2, 24, 24)},
+        "sublayer_input": {(2, 2, 24, 16)},
     }
     assert all(len(layers) == 4 for layers in spark.records.values())
 
@@ -131,7 +132,14 @@ def test_only_what_is_asked_for():
 
 def test_dense_layers_record_what_they_have():
     out = forward(DENSE, record=tuple(RECORDS))
-    assert set(out.records) == {"ffn_scores", "ffn_gate", "ffn_output", "residual", "attention_visible"}
+    assert set(out.records) == {
+        "ffn_scores",
+        "ffn_gate",
+        "ffn_output",
+        "attention_visible",
+        "residual",
+        "sublayer_input",
+    }
     np.testing.assert_allclose(
         out.records["ffn_gate"][2], jax.nn.gelu(out.records["ffn_scores"][2], approximate=True), rtol=1e-4, atol=1e-6
     )

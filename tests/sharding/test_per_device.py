@@ -36,3 +36,9 @@ def test_without_a_mesh_the_function_gets_the_arrays_and_nothing_is_split():
 
     assert jnp.array_equal(per_device(function, (x,), (("batch", "ffn"),), ("batch", "ffn")), x * 2)
     assert seen == [{"batch": (), "ffn": ()}]
+
+
+def test_maps_of_active_blocks_on_a_mesh(on_eight_devices):
+    for differences in on_eight_devices("grouped_blocks").values():
+        assert len(differences) == 4
+        assert max(differences) < 2e-5, "value and gradients, sums of up to 32 numbers in another order"

@@ -109,7 +109,7 @@ def _plots(figures: Sequence[str]) -> str:
 
 
 def _layers(run: RunFigures) -> str:
-    """Tables of every layer: FFN, then attention."""
+    """Tables of every layer: FFN, attention, activation flow."""
     ffn, attention = [], []
     for index, layer in enumerate(run.meters.layers):
         if layer.ffn is not None:
@@ -126,6 +126,17 @@ def _layers(run: RunFigures) -> str:
             attention.append([str(index), f"{keys.attended.mean:.1f}", f"{keys.attended.std:.1f}", *spread])
             attention[-1] += ["–" if keys.target is None else str(keys.target), beyond]
             attention[-1] += [*_quality(layer.attention_selection), *_shape(layer.attention_scores)]
+    flow = [
+        [
+            f"{index} {stream.replace('_', ' ')}",
+            *(f"{value:.1f}" for value in (f.flow, f.dims_50, f.dims_90)),
+            *(f"{value:,}" for value in (f.width, f.shared, f.specialised)),
+            f"{f.run_length:.2f}",
+            "–" if f.jaccard is None else f"{f.jaccard:.3f}",
+        ]
+        for index, layer in enumerate(run.meters.layers)
+        for stream, f in layer.flow.items()
+    ]
     spread = ("mean", "std", "5 %", "25 %", "50 %", "75 %", "95 %")
     shape = ("recall", "precision", "F1", "Jaccard", "above threshold", "skewness", "excess kurtosis")
     parts = []
@@ -135,6 +146,10 @@ def _layers(run: RunFigures) -> str:
     if attention:
         parts.append("<h3>Attended keys by layer</h3>")
         parts.append(_table(("layer", *spread, "target", "beyond target", *shape), attention))
+    if flow:
+        names = ("layer", "flow", "dims of 50 %", "dims of 90 %", "width", "shared", "specialised", "run", "Jaccard")
+        parts.append("<h3>Activation flow by layer</h3>")
+        parts.append(_table(names, flow))
     return "".join([*parts, _experts(run)])
 
 

@@ -57,7 +57,7 @@ def run_plots(run: RunFigures) -> list[str]:
                 log_y=True,
             )
         )
-    return [*plots, *_experts(run), *_costs(run)]
+    return [*plots, *_experts(run), *_flow(run), *_costs(run)]
 
 
 def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
@@ -120,6 +120,25 @@ COSTS: tuple[tuple[str, str, str], ...] = (
     ("FLOPs per token by context, mean position", "FLOPs", "flops_mean"),
     ("Bytes read per token by context, last position", "bytes", "bytes_last"),
 )
+
+
+def _flow(run: RunFigures) -> list[str]:
+    """How many dimensions of the stream hold 50 % and 90 % of a token's magnitude, by layer."""
+    streams = list(dict.fromkeys(name for layer in run.meters.layers for name in layer.flow))
+    if not streams:
+        return []
+    groups = [str(i) for i in range(len(run.meters.layers))]
+    bars = [
+        (f"{name.replace('_', ' ')}, {percent} %", [_held(layer, name, percent) for layer in run.meters.layers])
+        for name in streams
+        for percent in (50, 90)
+    ]
+    return [bar_plot("Dimensions that hold a token's magnitude, by layer", "share of the width", groups, bars)]
+
+
+def _held(layer: LayerMeters, stream: str, percent: int) -> float | None:
+    flow = layer.flow.get(stream)
+    return None if flow is None else getattr(flow, f"dims_{percent}") / flow.width
 
 
 def _costs(run: RunFigures) -> list[str]:

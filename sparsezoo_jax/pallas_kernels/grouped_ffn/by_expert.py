@@ -6,18 +6,16 @@ Shapes: N tokens, k experts of a token, A = N k assignments, D model width, E ex
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, count_nonzero
+from sparsezoo_jax.pallas_kernels.tiles import TILE, Tiles, rows, tiled
 
 Experts = tuple[jax.Array, jax.Array, jax.Array | None]
 """Up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W]."""
-
-TILE = 256
-"""Most rows of one matrix product of the loop: fastest of 64, 128 and 256 on a CPU (see docs/moe.md)."""
 
 
 def ragged(
@@ -49,44 +47,6 @@ def ragged(
     return jnp.sum(y_AD[back_A].reshape(-1, k, x_ND.shape[1]), axis=1), active_NK
 
 
-class _Tiles(NamedTuple):
-    """Assignments laid out by expert in tiles of equal height, each of one expert; S slots in all."""
-
-    count: jax.Array
-    """Tiles in use."""
-    expert_M: jax.Array
-    """Expert of each tile."""
-    token_S: jax.Array
-    """Token of each slot; 0 where the slot is empty."""
-    filled_S: jax.Array
-    """True where a slot holds an assignment."""
-    slot_NK: jax.Array
-    """Slot of each assignment."""
-
-
-def _tiled(experts_NK: jax.Array, count: int, tile: int) -> _Tiles:
-    tokens, k = experts_NK.shape
-    total = tokens * k
-    # Every expert wastes less than one tile.
-    most = -(-total // tile) + min(count, total)
-    flat_A = experts_NK.reshape(-1)
-    sizes_E = jnp.bincount(flat_A, length=count)
-    tiles_E = -(-sizes_E // tile)
-    end_E = jnp.cumsum(tiles_E)
-    order_A = jnp.argsort(flat_A, stable=True)
-    sorted_A = flat_A[order_A]
-    within_A = jnp.arange(total) - (jnp.cumsum(sizes_E) - sizes_E)[sorted_A]
-    place_A = (end_E - tiles_E)[sorted_A] * tile + within_A
-    slots = most * tile
-    return _Tiles(
-        count=end_E[-1],
-        expert_M=jnp.minimum(jnp.searchsorted(end_E, jnp.arange(most), side="right"), count - 1),
-        token_S=jnp.zeros((slots,), jnp.int32).at[place_A].set((order_A // k).astype(jnp.int32)),
-        filled_S=jnp.zeros((slots,), bool).at[place_A].set(True),
-        slot_NK=jnp.zeros((total,), jnp.int32).at[order_A].set(place_A.astype(jnp.int32)).reshape(tokens, k),
-    )
-
-
 def _expert(
     activation: Activation, x_TD: jax.Array, weights_T: jax.Array, up_DW, down_WD, gate_DW: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -95,13 +55,9 @@ def _expert(
     return (hidden_TW * weights_T[:, None].astype(hidden_TW.dtype)) @ down_WD, count_nonzero(hidden_TW)
 
 
-def _weights_of(tiles: _Tiles, weights_NK: jax.Array) -> jax.Array:
+def _weights_of(tiles: Tiles, weights_NK: jax.Array) -> jax.Array:
     empty = jnp.zeros(tiles.token_S.shape, weights_NK.dtype)
     return empty.at[tiles.slot_NK.reshape(-1)].set(weights_NK.reshape(-1))
-
-
-def _rows(array_S: jax.Array, i: jax.Array, tile: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array_S, i * tile, tile)
 
 
 def loop(
@@ -133,13 +89,13 @@ def _loop(x_ND, weights_NK, weights: Experts, experts_NK, activation: Activation
 
 
 def _loop_forward(x_ND, weights_NK, weights: Experts, experts_NK, activation: Activation, tile: int):
-    tiles = _tiled(experts_NK, weights[0].shape[0], tile)
+    tiles = tiled(experts_NK, weights[0].shape[0], tile)
     x_SD, weights_S = x_ND[tiles.token_S], _weights_of(tiles, weights_NK)
 
     def body(i, carry):
         y_SD, active_S = carry
         own = jax.tree.map(lambda w: w[tiles.expert_M[i]], weights)
-        y, active = _expert(activation, _rows(x_SD, i, tile), _rows(weights_S, i, tile), *own)
+        y, active = _expert(activation, rows(x_SD, i, tile), rows(weights_S, i, tile), *own)
         return (
             jax.lax.dynamic_update_slice_in_dim(y_SD, y, i * tile, axis=0),
             jax.lax.dynamic_update_slice_in_dim(active_S, active, i * tile, axis=0),
@@ -162,9 +118,9 @@ def _loop_backward(activation: Activation, tile: int, residuals, cotangents):
         dx_SD, dweights_S, sums = carry
         expert = tiles.expert_M[i]
         own = jax.tree.map(lambda w: w[expert], weights)
-        rows = (_rows(x_SD, i, tile), _rows(weights_S, i, tile))
-        _, pullback, _ = jax.vjp(partial(_expert, activation), *rows, *own, has_aux=True)
-        dx, dweight, *dexpert = pullback(_rows(g_SD, i, tile))
+        given = (rows(x_SD, i, tile), rows(weights_S, i, tile))
+        _, pullback, _ = jax.vjp(partial(_expert, activation), *given, *own, has_aux=True)
+        dx, dweight, *dexpert = pullback(rows(g_SD, i, tile))
         return (
             jax.lax.dynamic_update_slice_in_dim(dx_SD, dx, i * tile, axis=0),
             jax.lax.dynamic_update_slice_in_dim(dweights_S, dweight, i * tile, axis=0),
