@@ -48,7 +48,6 @@ def variants() -> list[Variant]:
     return [
         Variant("dense (SwiGLU)", flags=dense),
         Variant("TopK", "moe"),
-        Variant("DeepSeekMoE", "moe", flags={"model.ffn.router": "deepseek"}),
         Variant("ReMoE", "moe", "tiny_remoe"),
         Variant("BlockFFN, neither loss", flags={"train.objectives": objectives(base)}),
         Variant("BlockFFN, AL", flags={"train.objectives": objectives(base, ACTIVATION_LOCALITY)}),
