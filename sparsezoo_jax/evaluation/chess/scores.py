@@ -116,7 +116,7 @@ def reconstruct(levels_SF: np.ndarray, fitted: Fitted) -> np.ndarray:
     """Predicted properties of new states, bool [T + 1, S, G]; the last by each feature's highest useful threshold."""
     states, count = len(levels_SF), fitted.f1_TG.shape[1]
     predicted = np.zeros((len(THRESHOLDS) + 1, states, count), bool)
-    useful_TF = fitted.classifiers_TFG.any(axis=2)
+    useful_TF = np.any(fitted.classifiers_TFG, axis=2)
     used = np.flatnonzero(useful_TF.any(axis=0))
     for start in range(0, len(used), _CHUNK):
         chunk = used[start : start + _CHUNK]
