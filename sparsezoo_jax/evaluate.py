@@ -350,9 +350,9 @@ def print_flow(layers: Sequence[dict[str, Any]]) -> None:
     """Print how each layer's hidden states spread over the dimensions of the residual stream."""
     rows = [
         (
-            f"{index} {stream.replace('_', ' ')}",
+            f"{index} {stream.removesuffix('_input')}",
             f"{flow['flow']:.1f}",
-            *(f"{flow[name]:.1f} ({flow[name] / flow['width']:.0%})" for name in ("dims_50", "dims_90")),
+            *(f"{flow[name] / flow['width']:.1%}" for name in ("dims_50", "dims_90")),
             f"{flow['shared']:,}",
             f"{flow['specialised']:,}",
             f"{flow['run_length']:.2f}",
@@ -361,8 +361,8 @@ def print_flow(layers: Sequence[dict[str, Any]]) -> None:
         for index, layer in enumerate(layers)
         for stream, flow in layer["flow"].items()
     ]
-    header = ("layer", "flow", "dims of 50 %", "dims of 90 %", "shared", "specialised", "run", "Jaccard")
-    cli.print_table("Activation flow: dimensions of the stream that hold a token's magnitude", header, rows)
+    header = ("layer", "flow", "50 % in", "90 % in", "shared", "special", "run", "Jaccard")
+    cli.print_table("Activation flow: dimensions that hold 50 and 90 % of a token's magnitude", header, rows)
 
 
 def print_parameters(counts: dict[str, float]) -> None:
