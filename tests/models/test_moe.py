@@ -152,7 +152,10 @@ def test_dense_twin():
     # BlockFFN's small size: a SwiGLU layer of 2,064 neurons has exactly the parameters.
     small = with_ffn(experts=48, expert_width=64)
     assert dense_twin(small).ffn.d_ff == 2064
-    assert count_parameters(dense_twin(small)).total == count_parameters(small).total
+    twin, own = count_parameters(dense_twin(small)), count_parameters(small)
+    assert (twin.total, twin.embedding) == (own.total, own.embedding)
+    assert twin.active == twin.total
+    assert own.total - own.active == 3 * 2 * 24 * (48 - 4) * 64, "44 of 48 experts are idle"
     for router in ("topk", "deepseek"):
         odd = with_ffn(router=router)
         difference = count_parameters(dense_twin(odd)).total - count_parameters(odd).total
