@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
 SPARK_2B = {"d": 13_824, "k": 1106}
 
 
@@ -269,5 +269,5 @@ def test_axis_and_transformations(topk):
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"statistical_topk.k=0: must be above 0"):
         statistical_topk(jnp.zeros(4), 0)
-    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of xla"):
+    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of pallas_tpu, pallas_tpu_interpret, xla"):
         statistical_topk(jnp.zeros(4), 2, implementation="nope")
