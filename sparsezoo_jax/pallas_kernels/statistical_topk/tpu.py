@@ -32,7 +32,7 @@ _BLOCKS = 12 * 2**20
 #: For rows so long that not even the smallest block fits into that.
 _LONG_BLOCKS = 48 * 2**20
 #: Chunks of columns between branches: a branch costs as many cycles as several chunks.
-_UNROLLED = 16
+_UNROLLED = 32
 
 
 class Tiles(NamedTuple):
@@ -62,7 +62,7 @@ def _tiles(rows: int, d: int, arrays: list[Any]) -> Tiles | None:
     """Tiles for blocks of `arrays`, those read or written whole; None if rows are too long for VMEM."""
     masked = any(a.dtype == jnp.int8 for a in arrays)
     # A tile of registers holds 8 rows of 32 bits, 16 of 16 bits, 32 of 8 bits.
-    sub, chunk = (32, 768) if masked else (16, 1536)
+    sub, chunk = (32, 256) if masked else (16, 512)
     padded = -(-d // 128) * 128
     per_row = 2 * sum(padded * a.dtype.itemsize for a in arrays)
     fitting = _BLOCKS // per_row // sub * sub
