@@ -185,6 +185,12 @@ def _active_mesh() -> Any:
     return mesh if usable and mesh.size > 1 else None
 
 
+def partitioned_by_compiler() -> bool:
+    """Whether the compiler splits what is traced now over devices: not without a mesh, nor in a per-device function."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
+
+
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Pin how an activation is split; `axes` name its dimensions (None: not split). Nothing happens without a mesh.
 

@@ -37,22 +37,35 @@ def profile_command(args: Sequence[str], topology: Topology, top: int = 20) -> d
     if topology.generation == "h100":
         raise ConfigError("--profile", topology.name, "works for TPUs only")
     kept = [arg for arg in args if arg not in ("--profile", "--no-profile")]
+    command = [sys.executable, "-m", "sparsezoo_jax.aot", *kept]
+    found = summarise(profiled(command, allowed=(0, 1), remedy=f"; {_REMEDY}"), top)
+    return found | {"clock_ghz": CLOCK_GHZ.get(topology.generation)}
+
+
+def profiled(command: Sequence[str], *, allowed: Sequence[int] = (0,), remedy: str = "") -> list[str]:
+    """Run a command that compiles for a TPU with the static profile switched on; the profiles in text form.
+
+    Raises:
+      UserError: it ended with another status than those `allowed`, or needed more than `MEMORY_LIMIT` bytes or
+        `TIME_LIMIT` seconds; `remedy` ends the message.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        environment = os.environ | {"LIBTPU_INIT_ARGS": f"{flags} --xla_jf_dump_static_llo_profile_to={folder}".strip()}
-        command = ["bash", "-c", f'ulimit -v {MEMORY_LIMIT // 1024}; exec "$@"', "profile"]
-        command += [sys.executable, "-m", "sparsezoo_jax.aot", *kept]
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": f"{flags} --xla_jf_dump_static_llo_profile_to={folder}".strip(),
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache would leave no profile
+        }
+        limited = ["bash", "-c", f'ulimit -v {MEMORY_LIMIT // 1024}; exec "$@"', "profile", *command]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=TIME_LIMIT)
+            done = subprocess.run(limited, env=environment, capture_output=True, timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:
-            raise UserError(f"--profile: took more than {TIME_LIMIT} s; {_REMEDY}") from None
+            raise UserError(f"--profile: took more than {TIME_LIMIT} s{remedy}") from None
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        if done.returncode not in (0, 1) or not files:
+        if done.returncode not in allowed or not files:
             fatal = re.search(rb"(?:LLO_CHECK|Check fail|RESOURCE_EXHAUSTED|bad_alloc)[^\n]*", done.stderr)
             why = f": {fatal[0].decode(errors='replace')[:200]}" if fatal else ""
-            raise UserError(f"--profile: the compiler ended with status {done.returncode}{why}; {_REMEDY}")
-        found = summarise([path.read_text(errors="replace") for path in files], top)
-        return found | {"clock_ghz": CLOCK_GHZ.get(topology.generation)}
+            raise UserError(f"--profile: the compiler ended with status {done.returncode}{why}{remedy}")
+        return [path.read_text(errors="replace") for path in files]
 
 
 _REMEDY = "profile a smaller step (--size, --model.layers 2, --data.seq-len), or on v6e, whose profile fails least"

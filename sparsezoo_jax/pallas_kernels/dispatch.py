@@ -1,13 +1,37 @@
-"""Choice of an operation's implementation: `None` for the platform's default, or one by name."""
+"""Choice of an operation's implementation: `None` for the platform's default, or one by name.
+
+Names, the same for all operations; each operation's docstring says which of them it has:
+
+- "xla": plain JAX, partitioned and fused by the compiler. Every platform.
+- "pallas_tpu": a Pallas kernel for TPUs. jax raises if it is lowered for another platform, or if its arguments are
+  split over devices outside of a per-device function (`sharding.per_device`).
+- "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
+
+`None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
+one gets the TPU's program.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
 
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.sharding import partitioned_by_compiler
+
+T = TypeVar("T")
+
+XLA = "xla"
+PALLAS_TPU = "pallas_tpu"
+PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
+
+#: Not a name to ask for: the kernel where the program is lowered for a TPU, plain JAX elsewhere.
+BY_PLATFORM = "by platform"
 
 
-def choose(operation: str, implementation: str | None, available: Mapping[str, Callable], default: str) -> Callable:
+def choose(operation: str, implementation: str | None, available: Mapping[str, T], default: str) -> T:
     """Return the implementation called `implementation`, or `default` when it is None.
 
     Raises:
@@ -17,3 +41,36 @@ def choose(operation: str, implementation: str | None, available: Mapping[str, C
     if name not in available:
         raise ConfigError(f"{operation}.implementation", name, f"must be one of {', '.join(sorted(available))}")
     return available[name]
+
+
+def settle(
+    operation: str, implementation: str | None, why_not: Callable[[bool], str | None], *, kernel_by_default: bool
+) -> str:
+    """The form to use of an operation that has all of the names above.
+
+    Args:
+      operation: its name, for errors.
+      implementation: what the caller asked for.
+      why_not: why the TPU kernel can't take these arguments, or None if it can; called with whether it is interpreted.
+      kernel_by_default: whether the kernel is the better choice on a TPU. Even so None means plain JAX for arguments
+        that the kernel can't take, and where the compiler partitions: it can't partition kernels.
+
+    Raises:
+      ConfigError: no implementation of that name, or a kernel that can't take the arguments.
+    """
+    name = choose(operation, implementation, {name: name for name in (XLA, PALLAS_TPU, PALLAS_TPU_INTERPRET)}, XLA)
+    if implementation is None:
+        usable = kernel_by_default and not partitioned_by_compiler() and why_not(False) is None
+        return BY_PLATFORM if usable else XLA
+    if name != XLA and (why := why_not(name == PALLAS_TPU_INTERPRET)) is not None:
+        raise ConfigError(f"{operation}.implementation", name, f'{why}; use "xla"')
+    return name
+
+
+def run(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
+    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike."""
+    if form == XLA:
+        return xla(*arrays)
+    if form != BY_PLATFORM:
+        return kernel(*arrays, interpret=form == PALLAS_TPU_INTERPRET)
+    return jax.lax.platform_dependent(*arrays, tpu=lambda *a: kernel(*a, interpret=False), default=xla)

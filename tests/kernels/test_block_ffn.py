@@ -97,3 +97,70 @@ def test_impossible_unions(arrays):
     three = {**arrays, "x": arrays["x"][None], "scores": arrays["scores"][None]}
     with pytest.raises(ConfigError, match=r"use jax\.vmap over chunks"):
         block_ffn_union(**three, expert_width=W)
+
+
+KERNEL = "pallas_tpu_interpret"
+
+
+def wide_arrays(dtype, gated=True, n=5, experts=6):
+    """Tokens of experts of 128 neurons, as the TPU kernel wants them; experts 0 and 3 are active for nobody."""
+    rng = np.random.default_rng(1)
+    scores = np.maximum(rng.normal(size=(n, experts)), 0)
+    scores[:, [0, 3]] = 0
+    shapes = {"x": (n, D), "up": (D, experts * 128), "down": (experts * 128, D), "gate": (D, experts * 128)}
+    made = {name: rng.normal(size=shape) for name, shape in shapes.items()} | {"scores": scores}
+    return {name: jnp.asarray(a, dtype) for name, a in made.items()} | ({} if gated else {"gate": None})
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)],  # in bfloat16 the reference rounds the hidden state once more
+)
+def test_kernel_is_the_reference(gated, dtype, tolerance):
+    made = wide_arrays(dtype, gated)
+    expected = np.asarray(block_ffn_union(**made, expert_width=128, implementation="xla"), np.float32)
+    for choice in (
+        {},
+        {"capacity": 4},
+        {"experts": jnp.array([4, 6, 1, 2, 6, 5])},
+        {"experts": jnp.array([6, 5, 4, 2, 1])},
+    ):
+        y = block_ffn_union(**made, expert_width=128, implementation=KERNEL, **choice)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_kernel_does_not_read_inactive_experts():
+    made = wide_arrays(jnp.float32)
+    expected = block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=5)
+    for name, axis in (("up", 1), ("gate", 1), ("down", 0)):
+        inactive = np.isin(np.arange(6 * 128) // 128, [0, 3])
+        made[name] = jnp.where(inactive if axis else inactive[:, None], jnp.nan, made[name])
+    np.testing.assert_array_equal(
+        block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=5), expected
+    )
+
+
+def test_kernel_of_a_union_without_experts_and_of_one_that_misses_some():
+    made = wide_arrays(jnp.float32)
+    nobody = {**made, "scores": jnp.zeros_like(made["scores"])}
+    np.testing.assert_array_equal(block_ffn_union(**nobody, expert_width=128, implementation=KERNEL), 0)
+    assert np.isnan(block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=3)).all()
+
+
+def test_kernel_gradient():
+    made = wide_arrays(jnp.float32)
+
+    def loss(made, implementation):
+        return jnp.sum(block_ffn_union(**made, expert_width=128, implementation=implementation) ** 2)
+
+    expected = jax.grad(loss)(made, "xla")
+    for name, found in jax.grad(loss)(made, KERNEL).items():
+        np.testing.assert_allclose(found, expected[name], atol=1e-5 * np.abs(expected[name]).max())
+
+
+def test_experts_that_do_not_fill_a_tile(arrays):
+    made = {name: None if a is None else jnp.asarray(a, jnp.float32) for name, a in arrays.items()}
+    with pytest.raises(ConfigError, match="whole tiles of 128 columns, which a width of 3"):
+        block_ffn_union(**made, expert_width=W, implementation="pallas_tpu")

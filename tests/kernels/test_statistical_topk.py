@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
 SPARK_2B = {"d": 13_824, "k": 1106}
 
 
@@ -266,8 +266,60 @@ def test_axis_and_transformations(topk):
     chex.assert_trees_all_equal(topk(x, 40), x)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 129), (37, 700), (2, 5, 1300)])
+def test_any_number_of_rows_and_columns(topk, shape, masked):
+    """Sizes that fill no block, no chunk and no tile; float32 against float64."""
+    rng = np.random.default_rng(13)
+    x, g = rng.normal(size=(2, *shape)).astype(np.float32)
+    where = jnp.asarray(rng.random(shape) < 0.6) if masked else None
+    y, pull = jax.vjp(lambda x: topk(x, 3, where=where), jnp.asarray(x))
+    dx = pull(jnp.asarray(g))[0]
+    with jax.enable_x64(True):
+        wide = lambda a: jnp.asarray(a, jnp.float64)  # noqa: E731
+        exact, pull = jax.vjp(lambda x: reference.statistical_topk(x, 3, where=where), wide(x))
+        np.testing.assert_allclose(y, exact, atol=5e-6)
+        np.testing.assert_allclose(dx, pull(wide(g))[0], atol=2e-5)
+
+
+def test_what_is_not_finite_stays_in_its_row(topk):
+    x = jax.random.normal(jax.random.key(14), (20, 50)).at[1, 3].set(jnp.nan).at[2, 4].set(jnp.inf)
+    y = topk(x, 5)
+    assert np.isnan(y[1]).all()
+    assert np.isnan(y[2]).all()
+    others = jnp.array([0, *range(3, 20)])
+    np.testing.assert_allclose(y[others], topk(x[others], 5), atol=1e-6)
+    hidden = topk(x, 5, where=jnp.isfinite(x))
+    assert np.isfinite(hidden).all(), "an entry that is not seen does not count, whatever it is"
+
+
+def test_inside_scan_remat_and_grad(topk):
+    x = jax.random.normal(jax.random.key(15), (3, 4, 40))
+
+    def scanned(x):
+        step = jax.checkpoint(lambda total, x: (total + jnp.sum(topk(x, 4) ** 2), None))
+        return jax.lax.scan(step, 0.0, x)[0]
+
+    plain = jax.grad(lambda x: jnp.sum(topk(x, 4) ** 2))(x)
+    np.testing.assert_allclose(jax.jit(jax.grad(scanned))(x), plain, atol=1e-6)
+
+
+def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
+    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+    traced = jax.jit(partial(statistical_topk, k=40)).trace(x)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("x", [jnp.zeros((4, 8), jnp.float16), jnp.zeros((0, 8)), jnp.zeros((1, 10**6))])
+def test_rows_that_the_kernel_can_not_take(x):
+    assert statistical_topk(x, 2).shape == x.shape
+    with pytest.raises(ConfigError, match=r'statistical_topk.implementation=pallas_tpu: .*; use "xla"'):
+        statistical_topk(x, 2, implementation="pallas_tpu")
+
+
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"statistical_topk.k=0: must be above 0"):
         statistical_topk(jnp.zeros(4), 0)
-    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of xla"):
+    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of pallas_tpu, pallas_tpu_interpret, xla"):
         statistical_topk(jnp.zeros(4), 2, implementation="nope")

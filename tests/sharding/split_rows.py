@@ -1,6 +1,10 @@
-"""Statistical top-k of rows split over devices, by `per_device`; prints its distance from whole rows as JSON."""
+"""Statistical top-k of rows split over devices, by `per_device`; prints its distance from whole rows as JSON.
+
+Its argument is the implementation.
+"""
 
 import json
+import sys
 from functools import partial
 
 import jax
@@ -24,7 +28,8 @@ def main():
         def kernel(x, *rest):
             *masks, axes = rest
             over = axes["ffn"] if whole_rows else ()
-            return statistical_topk(x, 20, where=masks[0] if masks else None, split_over=over)
+            mask = masks[0] if masks else None
+            return statistical_topk(x, 20, where=mask, split_over=over, implementation=sys.argv[1])
 
         arrays = (x,) if where is None else (x, where)
         return per_device(kernel, arrays, (AXES,) * len(arrays), AXES)

@@ -6,9 +6,9 @@ import pytest
 from sparsezoo_jax.sharding import per_device
 
 
-@pytest.fixture(scope="module")
-def split_rows(on_eight_devices):
-    return on_eight_devices("split_rows")
+@pytest.fixture(scope="module", params=["xla", "pallas_tpu_interpret"])
+def split_rows(on_eight_devices, request):
+    return on_eight_devices("split_rows", request.param)
 
 
 @pytest.mark.parametrize("form", ["plain", "masked"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.block_ffn import reference
+from sparsezoo_jax.pallas_kernels.block_ffn import reference, tpu
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import union_of_experts
-from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.dispatch import choose, run, settle
 
 __all__ = ["block_ffn", "block_ffn_union", "union_of_experts"]
 
@@ -76,7 +76,9 @@ def block_ffn_union(
         result is NaN throughout: nothing is left out unnoticed.
       experts: int [U] distinct experts to compute, E marking unused places, instead of those found from `scores`. Any
         superset of the active ones gives the same result; one that misses an active expert gives NaN.
-      implementation: "xla", or None for the platform's default.
+      implementation: "xla" (gathers the experts' weights first), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`),
+        or None: the kernel on a TPU for experts of a multiple of 128 neurons, where everything is bfloat16 or all is
+        float32 and fits into VMEM, and the compiler does not partition; "xla" elsewhere.
 
     Returns:
       [N, D] in the dtype of `x`.
@@ -91,9 +93,21 @@ def block_ffn_union(
     total = scores.shape[-1]
     capacity = total if capacity is None else capacity
     require(0 < capacity <= total, "block_ffn_union.capacity", capacity, f"must be between 1 and {total} experts")
-    apply = choose("block_ffn_union", implementation, {"xla": reference.block_ffn_union}, "xla")
+    form = settle(
+        "block_ffn_union",
+        implementation,
+        lambda interpret: tpu.why_not(x, up, gate, expert_width),
+        kernel_by_default=True,
+    )
     experts = union_of_experts(scores, capacity) if experts is None else experts
-    return apply(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
+
+    def xla(x, scores, up, down, gate, experts):
+        return reference.block_ffn_union(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
+
+    def kernel(*arrays, interpret):
+        return tpu.union(*arrays, expert_width, interpret)
+
+    return run(form, xla, kernel, x, scores, up, down, gate, experts)
 
 
 def _check(operation: str, x, scores, up, down, gate, expert_width: int) -> None:

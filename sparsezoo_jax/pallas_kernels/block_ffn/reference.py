@@ -38,6 +38,12 @@ def union_of_experts(scores_NE: jax.Array, capacity: int) -> jax.Array:
     return experts.astype(jnp.int32)
 
 
+def misses_an_expert(scores_NE: jax.Array, experts: jax.Array) -> jax.Array:
+    """Whether some token has a non-zero score for an expert that is not among `experts`."""
+    covered = jnp.zeros(scores_NE.shape[-1], bool).at[experts].set(True, mode="drop")
+    return jnp.any(jnp.any(scores_NE != 0, axis=0) & ~covered)
+
+
 def block_ffn_union(x, scores, up, down, gate, *, experts: jax.Array, expert_width: int) -> jax.Array:
     """The sum over `experts` only; NaN if an active one is not among them."""
     d, total = x.shape[-1], scores.shape[-1]
@@ -49,5 +55,4 @@ def block_ffn_union(x, scores, up, down, gate, *, experts: jax.Array, expert_wid
     rows = jnp.take(down.reshape(total, expert_width, d), experts, axis=0, mode="fill", fill_value=0).reshape(-1, d)
     taken_NU = jnp.take(scores, experts, axis=1, mode="fill", fill_value=0)
     y = block_ffn(x, taken_NU, columns(up), rows, None if gate is None else columns(gate), expert_width=expert_width)
-    missing = jnp.any(jnp.any(scores != 0, axis=0) & ~jnp.zeros(total, bool).at[experts].set(True, mode="drop"))
-    return jnp.where(missing, jnp.nan, y)
+    return jnp.where(misses_an_expert(scores, experts), jnp.nan, y)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.dispatch import XLA, choose
 from sparsezoo_jax.pallas_kernels.spark_ffn import reference
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
 
@@ -40,9 +40,11 @@ def select_neurons(
     """Thin out pre-activations `scores` [..., F] to about `k` positive entries, by the named rule.
 
     "statistical" is the Spark rule; "exact" and "approximate" sort; "relu" keeps what is positive, whatever its count;
-    "none" passes all through. The last four are the controls of the paper's ablations.
+    "none" passes all through. The last four are the controls of the paper's ablations. `implementation` is that of
+    statistical top-k, by default "xla" on every platform: what a layer does with the gate fuses with its threshold.
     """
     if selection == "statistical":
+        implementation = implementation or XLA
         return statistical_topk(scores, k, ddof=ddof, huber_delta=huber_delta, implementation=implementation)
     if selection in ("exact", "approximate"):
         return exact_topk(scores, round(k), approximate=selection == "approximate")

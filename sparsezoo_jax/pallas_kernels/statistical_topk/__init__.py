@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
-from sparsezoo_jax.pallas_kernels.statistical_topk import reference
+from sparsezoo_jax.pallas_kernels.dispatch import run, settle
+from sparsezoo_jax.pallas_kernels.statistical_topk import reference, tpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     RowStatistics,
     normal_quantile,
@@ -48,65 +49,107 @@ def statistical_topk(
       huber_delta: 0, or the width of the quadratic start that makes the result continuously differentiable.
       split_over: inside a per-device function (`sharding.per_device`), the mesh axes over which `axis` is split; mean
         and deviation are then those of whole rows, and d is their length.
-      implementation: "xla", or None for the platform's default.
+      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`), or None: the kernel on a TPU, but
+        for rows with a mask, of other dtypes than bfloat16 and float32 or too long for VMEM, and for arrays that the
+        compiler partitions; "xla" elsewhere. With `split_over` the kernel takes the statistics of the pieces in one
+        read, and XLA does the rest: the result and the gradient must wait for sums over the devices.
 
     Returns:
       An array like `x`. Rows without an entry above the threshold (constant rows, say) are all 0.
+
+    Raises:
+      ConfigError: k or huber_delta out of range, no such implementation, or one that can't take these rows.
 
     Source: Spark Transformer (arXiv 2506.06644), section 3, equations of StatTop_k and Theorems 3.1 and 3.2.
     """
     require(k > 0, "statistical_topk.k", k, "must be above 0")
     require(huber_delta >= 0, "statistical_topk.huber_delta", huber_delta, "must be 0 or above")
-    apply = choose("statistical_topk", implementation, {"xla": _topk}, "xla")
     if where is not None:
         where = jnp.moveaxis(jnp.broadcast_to(where, x.shape), axis, -1)
     x = jnp.moveaxis(x, axis, -1)
+    form = settle(
+        "statistical_topk",
+        implementation,
+        lambda interpret: tpu.why_not(x, where, interpret=interpret),
+        # A mask has to exist in memory for the kernel, where XLA computes it in passing.
+        kernel_by_default=where is None,
+    )
     if where is None and k >= row_length(x, split_over):
         return jnp.moveaxis(x, -1, axis)
-    return jnp.moveaxis(apply(x, where, float(k), ddof, float(huber_delta), split_over), -1, axis)
+    return jnp.moveaxis(_topk(x, where, _Call(float(k), ddof, float(huber_delta), split_over, form)), -1, axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _topk(x, where, k, ddof, huber_delta, split_over):
-    return reference.statistical_topk(x, k, ddof=ddof, where=where, huber_delta=huber_delta, split_over=split_over)
+class _Call(NamedTuple):
+    """What a call is besides its arrays."""
+
+    k: float
+    ddof: int
+    huber_delta: float
+    split_over: tuple[str, ...]
+    form: str
 
 
-def _topk_forward(x, where, k, ddof, huber_delta, split_over):
-    statistics = row_statistics(x, k, ddof=ddof, where=where, split_over=split_over)
-    y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
-    if where is not None:
-        y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
-    # The count and quantile of unmasked rows are numbers, not arrays: they are made again in the backward pass.
-    kept = (statistics.mean, statistics.std) if where is None else tuple(statistics)
-    return y.astype(x.dtype), (x, where, kept)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _topk(x, where, call):
+    return _topk_forward(x, where, call)[0]
 
 
-def _topk_backward(k, ddof, huber_delta, split_over, residuals, g):
+def _topk_forward(x, where, call):
+    k, ddof, huber_delta, split_over, form = call
+
+    def xla(x, where, statistics=None):
+        if statistics is None:
+            statistics = row_statistics(x, k, ddof=ddof, where=where, split_over=split_over)
+        y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
+        if where is not None:
+            y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
+        # The count and quantile of unmasked rows are numbers, not arrays: they are made again in the backward pass.
+        kept = (statistics.mean, statistics.std) if where is None else tuple(statistics)
+        return y.astype(x.dtype), kept
+
+    def kernel(x, where, *, interpret):
+        if split_over:
+            return xla(x, where, tpu.split_statistics(x, where, k, ddof, split_over, interpret=interpret))
+        return tpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
+
+    y, kept = run(form, xla, kernel, x, where)
+    return y, (x, where, kept)
+
+
+def _topk_backward(call, residuals, g):
     """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m: slope)."""
-    x, where, kept = residuals
-    if where is None:
-        d = row_length(x, split_over)
-        mean, std = kept
-        statistics = RowStatistics(d, mean, std, normal_quantile(1 - k / d))
-    else:
-        count, mean, std, quantile = kept
-        statistics = RowStatistics(count, mean, std, quantile)
-    count, mean, std, z = statistics
-    g = g.astype(mean.dtype)
-    wide_x = x.astype(mean.dtype)
-    s = wide_x - statistics.threshold
-    slope = (s > 0).astype(mean.dtype) if huber_delta == 0 else jnp.clip(s / huber_delta, 0, 1)
-    if where is not None:
-        slope = jnp.where(where, slope, 0)
-    direct = g * slope
-    total = row_sum(direct, split_over)
-    # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
-    inverse_std = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 0)
-    a = total * z * inverse_std / jnp.maximum(count - ddof, 1)
-    grad = direct - (total / jnp.maximum(count, 1) - a * mean) - a * wide_x
-    if where is not None:
-        grad = jnp.where(where, jnp.where(count > k, grad, g), 0)
-    return grad.astype(x.dtype), None
+    k, ddof, huber_delta, split_over, form = call
+
+    def xla(x, where, kept, g):
+        if where is None:
+            d = row_length(x, split_over)
+            mean, std = kept
+            statistics = RowStatistics(d, mean, std, normal_quantile(1 - k / d))
+        else:
+            statistics = RowStatistics(*kept)
+        count, mean, std, z = statistics
+        g = g.astype(mean.dtype)
+        wide_x = x.astype(mean.dtype)
+        s = wide_x - statistics.threshold
+        slope = (s > 0).astype(mean.dtype) if huber_delta == 0 else jnp.clip(s / huber_delta, 0, 1)
+        if where is not None:
+            slope = jnp.where(where, slope, 0)
+        direct = g * slope
+        total = row_sum(direct, split_over)
+        # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
+        inverse_std = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 0)
+        a = total * z * inverse_std / jnp.maximum(count - ddof, 1)
+        grad = direct - (total / jnp.maximum(count, 1) - a * mean) - a * wide_x
+        if where is not None:
+            grad = jnp.where(where, jnp.where(count > k, grad, g), 0)
+        return grad.astype(x.dtype)
+
+    def kernel(x, where, kept, g, *, interpret):
+        if split_over:
+            return xla(x, where, kept, g)
+        return tpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
+
+    return run(form, xla, kernel, *residuals, g), None
 
 
 _topk.defvjp(_topk_forward, _topk_backward)

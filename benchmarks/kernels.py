@@ -1,0 +1,147 @@
+"""Kernels beside XLA's own forms by the TPU compiler's cycle model and the roofline: `python -m benchmarks.kernels`.
+
+No TPU is needed, and nothing is measured on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, TPUS
+from sparsezoo_jax.compilation.profile import CLOCK_GHZ, profiled, summarise
+from sparsezoo_jax.compilation.topologies import open_topology
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, statistical_topk
+
+NOTES = """
+time = max(cycles / clock, bytes / HBM bandwidth). Clocks are assumed; tpu7x's is not known, so its time is by bytes
+alone. Cycles are the compiler's model, not measured: what depends on data (`pl.when` on an expert's place) is
+undercounted, and its transfers between HBM and VMEM are faster than the datasheet's, which is why bytes bound the time
+as well. Cycles are estimated at fewer rows (sorts: at most 64) and scaled up. Bytes of XLA's forms are what its cost
+analysis counts; at few rows some of it may stay in VMEM, which makes them look slower than they are.
+"""
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    function: Callable
+    arguments: Callable[[int], list[Any]]  # of a number of rows
+    rows: int
+    profiled_rows: int  # cycles are taken at so many and scaled
+
+
+def _topk_cases(rows: int) -> list[Case]:
+    d, k = FFN_SCORES["2b"]
+
+    def scores(copies: int) -> Callable[[int], list[Any]]:
+        return lambda rows: [jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)] * copies
+
+    cases = []
+    for implementation in ("xla", "pallas_tpu"):
+
+        def forward(x, implementation=implementation):
+            return statistical_topk(x, k, implementation=implementation)
+
+        def both(x, g, forward=forward):
+            y, pull = jax.vjp(forward, x)
+            return y, pull(g)[0]
+
+        few = min(rows, 2048)
+        cases.append(Case(f"statistical_topk {rows} x {d}, {implementation}", forward, scores(1), rows, few))
+        cases.append(Case(f"and its gradient {rows} x {d}, {implementation}", both, scores(2), rows, min(rows, 1024)))
+    if rows > 256:
+        cases.append(Case(f"lax.top_k {rows} x {d}", lambda x: jax.lax.top_k(x, int(k)), scores(1), rows, 64))
+        approximate = lambda x: jax.lax.approx_max_k(x, int(k))  # noqa: E731
+        cases.append(Case(f"lax.approx_max_k {rows} x {d}", approximate, scores(1), rows, 64))
+    return cases
+
+
+def _block_cases() -> list[Case]:
+    d, experts, width = BLOCK_FFN["2_8b"]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((8, d), (8, experts), (d, experts * width), (experts * width, d))
+    ]
+
+    def dense(*arrays):
+        return block_ffn(*arrays, expert_width=width, implementation="xla")
+
+    cases = [Case(f"block_ffn 8 tokens, all {experts} experts, xla", dense, lambda rows: arrays, 8, 8)]
+    for places in (experts, round(0.15 * experts)):
+        for implementation in ("xla", "pallas_tpu"):
+
+            def union(*arrays, implementation=implementation):
+                *arrays, places = arrays
+                return block_ffn_union(*arrays, experts=places, expert_width=width, implementation=implementation)
+
+            arguments = lambda rows, n=places: [*arrays, jax.ShapeDtypeStruct((n,), jnp.int32)]  # noqa: E731
+            cases.append(Case(f"block_ffn_union 8 tokens, {places} experts, {implementation}", union, arguments, 8, 8))
+    return cases
+
+
+def cases() -> list[Case]:
+    """All lines of the table, in order."""
+    return [*_topk_cases(8192), *_topk_cases(256), *_block_cases()]
+
+
+def compile_case(case: Case, tpu: str, rows: int) -> Any:
+    """The compiled program of a case at so many rows."""
+    sharding = SingleDeviceSharding(open_topology(TPUS[tpu]).devices[0])
+    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in case.arguments(rows)]
+    return jax.jit(case.function).lower(*arguments).compile()
+
+
+def _cycles(index: int, case: Case, tpu: str) -> float | None:
+    command = [sys.executable, "-m", "benchmarks.kernels", "--tpu", tpu, "--compile-only", str(index)]
+    try:
+        return summarise(profiled(command))["cycles"] * case.rows / case.profiled_rows
+    except UserError as error:
+        print(f"{case.name} on {tpu}: {error}", file=sys.stderr)
+        return None
+
+
+def main() -> None:
+    """Print a table for each generation, as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tpu", nargs="*", default=["v5e", "v5p", "v6e", "tpu7x"], choices=list(TPUS))
+    parser.add_argument("--only", default="", help="lines that contain this")
+    parser.add_argument("--compile-only", type=int, help="compile one line, for the profile, and end")
+    args = parser.parse_args()
+    if args.compile_only is not None:
+        case = cases()[args.compile_only]
+        compile_case(case, args.tpu[0], case.profiled_rows)
+        return
+    for tpu in args.tpu:
+        chip = open_topology(TPUS[tpu]).chip
+        bandwidth, peak = chip.hbm_bandwidth / chip.devices, chip.bf16_flops / chip.devices
+        print(f"\n{tpu}\n\n| operation | cycles | MB | GFLOP | by cycles ms | by bytes ms | by FLOPs ms | time ms |")
+        print("|---|---|---|---|---|---|---|---|")
+        for index, case in enumerate(cases()):
+            if args.only not in case.name:
+                continue
+            cost = compile_case(case, tpu, case.rows).cost_analysis() or {}
+            cycles, size, flops = _cycles(index, case, tpu), cost.get("bytes accessed", 0), cost.get("flops", 0)
+            clock = CLOCK_GHZ.get(tpu)
+            by_cycles = cycles / clock / 1e6 if cycles and clock else None
+            times = [by_cycles, 1e3 * size / bandwidth, 1e3 * flops / peak]
+            shown = [
+                "?" if time is None else f"{time:.4f}" for time in (*times, max(t for t in times if t is not None))
+            ]
+            counted = "failed" if cycles is None else f"{cycles:,.0f}"
+            print(
+                f"| {case.name} | {counted} | {size / 1e6:.1f} | {flops / 1e9:.2f} | {' | '.join(shown)} |", flush=True
+            )
+    print(NOTES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Shapes of the presets' operations, for the benchmarks and the tests that compile kernels for real targets."""
+
+from __future__ import annotations
+
+from sparsezoo_jax.configs import blockffn, spark
+
+#: (rows' length, k) of the Spark FFNs' scores, by preset.
+FFN_SCORES = {
+    name: (preset.model.ffn.d_ff, float(preset.model.ffn.top_k))  # pyright: ignore[reportAttributeAccessIssue]
+    for name, preset in spark.PRESETS.items()
+}
+#: (model width, experts, neurons of an expert) by BlockFFN preset.
+BLOCK_FFN = {
+    name: (preset.model.d_model, preset.model.ffn.experts, preset.model.ffn.expert_width)  # pyright: ignore
+    for name, preset in blockffn.PRESETS.items()
+}
+#: One chip of each TPU generation that kernels are compiled for.
+TPUS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}

@@ -1,0 +1,59 @@
+"""Every TPU kernel, compiled by the compiler of each generation at the presets' shapes. No TPU is needed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, TPUS
+from sparsezoo_jax.compilation.topologies import open_topology
+from sparsezoo_jax.pallas_kernels import block_ffn_union, statistical_topk
+
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
+
+
+@pytest.fixture(scope="module", params=list(TPUS))
+def compiled(request):
+    """Compile a function of arrays of (shape, dtype) for one generation; returns its program's text."""
+    sharding = SingleDeviceSharding(open_topology(TPUS[request.param]).devices[0])
+
+    def compile_for(function, *arrays):
+        args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arrays]
+        return jax.jit(function).lower(*args).compile().as_text()
+
+    return compile_for
+
+
+def both_passes(k, masked):
+    def function(x, g, *where):
+        y, pull = jax.vjp(
+            lambda x: statistical_topk(x, k, where=where[0] if masked else None, implementation="pallas_tpu"), x
+        )
+        return y, pull(g)[0]
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", list(FFN_SCORES))
+def test_statistical_topk(compiled, size, dtype):
+    d, k = FFN_SCORES[size]
+    assert compiled(both_passes(k, False), *[((256, d), dtype)] * 2).count("tpu_custom_call") >= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 129), (37, 8192), (2, 100_000)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistical_topk_of_odd_shapes(compiled, shape, masked):
+    mask = [(shape, jnp.bool_)] * masked
+    assert compiled(both_passes(20.0, masked), (shape, jnp.bfloat16), (shape, jnp.bfloat16), *mask)
+
+
+@pytest.mark.parametrize("size", [name for name, (_, _, width) in BLOCK_FFN.items() if width % 128 == 0])
+def test_block_ffn_union(compiled, size):
+    d, experts, width = BLOCK_FFN[size]
+    shapes = [(8, d), (8, experts), (d, experts * width), (experts * width, d)]
+
+    def function(x, scores, up, down):
+        return block_ffn_union(x, scores, up, down, expert_width=width, capacity=experts // 4)
+
+    assert "tpu_custom_call" in compiled(function, *[(shape, jnp.bfloat16) for shape in shapes])
