@@ -8,7 +8,9 @@ import dataclasses
 import io
 import random
 import shutil
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -266,6 +268,43 @@ def test_interrupted_games_go_on(tmp_path, capsys):
     path.with_name("again.pgn.partial").write_bytes(whole)
     generate_games(dataclasses.replace(FEW, games=8), path)
     assert path.read_bytes().startswith(whole)
+
+
+@needs_stockfish
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_killed_command_leaves_no_processes_and_goes_on(tmp_path):
+    out = tmp_path / "games.pgn"
+    command = [sys.executable, "-m", "sparsezoo_jax.chess", "generate", "--games", "100000", "--nodes", "8"]
+    group = subprocess.Popen([*command, "--processes", "2", "--out", str(out)], start_new_session=True)
+    partial = out.with_name("games.pgn.partial")
+    try:
+        wait_for(lambda: partial.exists() and partial.stat().st_size > 2000, 300)
+        children = children_of(group.pid)
+        assert len(children) >= 4  # two that play, and the engines
+        group.kill()
+        group.wait()
+        wait_for(lambda: not any(Path(f"/proc/{pid}/stat").exists() for pid in children), 120)
+    finally:
+        group.kill()
+    games = partial.read_bytes().count(b"[Event ")
+    made = generate_games(ChessConfig(games=games + 1, nodes=8, processes=1), out)
+    assert made.played <= 3  # the rest was kept
+
+
+def children_of(pid):
+    """Ids of the processes below one."""
+    try:
+        direct = [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [child for d in direct for child in (d, *children_of(d))]
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @needs_stockfish

@@ -29,6 +29,8 @@ _CANDIDATES = 4
 #: The most that chance adds to a candidate's score: about the middle-game pawn of Stockfish, in centipawns.
 _CHANCE = 60
 _MATE = 10_000
+#: An engine loads its network before it answers, which takes a while on a busy machine.
+_START_SECONDS = 120.0
 _FALLBACK_DIRECTORY = "/usr/games"
 
 
@@ -77,7 +79,7 @@ class Players:
         try:
             for _ in range(2):
                 # A group of its own: an interrupt from the keyboard is for the commands, not for their engines.
-                engine = chess.engine.SimpleEngine.popen_uci(program, setpgrp=True)
+                engine = chess.engine.SimpleEngine.popen_uci(program, timeout=_START_SECONDS, setpgrp=True)
                 self._engines.append(engine)
                 engine.configure({"Threads": 1, "Hash": 1})
         except (chess.engine.EngineError, TimeoutError, OSError) as error:

@@ -11,6 +11,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,10 +120,19 @@ _players: Players | None = None
 
 def _start_players(config: ChessConfig) -> None:
     global _players
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
     _players = Players(config)
     # The engines' threads would keep the process from ending.
     multiprocessing.util.Finalize(None, _players.close, exitpriority=1)
+
+
+def _end_with_parent() -> None:
+    """End this process, and with it its engines, when its parent is killed: its queue would never tell."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _play_chunk(numbers: range) -> list[str]:
