@@ -169,13 +169,18 @@ def _seen(mask_ref) -> Callable[[Any, Any], jax.Array]:
     return lambda rows, columns: mask_ref[rows, columns].astype(jnp.int32) != 0
 
 
+def _with_mask(refs: tuple[Any, ...], place: int, p: Problem) -> tuple[Any, ...]:
+    """References with None in the place of the mask where there is none."""
+    return refs if p.masked else (*refs[:place], None, *refs[place:])
+
+
 def _store_columns(ref, rows, columns) -> None:
     for i, column in enumerate(columns):
         ref[rows, pl.ds(i, 1)] = column
 
 
 def _forward_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, mask_ref, y_ref, statistics_ref = refs if p.masked else (refs[0], None, *refs[1:])
+    x_ref, mask_ref, y_ref, statistics_ref = _with_mask(refs, 1, p)
     read, seen = _reader(x_ref), _seen(mask_ref)
 
     def work(rows):
@@ -197,7 +202,7 @@ def _forward_kernel(*refs, p: Problem, tiles: Tiles):
 
 
 def _moments_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, mask_ref, out_ref = refs if p.masked else (refs[0], None, *refs[1:])
+    x_ref, mask_ref, out_ref = _with_mask(refs, 1, p)
 
     def work(rows):
         count, mean, squares = _moments(p, tiles, rows, _reader(x_ref), _seen(mask_ref))
@@ -207,7 +212,7 @@ def _moments_kernel(*refs, p: Problem, tiles: Tiles):
 
 
 def _backward_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, g_ref, mask_ref, statistics_ref, dx_ref = refs if p.masked else (*refs[:2], None, *refs[2:])
+    x_ref, g_ref, mask_ref, statistics_ref, dx_ref = _with_mask(refs, 2, p)
     read, incoming, seen = _reader(x_ref), _reader(g_ref), _seen(mask_ref)
 
     def work(rows):

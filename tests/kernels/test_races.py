@@ -1,0 +1,56 @@
+"""Kernels in the simulator of a TPU's memories and transfers: no access races with another."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sparsezoo_jax.pallas_kernels.block_ffn import reference
+from sparsezoo_jax.pallas_kernels.block_ffn import tpu as block_ffn
+from sparsezoo_jax.pallas_kernels.statistical_topk import tpu as statistical_topk
+from tests.kernels.simulator import races
+
+
+def test_the_simulator_sees_a_race():
+    def kernel(x_ref, y_ref, copy_ref, semaphore):
+        copy = pltpu.make_async_copy(x_ref, copy_ref, semaphore)
+        copy.start()
+        y_ref[...] = copy_ref[...]  # before it has arrived
+        copy.wait()
+
+    x = jnp.ones((8, 128))
+    call = lambda interpret: pl.pallas_call(  # noqa: E731
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=interpret,
+    )(x)
+    assert races(call)
+
+
+def test_statistical_topk():
+    x, g = jax.random.normal(jax.random.key(0), (2, 40, 130))
+    where = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape)
+    for mask in (None, where):
+        y, kept = statistical_topk.forward(x, mask, 9.0, 1, 0.0, interpret=True)
+
+        def both(interpret, mask=mask, kept=kept):
+            return (
+                statistical_topk.forward(x, mask, 9.0, 1, 0.0, interpret=interpret)[0],
+                statistical_topk.backward(x, mask, kept, g, 9.0, 1, 0.0, interpret=interpret),
+            )
+
+        assert not races(both)
+        assert jnp.allclose(both(pltpu.InterpretParams())[0], y, atol=1e-6)
+
+
+def test_block_ffn():
+    keys = jax.random.split(jax.random.key(2), 4)
+    x, scores = jax.random.normal(keys[0], (4, 16)), jnp.ones((4, 3)).at[:, 1].set(0)
+    up, down = jax.random.normal(keys[1], (16, 384)), jax.random.normal(keys[2], (384, 16))
+    experts = jnp.array([0, 2, 3, 3])
+    call = lambda interpret: block_ffn.union(x, scores, up, down, None, experts, 128, interpret)  # noqa: E731
+    assert not races(call)
+    expected = reference.block_ffn_union(x, scores, up, down, None, experts=experts, expert_width=128)
+    assert jnp.allclose(call(pltpu.InterpretParams()), expected, rtol=1e-5, atol=1e-3)
