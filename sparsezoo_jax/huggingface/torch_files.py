@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ def library() -> Any:
       UserError: it is not installed.
     """
     try:
-        import torch
+        return importlib.import_module("torch")
     except ImportError:
         raise UserError(f"torch is not installed, which {SINGLE} needs: pip install -e '.[hf]'") from None
-    return torch
 
 
 class TorchFiles:
