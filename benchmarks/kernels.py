@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="lines that contain this")
     parser.add_argument("--compile-only", type=int, help="compile one line, for the profile, and end")
     args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache has no costs
     if args.compile_only is not None:
         case = cases()[args.compile_only]
         compile_case(case, args.tpu[0], case.profiled_rows)

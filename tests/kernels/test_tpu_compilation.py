@@ -12,6 +12,15 @@ from sparsezoo_jax.pallas_kernels import block_ffn_union, statistical_topk
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_cache():
+    """A compiler without a device can write to the persistent cache, but not read from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @pytest.fixture(scope="module", params=list(TPUS))
 def compiled(request):
     """Compile a function of arrays of (shape, dtype) for one generation; returns its program's text."""
@@ -41,7 +50,7 @@ def test_statistical_topk(compiled, size, dtype):
     assert compiled(both_passes(k, False), *[((256, d), dtype)] * 2).count("tpu_custom_call") >= 2
 
 
-@pytest.mark.parametrize("shape", [(1, 40), (3, 129), (37, 8192), (2, 100_000)])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 129), (37, 8192), (2, 60_000)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_statistical_topk_of_odd_shapes(compiled, shape, masked):
     mask = [(shape, jnp.bool_)] * masked
