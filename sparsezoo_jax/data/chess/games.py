@@ -84,7 +84,8 @@ class Players:
                 engine.configure({"Threads": 1, "Hash": 1})
         except (chess.engine.EngineError, TimeoutError, OSError) as error:
             self.close()
-            raise DataError(f"{program}: is no UCI chess engine ({error or type(error).__name__})") from None
+            why = str(error) or f"no answer in {_START_SECONDS:.0f} s"
+            raise DataError(f"{program}: is no UCI chess engine ({why})") from None
 
     @property
     def name(self) -> str:
