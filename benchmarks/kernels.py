@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, TPUS
 from sparsezoo_jax.compilation.profile import CLOCK_GHZ, profiled, summarise
 from sparsezoo_jax.compilation.topologies import open_topology
+from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, statistical_topk
 
@@ -24,8 +25,8 @@ NOTES = """
 time = max(cycles / clock, bytes / HBM bandwidth). Clocks are assumed; tpu7x's is not known, so its time is by bytes
 alone. Cycles are the compiler's model, not measured: what depends on data (`pl.when` on an expert's place) is
 undercounted, and its transfers between HBM and VMEM are faster than the datasheet's, which is why bytes bound the time
-as well. Cycles are estimated at fewer rows (sorts: at most 64) and scaled up. Bytes of XLA's forms are what its cost
-analysis counts; at few rows some of it may stay in VMEM, which makes them look slower than they are.
+as well. Cycles are estimated at fewer rows (sorts: at most 64) and scaled up. Bytes are those of whole operands and
+results in HBM, for kernels what they read by their grid; what the compiler keeps in VMEM does not count.
 """
 
 
@@ -129,8 +130,9 @@ def main() -> None:
         for index, case in enumerate(cases()):
             if args.only not in case.name:
                 continue
-            cost = compile_case(case, tpu, case.rows).cost_analysis() or {}
-            cycles, size, flops = _cycles(index, case, tpu), cost.get("bytes accessed", 0), cost.get("flops", 0)
+            program = compile_case(case, tpu, case.rows)
+            size, flops = hbm_bytes(program.as_text()), (program.cost_analysis() or {}).get("flops", 0)
+            cycles = _cycles(index, case, tpu)
             clock = CLOCK_GHZ.get(tpu)
             by_cycles = cycles / clock / 1e6 if cycles and clock else None
             times = [by_cycles, 1e3 * size / bandwidth, 1e3 * flops / peak]

@@ -1,0 +1,28 @@
+"""Bytes to and from HBM in the text of compiled programs."""
+
+from sparsezoo_jax.compilation.traffic import hbm_bytes
+
+# A prefetched to VMEM (40 kB read), used from there twice: 4 kB written to HBM, then B (4 kB) read and C (4 kB)
+# written.
+# The kernel declares 50 kB, 40 of them of the copy in VMEM.
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%inner (p: f32[10000]) -> f32[1000] {
+  %p = f32[10000]{0:T(1024)} parameter(0)
+  ROOT %s = f32[1000]{0:T(1024)} slice(%p), slice={[0:1000]}
+}
+
+ENTRY %main (a: f32[10000]) -> f32[1000] {
+  %a = f32[10000]{0:T(1024)} parameter(0)
+  %start = (f32[10000]{0:T(1024)S(1)}, f32[10000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%a)
+  %done = f32[10000]{0:T(1024)S(1)} copy-done(%start)
+  %b = f32[1000]{0:T(1024)} fusion(%done), kind=kLoop, calls=%inner
+  %k = f32[1000]{0:T(1024)S(1)} custom-call(%done, %b), backend_config={"cost_estimate":{"bytes_accessed":"50000"}}
+  ROOT %c = f32[1000]{0:T(1024)} fusion(%k, %b), kind=kLoop, calls=%inner
+}
+"""
+
+
+def test_what_stays_in_vmem_is_not_counted():
+    prefetch, fusion, kernel, last = 40_000, 4000, 50_000 - 40_000 - 4000, 4000 + 4000
+    assert hbm_bytes(TEXT) == prefetch + fusion + kernel + last
