@@ -274,6 +274,42 @@ def test_high_precision_rule():
     assert not classified(21, 19)
 
 
+def test_thresholds_are_compared_in_double_precision():
+    largest = np.random.default_rng(2).random(1000, np.float32)
+    at_six_tenths = (0.6 * largest.astype(np.float64)).astype(np.float32)[None]
+    expected = at_six_tenths.astype(np.float64) > 0.6 * largest.astype(np.float64)
+    assert 300 < expected.sum() < 700  # as rounding goes
+    np.testing.assert_array_equal(levels_of(at_six_tenths, largest) > 6, expected)
+
+
+def test_votes_count_at_the_highest_useful_threshold():
+    """A feature that means one thing when weak and another when strong, which the weak meaning must not follow."""
+    features = np.full((40, 1), 0.15)
+    features[:12] = 1
+    labels = np.zeros((40, 2), bool)
+    labels[2:, 0] = True  # 38 of 40 weakly, but 10 of 12 strongly
+    labels[:12, 1] = True
+    fitted = fit(levels_of(features, np.ones(1)), labels)
+    assert fitted.classifiers_TFG[:, 0].tolist() == [[True, False]] * 2 + [[False, True]] * 8
+    *_, last = reconstruct(levels_of(features, np.ones(1)), fitted)
+    np.testing.assert_array_equal(last, np.stack([np.arange(40) >= 12, np.arange(40) < 12], axis=1))
+
+
+def test_the_threshold_that_restores_squares_best_is_reported():
+    labels = np.zeros((3, 3), bool)
+    labels[:, 0] = True
+    predicted = np.zeros((11, 3, 3), bool)
+    predicted[0, :, :2] = True  # one right and one wrong piece on each square: no credit, though F1 is 2/3
+    predicted[1, 0, 0] = True
+    test = Properties(labels, (3,), 3)
+    fitted = fit(np.zeros((3, 1), np.uint8), labels)
+    found = reconstruction(predicted, test, fitted)
+    assert (found.threshold, found.score) == (0.1, pytest.approx(1 / 2))
+    predicted[2, 0] = predicted[2, 1, 0] = True  # one right and two wrong pieces: credit stays
+    found = reconstruction(predicted, test, fitted)
+    assert (found.threshold, found.score) == (0.2, pytest.approx(4 / 7))
+
+
 def scores_of(features, labels, classes=1):
     fitted = fit(levels_of(features, features.max(0)), labels)
     test = Properties(labels, (labels.shape[1],), classes)
