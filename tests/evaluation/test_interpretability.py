@@ -75,6 +75,9 @@ def test_samples(windows):
     trained = {w.tokens for w in samples.train}
     assert not trained & {w.tokens for w in samples.detection}
     assert not any(w.marks for w in samples.detection)
+    assert len(samples.others) == 5 * 20
+    assert max(max(w.activations) for w in samples.others) == 0
+    assert not {w.tokens for w in samples.others} & {w.tokens for w in samples.detection}
     number = np.mean([sum(a > 0 for a in w.activations) for w in samples.detection if w.active])
     for window in samples.fuzzing:
         if window.active:
@@ -130,7 +133,7 @@ def test_surrogates_find_what_they_can_see():
     assert tokens.judge_kind == "surrogate"
     similarity = interpreted("similarity")
     assert similarity.features[2].tasks["detection"].accuracy > 0.7, "far from chance, but misled by other words"
-    grams = interpreted("ngrams")
+    grams = interpreted("ngrams", train_windows=40, min_windows=80)
     assert grams.features[0].tasks["detection"].accuracy > 0.9
     assert grams.features[2].tasks["detection"].accuracy > 0.9
 

@@ -139,7 +139,7 @@ def interpret(
         most=config.features,
         window=config.window,
         min_active=config.min_windows,
-        min_silent=config.test_windows,
+        min_silent=config.train_windows + config.test_windows,
         rng=rng,
     )
     scores: list[FeatureScore] = []
@@ -149,8 +149,7 @@ def interpret(
         samples = samples_of(windows, train=config.train_windows, test=config.test_windows, rng=rng)
         if samples is None:
             continue
-        others = [windows[j] for j in rng.choice(len(windows), min(5 * config.train_windows, len(windows)), False)]
-        explanation = judge.explain(samples.train, others)
+        explanation = judge.explain(samples.train, samples.others)
         by_task = {"detection": samples.detection, "fuzzing": samples.fuzzing}
         tasks = {task: judged(judge, explanation, by_task[task], config.shown_at_once) for task in config.tasks}
         entropy, top = token_figures(contexts.tokens_CT, activations_CT)

@@ -23,7 +23,7 @@ class Judge(Protocol):
         ...
 
     def explain(self, train: Sequence[Window], others: Sequence[Window]) -> Any:
-        """An explanation from activating windows; `others` are windows of the corpus at large."""
+        """An explanation from activating windows; `others` are windows that don't activate."""
         ...
 
     def answer(self, explanation: Any, windows: Sequence[Window]) -> list[bool] | None:
@@ -89,7 +89,7 @@ class NGramJudge:
 
     kind = "surrogate"
 
-    def __init__(self, steps: int = 200, rate: float = 0.5, decay: float = 1e-2):
+    def __init__(self, steps: int = 1000, rate: float = 0.5, decay: float = 1e-3):
         self.steps, self.rate, self.decay = steps, rate, decay
 
     def explain(self, train: Sequence[Window], others: Sequence[Window]) -> tuple[dict, np.ndarray, float]:
@@ -117,7 +117,7 @@ class NGramJudge:
 
 
 class SimilarityJudge:
-    """TF-IDF cosine: active iff a window is more like the training windows than like the corpus, on average."""
+    """TF-IDF cosine: active iff a window is more like the training windows than like those that don't activate."""
 
     kind = "surrogate"
 

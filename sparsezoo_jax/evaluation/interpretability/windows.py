@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 DECILES = 10
+_OTHERS = 5
+"""Most windows that don't activate, for each activating one, that a feature is explained with."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Samples:
 
     train: tuple[Window, ...]
     """Activating windows, the activating tokens marked."""
+    others: tuple[Window, ...]
+    """Windows that don't activate, none of them tested on: what the training windows are told apart from."""
     detection: tuple[Window, ...]
     """Test windows without marks: as many activating ones of each tenth, and as many others in all."""
     fuzzing: tuple[Window, ...]
@@ -62,13 +66,13 @@ def windows_of(tokens_CT: np.ndarray, activations_CT: np.ndarray, pieces_of, siz
 
 def sample(
     peak_W: np.ndarray, *, train: int, test: int, rng: np.random.Generator
-) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
-    """Indices of windows by their largest activation: for training, for each tenth, and not activating.
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray] | None:
+    """Indices of windows by their largest activation: for training, for each tenth, not activating, and more of those.
 
-    None where there are too few of either. Tests are drawn from what training leaves over.
+    None where there are too few. Tests are drawn from what training leaves over; the last ones are in no test.
     """
     active, silent = np.flatnonzero(peak_W > 0), np.flatnonzero(peak_W <= 0)
-    if len(active) < train + test or len(silent) < test:
+    if len(active) < train + test or len(silent) < train + test:
         return None
     shuffled = rng.permutation(active)
     rest = shuffled[train:]
@@ -78,7 +82,8 @@ def sample(
     if min(len(part) for part in slices) < each:
         return None
     tests = [rng.choice(part, each, replace=False) for part in slices]
-    return shuffled[:train], tests, rng.choice(silent, test, replace=False)
+    silent = rng.permutation(silent)
+    return shuffled[:train], tests, silent[:test], silent[test : test + _OTHERS * train]
 
 
 def samples_of(windows: list[Window], *, train: int, test: int, rng: np.random.Generator) -> Samples | None:
@@ -87,7 +92,7 @@ def samples_of(windows: list[Window], *, train: int, test: int, rng: np.random.G
     drawn = sample(peak_W, train=train, test=test, rng=rng)
     if drawn is None:
         return None
-    shown, tenths, silent = drawn
+    shown, tenths, silent, rest = drawn
     explained = tuple(_marked(windows[i], 1) for i in shown)
     buckets = [(int(i), bucket) for bucket, part in enumerate(tenths, 1) for i in part]
     buckets += [(int(i), 0) for i in silent]
@@ -104,7 +109,7 @@ def samples_of(windows: list[Window], *, train: int, test: int, rng: np.random.G
             size = len(window.tokens)
             marks = rng.choice(size, min(number, size), replace=False)
             fuzzed.append(_with(window, 0, tuple(sorted(int(m) for m in marks))))
-    return Samples(explained, tuple(plain), tuple(fuzzed))
+    return Samples(explained, tuple(windows[i] for i in rest), tuple(plain), tuple(fuzzed))
 
 
 def _marked(window: Window, bucket: int) -> Window:
