@@ -83,8 +83,10 @@ def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch,
         if math.prod(one_layer(variable)) >= LARGE
     }
     # Some vocabularies are odd (GPT-2's 50,257, MiniCPM's 122,753): tensor parallelism can't split them.
-    odd = PRESETS[arch][size].model.vocab_size % sizes.get("tensor", 1) != 0
-    allowed = {"embedding_VD", "output_DV"} if odd else set()
+    # So are the positions of a chess game (1,023).
+    model, tensor = PRESETS[arch][size].model, sizes.get("tensor", 1)
+    allowed = {"embedding_VD", "output_DV"} if model.vocab_size % tensor != 0 else set()
+    allowed |= {"positions_PD"} if model.max_seq_len % tensor != 0 else set()
     assert repeated
     assert {name for name, count in repeated.items() if count > 1} <= allowed
 

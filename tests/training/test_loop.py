@@ -286,8 +286,13 @@ def test_a_second_signal_aborts(tmp_path):
                 signal.raise_signal(signal.SIGINT)
             return super().__next__()
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data=Impatient(), steps=50)
+    # Processes that a shell starts in the background ignore this signal.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data=Impatient(), steps=50)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_runs_outside_the_main_thread(tmp_path):
