@@ -407,9 +407,9 @@ def _weighted_sum(bits: jax.Array, offset: jax.Array) -> jax.Array:
 def describe(items: PureDict) -> dict[str, list[Any]]:
     """Shape, type and fingerprint of every array by path."""
     arrays = flatten(items)
-    # One program an array: a program over all of them held a copy of them all.
-    fingerprints = jax.device_get({path: _fingerprint(x) for path, x in arrays.items()})
-    return {path: [list(x.shape), str(x.dtype), int(fingerprints[path])] for path, x in arrays.items()}
+    # One program an array, for a program over all of them held a copy of them all; and one after another, for the
+    # sums of several at a time would meet in another order in every process.
+    return {path: [list(x.shape), str(x.dtype), int(_fingerprint(x))] for path, x in arrays.items()}
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
