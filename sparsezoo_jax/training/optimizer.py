@@ -29,7 +29,7 @@ class MatrixAxes(NamedTuple):
 
 
 def _roles(variable: Variable) -> list[tuple[int, ...]]:
-    """Dimensions of one unstacked parameter, as negative indices: no leading expert axis, head axes taken together.
+    """Dimensions of one unstacked parameter, as negative indices: no leading axis of experts, head axes taken together.
 
     ('heads', 'head_dim', 'embed') is a matrix of two roles, ('heads', 'head_dim') a vector of one.
     """
@@ -38,7 +38,7 @@ def _roles(variable: Variable) -> list[tuple[int, ...]]:
     previous_is_head = False
     for position, name in enumerate(axes):
         index, is_head = position - len(axes), name is not None and "head" in name
-        if position == 0 and name == "expert":
+        if position == 0 and name == "experts":
             continue
         if is_head and previous_is_head:
             roles[-1] = (*roles[-1], index)

@@ -15,7 +15,8 @@ from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.routers import RouterName
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.objectives import DensityTarget, FixedObjective
-from sparsezoo_jax.training.state import flatten
+from sparsezoo_jax.training.optimizer import matrix_axes
+from sparsezoo_jax.training.state import ModelTemplate, flatten
 
 from .test_checkpoint import restore
 from .test_step import assert_equal, setup
@@ -127,6 +128,14 @@ def test_a_skipped_step_leaves_the_bias():
     after, _ = step(broken, batch_of())
     assert int(after.skipped) == 1
     np.testing.assert_array_equal(bias_of(after), 0)
+
+
+def test_muon_takes_the_experts_one_by_one():
+    config = model_config("topk")
+    parameters = ModelTemplate(lambda rngs: Decoder(config, rngs=rngs)).parameters
+    maps = {path: matrix_axes(variable) for path, variable in parameters.items() if path.endswith(("_EDW", "_EWD"))}
+    assert maps
+    assert set(maps.values()) == {((-2,), (-1,))}
 
 
 def test_density_target_by_hand():
