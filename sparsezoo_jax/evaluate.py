@@ -173,7 +173,8 @@ def evaluate_chess(command: Evaluate) -> dict[str, Any]:
     from flax import nnx
 
     from sparsezoo_jax import run_dir
-    from sparsezoo_jax.evaluation.chess import default_layer, ffn_features, games_for, score_features
+    from sparsezoo_jax.evaluation.chess import games_for, score_features
+    from sparsezoo_jax.evaluation.features import default_layer, ffn_features
     from sparsezoo_jax.models import Decoder
 
     chess = command.chess
@@ -183,7 +184,7 @@ def evaluate_chess(command: Evaluate) -> dict[str, Any]:
     if chess.random_weights:
         model = Decoder(config.model, rngs=nnx.Rngs(chess.seed))
     layer = default_layer(config.model.layers) if chess.layer is None else chess.layer
-    features = ffn_features(model, layer)
+    features = ffn_features(model, layer, field="chess.layer")
     train, test = games_for(config.data, chess.games, chess.count)
     scores = score_features(features, tokenizer, train, test, properties=chess.properties, batch_size=chess.batch_size)
     return {"layer": layer, "random_weights": chess.random_weights, **scores.as_dict()}
@@ -227,6 +228,7 @@ def interpret(command: Evaluate) -> dict[str, Any]:
     from sparsezoo_jax.autoencoders import load_sae
     from sparsezoo_jax.autoencoders.activations import sae_features
     from sparsezoo_jax.evaluation import interpretability
+    from sparsezoo_jax.evaluation.features import default_layer, ffn_features
 
     options = command.interpret
     if options.judge == "endpoint":
@@ -241,9 +243,9 @@ def interpret(command: Evaluate) -> dict[str, Any]:
     def batches(most: int | None = None) -> Any:
         return data.evaluation_batches(prepared, command.batch_size or config.data.batch_size, most)
 
-    layer = options.layer or interpretability.default_layer(config.model.layers)
+    layer = options.layer or default_layer(config.model.layers)
     if options.sae is None:
-        features = interpretability.ffn_features(model, layer)
+        features = ffn_features(model, layer, field="interpret.layer")
         experts = interpretability.expert_figures(model, batches(command.meter_batches), layer)
     else:
         autoencoder, run = load_sae(options.sae)

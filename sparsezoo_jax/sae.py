@@ -97,7 +97,7 @@ def train(command: TrainSAE) -> dict[str, Any]:
     from sparsezoo_jax.autoencoders import SAERun, Trainer, save_sae
     from sparsezoo_jax.autoencoders.activations import fidelity, reader, stream
     from sparsezoo_jax.autoencoders.store import as_row
-    from sparsezoo_jax.evaluation.interpretability.features import default_layer
+    from sparsezoo_jax.evaluation.features import default_layer
 
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
     settings = command.train

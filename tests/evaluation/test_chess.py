@@ -15,7 +15,7 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data import DataConfig, build_tokenizer, open_documents
 from sparsezoo_jax.data.tokenizer import character_tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError
-from sparsezoo_jax.evaluation.chess import default_layer, ffn_features, games_for, score_features
+from sparsezoo_jax.evaluation.chess import games_for, score_features
 from sparsezoo_jax.evaluation.chess import positions as chess_positions
 from sparsezoo_jax.evaluation.chess.positions import (
     CONCEPTS,
@@ -31,6 +31,7 @@ from sparsezoo_jax.evaluation.chess.positions import (
     strategy_properties,
 )
 from sparsezoo_jax.evaluation.chess.scores import coverage, fit, levels_of, reconstruct, reconstruction
+from sparsezoo_jax.evaluation.features import default_layer, ffn_features
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 
@@ -404,7 +405,7 @@ def test_layers(tokenizer):
         found = ffn_features(model, layer)(tokens, np.ones_like(tokens))
         np.testing.assert_allclose(found, out.records["ffn_gate"][layer - 1], atol=1e-5)
     with pytest.raises(ConfigError, match=r"chess\.layer=3: must be from 1 to 2"):
-        ffn_features(model, 3)
+        ffn_features(model, 3, field="chess.layer")
     moe = dataclasses.replace(preset("moe").model, vocab_size=32, d_model=64, layers=1)
     with pytest.raises(ConfigError, match="records no hidden units"):
         ffn_features(Decoder(moe, rngs=nnx.Rngs(0)))(tokens, np.ones_like(tokens))

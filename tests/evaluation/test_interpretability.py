@@ -12,18 +12,18 @@ from flax import nnx
 
 from sparsezoo_jax import evaluate, sae, train
 from sparsezoo_jax.errors import ConfigError, DataError, UserError
+from sparsezoo_jax.evaluation.features import ffn_features
 from sparsezoo_jax.evaluation.interpretability import (
     EndpointJudge,
     InterpretEvaluation,
     Window,
     built_in_judge,
     expert_figures,
-    ffn_features,
     interpret,
 )
+from sparsezoo_jax.evaluation.interpretability.contexts import token_figures
 from sparsezoo_jax.evaluation.interpretability.detection import BUCKETS, estimate, judged
 from sparsezoo_jax.evaluation.interpretability.endpoint import parsed_answer
-from sparsezoo_jax.evaluation.interpretability.features import token_figures
 from sparsezoo_jax.evaluation.interpretability.windows import samples_of, windows_of
 from sparsezoo_jax.models import Decoder
 from tests.models.conftest import CONFIGS
@@ -297,7 +297,7 @@ def test_features_of_a_layer():
     expected = model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments), record=["ffn_gate"]).records["ffn_gate"][1]
     np.testing.assert_allclose(features, expected, atol=1e-5)
     with pytest.raises(ConfigError, match=r"interpret.layer=3: must be from 1 to 2"):
-        ffn_features(model, 3)
+        ffn_features(model, 3, field="interpret.layer")
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -5,14 +5,10 @@
 
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.chess.evaluation import ChessScores, games_for, score_features
-from sparsezoo_jax.evaluation.chess.features import Features, default_layer, ffn_features
 
 __all__ = [
     "ChessEvaluation",
     "ChessScores",
-    "Features",
-    "default_layer",
-    "ffn_features",
     "games_for",
     "score_features",
 ]

@@ -12,7 +12,6 @@ import numpy as np
 
 from sparsezoo_jax.data import DataConfig, Documents, Tokenizer, cache_directory, open_documents
 from sparsezoo_jax.errors import DataError
-from sparsezoo_jax.evaluation.chess.features import Features
 from sparsezoo_jax.evaluation.chess.positions import LENGTH, STATES, Games, choose_games
 from sparsezoo_jax.evaluation.chess.scores import (
     Coverage,
@@ -23,6 +22,7 @@ from sparsezoo_jax.evaluation.chess.scores import (
     reconstruct,
     reconstruction,
 )
+from sparsezoo_jax.evaluation.features import Features
 
 #: Games whose activations, at all characters, give the largest of each feature: about 128,000 characters.
 MAXIMUM_GAMES = 500
@@ -157,7 +157,7 @@ def _largest(features: Features, tokens: Sequence[list[int]], batch_size: int) -
     """The largest magnitude of each feature over all characters."""
     largest: Any = 0.0
     for ids, segments, _ in _batches(tokens, batch_size):
-        activations = np.abs(features(ids, segments))
+        activations = np.abs(np.asarray(features(ids, segments)))
         largest = np.maximum(largest, activations.max(axis=(0, 1), where=segments[..., None] > 0, initial=0))
     return largest
 
@@ -168,7 +168,7 @@ def _states(
     """Activations [S', F] at the dots of some games, and the index of the first of these states."""
     start = 0
     for ids, segments, count in _batches(tokens, batch_size):
-        activations = features(ids, segments)
+        activations = np.asarray(features(ids, segments))
         places = dots_NP[start : start + count]
         states = np.take_along_axis(activations[:count], places[..., None], axis=1)
         yield start * STATES, states.reshape(count * STATES, -1)

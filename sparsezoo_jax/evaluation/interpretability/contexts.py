@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sparsezoo_jax.errors import DataError, require
-from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.models.records import FFN_GATE
+from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.evaluation.features import Features
 
 Batch = Mapping[str, Any]
-
-
-class Features(Protocol):
-    """What is explained: features of every token. A sparse autoencoder is one by its encoder's output."""
-
-    def __call__(self, tokens_BT: Any, segment_ids_BT: Any, /) -> Any:
-        """Activations [B, T, F] of token ids int [B, T]; segment ids are 0 for padding."""
-        ...
-
-
-def default_layer(layers: int) -> int:
-    """The layer at three quarters of the depth, from 1: 6 of 8, as in MoE-X's chess models (arXiv 2503.07639)."""
-    return max(1, round(0.75 * layers))
-
-
-def ffn_features(model: Decoder, layer: int) -> Features:
-    """The hidden units of a layer's FFN (of experts: times their gates); layers count from 1.
-
-    Raises:
-      ConfigError: no such layer, or one whose FFN has no hidden units to show.
-    """
-    layers = model.config.layers
-    require(1 <= layer <= layers, "interpret.layer", layer, f"must be from 1 to {layers}")
-    graphdef, state = nnx.split(model.unstacked())
-
-    @jax.jit
-    def read(state, tokens_BT, segment_ids_BT):
-        out = nnx.merge(graphdef, state)(tokens_BT, segment_ids=segment_ids_BT, logits=False, record={FFN_GATE})
-        return out.records[FFN_GATE][layer - 1] if FFN_GATE in out.records else None
-
-    def features(tokens_BT: Any, segment_ids_BT: Any) -> Any:
-        hidden_BTF = read(state, jnp.asarray(tokens_BT), jnp.asarray(segment_ids_BT))
-        require(hidden_BTF is not None, "interpret.layer", layer, "its FFN records no hidden units (ffn_gate)")
-        return hidden_BTF
-
-    return features
 
 
 class Contexts(NamedTuple):

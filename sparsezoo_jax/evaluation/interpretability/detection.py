@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsezoo_jax.evaluation.features import Features
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
-from sparsezoo_jax.evaluation.interpretability.features import Batch, Features, read_contexts, token_figures
+from sparsezoo_jax.evaluation.interpretability.contexts import Batch, read_contexts, token_figures
 from sparsezoo_jax.evaluation.interpretability.judges import Judge
 from sparsezoo_jax.evaluation.interpretability.windows import DECILES, Window, samples_of, windows_of
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsezoo_jax.evaluation.interpretability.features import Batch
+from sparsezoo_jax.evaluation.interpretability.contexts import Batch
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_SCORES, GATE_SCORES
 
