@@ -6,6 +6,8 @@ Names, the same for all operations; each operation's docstring says which of the
 - "pallas_tpu": a Pallas kernel for TPUs. jax raises if it is lowered for another platform, or if its arguments are
   split over devices outside of a per-device function (`sharding.per_device`).
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
+- "native": C++ for CPUs (`sparsezoo_jax.native`), for operations on a few rows. Not differentiable; jax raises if it is
+  lowered for another platform.
 
 `None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
 one gets the TPU's program.
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.sharding import partitioned_by_compiler
 
@@ -26,8 +29,9 @@ T = TypeVar("T")
 XLA = "xla"
 PALLAS_TPU = "pallas_tpu"
 PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
+NATIVE = "native"
 
-#: Not a name to ask for: the kernel where the program is lowered for a TPU, plain JAX elsewhere.
+#: Not a name to ask for: the kernel where the program is lowered for its platform, plain JAX elsewhere.
 BY_PLATFORM = "by platform"
 
 
@@ -74,3 +78,40 @@ def run(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays:
     if form != BY_PLATFORM:
         return kernel(*arrays, interpret=form == PALLAS_TPU_INTERPRET)
     return jax.lax.platform_dependent(*arrays, tpu=lambda *a: kernel(*a, interpret=False), default=xla)
+
+
+def settle_native(operation: str, implementation: str | None, why_not: str | None, *, native_by_default: bool) -> str:
+    """The form to use of an operation that has "xla" and "native".
+
+    Args:
+      operation: its name, for errors.
+      implementation: what the caller asked for.
+      why_not: why the native form can't take these arguments, or None if it can.
+      native_by_default: whether it is the faster one for them. None means plain JAX where the native form can't take
+        the arguments, where the compiler partitions, and, with a warning, where the library is missing.
+
+    Raises:
+      ConfigError: no implementation of that name, or a native one that is missing or can't take the arguments.
+    """
+    name = choose(operation, implementation, {XLA: XLA, NATIVE: NATIVE}, XLA)
+    if implementation is None:
+        if not native_by_default or why_not is not None or partitioned_by_compiler():
+            return XLA
+        if native.available():
+            return BY_PLATFORM
+        if jax.default_backend() == "cpu":
+            native.warn_missing()
+        return XLA
+    if name == NATIVE:
+        if (missing := native.why_missing()) is not None:
+            raise ConfigError(f"{operation}.implementation", name, f"{missing}; {native.HOW_TO_GET}")
+        if why_not is not None:
+            raise ConfigError(f"{operation}.implementation", name, f'{why_not}; use "xla"')
+    return name
+
+
+def run_native(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
+    """Call the form that `settle_native` returned: `xla(*arrays)` or `kernel(*arrays)`; results alike."""
+    if form != BY_PLATFORM:
+        return (kernel if form == NATIVE else xla)(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=kernel, default=xla)
