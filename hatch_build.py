@@ -17,7 +17,8 @@ class NativeLibrary(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         path = Path(self.root) / "sparsezoo_jax" / "native" / "build.py"
         spec = importlib.util.spec_from_file_location("sparsezoo_native_build", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
         target = native.LIBRARY
