@@ -1,17 +1,21 @@
-"""Decoding: sampling, the token loop, verification of drafts."""
+"""Decoding: sampling, the layout of weights, the token loop, verification of drafts."""
 
 from sparsezoo_jax.inference.cost import read_per_token
 from sparsezoo_jax.inference.generation import Engine, Generation, GenerationStats, generate_tokens
+from sparsezoo_jax.inference.packing import Formats, packed, restored
 from sparsezoo_jax.inference.prompt_lookup import PromptLookup
 from sparsezoo_jax.inference.sampling import Sampling, sample
 
 __all__ = [
     "Engine",
+    "Formats",
     "Generation",
     "GenerationStats",
     "PromptLookup",
     "Sampling",
     "generate_tokens",
+    "packed",
     "read_per_token",
+    "restored",
     "sample",
 ]

@@ -138,6 +138,8 @@ class Decoder(nnx.Module):
             if config.tie_embeddings
             else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
         )
+        # A layout of the output projection for decoding; see `inference.packing`.
+        self.output_rows: Any = None
         # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
         self.noise = nnx.RngStream(rngs.params(), tag="noise") if getattr(config.ffn, "samples", False) else None
 
@@ -251,12 +253,15 @@ class Decoder(nnx.Module):
 
     def logits_of(self, hidden_BTD: jax.Array, weight_DV: jax.Array | None = None) -> jax.Array:
         """Logits [B, T, V], float32, of final states [B, T, D]; `weight_DV`: `output_weight()`, if at hand."""
-        if weight_DV is None:
-            weight_DV = self._projection()
         if self.config.logit_divisor != 1.0:
             hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
-        project = matmul if self.head is None else self.head.project
-        logits = project(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
+        if self.output_rows is not None:
+            logits = self.output_rows.product(hidden_BTD, jnp.dtype(jnp.float32))
+        else:
+            if weight_DV is None:
+                weight_DV = self._projection()
+            project = matmul if self.head is None else self.head.project
+            logits = project(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
         logits = constrain(logits, ("batch", "length", "vocab"))
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -324,10 +329,17 @@ class Decoder(nnx.Module):
         require(length > 0, "cache length", length, "must be above 0")
         shapes, dtype = self.config.attention.cache_shapes, jnp.dtype(self.config.dtype)
 
-        def empty() -> LayerCache:
+        def empty(attention: Any) -> Any:
+            if hasattr(attention, "empty_cache"):
+                return attention.empty_cache(batch, length)
             return LayerCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in shapes))
 
-        layers = tuple(empty() for _ in range(self.config.layers))
+        layers = tuple(
+            empty(block.attention)
+            for period, spec in zip(self.segments, self._specs(), strict=True)
+            for _ in range(spec.repeats)
+            for block in period.blocks
+        )
         return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def unstacked(self) -> Decoder:

@@ -1,0 +1,65 @@
+"""Key/value caches laid out for decoding: what one head reads in one go lies side by side.
+
+S slots, K key/value heads of width H, r dimensions of the predictor; slots that were not written yet hold zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def _written(kept_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """`kept_BKSH` with `new_BTKH` in slots `slot` and following."""
+    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(kept_BKSH.dtype)
+    return jax.lax.dynamic_update_slice(kept_BKSH, new_BKTH, (0, 0, slot, 0))
+
+
+class HeadCache(NamedTuple):
+    """Keys and values of one layer by head, [B, K, S, H] each."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, length: int, heads: int, width: int, dtype: jnp.dtype) -> HeadCache:
+        """A cache of `length` slots."""
+        shape = (batch, heads, length, width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def updated(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> HeadCache:
+        """The cache with the keys and values of T new tokens in slots `slot` .. `slot + T - 1`."""
+        return HeadCache(_written(self.k_BKSH, k_BTKH, slot), _written(self.v_BKSH, v_BTKH, slot))
+
+    def joined(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H]."""
+        return self.k_BKSH.transpose(0, 2, 1, 3), self.v_BKSH.transpose(0, 2, 1, 3)
+
+
+class SplitCache(NamedTuple):
+    """Spark attention's: the predictor's part of the keys by itself, for all of it is read; the rest row by row."""
+
+    k1_BKSR: jax.Array
+    rest_BKSE: jax.Array
+    """The other H - r dimensions of a key, and its value, as one row of 2 H - r."""
+
+    @classmethod
+    def empty(cls, batch: int, length: int, heads: int, width: int, r: int, dtype: jnp.dtype) -> SplitCache:
+        """A cache of `length` slots."""
+        shape = (batch, heads, length)
+        return cls(jnp.zeros((*shape, r), dtype), jnp.zeros((*shape, 2 * width - r), dtype))
+
+    def updated(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> SplitCache:
+        """The cache with the keys and values of T new tokens in slots `slot` .. `slot + T - 1`."""
+        r = self.k1_BKSR.shape[-1]
+        rest = jnp.concatenate([k_BTKH[..., r:], v_BTKH], axis=-1)
+        return SplitCache(_written(self.k1_BKSR, k_BTKH[..., :r], slot), _written(self.rest_BKSE, rest, slot))
+
+    def joined(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H]."""
+        r, both = self.k1_BKSR.shape[-1], self.rest_BKSE.shape[-1]
+        split = both - (both + r) // 2
+        k = jnp.concatenate([self.k1_BKSR, self.rest_BKSE[..., :split]], axis=-1)
+        return k.transpose(0, 2, 1, 3), self.rest_BKSE[..., split:].transpose(0, 2, 1, 3)

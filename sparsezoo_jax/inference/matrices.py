@@ -1,0 +1,72 @@
+"""Weights as decoding reads them: a row for each output or neuron, in one of several number formats."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsezoo_jax.pallas_kernels.linear import linear
+from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
+
+WeightFormat = Literal["model", "float32", "bfloat16", "int8"]
+
+
+class Packed(nnx.Variable):
+    """An array laid out for inference: no parameter."""
+
+
+def quantised(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 values [..., K] and the float32 factor [...] of each row, whose largest entry becomes 127 or -127."""
+    wide = rows.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
+
+
+class Rows(nnx.Module):
+    """A matrix [..., N, K] by rows; where it is int8 with a factor for each row.
+
+    Of two matrices, [N, K] and [N, L], the rows lie side by side, and have a factor each: [N, 2].
+    """
+
+    def __init__(self, rows: jax.Array | tuple[jax.Array, jax.Array], form: WeightFormat, dtype: jnp.dtype):
+        parts = rows if isinstance(rows, tuple) else (rows,)
+        self.dtype, self.first = dtype, parts[0].shape[-1]
+        scale = None
+        if form == "int8":
+            parts, scales = zip(*map(quantised, parts), strict=True)
+            scale = Packed(scales[0] if len(scales) == 1 else jnp.stack(scales, axis=-1))
+        self.scale = scale
+        stored = jnp.dtype({"model": dtype, "int8": jnp.int8}.get(form, form))
+        parts = [part.astype(stored) for part in parts]
+        self.rows = Packed(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
+
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """The rows as stored, and their factors."""
+        return self.rows[...], None if self.scale is None else self.scale[...]
+
+    def restored(self) -> jax.Array:
+        """The rows of one matrix in the activations' dtype, factors applied."""
+        rows, scale = self.arrays
+        return (rows if scale is None else rows.astype(jnp.float32) * scale[..., None]).astype(self.dtype)
+
+    def parts(self) -> tuple[jax.Array, jax.Array]:
+        """The rows of each of two matrices, as `restored` gives those of one."""
+        rows, scale = self.arrays
+        pair = [rows[:, : self.first], rows[:, self.first :]]
+        if scale is not None:
+            pair = [part.astype(jnp.float32) * scale[:, i, None] for i, part in enumerate(pair)]
+        return pair[0].astype(self.dtype), pair[1].astype(self.dtype)
+
+    def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """`x W^T` of one matrix [N, K]: [..., N] for x [..., K], in `dtype` (None: that of `x`)."""
+        flat, out = x.reshape(-1, x.shape[-1]), x.dtype if dtype is None else dtype
+        if len(flat) <= MOST_ROWS:
+            y = linear(flat, *self.arrays, dtype=out)
+        else:
+            y = jnp.matmul(flat, self.restored().T, preferred_element_type=out)
+        return y.reshape(*x.shape[:-1], -1)
