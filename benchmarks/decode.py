@@ -1,0 +1,281 @@
+"""Time of decoding with whole models, dense and sparse of equal parameters: `python -m benchmarks.decode`.
+
+Weights are random, drawn from one pool of numbers into buffers of their own; so are the keys and values of the context.
+Nothing is said about quality. `--model spark` is the 2B shape, `blockffn` the 2.8B one, whose router keeps its share
+of the largest scores, for a random one has no sparsity. Variants take turns, a few tokens each, in every round; figures
+are medians over the rounds. Ratios are against the native dense model of the same precision, and their limit is the
+ratio of the bytes that both have to read. `read` is the bandwidth that a variant's bytes make of its time; `stream`
+that of reading one large array.
+
+`--forms xla` adds plain JAX, the models packed and as trained; `--torch` the same dense shapes in PyTorch, if there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.decode_layers import Draw
+from sparsezoo_jax import native
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.inference import Formats, Sampling, packed
+from sparsezoo_jax.inference.ffn import PackedBlockFFN
+from sparsezoo_jax.inference.generation import next_token
+from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity, bytes_per_token, dense_twin
+from sparsezoo_jax.models.cache import DecoderCache
+
+#: Tokens that a variant decodes in its turn of a round.
+TURN = 4
+FORMATS = {
+    "float32": ("float32", Formats()),
+    "bfloat16": ("bfloat16", Formats()),
+    "int8": ("bfloat16", Formats("int8")),
+    "int8-head": ("bfloat16", Formats("model", head="int8")),
+    "int8-predictor": ("bfloat16", Formats("model", predictor="int8")),
+}
+
+
+class Variant(NamedTuple):
+    """A model with a cache that holds the context, ready to decode one turn."""
+
+    turn: Callable[[], None]
+    bytes: float
+    """That one token has to read."""
+
+
+def configs(name: str, vocab: int | None, layers: int | None, dtype: str) -> tuple[DecoderConfig, DecoderConfig]:
+    """The sparse decoder and its dense twin."""
+    model = preset(*{"spark": ("spark", "2b"), "blockffn": ("blockffn", "2_8b")}[name]).model
+    changed = {"dtype": dtype, "param_dtype": dtype, "max_seq_len": 65_536}
+    changed |= {} if vocab is None else {"vocab_size": vocab}
+    changed |= {} if layers is None else {"layers": layers}
+    sparse = dataclasses.replace(model, **changed)
+    dense = dense_twin(sparse)
+    assert dense is not None
+    return sparse, dense
+
+
+def drawn(config: DecoderConfig) -> Decoder:
+    """A decoder of unstacked layers with random weights."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked()))
+    draw = Draw(config.param_dtype, huge_pages=False)
+
+    def weight(variable: Any) -> Any:
+        value = variable.get_value()
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return variable.replace(jax.random.key(0))
+        scaled = 0.02 * draw(*value.shape) if value.ndim > 1 else jnp.zeros(value.shape)
+        return variable.replace(scaled.astype(value.dtype))
+
+    flat = [(path, weight(variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def keep_largest(model: Decoder) -> None:
+    """Let the routers keep the share of experts that their configuration expects, whatever their signs are."""
+    for period in model.segments:
+        for block in period.blocks:
+            ffn: Any = block.ffn
+            router = ffn.router if isinstance(ffn, PackedBlockFFN) else ffn
+            kept, route = round(router.config.expected_density * router.config.experts), router.router_DE
+
+            def largest(x_BTD: jax.Array, route=route, kept=kept) -> tuple[jax.Array, jax.Array, jax.Array]:
+                logits = x_BTD.astype(jnp.float32) @ route[...].astype(jnp.float32)
+                scores = jnp.where(logits >= jax.lax.top_k(logits, kept)[0][..., -1:], 1 + jnp.abs(logits), 0)
+                return logits, scores, scores
+
+            object.__setattr__(router, "route", largest)
+
+
+@contextmanager
+def form(name: str) -> Iterator[None]:
+    """Trace within this to have operations native or in plain JAX."""
+    if name == "native":
+        yield
+    else:
+        with mock.patch.object(native, "why_missing", lambda: "switched off"), mock.patch.object(native, "warn_missing"):
+            yield
+
+
+def variant(config: DecoderConfig, formats: Formats | None, context: int, how: str) -> Variant:
+    """`config` with weights in `formats` (None: as trained) after `context` tokens."""
+    model = drawn(config)
+    if formats is not None:
+        model = packed(model, formats)
+    if config.ffn.kind == "blockffn":
+        keep_largest(model)
+    graphdef, state = nnx.split(model)
+    fill = Draw(config.dtype, huge_pages=False)
+    empty = model.init_cache(1, context + 64)
+    layers = jax.tree.map(lambda x: fill(*x.shape).astype(x.dtype), empty.layers)
+    positions = jnp.where(jnp.arange(context + 64) < context, jnp.arange(context + 64), -1)[None].astype(jnp.int32)
+    cache = DecoderCache(layers, positions, jnp.int32(context))
+    token, one, key = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), jax.random.key(0)
+
+    def truncated(graphdef, state, cache, *arguments):
+        # Every turn begins where the first did: the context stays the same.
+        return next_token(Sampling(temperature=0), graphdef, state, cache, *arguments)
+
+    def restart(cache):
+        return cache.truncated(jnp.int32(context))
+
+    with form(how):
+        step = jax.jit(partial(truncated, graphdef), donate_argnums=1)
+        step = step.lower(state, cache, token, one, jnp.int32(0), key).compile()
+    again = jax.jit(restart, donate_argnums=0).lower(cache).compile()
+    held = {"cache": cache, "stats": {}}
+
+    def turn() -> None:
+        cache, following = again(held["cache"]), token
+        for _ in range(TURN):
+            made = step(state, cache, following, one, jnp.int32(0), key)
+            cache, following = made.cache, made.tokens[:, None]
+        held["cache"], held["stats"] = jax.block_until_ready((cache, made.stats))
+
+    turn()
+    return Variant(turn, read_bytes(config, formats, context, held["stats"]))
+
+
+def read_bytes(config: DecoderConfig, formats: Formats | None, context: int, stats: dict[str, Any]) -> float:
+    """Bytes that a token has to read, by the sparsity that was there."""
+    widths = [spec.ffn.d_ff for spec in config.layer_specs()]
+    sparsity = Sparsity(
+        tuple(float(share) * width for share, width in zip(stats["ffn_density"], widths, strict=True)),
+        tuple(map(float, stats["attended_keys"])),
+    )
+    whole = bytes_per_token(config, context, logits=True, sparsity=sparsity)
+    if formats is None or formats == Formats():
+        return whole
+    # What is int8 takes half of the bytes of bfloat16; caches stay.
+    head = 2.0 * config.vocab_size * config.d_model
+    cache = whole - head - bytes_per_token(config, 1, sparsity=sparsity)
+    if formats.weights == "int8":
+        return (whole - cache) / 2 + cache
+    predictor = 2.0 * config.layers * getattr(config.ffn, "r", 0) * config.ffn.d_ff
+    return whole - (head / 2 if formats.head else 0) - (predictor / 2 if formats.predictor else 0)
+
+
+def torch_dense(config: DecoderConfig, context: int) -> Variant:
+    """The dense decoder's matrix products and attention in PyTorch, bfloat16; norms and rotation left out."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
+
+    a: Any = config.attention
+    shapes = {
+        "qkv": ((a.heads + 2 * a.kv_heads) * a.head_dim, config.d_model),
+        "out": (config.d_model, a.heads * a.head_dim),
+        "gate": (config.ffn.d_ff, config.d_model),
+        "up": (config.ffn.d_ff, config.d_model),
+        "down": (config.d_model, config.ffn.d_ff),
+    }
+
+    def weight(*shape: int) -> Any:
+        return 0.02 * torch.randn(shape, dtype=torch.bfloat16)
+
+    layers = [{name: weight(*shape) for name, shape in shapes.items()} for _ in range(config.layers)]
+    head = weight(config.vocab_size, config.d_model)
+    caches = [[torch.randn(1, a.kv_heads, context, a.head_dim, dtype=torch.bfloat16) for _ in "kv"] for _ in layers]
+    gelu = partial(F.gelu, approximate="tanh") if getattr(config.ffn, "activation", "") == "gelu_tanh" else F.silu
+
+    def turn() -> None:
+        with torch.inference_mode():
+            for _ in range(TURN):
+                x = torch.ones(1, config.d_model, dtype=torch.bfloat16)
+                for layer, (k, v) in zip(layers, caches, strict=True):
+                    q = F.linear(x, layer["qkv"])[:, : a.heads * a.head_dim].reshape(1, a.heads, 1, a.head_dim)
+                    mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+                    x = F.linear(mixed.reshape(1, -1), layer["out"])
+                    x = F.linear(gelu(F.linear(x, layer["gate"])) * F.linear(x, layer["up"]), layer["down"])
+                F.linear(x, head).argmax()
+
+    turn()
+    return Variant(turn, bytes_per_token(config, context, logits=True))
+
+
+def stream_rate(rounds: int = 5) -> float:
+    """GB/s of reading one large array with the library's threads."""
+    array = jnp.ones(1 << 28, jnp.float32)
+    read = jax.jit(lambda x: native.call("stream", [jax.ShapeDtypeStruct((1,), jnp.float32)], x))
+    jax.block_until_ready(read(array))
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        jax.block_until_ready(read(array))
+        times.append(time.perf_counter() - started)
+    return array.nbytes / statistics.median(times) / 1e9
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["spark", "blockffn"], default="spark")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128])
+    parser.add_argument("--vocab", type=int, default=None, help="rows of the output projection; None: the preset's")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the preset has")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bfloat16"])
+    parser.add_argument("--forms", nargs="+", choices=["native", "xla"], default=["native"])
+    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
+    for context in options.contexts:
+        for formats in options.formats:
+            print_table(options, context, formats)
+
+
+def print_table(options: argparse.Namespace, context: int, formats: str) -> None:
+    """Measure all variants of one context and number format, taking turns."""
+    dtype, form_of = FORMATS[formats]
+    sparse, dense = configs(options.model, options.vocab, options.layers, dtype)
+    variants: dict[str, Variant] = {}
+    for how in options.forms:
+        plain = form_of if formats != "int8-predictor" else Formats()
+        variants[f"dense, {how}"] = variant(dense, plain, context, how)
+        variants[f"{options.model}, {how}"] = variant(sparse, form_of, context, how)
+        if how == "xla" and formats in DTYPES_AS_TRAINED:
+            variants["dense, as trained, xla"] = variant(dense, None, context, how)
+    if options.torch and formats == "bfloat16":
+        variants["dense, PyTorch"] = torch_dense(dense, context)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    streams = []
+    for _ in range(options.rounds):
+        streams.append(stream_rate(1))
+        for name, made in variants.items():
+            started = time.perf_counter()
+            made.turn()
+            times[name].append((time.perf_counter() - started) / TURN)
+    baseline = next(iter(variants))
+    print(
+        f"\n{options.model}, {formats}, {sparse.vocab_size:,} tokens, {sparse.layers} layers, context {context:,}; "
+        f"stream {statistics.median(streams):.1f} GB/s\n"
+    )
+    print("| variant | MB a token | ms a token | tokens/s | read GB/s | ratio | quartiles | limit by bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, made in variants.items():
+        median = statistics.median(times[name])
+        ratios = [base / own for base, own in zip(times[baseline], times[name], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"| {name} | {made.bytes / 1e6:,.0f} | {1e3 * median:.1f} | {1 / median:.1f} | {made.bytes / median / 1e9:.1f} "
+            f"| {statistics.median(times[baseline]) / median:.2f} | {low:.2f} .. {high:.2f} "
+            f"| {variants[baseline].bytes / made.bytes:.2f} |",
+            flush=True,
+        )
+
+
+DTYPES_AS_TRAINED = ("float32", "bfloat16")
+
+
+if __name__ == "__main__":
+    main()
