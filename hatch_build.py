@@ -1,4 +1,4 @@
-"""Compiles the native CPU library into the wheel, or in place for an editable installation; goes on without a compiler."""
+"""Compiles the native CPU library into wheels, in place for editable installations; goes on without a compiler."""
 
 from __future__ import annotations
 

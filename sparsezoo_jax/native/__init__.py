@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import jaxlib
 import numpy as np
 
 from sparsezoo_jax.errors import SparsezooWarning
-from sparsezoo_jax.native.build import LIBRARY
+from sparsezoo_jax.native.build import LIBRARY, fingerprint
 
 #: Operations of the library, by the names of its symbols without their prefix.
 OPERATIONS = (
@@ -51,8 +52,11 @@ class _Library:
             self.missing = f"{LIBRARY} could not be loaded ({error})"
 
     def _register(self, library: ctypes.CDLL) -> None:
-        for name in ("sparsezoo_built_for", "sparsezoo_level"):
+        for name in ("sparsezoo_built_for", "sparsezoo_sources", "sparsezoo_level"):
             getattr(library, name).restype = ctypes.c_char_p
+        if library.sparsezoo_sources().decode() != fingerprint():
+            self.missing = "it was built from other sources than these"
+            return
         built_for = library.sparsezoo_built_for().decode()
         if _version(built_for) > _version(jaxlib.__version__):
             self.missing = f"it was built for jaxlib {built_for}, and this is {jaxlib.__version__}"
@@ -99,6 +103,25 @@ def warn_missing() -> None:
         SparsezooWarning,
         stacklevel=2,
     )
+
+
+def advise_huge_pages(array: jax.Array) -> bool:
+    """Ask Linux to put a CPU array's memory into pages of 2 MiB now, in place; whether it did.
+
+    Rows that are read here and there then miss the address translation less. Worth it for weights that stay; what
+    can't be done (another system, a small array, no free pages) changes nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    size = 2 << 20
+    start = array.unsafe_buffer_pointer()
+    first, end = -(-start // size) * size, (start + array.nbytes) // size * size
+    if end <= first:
+        return False
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    hugepage, collapse = 14, 25
+    return madvise(first, end - first, hugepage) == 0 and madvise(first, end - first, collapse) == 0
 
 
 def call(

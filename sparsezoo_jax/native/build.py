@@ -6,6 +6,7 @@ picks one of them at run time.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -58,6 +59,14 @@ def headers() -> tuple[Path, str]:
     return Path(spec.submodule_search_locations[0]) / "include", importlib.metadata.version("jaxlib")
 
 
+def fingerprint() -> str:
+    """Hash of the sources and of how they are compiled: a library of another one is out of date."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), *sorted((FOLDER / "src").iterdir())):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build(target: Path = LIBRARY) -> Path:
     """Compile the library into `target`, which appears only when it is complete; returns its path.
 
@@ -78,7 +87,8 @@ def build(target: Path = LIBRARY) -> Path:
         def compile_one(numbered: tuple[int, tuple[Path, list[str]]]) -> str:
             number, (source, flags) = numbered
             out = os.path.join(folder, f"{source.stem}{number}.o")
-            extra = [f'-DSPARSEZOO_JAXLIB="{version}"', "-isystem", str(include), *defines]
+            names = [f'-DSPARSEZOO_JAXLIB="{version}"', f'-DSPARSEZOO_SOURCES="{fingerprint()}"']
+            extra = [*names, *defines, "-isystem", str(include)]
             _run([*command, *FLAGS, *flags, *extra, "-c", str(source), "-o", out])
             return out
 

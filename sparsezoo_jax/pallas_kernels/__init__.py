@@ -1,6 +1,7 @@
 """One folder per operation: its definition in plain JAX, and the kernels that must agree with it.
 
-Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, weights laid out for inference (`rows.py`).
+Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, with weights laid out for
+inference (`rows.py`).
 """
 
 from sparsezoo_jax.pallas_kernels.attention import attention_rows

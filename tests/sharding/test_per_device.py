@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from sparsezoo_jax.sharding import per_device
+from tests.kernels.few_rows import implementation
 
 
 @pytest.fixture(scope="module", params=["xla", "pallas_tpu_interpret"])
@@ -42,3 +43,11 @@ def test_maps_of_active_blocks_on_a_mesh(on_eight_devices):
     for differences in on_eight_devices("grouped_blocks").values():
         assert len(differences) == 4
         assert max(differences) < 2e-5, "value and gradients, sums of up to 32 numbers in another order"
+
+
+def test_native_operations_on_eight_devices(on_eight_devices):
+    implementation("native")
+    found = on_eight_devices("native_rows")
+    assert found.pop("devices") == 8
+    assert len(found) == 7
+    assert all(found.values()), found

@@ -197,6 +197,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_stream, Stream, BIND.Arg<Array>().Ret<Ar
 
 // What this was built with: it runs on that version of jaxlib and newer ones.
 extern "C" const char* sparsezoo_built_for() { return SPARSEZOO_JAXLIB; }
+extern "C" const char* sparsezoo_sources() { return SPARSEZOO_SOURCES; }
 extern "C" const char* sparsezoo_level() { return loops().level; }
 
 #pragma GCC visibility pop

@@ -42,6 +42,11 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
   for (; i + kLanes <= k; i += kLanes)
     for (int r = 0; r < R; r++)
       for (int j = 0; j < M; j++) sum[r][j][0] += load(w + r * ld + i) * load(x[j] + i);
+  if (i < k)
+    for (int r = 0; r < R; r++) {
+      Floats a = load(w + r * ld + i, k - i);
+      for (int j = 0; j < M; j++) sum[r][j][0] += a * load(x[j] + i, k - i);
+    }
   for (int j = 0; j < M; j++) {
     float total[R];
     if constexpr (R == 4) {
@@ -51,8 +56,6 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
     } else {
       for (int r = 0; r < R; r++) total[r] = sum_of(sum[r][j][0] + sum[r][j][1]);
     }
-    for (long t = i; t < k; t++)
-      for (int r = 0; r < R; r++) total[r] += one(w + r * ld + t) * x[j][t];
     __builtin_memcpy(out + j * ld_out, total, sizeof(total));
   }
 }
@@ -106,12 +109,15 @@ INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, floa
     }
     for (int j = 0; j < M; j++) write(y[j] + i, sum[j]);
   }
-  for (; i < k; i++)
-    for (int j = 0; j < M; j++) {
-      float sum = y[j][i];
-      for (int r = 0; r < R; r++) sum += c[j * ld_c + r] * one(w + r * ld + i);
-      y[j][i] = sum;
+  if (i < k) {
+    Floats sum[M];
+    for (int j = 0; j < M; j++) sum[j] = load(y[j] + i, k - i);
+    for (int r = 0; r < R; r++) {
+      Floats a = load(w + r * ld + i, k - i);
+      for (int j = 0; j < M; j++) sum[j] += factor[r][j] * a;
     }
+    for (int j = 0; j < M; j++) write(y[j] + i, sum[j], k - i);
+  }
 }
 
 template <class W, int R>
@@ -138,12 +144,7 @@ template <class F>
 INLINE void map(float* s, long n, F f) {
   long i = 0;
   for (; i + kLanes <= n; i += kLanes) write(s + i, f(load(s + i)));
-  if (i < n) {
-    float rest[kLanes] = {};
-    __builtin_memcpy(rest, s + i, (n - i) * sizeof(float));
-    write(rest, f(load(rest)));
-    __builtin_memcpy(s + i, rest, (n - i) * sizeof(float));
-  }
+  if (i < n) write(s + i, f(load(s + i, n - i)), n - i);
 }
 
 void activate(Activation activation, float* h, long n) {

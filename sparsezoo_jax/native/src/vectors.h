@@ -47,9 +47,18 @@ INLINE Floats load(const float* p) { return read<Floats>(p); }
 INLINE Floats load(const bfloat16* p) { return same_bits<Floats>(__builtin_convertvector(read<Halves>(p), Words) << 16); }
 INLINE Floats load(const signed char* p) { return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Ints), Floats); }
 
+// The first n < kLanes numbers, and zeros: what is left at the end of a row, rounded as all the rest of it.
+template <class W>
+INLINE Floats load(const W* p, long n) {
+  W rest[kLanes] = {};
+  __builtin_memcpy(rest, p, n * sizeof(W));
+  return load(rest);
+}
+
+INLINE void write(float* p, Floats v, long n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+
 INLINE float one(const float* p) { return *p; }
 INLINE float one(const bfloat16* p) { return same_bits<float>(unsigned(p->bits) << 16); }
-INLINE float one(const signed char* p) { return *p; }
 
 INLINE float sum_of_four(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 

@@ -27,7 +27,7 @@ def attention_rows(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`softmax(cap(scale q k)) v` over the visible keys, in float32; zeros where a query sees none. No gradient natively.
+    """`softmax(cap(scale q k)) v` over the visible keys, in float32; zeros where a query sees none.
 
     Args:
       q: [B, N, H], float32 or bfloat16, one query for each sequence and head.

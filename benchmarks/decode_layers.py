@@ -1,0 +1,230 @@
+"""Time of decoding through one layer, dense and sparse, native and plain JAX: `python -m benchmarks.decode_layers`.
+
+Random weights. Each variant runs through enough layers that no cache holds what it reads, all variants in interleaved
+rounds; medians. Ratios are against the native dense layer of the same precision and equal parameters, and their limit
+is the ratio of the bytes that both have to read. `stream` reads one large array and does nothing with it, before and
+after each round: rounds in which it was slow, for another process ran, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import interleaved
+from sparsezoo_jax import native
+from sparsezoo_jax.pallas_kernels import (
+    attention_rows,
+    block_ffn_rows,
+    gated_ffn_rows,
+    spark_attention_rows,
+    spark_ffn_rows,
+)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+FORMS = ("native", "xla")
+Layer = tuple[Any, ...]
+
+
+class Variant(NamedTuple):
+    """A way through `layers` layers, and the bytes of weights or cache that one of them has to read."""
+
+    run: Callable[[], object]
+    layers: int
+    layer_bytes: float
+
+
+class Draw:
+    """Random arrays, cut out of one pool of normal numbers: drawing them all would take minutes."""
+
+    def __init__(self, dtype: str, huge_pages: bool):
+        self.dtype, self.huge_pages = DTYPES[dtype], huge_pages
+        self.rng = np.random.default_rng(0)
+        self.pool = self.rng.standard_normal(1 << 25, np.float32)
+
+    def __call__(self, *shape: int, dtype: Any = None) -> jax.Array:
+        start = int(self.rng.integers(self.pool.size // 2))
+        values = np.resize(self.pool[start:], shape)
+        dtype = self.dtype if dtype is None else dtype
+        drawn = jnp.asarray(values * 40 if dtype == jnp.int8 else values).astype(dtype)
+        if self.huge_pages:
+            native.advise_huge_pages(drawn)
+        return drawn
+
+    def scale(self, *shape: int) -> jax.Array | None:
+        return jnp.full(shape, 1 / 40, jnp.float32) if self.dtype == jnp.int8 else None
+
+    @property
+    def tokens(self) -> Any:
+        return jnp.bfloat16 if self.dtype == jnp.bfloat16 else jnp.float32
+
+    @property
+    def bytes(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+
+def through(layer: Callable[..., Any], layers: Sequence[Layer], inputs: Sequence[Layer]) -> Callable[[], object]:
+    """Run all layers, each on a state that depends on the one before; every call takes the next of `inputs`."""
+
+    @jax.jit
+    def run(x, extra, layers):
+        counts = []
+        for weights in layers:
+            y, *count = layer(x, *extra, *weights)
+            x = x + (1e-6 * y).astype(x.dtype)
+            counts += count
+        return x, counts
+
+    turns = itertools.cycle(inputs)
+
+    def call():
+        x, *extra = next(turns)
+        return run(x, extra, layers)
+
+    return call
+
+
+def spark_ffn(draw: Draw, d: int, dense: int, neurons: int, r: int, top_k: int, layers: int) -> dict[str, Variant]:
+    """The Spark FFN against a gated layer of equal parameters."""
+    x = draw(1, d, dtype=draw.tokens)
+    gated = [(draw(dense, d), draw(dense, d), draw(dense, d)) for _ in range(layers)]
+    spark = [(draw(neurons, r), draw(neurons, 2 * d - r)) for _ in range(layers)]
+    gated_scales = (draw.scale(dense),) * 3
+    spark_scales = (draw.scale(neurons), draw.scale(neurons, 2))
+    found = {}
+    for form in FORMS:
+        run = partial(gated_ffn_rows, scales=gated_scales, implementation=form)
+        dense_layer = lambda x, *w, run=run: (run(x, *w),)  # noqa: E731
+        found[f"dense, {form}"] = Variant(through(dense_layer, gated, [(x,)]), layers, 3 * dense * d * draw.bytes)
+        run = partial(spark_ffn_rows, top_k=top_k, scales=spark_scales, implementation=form)
+        read = (neurons * r + top_k * (2 * d - r)) * draw.bytes
+        found[f"spark, {form}"] = Variant(through(run, spark, [(x,)]), layers, read)
+    return found
+
+
+def block_ffn(
+    draw: Draw, d: int, experts: int, width: int, density: float, tokens: int, pool: float, layers: int
+) -> dict[str, Variant]:
+    """BlockFFN against a gated layer of equal parameters; each token draws its experts from a share `pool` of all."""
+    inputs, read = [], []
+    for _ in range(8):
+        scores = np.zeros((tokens, experts), np.float32)
+        candidates = draw.rng.permutation(experts)[: max(1, round(pool * experts))]
+        for row in scores:
+            row[draw.rng.choice(candidates, round(density * experts), replace=False)] = 1.0
+        inputs.append((draw(tokens, d, dtype=draw.tokens), jnp.asarray(scores, draw.tokens)))
+        read.append(np.count_nonzero(scores.any(axis=0)))
+    dense = 2 * experts * width // 3
+    gated = [(draw(dense, d), draw(dense, d), draw(dense, d)) for _ in range(layers)]
+    blocks = [(draw(experts, width, d), draw(experts, width, d)) for _ in range(layers)]
+    gated_scales, block_scales = (draw.scale(dense),) * 3, (*(draw.scale(experts, width),) * 2, None)
+    found = {}
+    for form in FORMS:
+        run = partial(gated_ffn_rows, activation="silu", scales=gated_scales, implementation=form)
+        dense_layer = lambda x, scores, *w, run=run: (run(x, *w),)  # noqa: E731
+        found[f"dense, {form}"] = Variant(through(dense_layer, gated, inputs), layers, 3 * dense * d * draw.bytes)
+        run = partial(block_ffn_rows, scales=block_scales, implementation=form)
+        block_layer = lambda x, scores, *w, run=run: (run(x, scores, *w),)  # noqa: E731
+        union = float(np.mean(read)) * 2 * width * d * draw.bytes
+        found[f"experts, {form}"] = Variant(through(block_layer, blocks, inputs), layers, union)
+    return found
+
+
+def attention(draw: Draw, heads: int, kv_heads: int, width: int, r: int, keys: int, top_k: int, layers: int):
+    """Spark attention against attention to all keys of the same cache."""
+    shape = (1, kv_heads, keys)
+    caches = [(draw(*shape, width), draw(*shape, width)) for _ in range(layers)]
+    split = [(draw(*shape, r), draw(*shape, 2 * width - r)) for _ in range(layers)]
+    mask = jnp.ones((1, keys), bool)
+    q = draw(1, heads, width, dtype=draw.tokens)
+    found = {}
+    for form in FORMS:
+        run = partial(attention_rows, implementation=form)
+        dense_layer = lambda q, mask, k, v, run=run: (run(q, k, v, mask),)  # noqa: E731
+        read = 2 * kv_heads * keys * width * draw.bytes
+        found[f"dense, {form}"] = Variant(through(dense_layer, caches, [(q, mask)]), layers, read)
+        run = partial(spark_attention_rows, top_k=top_k, implementation=form)
+        spark_layer = lambda q, mask, k1, rest, run=run: run(q, k1, rest, mask)  # noqa: E731
+        read = (kv_heads * keys * r + heads * top_k * (2 * width - r)) * draw.bytes
+        found[f"spark, {form}"] = Variant(through(spark_layer, split, [(q, mask)]), layers, read)
+    return found
+
+
+TABLES: dict[str, Callable[[Draw], dict[str, Variant]]] = {
+    "spark": lambda draw: spark_ffn(draw, 2304, 9216, 13824, 1024, 1106, layers=4),
+    "block10": lambda draw: block_ffn(draw, 1536, 48, 64, 0.1, 1, 1.0, layers=40),
+    "block20": lambda draw: block_ffn(draw, 1536, 48, 64, 0.2, 1, 1.0, layers=40),
+    "wide10": lambda draw: block_ffn(draw, 2048, 128, 128, 0.1, 1, 1.0, layers=6),
+    "wide20": lambda draw: block_ffn(draw, 2048, 128, 128, 0.2, 1, 1.0, layers=6),
+    "chunk": lambda draw: block_ffn(draw, 1536, 48, 64, 0.1, 8, 1.0, layers=24),
+    "pooled": lambda draw: block_ffn(draw, 1536, 48, 64, 0.1, 8, 0.25, layers=24),
+    "attention4k": lambda draw: attention(draw, 8, 4, 128, 32, 4096, 256, layers=40),
+    "attention32k": lambda draw: attention(draw, 8, 4, 128, 32, 32768, 256, layers=8),
+}
+TITLES = {
+    "spark": "Spark FFN, width 2304: 13,824 neurons, predictor of 1024, 8 % active; dense 9,216",
+    "block10": "BlockFFN, width 1536: 48 experts of 64, 10 % active, one token",
+    "block20": "BlockFFN, width 1536: 48 experts of 64, 20 % active, one token",
+    "wide10": "BlockFFN, width 2048: 128 experts of 128, 10 % active, one token",
+    "wide20": "BlockFFN, width 2048: 128 experts of 128, 20 % active, one token",
+    "chunk": "BlockFFN, width 1536: 48 experts of 64, 8 tokens with 10 % each, independent",
+    "pooled": "BlockFFN, width 1536: 48 experts of 64, 8 tokens with 10 % each, of the same quarter",
+    "attention4k": "Attention, 8 heads of 128, 4 for keys and values, 4,096 keys: 256 selected by 32 dimensions",
+    "attention32k": "Attention, 8 heads of 128, 4 for keys and values, 32,768 keys: 256 selected by 32 dimensions",
+}
+
+
+def table(name: str, draw: Draw, rounds: int, forms: Sequence[str]) -> None:
+    """Time one table's variants and print it."""
+    variants = {key: v for key, v in TABLES[name](draw).items() if key.rsplit(" ", 1)[1] in forms}
+    data = draw(1 << 26, dtype=jnp.float32)
+    read = jax.jit(lambda data: native.call("stream", [jax.ShapeDtypeStruct((1,), jnp.uint32)], data))
+    stream = partial(read, data)
+    times = interleaved({"stream": stream, **{key: v.run for key, v in variants.items()}, "after": stream}, rounds)
+    best = min(times["stream"] + times["after"])
+    quiet = [i for i, pair in enumerate(zip(times["stream"], times["after"], strict=True)) if max(pair) < 1.25 * best]
+    medians = {key: statistics.median(values[i] for i in quiet or range(rounds)) for key, values in times.items()}
+    bandwidth = data.nbytes / medians["stream"]
+    precision = jnp.dtype(draw.dtype).name
+    print(f"\n{TITLES[name]}; {precision}; stream {bandwidth / 1e9:.1f} GB/s, {len(quiet)} of {rounds} rounds quiet\n")
+    print("| variant | ms | GB/s | of stream | x native dense | limit by bytes | x dense at stream |")
+    print("|---|---|---|---|---|---|---|")
+    base = variants["dense, native"]
+    base_ms = 1e3 * medians["dense, native"] / base.layers
+    for key, variant in variants.items():
+        ms = 1e3 * medians[key] / variant.layers
+        rate = variant.layer_bytes / ms / 1e6
+        limit, ideal = base.layer_bytes / variant.layer_bytes, 1e3 * base.layer_bytes / bandwidth
+        of_stream = rate * 1e9 / bandwidth
+        print(
+            f"| {key} | {ms:.3f} | {rate:.1f} | {of_stream:.2f} | {base_ms / ms:.2f} | {limit:.2f} | {ideal / ms:.2f} |"
+        )
+
+
+def main() -> None:
+    """Print the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="table", help=", ".join(TABLES))
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["bfloat16", "float32", "int8"])
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="implementations")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--huge-pages", action="store_true", help="ask for huge pages, for all variants alike")
+    options = parser.parse_args()
+    print(f"{jax.local_device_count()} device, native level {native.level()}, {options.rounds} rounds")
+    for name in options.tables or TABLES:
+        for dtype in options.dtypes:
+            if name.startswith("attention") and dtype == "int8":
+                continue  # caches are not quantised
+            table(name, Draw(dtype, options.huge_pages), options.rounds, options.forms)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""BlockFFN's experts for a few tokens against their definition, and against the form that is trained."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_rows
+from sparsezoo_jax.pallas_kernels.block_ffn.rows import reference
+from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+
+
+@pytest.fixture(params=["xla", "native"])
+def apply(request):
+    form = implementation(request.param)
+    return lambda *arrays, **kwargs: jax.jit(partial(block_ffn_rows, implementation=form, **kwargs))(*arrays)
+
+
+def layer(draw, experts, width, d, gated):
+    (up, up_scale), (down, down_scale), (gate, gate_scale) = (draw.weights(experts, width, d) for _ in range(3))
+    return ((up, down, gate), (up_scale, down_scale, gate_scale)) if gated else (
+        (up, down, None), (up_scale, down_scale, None)
+    )  # fmt: skip
+
+
+def scores_of(draw, m, experts, density):
+    """Scores of different experts for each token; the last token has none."""
+    scores = draw.rng.uniform(0.5, 2.0, (m, experts)) * (draw.rng.random((m, experts)) < density)
+    scores[-1] = 0
+    return jnp.asarray(scores, draw.tokens_dtype)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_is_the_definition(apply, storage, gated, m, density):
+    draw = Draw(storage)
+    x, scores = draw.tokens(m + 1, 37), scores_of(draw, m + 1, 7, density)
+    weights, scales = layer(draw, 7, 5, 37, gated)
+    y = apply(x, scores, *weights, scales=scales)
+    close(y, reference(x, scores, *weights, scales=scales))
+    np.testing.assert_array_equal(y[-1], 0)
+
+
+@pytest.mark.parametrize(("experts", "width", "d"), [(1, 1, 1), (3, 40, 16), (70, 2, 9)])
+def test_odd_sizes(apply, experts, width, d):
+    draw = Draw("bfloat16")
+    x, scores = draw.tokens(2, d), scores_of(draw, 2, experts, 0.5).at[0, 0].set(1.0)
+    weights, _ = layer(draw, experts, width, d, gated=True)
+    close(apply(x, scores, *weights), reference(x, scores, *weights))
+
+
+def test_is_the_form_that_is_trained(apply):
+    draw = Draw("float32")
+    x, scores = draw.tokens(3, 12), scores_of(draw, 3, 6, 0.5)
+    (up, down, gate), _ = layer(draw, 6, 4, 12, gated=True)
+    columns = [w.reshape(24, 12).T for w in (up, gate)]
+    expected = block_ffn(x, scores, columns[0], down.reshape(24, 12), columns[1], expert_width=4)
+    close(apply(x, scores, up, down, gate), expected)
+
+
+@pytest.mark.parametrize("form", ["xla", "native"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_active_experts_are_read(form, gated):
+    draw = Draw("float32")
+    x, scores = draw.tokens(3, 12), scores_of(draw, 3, 9, 0.3).at[:, 4].set(0.0)
+    weights, _ = layer(draw, 9, 4, 12, gated)
+    inactive = ~(scores != 0).any(axis=0)
+    assert inactive[4]
+    poisoned = [None if w is None else jnp.where(inactive[:, None, None], jnp.nan, w) for w in weights]
+    call = jax.jit(partial(block_ffn_rows, implementation=implementation(form)))
+    np.testing.assert_array_equal(call(x, scores, *poisoned), call(x, scores, *weights))
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_a_row_does_not_depend_on_the_others(storage):
+    draw = Draw(storage)
+    x, scores = draw.tokens(9, 50), scores_of(draw, 9, 11, 0.4)
+    weights, scales = layer(draw, 11, 12, 50, gated=False)
+    apply = jax.jit(partial(block_ffn_rows, scales=scales, implementation=implementation("native")))
+    together = apply(x, scores, *weights)
+    for i in range(9):
+        np.testing.assert_array_equal(apply(x[i : i + 1], scores[i : i + 1], *weights)[0], together[i])
+
+
+def test_not_a_number_stays_in_its_row(apply):
+    draw = Draw("float32")
+    x, scores = draw.tokens(4, 12), scores_of(draw, 4, 6, 1.0)
+    x, scores = x.at[1, 3].set(jnp.nan), scores.at[2, 0].set(jnp.nan)
+    weights, _ = layer(draw, 6, 4, 12, gated=False)
+    close(apply(x, scores, *weights), reference(x, scores, *weights))
+
+
+def test_bad_input():
+    x, scores, up = jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones((4, 5, 3))
+    with pytest.raises(ConfigError, match=r"block_ffn_rows.down=\(4, 3, 5\): must be \(4, 5, 3\)"):
+        block_ffn_rows(x, scores, up, up.swapaxes(1, 2))
+    with pytest.raises(ConfigError, match=r"block_ffn_rows.scores=\(2, 3\): must be \(2, 4\)"):
+        block_ffn_rows(x, scores[:, 1:], up, up)

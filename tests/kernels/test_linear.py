@@ -1,0 +1,95 @@
+"""The linear map of a few tokens against the product with weights in float32."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels import linear
+from sparsezoo_jax.pallas_kernels.rows import dequantised
+from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+
+
+@pytest.fixture(params=["xla", "native"])
+def apply(request):
+    form = implementation(request.param)
+    return lambda *arrays, **kwargs: jax.jit(partial(linear, implementation=form, **kwargs))(*arrays)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (37, 50), (1031, 33)])
+def test_is_the_product(apply, storage, m, k, n):
+    draw = Draw(storage)
+    x, (w, scale) = draw.tokens(m, k), draw.weights(n, k)
+    expected = x.astype(jnp.float32) @ dequantised(w, scale).T
+    close(apply(x, w, scale), expected.astype(x.dtype))
+    close(apply(x, w, scale, dtype=jnp.float32), expected)
+
+
+def test_logits_of_bfloat16_are_not_rounded(apply):
+    x, w = jnp.full((1, 512), 1 / 3, jnp.bfloat16), jnp.ones((3, 512), jnp.bfloat16)
+    y = apply(x, w, dtype=jnp.float32)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, 512 * float(x[0, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_a_row_does_not_depend_on_the_others(storage):
+    apply = jax.jit(partial(linear, implementation=implementation("native"), dtype=jnp.float32))
+    draw = Draw(storage)
+    x, (w, scale) = draw.tokens(11, 103), draw.weights(29, 103)
+    together = apply(x, w, scale)
+    for i in range(11):
+        np.testing.assert_array_equal(apply(x[i : i + 1], w, scale)[0], together[i])
+
+
+def test_weights_may_have_another_type_than_tokens(apply):
+    x, (w, scale) = Draw("bfloat16").tokens(2, 40), Draw("int8").weights(9, 40)
+    close(apply(x, w, scale, dtype=jnp.float32), x.astype(jnp.float32) @ dequantised(w, scale).T)
+
+
+def test_not_a_number_stays_in_its_row(apply):
+    draw = Draw("float32")
+    x, (w, _) = draw.tokens(3, 20), draw.weights(5, 20)
+    x = x.at[1, 3].set(jnp.nan).at[2, 4].set(jnp.inf)
+    close(apply(x, w), x @ w.T)
+
+
+def test_in_a_scan_over_layers(apply):
+    draw = Draw("bfloat16")
+    x, ws = draw.tokens(2, 24), draw.tokens(3, 24, 24) / 5
+
+    def step(x, w):
+        return apply(x, w), None
+
+    expected = x
+    for w in ws:
+        expected = apply(expected, w)
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.lax.scan(step, x, ws)[0])(x), expected)
+
+
+def test_bad_input():
+    x, w = jnp.ones((2, 3)), jnp.ones((4, 5))
+    with pytest.raises(ConfigError, match=r"linear.x=\(2, 3\): must be \(2, 5\)"):
+        linear(x, w)
+    with pytest.raises(ConfigError, match=r"linear.w=float16: must be one of float32, bfloat16, int8"):
+        linear(x, jnp.ones((4, 3), jnp.float16))
+    with pytest.raises(ConfigError, match=r"linear.w's scale=None: must be \(4,\) for int8 weights"):
+        linear(x, jnp.ones((4, 3), jnp.int8))
+    with pytest.raises(ConfigError, match="scale"):
+        linear(x, jnp.ones((4, 3)), jnp.ones(4))
+    with pytest.raises(ConfigError, match=r"linear.implementation=fast: must be one of native, xla"):
+        linear(x, jnp.ones((4, 3)), implementation="fast")
+    implementation("native")
+    with pytest.raises(ConfigError, match='x is float16, not float32 or bfloat16; use "xla"'):
+        linear(x.astype(jnp.float16), jnp.ones((4, 3)), implementation="native")
+
+
+def test_the_native_form_has_no_gradient_and_says_so():
+    form = implementation("native")
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda w: linear(jnp.ones((1, 3)), w, implementation=form).sum())(jnp.ones((4, 3)))
