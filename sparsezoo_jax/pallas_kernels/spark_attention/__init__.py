@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
-from sparsezoo_jax.pallas_kernels.spark_attention import reference
+from sparsezoo_jax.pallas_kernels.dispatch import run, settle
+from sparsezoo_jax.pallas_kernels.spark_attention import reference, tpu, tpu_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     attention_scores,
@@ -17,9 +18,11 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     select_keys,
     softcapped,
 )
+from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, mask_of
 
 __all__ = [
     "NEGATIVE",
+    "Visibility",
     "attention_scores",
     "attention_values",
     "predicted_keys",
@@ -29,12 +32,15 @@ __all__ = [
     "spark_attention",
 ]
 
+#: Queries for which the kernel is the default: a tile of them is computed whole.
+_FEWEST_QUERIES = 128
+
 
 def spark_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Visibility,
     *,
     r: int,
     top_k: int,
@@ -56,7 +62,7 @@ def spark_attention(
       q: [B, T, N, H] queries.
       k, v: [B, S, K, H] keys and values; K divides N and a key/value head serves N/K query heads, each of which makes
         its own selection.
-      mask: [B, T, S] booleans, true where the query may see the key.
+      mask: a `Visibility`, or booleans [B, T, S], true where the query may see the key.
       r: head dimensions of the predictor, below H (equal to H only with `weighting="none"`).
       top_k: target number of attended keys; queries that see no more than that attend to all they see.
       ddof: divisor of the variance, n - ddof.
@@ -65,10 +71,16 @@ def spark_attention(
         argument. None: no cap.
       selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
       weighting: "softplus", or "none" for the softmax alone.
-      implementation: "xla", or None for the platform's default.
+      implementation: "xla" (holds the scores of all pairs), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`;
+        memory linear in T and S), or None: the kernel on a TPU for a `Visibility`, selections that don't sort, 128 queries or
+        more and bfloat16 or float32 throughout; "xla" elsewhere. The kernel is called on each device's batch and heads
+        where a mesh is active.
 
     Returns:
-      [B, T, N, H], and the number of attended keys [B, T, N] (int32).
+      [B, T, N, H], and the number of attended keys [B, T, N] (int32). Queries that see nothing get zeros.
+
+    Raises:
+      ConfigError: r or heads that don't fit, no such implementation, or one that can't take these arrays.
 
     Source: Spark Transformer (arXiv 2506.06644), section 3, Spark-Attn.
     """
@@ -81,12 +93,13 @@ def spark_attention(
         k.shape,
         f"its head count must divide the queries' {q.shape[2]}",
     )
-    apply = choose("spark_attention", implementation, {"xla": reference.spark_attention}, "xla")
-    return apply(
-        q,
-        k,
-        v,
-        mask,
+    form = settle(
+        "spark_attention",
+        implementation,
+        lambda interpret: tpu.why_not(q, k, v, mask, selection, interpret=interpret),
+        kernel_by_default=q.shape[1] >= _FEWEST_QUERIES,
+    )
+    problem = tpu.Problem(
         r=r,
         top_k=top_k,
         ddof=ddof,
@@ -96,13 +109,40 @@ def spark_attention(
         softcap_values=softcap_values,
         selection=selection,
         weighting=weighting,
+        window=mask.window if isinstance(mask, Visibility) else None,
+        tiles=tpu.tiles_for(q, k),
     )
+
+    def xla(q, k, v, mask):
+        return reference.spark_attention(q, k, v, mask_of(mask), **problem.definition())
+
+    def kernel(q, k, v, mask, *, interpret):
+        return _attend(q, k, v, mask, problem, interpret)
+
+    return run(form, xla, kernel, q, k, v, mask)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, visibility, problem, interpret):
+    return _attend_forward(q, k, v, visibility, problem, interpret)[0]
+
+
+def _attend_forward(q, k, v, visibility, problem, interpret):
+    y, attended, kept = tpu.forward(q, k, v, visibility, problem, interpret)
+    return (y, attended), (q, k, v, visibility, y, kept)
+
+
+def _attend_backward(problem, interpret, residuals, g):
+    return (*tpu_backward.backward(*residuals, g[0], problem, interpret), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def predicted_keys(
     q: jax.Array,
     k: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Visibility,
     *,
     r: int,
     top_k: int,
@@ -120,7 +160,7 @@ def predicted_keys(
     scores, selected = reference.predicted_keys(
         q,
         k,
-        mask,
+        mask_of(mask),
         r=r,
         top_k=top_k,
         ddof=ddof,
