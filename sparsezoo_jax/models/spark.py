@@ -262,12 +262,12 @@ class SparkAttention(nnx.Module):
         if cache is not None:
             cache = cache.updated(k, v, ctx.cache_end)
             k, v = cache
-        mask = ctx.masks_BTS[self.layer_type]
+        visible = ctx.visible[self.layer_type]
         y, attended_BTN = spark_attention(
             q,
             k,
             v,
-            mask,
+            visible,
             r=config.r,
             top_k=config.top_k,
             ddof=config.ddof,
@@ -280,12 +280,11 @@ class SparkAttention(nnx.Module):
             implementation=config.implementation,
         )
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
-        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, k, mask, ctx))
+        records = self._records(q, k, visible.mask, ctx) if ctx.record else {}
+        aux = LayerAux(stats={"attended_keys": attended}, records=records)
         return self.projections.output(y), aux, cache
 
     def _records(self, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
-        if not ctx.record:
-            return {}
         config = self.config
         scores, selected = predicted_keys(
             q,

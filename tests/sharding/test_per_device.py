@@ -42,3 +42,9 @@ def test_maps_of_active_blocks_on_a_mesh(on_eight_devices):
     for differences in on_eight_devices("grouped_blocks").values():
         assert len(differences) == 4
         assert max(differences) < 2e-5, "value and gradients, sums of up to 32 numbers in another order"
+
+
+def test_spark_attention_on_meshes(on_eight_devices):
+    for name, found in on_eight_devices("split_attention").items():
+        assert found["pieces"] == 8, name
+        assert max(found["distances"]) < 1e-5, name

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import run, settle
@@ -19,6 +20,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softcapped,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, mask_of
+from sparsezoo_jax.sharding import per_device
 
 __all__ = [
     "NEGATIVE",
@@ -72,9 +74,9 @@ def spark_attention(
       selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
       weighting: "softplus", or "none" for the softmax alone.
       implementation: "xla" (holds the scores of all pairs), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`;
-        memory linear in T and S), or None: the kernel on a TPU for a `Visibility`, selections that don't sort, 128 queries or
-        more and bfloat16 or float32 throughout; "xla" elsewhere. The kernel is called on each device's batch and heads
-        where a mesh is active.
+        memory linear in T and S), or None: the kernel on a TPU for a `Visibility`, selections that don't sort, at
+        least 128 queries and bfloat16 or float32 throughout; "xla" elsewhere. Where a mesh is active the kernel is
+        called on each device's part of batch, queries and heads.
 
     Returns:
       [B, T, N, H], and the number of attended keys [B, T, N] (int32). Queries that see nothing get zeros.
@@ -98,6 +100,7 @@ def spark_attention(
         implementation,
         lambda interpret: tpu.why_not(q, k, v, mask, selection, interpret=interpret),
         kernel_by_default=q.shape[1] >= _FEWEST_QUERIES,
+        splits=True,
     )
     problem = tpu.Problem(
         r=r,
@@ -117,9 +120,35 @@ def spark_attention(
         return reference.spark_attention(q, k, v, mask_of(mask), **problem.definition())
 
     def kernel(q, k, v, mask, *, interpret):
-        return _attend(q, k, v, mask, problem, interpret)
+        return _on_devices(q, k, v, mask, problem, interpret)
 
     return run(form, xla, kernel, q, k, v, mask)
+
+
+def _on_devices(q, k, v, visibility: Visibility, problem: tpu.Problem, interpret):
+    """The kernel on each device's sequences, queries and heads; keys are whole."""
+    group = q.shape[2] // k.shape[2]
+
+    def on_pieces(q, k, v, *rest):
+        *arrays, split = rest
+        if split["heads"] != split["kv_heads"]:
+            # The mesh divides the queries' heads but not the keys': those that serve the heads that are here.
+            here = q.shape[2]
+            served = 1 if group % here == 0 else here
+            first = jax.lax.axis_index(split["heads"]) * here
+            wanted = (first + jnp.arange(served) * (here // served)) // group
+            k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
+        own = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
+        tiles = tpu.tiles_for(q, k)
+        return _attend(q, k, v, own, problem._replace(tiles=tiles), interpret)
+
+    queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
+    return per_device(
+        on_pieces,
+        [q, k, v, *visibility.arrays],
+        [queries, keys, keys, ("batch", "length"), ("batch", None), ("batch", "length"), ("batch", None)],
+        (queries, queries[:3]),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -128,12 +157,14 @@ def _attend(q, k, v, visibility, problem, interpret):
 
 
 def _attend_forward(q, k, v, visibility, problem, interpret):
-    y, attended, kept = tpu.forward(q, k, v, visibility, problem, interpret)
+    run_forward = partial(tpu.forward, p=problem, interpret=interpret)
+    y, attended, kept = tpu.by_sequences(run_forward, problem, q, k, v, visibility)
     return (y, attended), (q, k, v, visibility, y, kept)
 
 
 def _attend_backward(problem, interpret, residuals, g):
-    return (*tpu_backward.backward(*residuals, g[0], problem, interpret), None)
+    run_backward = partial(tpu_backward.backward, p=problem, interpret=interpret)
+    return (*tpu.by_sequences(run_backward, problem, *residuals, g[0]), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

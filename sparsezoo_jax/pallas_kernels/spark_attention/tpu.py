@@ -10,6 +10,7 @@ H head width, R = r predictor's part of it, V width of values, P steps of the wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,8 +42,8 @@ ALL = 0.1 * NEGATIVE
 SUB = 128
 #: The largest tiles of scores.
 TILES = Tiles(512, 512)
-#: Most steps of a grid: their list is in scalar memory, of 1 MiB.
-_STEPS = 2**17
+#: Most steps over the tiles of all sequences: their list is in scalar memory, of 1 MiB.
+STEPS = 2**17
 #: Of VMEM for a kernel, in bytes.
 VMEM = 64 * 2**20
 
@@ -198,36 +199,49 @@ class Grid(NamedTuple):
 
     def queries(self, group: int, width: int) -> pl.BlockSpec:
         """Of an array [B, K, G, T, width]."""
-        return pl.BlockSpec(
-            (1, 1, group, self.tiles.queries, width), lambda b, h, s, read, query, ends: (b, h, 0, query[s], 0)
-        )
+        return pl.BlockSpec((1, 1, group, self.tiles.queries, width), lambda b, h, s, *steps: (b, h, 0, steps[1][s], 0))
 
     def rows(self, group: int) -> pl.BlockSpec:
         """Of an array [B, K, G, 8, T]."""
-        return pl.BlockSpec(
-            (1, 1, group, ROWS, self.tiles.queries), lambda b, h, s, read, query, ends: (b, h, 0, 0, query[s])
-        )
+        return pl.BlockSpec((1, 1, group, ROWS, self.tiles.queries), lambda b, h, s, *steps: (b, h, 0, 0, steps[1][s]))
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of an array [B, K, S, width]."""
         return pl.BlockSpec(
-            (1, 1, self.tiles.keys, width), lambda b, h, s, read, query, ends: (b, h, self._tile(b, s, read), 0)
+            (1, 1, self.tiles.keys, width), lambda b, h, s, *steps: (b, h, self._tile(b, s, steps[0]), 0)
         )
 
     def where(self) -> list[pl.BlockSpec]:
         """Of positions and segments, of queries [B, T, 2] and of keys [B, 2, S]."""
         return [
-            pl.BlockSpec((1, self.tiles.queries, 2), lambda b, h, s, read, query, ends: (b, query[s], 0)),
-            pl.BlockSpec((1, 2, self.tiles.keys), lambda b, h, s, read, query, ends: (b, 0, self._tile(b, s, read))),
+            pl.BlockSpec((1, self.tiles.queries, 2), lambda b, h, s, *steps: (b, steps[1][s], 0)),
+            pl.BlockSpec((1, 2, self.tiles.keys), lambda b, h, s, *steps: (b, 0, self._tile(b, s, steps[0]))),
         ]
 
     def _tile(self, b, s, read):
         tile = read[b * len(self.walk.key_P) + s]
         return jnp.where(tile < 0, -1 - tile, tile)
 
-    def call(self, kernel, inputs, in_specs, out_shapes, out_specs, scratch, kv_heads, interpret, aliases=None) -> Any:
-        """Run `kernel(step, *refs)` over all steps of all key/value heads."""
-        steps = len(self.walk.key_P)
+    def call(
+        self, kernel, inputs, in_specs, out_shapes, out_specs, scratch, heads, products: int, interpret, aliases=None
+    ) -> Any:
+        """Run `kernel(step, *refs)` over all steps.
+
+        Args:
+          heads: of keys and of queries.
+          products: multiply-adds for each score.
+          aliases: inputs that become outputs, by their numbers.
+        """
+        steps, batch = len(self.walk.key_P), inputs[0].shape[0]
+        scores = batch * heads[1] * steps * self.tiles.queries * self.tiles.keys
+        outputs = jax.tree.leaves(out_shapes)
+        # Every step reads a tile of keys and values; everything else moves once.
+        streamed = [spec for spec in in_specs if len(spec.block_shape) == 4]
+        sizes = {id(spec): math.prod(spec.block_shape) for spec in streamed}
+        moved = sum(
+            (batch * heads[0] * steps * sizes[id(spec)] if id(spec) in sizes else math.prod(x.shape)) * x.dtype.itemsize
+            for x, spec in zip([*inputs, *outputs], [*in_specs, *jax.tree.leaves(out_specs)], strict=True)
+        )
 
         def body(read_ref, query_ref, ends_ref, *refs):
             del query_ref  # the block specs have used it
@@ -241,7 +255,7 @@ class Grid(NamedTuple):
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=3,
-                grid=(inputs[0].shape[0], kv_heads, steps),
+                grid=(batch, heads[0], steps),
                 in_specs=in_specs,
                 out_specs=out_specs,
                 scratch_shapes=scratch,
@@ -249,6 +263,9 @@ class Grid(NamedTuple):
             out_shape=out_shapes,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * scores, transcendentals=4 * scores, bytes_accessed=moved
             ),
             # Counted with the prefetched arrays.
             input_output_aliases={3 + i: o for i, o in (aliases or {}).items()},
@@ -364,6 +381,18 @@ def _mix_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem):
             out_ref[0, 0, g] = to_rows([total, attended_ref[g]])
 
 
+def by_sequences(function: Callable[..., Any], p: Problem, q, k, v, *rest: Any) -> Any:
+    """`function` of arrays [B, ...], of as many sequences at a time as the list of their steps has room for."""
+    batch = q.shape[0]
+    steps = -(-q.shape[1] // p.tiles.queries) * -(-k.shape[1] // p.tiles.keys)
+    size = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * steps <= STEPS))
+    if size == batch:
+        return function(q, k, v, *rest)
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (q, k, v, *rest))
+    results = jax.lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
+
+
 def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mixed values [B, T, N, V], attended keys [B, T, N], and rows [B, K, G, 8, T] for the backward kernel."""
     (batch, queries, heads, _), kv_heads = q.shape, k.shape[2]
@@ -385,7 +414,8 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
         rows,
         grid.rows(group),
         [column(), column(group), column(group), column(group)],
-        kv_heads,
+        (kv_heads, heads),
+        p.r,
         interpret,
     )
     thresholds = _threshold(moments, p)
@@ -405,7 +435,8 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
         [jax.ShapeDtypeStruct((*q1.shape[:-1], values.shape[-1]), v.dtype), rows],
         [grid.queries(group, values.shape[-1]), grid.rows(group)],
         [*[column(group)] * 4, pltpu.VMEM((group, p.tiles.queries, values.shape[-1]), dtype)],
-        kv_heads,
+        (kv_heads, heads),
+        p.r + (0 if p.weighting == "none" else q.shape[-1] - p.r) + v.shape[-1],
         interpret,
     )
     y = from_heads(y, queries)
@@ -431,5 +462,5 @@ def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False
     if not q.size or not k.size:
         return "needs at least one query and one key"
     tiles = tiles_for(q, k)
-    steps = q.shape[0] * -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
-    return None if steps <= _STEPS else f"walks over {steps} tiles of a head, more than {_STEPS}"
+    steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
+    return None if steps <= STEPS else f"walks over {steps} tiles of a head, more than {STEPS}"

@@ -169,7 +169,8 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
             ],
             [*(grid.queries(group, w) for w in widths), *whole],
             [*[column] * 4, *totals],
-            kv_heads,
+            (kv_heads, heads),
+            3 * sum(widths) + 2 * width,
             interpret,
             aliases={len(inputs) + i: i for i in range(len(before))},
         )

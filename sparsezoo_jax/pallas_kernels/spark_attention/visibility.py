@@ -47,6 +47,16 @@ class Visibility:
             ordered=True,
         )
 
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Positions of queries and keys, segments of queries and keys."""
+        return self.query_positions_BT, self.key_positions_BS, self.query_segments_BT, self.key_segments_BS
+
+    def replaced(self, *arrays: jax.Array, ordered: bool) -> Visibility:
+        """The same with other `arrays`."""
+        names = ("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS")
+        return dataclasses.replace(self, ordered=ordered, **dict(zip(names, arrays, strict=True)))
+
     def within(self, window: int | None) -> Visibility:
         """The same with another window."""
         return dataclasses.replace(self, window=window)
