@@ -24,7 +24,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from benchmarks.decode_layers import Draw
@@ -105,7 +104,10 @@ def form(name: str) -> Iterator[None]:
     if name == "native":
         yield
     else:
-        with mock.patch.object(native, "why_missing", lambda: "switched off"), mock.patch.object(native, "warn_missing"):
+        with (
+            mock.patch.object(native, "why_missing", lambda: "switched off"),
+            mock.patch.object(native, "warn_missing"),
+        ):
             yield
 
 

@@ -191,6 +191,11 @@ def partitioned_by_compiler() -> bool:
     return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
+def splits_per_device() -> bool:
+    """Whether `per_device` has anything to split: a mesh of `AXES` is active, outside of a per-device function."""
+    return _active_mesh() is not None
+
+
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Pin how an activation is split; `axes` name its dimensions (None: not split). Nothing happens without a mesh.
 

@@ -14,6 +14,7 @@ from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.spark import SparkAttention
 from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.attention import attention_rows
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_rows
 
 
@@ -92,12 +93,12 @@ class PackedSparkAttention(SparkAttention):
         config = self.config
         return SplitCache.empty(batch, length, config.kv_heads, config.head_dim, config.r, self.projections.dtype)
 
-    def attend(self, q: jax.Array, cache: Any, mask_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(self, q: jax.Array, cache: Any, visible: Visibility) -> tuple[jax.Array, jax.Array]:
         """The mixed values [B, T, N, H] of rotated queries, and the keys that each attends to [B, T, N]."""
         if not isinstance(cache, SplitCache):
-            return super().attend(q, cache, mask_BTS)
+            return super().attend(q, cache, visible)
         if q.shape[1] > 1:
-            return super().attend(q, cache.joined(), mask_BTS)
+            return super().attend(q, cache.joined(), visible)
         form = {name: value for name, value in self.form.items() if name != "r"}
-        y_BNH, attended_BN = spark_attention_rows(q[:, 0], *cache, mask_BTS[:, 0], **form)
+        y_BNH, attended_BN = spark_attention_rows(q[:, 0], *cache, visible.mask[:, 0], **form)
         return y_BNH[:, None], attended_BN[:, None]

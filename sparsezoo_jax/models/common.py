@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.width import WHOLE, Width
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 LayerType = Literal["global", "local"]
 DType = Literal["float32", "bfloat16"]
@@ -131,7 +132,9 @@ class CallContext:
     valid_BT: jax.Array = field(init=False)
     """True for tokens that are no padding; statistics average over these."""
     masks_BTS: dict[LayerType, jax.Array] = field(default_factory=dict)
-    """For each layer type, true where the query may see the key."""
+    """For each layer type, true where the query may see the key. Compiled programs make those that a layer reads."""
+    visible: dict[LayerType, Visibility] = field(default_factory=dict)
+    """The same without an entry for every pair of tokens."""
     cache_end: Any = None
     """First free slot of the key/value cache, when one is in use."""
     record: frozenset[str] = frozenset()

@@ -17,6 +17,7 @@ from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 from sparsezoo_jax.models.embedding import lookup
 from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT, checked
 from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
 
 Summarise = Callable[[dict[str, jax.Array], LayerSpec, CallContext], dict[str, jax.Array]]
@@ -167,10 +168,11 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: int [B, T].
-          segment_ids: int [B, T], the document of each token; tokens see their own document only. 0 marks padding.
+          segment_ids: int [B, T], the document of each token; tokens see those before them of their own document only.
+            0 marks padding.
             With a cache: 0 for padding, anything else for tokens.
-          positions: int [B, T] within the document. Default: counted from the start of each segment, or on from the
-            tokens in the cache.
+          positions: int [B, T] within the document, for position embeddings. Default: counted from the start of each
+            segment, or on from the tokens in the cache.
           cache: keys and values of earlier tokens; see `init_cache`. Layers run unrolled then.
           logits: make the logits of all positions. Off, `logits_of(out.hidden[...])` makes those that are wanted.
           record: names of internal arrays to return in `records`; `models.records` lists them. Static under jit.
@@ -304,21 +306,24 @@ class Decoder(nnx.Module):
             require(length <= self.config.max_seq_len, "tokens", f"<{length} long>", _limit(self.config))
             if positions is None:
                 positions = positions_within_segments(segment_ids)
-            key_positions, seen_BTS = positions, segment_ids[:, :, None] == segment_ids[:, None, :]
-            end = None
+            everywhere, end = Visibility.of_tokens(segment_ids), None
         else:
             end = cache.end
             if positions is None:
                 held = jnp.max(cache.positions_BS, axis=-1, keepdims=True) + 1
                 positions = held + jnp.cumsum(valid_BT, axis=-1) - 1
             key_positions = cache.advanced(positions, valid_BT).positions_BS
-            seen_BTS = (key_positions >= 0)[:, None, :] & valid_BT[:, :, None]
-        positions = jnp.maximum(positions, 0)
-        distance_BTS = positions[:, :, None] - key_positions[:, None, :]
-        masks: dict[LayerType, jax.Array] = {"global": seen_BTS & (distance_BTS >= 0)}
+            everywhere = Visibility(
+                query_positions_BT=jnp.maximum(positions, 0),
+                key_positions_BS=key_positions,
+                query_segments_BT=valid_BT.astype(jnp.int32),
+                key_segments_BS=jnp.where(key_positions >= 0, 1, -1),
+            )
+        visible: dict[LayerType, Visibility] = {"global": everywhere}
         if "local" in self.config.layer_pattern:
-            masks["local"] = masks["global"] & (distance_BTS < (self.config.attention.window or 0))
-        return CallContext(positions, segment_ids, masks, end)
+            visible["local"] = everywhere.within(self.config.attention.window or 0)
+        masks: dict[LayerType, jax.Array] = {name: rule.mask for name, rule in visible.items()}
+        return CallContext(jnp.maximum(positions, 0), segment_ids, masks, visible, end)
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
         """An empty cache for `batch` sequences of up to `length` tokens, padding included.

@@ -27,7 +27,7 @@ from sparsezoo_jax.models.records import (
 )
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.pallas_kernels.spark_attention import predicted_keys, spark_attention
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, predicted_keys, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
 
 
@@ -261,10 +261,10 @@ class SparkAttention(nnx.Module):
             k = apply_split_rope(k, ctx.positions_BT, *rope)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
         keys_values = (k, v) if cache is None else cache
-        mask = ctx.masks_BTS[self.layer_type]
-        y, attended_BTN = self.attend(q, keys_values, mask)
+        visible = ctx.visible[self.layer_type]
+        y, attended_BTN = self.attend(q, keys_values, visible)
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
-        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, keys_values, mask, ctx))
+        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, keys_values, visible, ctx))
         return self.projections.output(y), aux, cache
 
     @property
@@ -283,17 +283,18 @@ class SparkAttention(nnx.Module):
             "weighting": config.weighting,
         }
 
-    def attend(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(self, q: jax.Array, keys_values: Any, visible: Visibility) -> tuple[jax.Array, jax.Array]:
         """The mixed values [B, T, N, H] of rotated queries, and the keys that each attends to [B, T, N].
 
         Keys and values are [B, S, K, H].
         """
         k, v = keys_values
-        return spark_attention(q, k, v, mask_BTS, implementation=self.config.implementation, **self.form)
+        return spark_attention(q, k, v, visible, implementation=self.config.implementation, **self.form)
 
-    def _records(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
+    def _records(self, q: jax.Array, keys_values: Any, visible: Visibility, ctx: CallContext) -> dict[str, jax.Array]:
         if not ctx.record:
             return {}
+        mask_BTS = visible.mask
         config = self.config
         scores, selected = predicted_keys(
             q,

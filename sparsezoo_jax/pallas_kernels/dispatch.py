@@ -22,7 +22,7 @@ import jax
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.sharding import partitioned_by_compiler
+from sparsezoo_jax.sharding import partitioned_by_compiler, splits_per_device
 
 T = TypeVar("T")
 
@@ -48,7 +48,12 @@ def choose(operation: str, implementation: str | None, available: Mapping[str, T
 
 
 def settle(
-    operation: str, implementation: str | None, why_not: Callable[[bool], str | None], *, kernel_by_default: bool
+    operation: str,
+    implementation: str | None,
+    why_not: Callable[[bool], str | None],
+    *,
+    kernel_by_default: bool,
+    splits: bool = False,
 ) -> str:
     """The form to use of an operation that has all of the names above.
 
@@ -58,14 +63,15 @@ def settle(
       why_not: why the TPU kernel can't take these arguments, or None if it can; called with whether it is interpreted.
       kernel_by_default: whether the kernel is the better choice on a TPU. Even so None means plain JAX for arguments
         that the kernel can't take, and where the compiler partitions: it can't partition kernels.
+      splits: whether the operation itself calls its kernel by `sharding.per_device`.
 
     Raises:
       ConfigError: no implementation of that name, or a kernel that can't take the arguments.
     """
     name = choose(operation, implementation, {name: name for name in (XLA, PALLAS_TPU, PALLAS_TPU_INTERPRET)}, XLA)
     if implementation is None:
-        usable = kernel_by_default and not partitioned_by_compiler() and why_not(False) is None
-        return BY_PLATFORM if usable else XLA
+        whole = not partitioned_by_compiler() or (splits and splits_per_device())
+        return BY_PLATFORM if kernel_by_default and whole and why_not(False) is None else XLA
     if name != XLA and (why := why_not(name == PALLAS_TPU_INTERPRET)) is not None:
         raise ConfigError(f"{operation}.implementation", name, f'{why}; use "xla"')
     return name

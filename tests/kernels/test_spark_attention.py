@@ -1,5 +1,6 @@
 """The contract of Spark attention."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,10 +10,11 @@ import pytest
 from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels.spark_attention import select_keys, spark_attention
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
 R, WIDTH = 4, 12
 
 
@@ -28,12 +30,25 @@ def inputs(batch=2, queries=40, heads=4, kv_heads=2, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (batch, queries, heads, WIDTH), dtype)
     k, v = (jax.random.normal(key, (batch, queries, kv_heads, WIDTH), dtype) for key in keys[1:])
-    return q, k, v, jnp.broadcast_to(jnp.tril(jnp.ones((queries, queries), bool)), (batch, queries, queries))
+    return q, k, v, Visibility.of_tokens(jnp.ones((batch, queries), jnp.int32))
 
 
-def loops(q, k, v, mask, r, top_k, ddof=1, softcap=None):
+def all_of(batch, queries, keys):
+    """All keys visible to all queries."""
+    q, k = jnp.zeros((batch, queries), jnp.int32), jnp.zeros((batch, keys), jnp.int32)
+    return Visibility(query_positions_BT=q, key_positions_BS=k, query_segments_BT=q, key_segments_BS=k)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles that short sequences fill several of."""
+    monkeypatch.setattr(tpu, "TILES", Tiles(128, 128))
+
+
+def loops(q, k, v, visible, r, top_k, ddof=1, softcap=None):
     """The definition one head and one query at a time, in float64: output and number of attended keys."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    mask = np.asarray(visible.mask)
     out = np.zeros(q.shape)
     counts = np.zeros(q.shape[:3], int)
     group = q.shape[2] // k.shape[2]
@@ -55,7 +70,7 @@ def loops(q, k, v, mask, r, top_k, ddof=1, softcap=None):
     return out, counts
 
 
-def test_golden_row():
+def test_golden_row(attention):
     scores = jnp.array([0.2, 1.1, -0.4, 2.3, 0.6])
     visible = jnp.ones(5, bool)
     theta = float(row_statistics(scores, 2, where=visible).threshold[0])
@@ -65,14 +80,13 @@ def test_golden_row():
     q = jnp.ones((1, 1, 1, 2))
     k = jnp.stack([scores, jnp.array([0, 1, -1, 0.5, 2.0])], axis=-1)[None, :, None]
     weights = []
-    attend = jax.jit(lambda v: spark_attention(q, k, v, visible[None, None], r=1, top_k=2)[0][0, 0, 0, 0])
+    attend = lambda v: attention(q, k, v, all_of(1, 1, 5), r=1, top_k=2)[0][0, 0, 0, 0]  # noqa: E731
     for j in range(5):
         weights.append(float(attend(jnp.zeros((1, 5, 1, 2)).at[0, j].set(1.0))))
     np.testing.assert_allclose(weights, [0, 0.3039875334, 0, 0.7486023034, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("kv_heads", "softcap"), [(1, 2.0), (2, None), (4, 2.0)])
 def test_equals_the_definition_in_loops(attention, kv_heads, softcap):
     q, k, v, mask = inputs(kv_heads=kv_heads)
     y, attended = attention(q, k, v, mask, r=R, top_k=8, softcap=softcap)
@@ -90,8 +104,9 @@ def test_every_query_head_selects_its_own_keys(attention):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_threshold_has_no_gradient(attention):
-    q, k, _, mask = inputs()
+def test_threshold_has_no_gradient():
+    q, k, _, visible = inputs()
+    mask = visible.mask
     scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q[..., :R], jnp.repeat(k, 2, 2)[..., :R]), 0)
     grad = jax.grad(lambda s: jnp.sum(select_keys(s, mask[:, None], 8) * 1.0))(scores)
     np.testing.assert_array_equal(grad, 0)
@@ -110,12 +125,12 @@ def test_few_keys_are_all_attended(attention):
     everything = attention(q, k, v, mask, r=R, top_k=12, selection="none")[0]
     np.testing.assert_allclose(y, everything, atol=1e-6)
     for n in (1, 8, 9):  # one key, k keys, k + 1 keys
-        out, count = attention(q[:, :1], k[:, :n], v[:, :n], jnp.ones((2, 1, n), bool), r=R, top_k=8)
+        out, count = attention(q[:, :1], k[:, :n], v[:, :n], all_of(2, 1, n), r=R, top_k=8)
         assert np.isfinite(out).all()
         assert (np.asarray(count) == n).all() if n <= 8 else (np.asarray(count) >= 1).all()
 
 
-@pytest.mark.parametrize("position", [5, 25, 39])
+@pytest.mark.parametrize("position", [5, 25])
 def test_causality_and_padding(attention, position):
     q, k, v, mask = inputs()
     y = attention(q, k, v, mask, r=R, top_k=8)[0]
@@ -124,7 +139,9 @@ def test_causality_and_padding(attention, position):
     np.testing.assert_array_equal(changed[:, : position + 1], y[:, : position + 1])
     # More masked-out keys behind: the same numbers.
     pad = ((0, 0), (0, 7), (0, 0), (0, 0))
-    padded_mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 7)))
+    hidden = {"key_positions_BS": 0, "key_segments_BS": 9}
+    longer = {name: jnp.pad(getattr(mask, name), ((0, 0), (0, 7)), constant_values=x) for name, x in hidden.items()}
+    padded_mask = dataclasses.replace(mask, ordered=False, **longer)
     padded = attention(q, jnp.pad(k, pad, constant_values=5.0), jnp.pad(v, pad), padded_mask, r=R, top_k=8)[0]
     np.testing.assert_allclose(padded, y, atol=1e-6)
 
@@ -146,7 +163,7 @@ def test_odd_rows_make_no_nan(attention, kind):
     k = jnp.where(jnp.arange(64)[None, :, None, None] % 2 == 0, 1.0, -1.0 if kind == "two-point" else 1.0)
     k = jnp.broadcast_to(k, q.shape)
     if kind == "no visible key":
-        mask = jnp.zeros_like(mask)
+        mask = dataclasses.replace(mask, ordered=False, key_segments_BS=mask.key_segments_BS + 1)
 
     def total(q, k, v):
         y, attended = attention(q, k, v, mask, r=R, top_k=3)
@@ -168,7 +185,7 @@ def test_sanity_configuration_is_plain_attention(attention):
     q, k, v, mask = inputs()
     y = attention(q, k, v, mask, r=WIDTH, top_k=40, weighting="none")[0]
     scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, 2)) / jnp.sqrt(WIDTH)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask.mask[:, None], scores, -jnp.inf), axis=-1)
     np.testing.assert_allclose(y, jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 2, 2)), atol=1e-5)
 
 
@@ -193,6 +210,186 @@ def test_bfloat16(attention):
     assert y.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
     assert error < 2e-2
+
+
+def both_passes(q, k, v, visible, g, implementation, **options):
+    """Values, attended keys and gradients."""
+
+    def weighed(q, k, v):
+        y, attended = spark_attention(q, k, v, visible, r=R, top_k=16, implementation=implementation, **options)
+        return jnp.sum(y * g), (y, attended)
+
+    gradients, found = jax.jit(jax.grad(weighed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return (*found, *gradients)
+
+
+def assert_alike(found, expected, atol=1e-5):
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), np.asarray(theirs, np.float64), atol=atol)
+
+
+LONG = 300  # fills two tiles of 128 and part of a third
+DOCUMENTS = jnp.stack([jnp.repeat(jnp.array([1, 2, 0]), jnp.array(n)) for n in ([150, 130, 20], [290, 5, 5])])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "options"),
+    [
+        (2, None, {"softcap": 2.0}),
+        (4, 140, {"softcap_values": 1.5, "ddof": 0}),
+        (1, 20, {"weighting": "none"}),
+        (2, 140, {"selection": "none", "value_scale": 0.7, "predictor_scale": 0.4}),
+    ],
+)
+def test_kernel_over_several_tiles(kv_heads, window, options):
+    q, k, v, _ = inputs(queries=LONG, kv_heads=kv_heads)
+    g = jax.random.normal(jax.random.key(5), q.shape)
+    visible = Visibility.of_tokens(DOCUMENTS, window)
+    expected = both_passes(q, k, v, visible, g, "xla", **options)
+    assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret", **options), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_keys_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(tpu_backward, "CHUNK", 0)
+    q, k, v, _ = inputs(queries=LONG)
+    g = jax.random.normal(jax.random.key(5), q.shape)
+    visible = Visibility.of_tokens(DOCUMENTS, 140)
+    assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret"), both_passes(q, k, v, visible, g, "xla"))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_queries_over_a_cache():
+    """Positions that are no places: a few queries after many keys, of which some slots are empty."""
+    q, k, v, _ = inputs(queries=LONG)
+    q = q[:, :9]
+    positions = jnp.where(jnp.arange(LONG) % 7 == 3, -1, jnp.arange(LONG))
+    positions = jnp.stack([positions, jnp.where(jnp.arange(LONG) < 100, positions, -1)])
+    visible = Visibility(
+        query_positions_BT=jnp.array([[280], [91]]) + jnp.arange(9),
+        key_positions_BS=positions,
+        query_segments_BT=jnp.ones((2, 9), jnp.int32).at[1, 4:].set(0),
+        key_segments_BS=jnp.where(positions < 0, -1, 1),
+        window=150,
+    )
+    g = jax.random.normal(jax.random.key(5), q.shape)
+    found = both_passes(q, k, v, visible, g, "pallas_tpu_interpret")
+    assert_alike(found, both_passes(q, k, v, visible, g, "xla"))
+    np.testing.assert_array_equal(found[0][1, 4:], 0)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_walk_leaves_out_what_nothing_can_see(window):
+    tiles, places = Tiles(64, 128), np.arange(512)
+    segments = jnp.asarray(np.stack([places // 512, places // 150]).astype(np.int32))
+    visible = padded_visibility(Visibility.of_tokens(segments, window), tiles)
+    steps = walk(tiles, 8, range(4), visible)
+    read = np.asarray(reads(steps, tiles, visible)).reshape(2, -1)
+    needed = np.asarray(visible.mask).reshape(2, 8, 64, 4, 128).any((2, 4))
+    for b in range(2):
+        for i, j, tile in zip(steps.query_P, steps.key_P, read[b], strict=True):
+            assert tile == j if needed[b, i, j] else tile < 0 or b == 1, "documents are told apart by tiles only"
+        walked = set(zip(steps.query_P.tolist(), steps.key_P.tolist(), strict=True))
+        assert {(i, j) for i, j in np.argwhere(needed[b]).tolist()} <= walked
+    assert len(walked) == int(needed[0].sum()), "one document: no step is idle"
+    assert (read[1] < 0).any(), "several: what lies before a document is not read"
+    idle = np.flatnonzero(read[1, 1:] < 0) + 1
+    assert all(-1 - read[1, s] in (read[1, s - 1], -1 - read[1, s - 1]) for s in idle), "nothing new is read"
+
+
+def test_what_is_not_finite(attention):
+    """It shows in its own row, and a row whose scores have no mean attends to what the definition says."""
+    q, k, v, visible = inputs(batch=1)
+    q = q.at[0, 20, 0].set(jnp.nan).at[0, 30, 1, 0].set(jnp.inf).at[0, 35, 2, 5].set(jnp.nan)
+    y, attended = attention(q, k, v, visible, r=R, top_k=8)
+    expected, counts = attention_by_definition(q, k, v, visible, r=R, top_k=8)
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(expected))
+    np.testing.assert_array_equal(attended, counts)
+    assert not np.isfinite(y[0, 20, 0]).any()
+    finite = np.isfinite(expected)
+    assert finite.mean() > 0.9
+    np.testing.assert_allclose(np.asarray(y)[finite], np.asarray(expected)[finite], atol=1e-5)
+
+
+attention_by_definition = jax.jit(partial(spark_attention, implementation="xla"), static_argnames=("r", "top_k"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_those_of_the_definition(attention, dtype):
+    q, k, v, visible = inputs(dtype=dtype)
+    g = jax.random.normal(jax.random.key(5), q.shape, dtype)
+    pull = lambda f: jax.vjp(lambda q, k, v: f(q, k, v, visible, r=R, top_k=8)[0], q, k, v)[1](g)  # noqa: E731
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in (q, k, v)]
+        exact = jax.vjp(lambda *x: attention_by_definition(*x, visible, r=R, top_k=8)[0], *wide)[1](
+            g.astype(jnp.float64)
+        )
+    for ours, theirs in zip(pull(attention), exact, strict=True):
+        assert ours.dtype == dtype
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+        assert error < (1e-6 if dtype == jnp.float32 else 2e-2)
+
+
+def test_inside_scan_remat_and_vmap(attention):
+    q, k, v, _ = inputs()
+
+    def total(q, k, v):
+        return jnp.sum(attention(q, k, v, visible, r=R, top_k=8)[0] ** 2)
+
+    def scanned(v):
+        mapped = jax.checkpoint(jax.vmap(lambda q, k, v: total(q[None], k[None], v[None]), in_axes=(0, 0, 0)))
+        return jax.lax.scan(lambda carry, v: (carry + mapped(q, k, v).sum(), None), 0.0, jnp.stack([v, 2 * v]))[0]
+
+    visible = Visibility.of_tokens(jnp.ones((1, 40), jnp.int32))
+    found = jax.jit(jax.grad(scanned))(v)
+    visible = Visibility.of_tokens(jnp.ones((2, 40), jnp.int32))
+    np.testing.assert_allclose(found, 5 * jax.grad(total, argnums=2)(q, k, v), atol=1e-4)
+
+
+def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
+    shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 256), jnp.bfloat16)  # noqa: E731
+    visible = lambda n: Visibility.of_tokens(jnp.ones((1, n), jnp.int32))  # noqa: E731
+
+    def lowered(platform, queries=256):
+        def both(q, k, v):
+            q = q[:, :queries]
+            mask = visible(256) if queries == 256 else all_of(1, queries, 256)
+            return jax.value_and_grad(lambda q: spark_attention(q, k, v, mask, r=128, top_k=32)[0].astype(float).sum())(
+                q
+            )
+
+        return jax.jit(both).trace(shape(8), shape(4), shape(4)).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered("tpu").count("tpu_custom_call") == 3
+    assert "256x256xi1" not in lowered("tpu"), "no mask of all pairs"
+    assert "custom_call" not in lowered("cpu")
+    assert "custom_call" not in lowered("tpu", queries=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": jnp.float16}, "takes bfloat16 or float32 throughout"),
+        ({"mask": jnp.ones((2, 40, 40), bool)}, "takes a Visibility"),
+        ({"selection": "exact"}, "can't sort scores"),
+    ],
+)
+def test_what_the_kernel_can_not_take(change, why):
+    q, k, v, visible = inputs(dtype=change.get("dtype", jnp.float32))
+    call = partial(
+        spark_attention,
+        q,
+        k,
+        v,
+        change.get("mask", visible),
+        r=R,
+        top_k=8,
+        selection=change.get("selection", "statistical"),
+    )
+    assert call()[0].shape == q.shape
+    with pytest.raises(ConfigError, match=rf'spark_attention.implementation=pallas_tpu: .*{why}.*; use "xla"'):
+        call(implementation="pallas_tpu")
 
 
 def test_bad_input():

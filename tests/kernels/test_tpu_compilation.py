@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, TPUS
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, SPARK_ATTENTION, TPUS
 from sparsezoo_jax.compilation.topologies import open_topology
-from sparsezoo_jax.pallas_kernels import block_ffn_union, statistical_topk
+from sparsezoo_jax.pallas_kernels import block_ffn_union, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
 
@@ -66,3 +67,21 @@ def test_block_ffn_union(compiled, size):
         return block_ffn_union(x, scores, up, down, expert_width=width, capacity=experts // 4)
 
     assert "tpu_custom_call" in compiled(function, *[(shape, jnp.bfloat16) for shape in shapes])
+
+
+# The heads of 2b and 9b are alike for a kernel, which takes the queries of one key/value head at a time; tiny's and
+# small's are no multiples of a tile.
+@pytest.mark.parametrize(("size", "window"), [("small", None), ("2b", 4096)])
+def test_spark_attention(compiled, size, window):
+    heads, kv_heads, width, r, top_k = SPARK_ATTENTION[size]
+
+    def both(q, k, v, segments, g):
+        def attention(q, k, v):
+            visible = Visibility.of_tokens(segments, window)
+            return spark_attention(q, k, v, visible, r=r, top_k=top_k, softcap=50.0, implementation="pallas_tpu")
+
+        y, pull, attended = jax.vjp(attention, q, k, v, has_aux=True)
+        return y, attended, pull(g)
+
+    q, k = (((1, 1000, n, width), jnp.bfloat16) for n in (heads, kv_heads))
+    assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3

@@ -51,3 +51,9 @@ def test_native_operations_on_eight_devices(on_eight_devices):
     assert found.pop("devices") == 8
     assert len(found) == 7
     assert all(found.values()), found
+
+
+def test_spark_attention_on_meshes(on_eight_devices):
+    for name, found in on_eight_devices("split_attention").items():
+        assert found["pieces"] == 8, name
+        assert max(found["distances"]) < 1e-5, name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
-from sparsezoo_jax.pallas_kernels.spark_attention import reference
+from sparsezoo_jax.pallas_kernels.dispatch import run, settle
+from sparsezoo_jax.pallas_kernels.spark_attention import reference, tpu, tpu_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     attention_scores,
@@ -17,9 +19,12 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     select_keys,
     softcapped,
 )
+from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, mask_of
+from sparsezoo_jax.sharding import per_device
 
 __all__ = [
     "NEGATIVE",
+    "Visibility",
     "attention_scores",
     "attention_values",
     "predicted_keys",
@@ -29,12 +34,15 @@ __all__ = [
     "spark_attention",
 ]
 
+#: Queries for which the kernel is the default: a tile of them is computed whole.
+_FEWEST_QUERIES = 128
+
 
 def spark_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Visibility,
     *,
     r: int,
     top_k: int,
@@ -56,7 +64,7 @@ def spark_attention(
       q: [B, T, N, H] queries.
       k, v: [B, S, K, H] keys and values; K divides N and a key/value head serves N/K query heads, each of which makes
         its own selection.
-      mask: [B, T, S] booleans, true where the query may see the key.
+      mask: a `Visibility`, or booleans [B, T, S], true where the query may see the key.
       r: head dimensions of the predictor, below H (equal to H only with `weighting="none"`).
       top_k: target number of attended keys; queries that see no more than that attend to all they see.
       ddof: divisor of the variance, n - ddof.
@@ -65,10 +73,16 @@ def spark_attention(
         argument. None: no cap.
       selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
       weighting: "softplus", or "none" for the softmax alone.
-      implementation: "xla", or None for the platform's default.
+      implementation: "xla" (holds the scores of all pairs), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`;
+        memory linear in T and S), or None: the kernel on a TPU for a `Visibility`, selections that don't sort, at
+        least 128 queries and bfloat16 or float32 throughout; "xla" elsewhere. Where a mesh is active the kernel is
+        called on each device's part of batch, queries and heads.
 
     Returns:
-      [B, T, N, H], and the number of attended keys [B, T, N] (int32).
+      [B, T, N, H], and the number of attended keys [B, T, N] (int32). Queries that see nothing get zeros.
+
+    Raises:
+      ConfigError: r or heads that don't fit, no such implementation, or one that can't take these arrays.
 
     Source: Spark Transformer (arXiv 2506.06644), section 3, Spark-Attn.
     """
@@ -81,12 +95,14 @@ def spark_attention(
         k.shape,
         f"its head count must divide the queries' {q.shape[2]}",
     )
-    apply = choose("spark_attention", implementation, {"xla": reference.spark_attention}, "xla")
-    return apply(
-        q,
-        k,
-        v,
-        mask,
+    form = settle(
+        "spark_attention",
+        implementation,
+        lambda interpret: tpu.why_not(q, k, v, mask, selection, interpret=interpret),
+        kernel_by_default=q.shape[1] >= _FEWEST_QUERIES,
+        splits=True,
+    )
+    problem = tpu.Problem(
         r=r,
         top_k=top_k,
         ddof=ddof,
@@ -96,13 +112,68 @@ def spark_attention(
         softcap_values=softcap_values,
         selection=selection,
         weighting=weighting,
+        window=mask.window if isinstance(mask, Visibility) else None,
+        tiles=tpu.tiles_for(q, k),
     )
+
+    def xla(q, k, v, mask):
+        return reference.spark_attention(q, k, v, mask_of(mask), **problem.definition())
+
+    def kernel(q, k, v, mask, *, interpret):
+        return _on_devices(q, k, v, mask, problem, interpret)
+
+    return run(form, xla, kernel, q, k, v, mask)
+
+
+def _on_devices(q, k, v, visibility: Visibility, problem: tpu.Problem, interpret):
+    """The kernel on each device's sequences, queries and heads; keys are whole."""
+    group = q.shape[2] // k.shape[2]
+
+    def on_pieces(q, k, v, *rest):
+        *arrays, split = rest
+        if split["heads"] != split["kv_heads"]:
+            # The mesh divides the queries' heads but not the keys': those that serve the heads that are here.
+            here = q.shape[2]
+            served = 1 if group % here == 0 else here
+            first = jax.lax.axis_index(split["heads"]) * here
+            wanted = (first + jnp.arange(served) * (here // served)) // group
+            k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
+        own = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
+        tiles = tpu.tiles_for(q, k)
+        return _attend(q, k, v, own, problem._replace(tiles=tiles), interpret)
+
+    queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
+    return per_device(
+        on_pieces,
+        [q, k, v, *visibility.arrays],
+        [queries, keys, keys, ("batch", "length"), ("batch", None), ("batch", "length"), ("batch", None)],
+        (queries, queries[:3]),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, visibility, problem, interpret):
+    return _attend_forward(q, k, v, visibility, problem, interpret)[0]
+
+
+def _attend_forward(q, k, v, visibility, problem, interpret):
+    run_forward = partial(tpu.forward, p=problem, interpret=interpret)
+    y, attended, kept = tpu.by_sequences(run_forward, problem, q, k, v, visibility)
+    return (y, attended), (q, k, v, visibility, y, kept)
+
+
+def _attend_backward(problem, interpret, residuals, g):
+    run_backward = partial(tpu_backward.backward, p=problem, interpret=interpret)
+    return (*tpu.by_sequences(run_backward, problem, *residuals, g[0]), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def predicted_keys(
     q: jax.Array,
     k: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Visibility,
     *,
     r: int,
     top_k: int,
@@ -120,7 +191,7 @@ def predicted_keys(
     scores, selected = reference.predicted_keys(
         q,
         k,
-        mask,
+        mask_of(mask),
         r=r,
         top_k=top_k,
         ddof=ddof,

@@ -67,11 +67,18 @@ def row_statistics(
     mean = row_sum(jnp.where(where, x, 0), split_over) / jnp.maximum(count, 1)
     squares = row_sum(jnp.where(where, jnp.square(x - mean), 0), split_over)
     std = jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
-    # -Q(k/n) instead of Q(1 - k/n): 1 - k/n loses the tail's digits in float32. The guard keeps Q(1) = inf out of
-    # rows that are kept whole, where inf * 0 would make a NaN.
-    fraction = k / jnp.maximum(count, 1)
-    quantile = jnp.where(count > k, -jax.scipy.special.ndtri(jnp.clip(fraction, 1e-6, 1 - 1e-6)), 0)
+    quantile = quantile_of_count(count, k)
     return RowStatistics(count, mean, std, quantile)
+
+
+def quantile_of_count(count: jax.Array, k: float) -> jax.Array:
+    """Q(1 - k/count) for rows of `count` entries; 0 for those of no more than `k`.
+
+    Computed as -Q(k/count), for 1 - k/count loses the tail's digits in float32.
+    """
+    fraction = k / jnp.maximum(count, 1)
+    # The guard keeps Q(1) = inf out of rows that are kept whole, where inf * 0 would make a NaN.
+    return jnp.where(count > k, -jax.scipy.special.ndtri(jnp.clip(fraction, 1e-6, 1 - 1e-6)), 0)
 
 
 def shrink(x: jax.Array, threshold: jax.Array, huber_delta: float) -> jax.Array:

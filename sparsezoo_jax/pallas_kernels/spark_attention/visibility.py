@@ -1,0 +1,74 @@
+"""Which keys a query may see, without an array of one entry for every pair of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS"),
+    meta_fields=("window", "ordered"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visibility:
+    """A query sees the keys of its own segment at its own position and before, `window` of them at most.
+
+    The rule of causal attention over packed documents, and over a cache whose empty slots have a segment that no query
+    has. Shapes: B batch, T query position, S key position.
+    """
+
+    query_positions_BT: jax.Array
+    """int32, comparable with the keys' within a segment."""
+    key_positions_BS: jax.Array
+    query_segments_BT: jax.Array
+    """int32, equal to those of the keys that may be seen."""
+    key_segments_BS: jax.Array
+    window: int | None = None
+    """Keys at this distance or farther are not seen; None: no such limit."""
+    ordered: bool = False
+    """Queries and keys are those of the same tokens and positions are their places, so that T = S and nothing behind
+    the diagonal is visible: kernels then don't even look there."""
+
+    @classmethod
+    def of_tokens(cls, segments_BT: jax.Array, window: int | None = None) -> Visibility:
+        """Of a sequence to itself."""
+        places_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+        return cls(
+            query_positions_BT=places_BT,
+            key_positions_BS=places_BT,
+            query_segments_BT=segments_BT,
+            key_segments_BS=segments_BT,
+            window=window,
+            ordered=True,
+        )
+
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Positions of queries and keys, segments of queries and keys."""
+        return self.query_positions_BT, self.key_positions_BS, self.query_segments_BT, self.key_segments_BS
+
+    def replaced(self, *arrays: jax.Array, ordered: bool) -> Visibility:
+        """The same with other `arrays`."""
+        names = ("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS")
+        return dataclasses.replace(self, ordered=ordered, **dict(zip(names, arrays, strict=True)))
+
+    def within(self, window: int | None) -> Visibility:
+        """The same with another window."""
+        return dataclasses.replace(self, window=window)
+
+    @property
+    def mask(self) -> jax.Array:
+        """Booleans [B, T, S], true where the query may see the key."""
+        distance_BTS = self.query_positions_BT[:, :, None] - self.key_positions_BS[:, None, :]
+        seen_BTS = (self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]) & (distance_BTS >= 0)
+        return seen_BTS if self.window is None else seen_BTS & (distance_BTS < self.window)
+
+
+def mask_of(visible: jax.Array | Visibility) -> jax.Array:
+    """Booleans [B, T, S] of either form."""
+    return visible.mask if isinstance(visible, Visibility) else visible

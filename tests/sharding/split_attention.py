@@ -1,0 +1,51 @@
+"""Spark attention of sequences, queries and heads split over devices; prints its distance from one device as JSON."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_attention
+from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named
+
+MESHES = {
+    "data 4, tensor 2": ({"data": 4, "tensor": 2}, 4, 2),
+    "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 4, 2),
+    "tensor 8, fewer key heads": ({"tensor": 8}, 8, 4),
+    "tensor 2, odd groups": ({"data": 4, "tensor": 2}, 6, 3),
+}
+
+
+def main():
+    report = {}
+    for name, (axes, heads, kv_heads) in MESHES.items():
+        keys = jax.random.split(jax.random.key(0), 4)
+        q, g = (jax.random.normal(key, (4, 24, heads, 12)) for key in keys[:2])
+        k, v = (jax.random.normal(key, (4, 24, kv_heads, 12)) for key in keys[2:])
+        segments = jnp.broadcast_to(jnp.arange(24) // 17, (4, 24))
+
+        def both(q, k, v, segments, implementation, g=g):
+            def weighed(q, k, v):
+                visible = Visibility.of_tokens(segments, 9)
+                y, attended = spark_attention(q, k, v, visible, r=4, top_k=4, implementation=implementation)
+                return jnp.sum(y * g), (y, attended)
+
+            gradients, found = jax.grad(weighed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+            return *found, *gradients
+
+        run = jax.jit(both, static_argnums=4)
+        expected = run(q, k, v, segments, "xla")
+        mesh = build_mesh(MeshConfig(**axes))
+        place = named(mesh)
+        with activated(mesh):
+            names = ("batch", "length", "heads", "head_dim")
+            placed = [jax.device_put(x, place((*names[:2], kind, names[3]), x.shape)) for x, kind in
+                      ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))]  # fmt: skip
+            found = run(*placed, segments, "pallas_tpu_interpret")
+        distances = [float(jnp.max(jnp.abs(jax.device_get(a) - b))) for a, b in zip(found, expected, strict=True)]
+        report[name] = {"distances": distances, "pieces": len({str(s.index) for s in found[0].addressable_shards})}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
