@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.sharding import partitioned_by_compiler
@@ -74,3 +75,42 @@ def run(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays:
     if form != BY_PLATFORM:
         return kernel(*arrays, interpret=form == PALLAS_TPU_INTERPRET)
     return jax.lax.platform_dependent(*arrays, tpu=lambda *a: kernel(*a, interpret=False), default=xla)
+
+
+def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any) -> Any:
+    """`loop(*arrays)` where the program is lowered for a CPU, `ragged(*arrays)` elsewhere; floats are differentiable.
+
+    The backward pass computes the chosen form again: derivatives of a choice would keep the intermediate results of
+    both, and those of a grouped FFN are the largest arrays of its layer.
+    """
+    leaves, tree = jax.tree.flatten(arrays)
+    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def of_leaves(form: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *leaves: form(*jax.tree.unflatten(tree, leaves))
+
+    def pullback(form: Callable[..., Any]) -> Callable[..., Any]:
+        def pulled(leaves, g):
+            def of_floats(*some):
+                mixed = list(leaves)
+                for i, leaf in zip(floats, some, strict=True):
+                    mixed[i] = leaf
+                return of_leaves(form)(*mixed)
+
+            return jax.vjp(of_floats, *(leaves[i] for i in floats))[1](g)
+
+        return pulled
+
+    @jax.custom_vjp
+    def call(*leaves):
+        return jax.lax.platform_dependent(*leaves, cpu=of_leaves(loop), default=of_leaves(ragged))
+
+    def backward(leaves, g):
+        found = jax.lax.platform_dependent(leaves, g, cpu=pullback(loop), default=pullback(ragged))
+        gradients: list[Any] = [None] * len(leaves)
+        for i, gradient in zip(floats, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    call.defvjp(lambda *leaves: (call(*leaves), leaves), backward)
+    return call(*leaves)
