@@ -235,6 +235,30 @@ def test_bfloat16_keeps_the_selection(topk):
     assert np.mean((np.asarray(y, np.float64) > 0) == (exact > theta)) >= 0.9999
 
 
+def test_moments_in_one_pass():
+    """By the mean of a hundredth of the entries float32 suffices for any data; by a far shift it does not."""
+    d, n = 12_800, 128
+    rng = np.random.default_rng(16)
+    rows = rng.normal(size=(4, d))
+    rows[1] += 1e4  # far from 0
+    rows[2, :n] += 1e3  # the sample is far from the others
+    rows[3] = 7.25
+    x = jnp.asarray(rows, jnp.float32)
+    exact = np.asarray(x, np.float64)
+    found = row_statistics(x, 800, shift=x[:, :n].mean(-1, keepdims=True))
+    assert (np.abs(found.mean[:, 0] - exact.mean(-1)) <= 1e-5 * exact.std(-1) + 1e-3 * (exact.mean(-1) > 1e3)).all()
+    np.testing.assert_allclose(found.std[:, 0], exact.std(-1, ddof=1), rtol=1e-4, atol=1e-7)
+    far = row_statistics(x, 800, shift=jnp.zeros((4, 1)))
+    assert abs(float(far.std[1, 0]) - 1) > 0.01
+    y, pull = jax.vjp(lambda x, shift: statistical_topk(x, 800, shift=shift), x, x[:, :1])
+    np.testing.assert_allclose(y[0], statistical_topk(x[0], 800), atol=1e-5)
+    dx, dshift = pull(jnp.ones_like(y))
+    assert not dshift.any()
+    np.testing.assert_allclose(dx[0], jax.grad(lambda x: statistical_topk(x, 800).sum())(x[0]), atol=1e-5)
+    with pytest.raises(ConfigError, match="must be none with a mask"):
+        statistical_topk(x, 2, where=x > 0, shift=x[:, :1])
+
+
 def test_huber_is_continuously_differentiable(x64):
     delta = 0.25
     smooth = lambda s: reference.shrink(jnp.asarray(s, jnp.float64), 0.0, delta)  # noqa: E731
