@@ -6,6 +6,7 @@ Names, the same for all operations; each operation's docstring says which of the
 - "pallas_tpu": a Pallas kernel for TPUs. jax raises if it is lowered for another platform, or if its arguments are
   split over devices outside of a per-device function (`sharding.per_device`).
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
+- "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
 
 `None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
 one gets the TPU's program.
@@ -14,6 +15,7 @@ one gets the TPU's program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -27,9 +29,11 @@ T = TypeVar("T")
 XLA = "xla"
 PALLAS_TPU = "pallas_tpu"
 PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
+PALLAS_GPU = "pallas_gpu"
+PALLAS_GPU_INTERPRET = "pallas_gpu_interpret"
 
-#: Not a name to ask for: the kernel where the program is lowered for a TPU, plain JAX elsewhere.
-BY_PLATFORM = "by platform"
+#: Not names to ask for, and followed by platforms: their kernels where the program is lowered for them, else plain JAX.
+BY_PLATFORM = "by platform: "
 
 
 def choose(operation: str, implementation: str | None, available: Mapping[str, T], default: str) -> T:
@@ -45,9 +49,15 @@ def choose(operation: str, implementation: str | None, available: Mapping[str, T
 
 
 def settle(
-    operation: str, implementation: str | None, why_not: Callable[[bool], str | None], *, kernel_by_default: bool
+    operation: str,
+    implementation: str | None,
+    why_not: Callable[[bool], str | None],
+    *,
+    kernel_by_default: bool,
+    gpu_why_not: Callable[[bool], str | None] | None = None,
+    gpu_by_default: bool = False,
 ) -> str:
-    """The form to use of an operation that has all of the names above.
+    """The form to use of an operation that has a kernel for TPUs, and with `gpu_why_not` one for GPUs.
 
     Args:
       operation: its name, for errors.
@@ -55,26 +65,48 @@ def settle(
       why_not: why the TPU kernel can't take these arguments, or None if it can; called with whether it is interpreted.
       kernel_by_default: whether the kernel is the better choice on a TPU. Even so None means plain JAX for arguments
         that the kernel can't take, and where the compiler partitions: it can't partition kernels.
+      gpu_why_not, gpu_by_default: the same of the GPU kernel; None: there is none.
 
     Raises:
       ConfigError: no implementation of that name, or a kernel that can't take the arguments.
     """
-    name = choose(operation, implementation, {name: name for name in (XLA, PALLAS_TPU, PALLAS_TPU_INTERPRET)}, XLA)
+    refusals = {PALLAS_TPU: why_not} | ({} if gpu_why_not is None else {PALLAS_GPU: gpu_why_not})
+    names = {XLA: (XLA, False)}
+    for kernel in refusals:
+        names |= {kernel: (kernel, False), f"{kernel}_interpret": (kernel, True)}
+    kernel, interpreted = choose(operation, implementation, names, XLA)
     if implementation is None:
-        usable = kernel_by_default and not partitioned_by_compiler() and why_not(False) is None
-        return BY_PLATFORM if usable else XLA
-    if name != XLA and (why := why_not(name == PALLAS_TPU_INTERPRET)) is not None:
-        raise ConfigError(f"{operation}.implementation", name, f'{why}; use "xla"')
-    return name
+        wanted = {PALLAS_TPU: ("tpu", kernel_by_default), PALLAS_GPU: ("cuda", gpu_by_default)}
+        found = [
+            platform
+            for kernel, (platform, by_default) in wanted.items()
+            if by_default and kernel in refusals and not partitioned_by_compiler() and refusals[kernel](False) is None
+        ]
+        return BY_PLATFORM + " ".join(found) if found else XLA
+    if kernel != XLA and (why := refusals[kernel](interpreted)) is not None:
+        raise ConfigError(f"{operation}.implementation", implementation, f'{why}; use "xla"')
+    return implementation
 
 
-def run(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
-    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike."""
+def run(
+    form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any, gpu: Callable[..., Any] | None = None
+) -> Any:
+    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike.
+
+    `kernel` is the one for TPUs, `gpu` that for GPUs.
+    """
+    kernels = {"tpu": (PALLAS_TPU, kernel), "cuda": (PALLAS_GPU, gpu)}
     if form == XLA:
         return xla(*arrays)
-    if form != BY_PLATFORM:
-        return kernel(*arrays, interpret=form == PALLAS_TPU_INTERPRET)
-    return jax.lax.platform_dependent(*arrays, tpu=lambda *a: kernel(*a, interpret=False), default=xla)
+    if not form.startswith(BY_PLATFORM):
+        (chosen,) = (kernel for name, kernel in kernels.values() if form in (name, f"{name}_interpret"))
+        assert chosen is not None, "settled on a kernel that the operation does not have"
+        return chosen(*arrays, interpret=form.endswith("_interpret"))
+    chosen = {
+        platform: partial(kernels[platform][1], interpret=False)  # pyright: ignore[reportArgumentType]
+        for platform in form.removeprefix(BY_PLATFORM).split()
+    }
+    return jax.lax.platform_dependent(*arrays, **chosen, default=xla)
 
 
 def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any) -> Any:

@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 SPARK_2B = {"d": 13_824, "k": 1106}
 
 
@@ -328,22 +328,24 @@ def test_inside_scan_remat_and_grad(topk):
     np.testing.assert_allclose(jax.jit(jax.grad(scanned))(x), plain, atol=1e-6)
 
 
-def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
+def test_default_is_the_kernel_only_where_lowered_for_an_accelerator():
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
     traced = jax.jit(partial(statistical_topk, k=40)).trace(x)
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.parametrize("x", [jnp.zeros((4, 8), jnp.float16), jnp.zeros((0, 8)), jnp.zeros((1, 10**6))])
-def test_rows_that_the_kernel_can_not_take(x):
+def test_rows_that_the_kernels_can_not_take(x):
     assert statistical_topk(x, 2).shape == x.shape
-    with pytest.raises(ConfigError, match=r'statistical_topk.implementation=pallas_tpu: .*; use "xla"'):
-        statistical_topk(x, 2, implementation="pallas_tpu")
+    for name in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(ConfigError, match=rf'statistical_topk.implementation={name}: .*; use "xla"'):
+            statistical_topk(x, 2, implementation=name)
 
 
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"statistical_topk.k=0: must be above 0"):
         statistical_topk(jnp.zeros(4), 0)
-    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of pallas_tpu, pallas_tpu_interpret, xla"):
+    with pytest.raises(ConfigError, match=r"=nope: must be one of pallas_gpu, pallas_gpu_interpret, pallas_tpu, .*xla"):
         statistical_topk(jnp.zeros(4), 2, implementation="nope")

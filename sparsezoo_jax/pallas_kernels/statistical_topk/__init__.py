@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import run, settle
-from sparsezoo_jax.pallas_kernels.statistical_topk import reference, tpu
+from sparsezoo_jax.pallas_kernels.statistical_topk import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     RowStatistics,
     normal_quantile,
@@ -54,10 +54,11 @@ def statistical_topk(
         and can't be combined with `where`.
       split_over: inside a per-device function (`sharding.per_device`), the mesh axes over which `axis` is split; mean
         and deviation are then those of whole rows, and d is their length.
-      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`), or None: the kernel on a TPU, but
-        for rows with a mask or a shift, of other dtypes than bfloat16 and float32 or too long for VMEM, and for arrays
-        that the compiler partitions; "xla" elsewhere. With `split_over` the kernel takes the statistics of the pieces
-        in one read, and XLA does the rest: the result and the gradient must wait for sums over the devices.
+      implementation: "xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret" (see
+        `dispatch`), or None: the kernel on TPUs and GPUs, but for rows with a mask or a shift, of other dtypes than
+        bfloat16 and float32 or too long for VMEM or registers, and for arrays that the compiler partitions; "xla"
+        elsewhere. With `split_over` the TPU kernel takes the statistics of the pieces in one read, and XLA does the
+        rest: the result and the gradient must wait for sums over the devices. On GPUs XLA does all of that.
 
     Returns:
       An array like `x`. Rows without an entry above the threshold (constant rows, say) are all 0.
@@ -81,6 +82,8 @@ def statistical_topk(
         lambda interpret: tpu.why_not(x, where, interpret=interpret),
         # A mask has to exist in memory for the kernel, where XLA computes it in passing.
         kernel_by_default=where is None and shift is None,
+        gpu_why_not=lambda interpret: gpu.why_not(x, split_over, interpret=interpret),
+        gpu_by_default=where is None and shift is None,
     )
     if where is None and k >= row_length(x, split_over):
         return jnp.moveaxis(x, -1, axis)
@@ -120,7 +123,10 @@ def _topk_forward(x, where, shift, call):
             return xla(x, where, shift, tpu.split_statistics(x, where, k, ddof, split_over, interpret=interpret))
         return tpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
 
-    y, kept = run(form, xla, kernel, x, where, shift)
+    def on_gpu(x, where, shift, *, interpret):
+        return gpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
+
+    y, kept = run(form, xla, kernel, x, where, shift, gpu=on_gpu)
     return y, (x, where, kept)
 
 
@@ -157,7 +163,10 @@ def _topk_backward(call, residuals, g):
             return xla(x, where, kept, g)
         return tpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
 
-    return run(form, xla, kernel, *residuals, g), None, None
+    def on_gpu(x, where, kept, g, *, interpret):
+        return gpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
+
+    return run(form, xla, kernel, *residuals, g, gpu=on_gpu), None, None
 
 
 _topk.defvjp(_topk_forward, _topk_backward)
