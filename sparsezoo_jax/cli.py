@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -131,14 +131,14 @@ def _without(args: Sequence[str], flag: str) -> list[str]:
     return kept
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table to stdout, first column left, others right."""
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], file: IO[str] | None = None) -> None:
+    """Print a table to `file` (None: stdout), first column left, others right."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    Console(file=file).print(table)
 
 
 def print_layers(figures: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """Continue a text with a trained model: `python -m sparsezoo_jax.generate DIR --prompt "The state of the Union"`.
 
-Text is printed as it is generated.
+Text is printed as it is generated; of several prompts, which are continued together, each when all have ended.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,8 +23,8 @@ class Generate:
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run directory."""
-    prompt: str
-    """Text to continue."""
+    prompt: tuple[str, ...]
+    """Text to continue, or several."""
     max_new_tokens: int = 100
     """Most tokens to add; generation also ends at the end-of-text token."""
     temperature: float = 0.8
@@ -32,8 +33,17 @@ class Generate:
     """Draw from this many likeliest tokens; 0 is off."""
     top_p: float = 1.0
     """Draw from the fewest likeliest tokens with this much probability; 1 is off."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the likeliest one's probability; 0 is off."""
     seed: int = 0
     """Seed of the draws: the same seed gives the same text."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the text, beside the end-of-text token."""
+    drafts: int = 0
+    """Tokens that each step proposes by looking the last ones up in the text, to be checked at once; 0 is off. Needs
+    one prompt and temperature 0, whose text it does not change."""
+    stats: bool = False
+    """Print on stderr how fast it went, what was read for each token, and how sparse the layers were."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
 
@@ -42,23 +52,62 @@ def main(args: Sequence[str]) -> None:
     """Print the prompt and stream its continuation."""
     command = cli.parse(Generate, args, prog="generate", description=(__doc__ or "").strip())
     from sparsezoo_jax import run_dir
-    from sparsezoo_jax.inference import Sampling, generate_tokens
+    from sparsezoo_jax.inference import Engine, Sampling
 
-    sampling = Sampling(command.temperature, command.top_k, command.top_p)
+    sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
     model, _, tokenizer = run_dir.load(command.directory, step=command.step)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
-    ids = tokenizer.encode_prompt(command.prompt)
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    tokens = generate_tokens(
-        model, ids, max_new_tokens=command.max_new_tokens, sampling=sampling, seed=command.seed, stop=stop
+    for token in command.stop_ids:
+        vocab = model.config.vocab_size
+        require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
+    stop = (*command.stop_ids, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
+    generation = Engine(model).generate(
+        [tokenizer.encode_prompt(prompt) for prompt in command.prompt],
+        max_new_tokens=command.max_new_tokens,
+        sampling=sampling,
+        seed=command.seed,
+        stop=stop,
+        drafts=command.drafts,
     )
-    text = tokenizer.stream_decoder()
-    print(command.prompt, end="", flush=True)
-    for token in tokens:
-        print(text.push(token), end="", flush=True)
-    print(text.flush())
+    if len(command.prompt) == 1:
+        text = tokenizer.stream_decoder()
+        print(command.prompt[0], end="", flush=True)
+        for (new,) in generation:
+            for token in new:
+                print(text.push(token), end="", flush=True)
+        print(text.flush())
+    else:
+        for _ in generation:
+            pass
+        for prompt, row in zip(command.prompt, generation.rows, strict=True):
+            print(f"{prompt}{tokenizer.decode(row)}\n")
+    if command.stats:
+        print_stats(model, generation.stats)
+
+
+def print_stats(model: Any, stats: Any) -> None:
+    """Print a generation's speed, bytes for each token and the sparsity of its layers, on stderr."""
+    import numpy as np
+
+    from sparsezoo_jax.inference import read_per_token
+
+    rows = [
+        ("prompt", f"{stats.prompt_tokens:,} tokens, {stats.prefill_rate:,.1f} tokens/s"),
+        ("generated", f"{stats.decoded:,} tokens after the first, {stats.decode_rate:,.1f} tokens/s"),
+        ("compiling", f"{stats.compile_seconds:.1f} s, in none of these"),
+    ]
+    if stats.drafted:
+        rows.append(("drafts", f"{stats.accepted:,} of {stats.drafted:,} accepted, {stats.steps:,} steps"))
+    elif stats.steps:
+        rows.append(("weights and cache read", f"{read_per_token(model, stats) / 1e6:,.2f} MB for each token"))
+    means = stats.layer_means()
+    for name, label in (("ffn_density", "active neurons"), ("attended_keys", "attended keys")):
+        if name in means and not np.isnan(means[name]).all():
+            form = "{:.1%}" if name == "ffn_density" else "{:.1f}"
+            rows.append((f"{label}, by layer", "  ".join(form.format(value) for value in means[name])))
+    cli.print_table("Generation", ("figure", "value"), rows, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -215,20 +215,21 @@ def test_bits_per_byte_is_what_it_says(trained, small_corpus):
 
 
 def test_generate(trained, monkeypatch, capsys):
-    prompts = []
+    read = []
+    continued = inference.Engine.generate
 
-    def spy(model, prompt, **kwargs):
-        prompts.append(prompt)
-        return inference.generation.generate_tokens(model, prompt, **kwargs)
+    def spy(engine, prompts, **kwargs):
+        read.extend(prompts)
+        return continued(engine, prompts, **kwargs)
 
-    monkeypatch.setattr(inference, "generate_tokens", spy)
+    monkeypatch.setattr(inference.Engine, "generate", spy)
     args = [trained, "--prompt", "The state", "--max-new-tokens", 12, "--temperature", 0]
     assert call(generate, args, monkeypatch) == 0
     text = capsys.readouterr().out
     assert text.startswith("The state")
     model, _, tokenizer = sparsezoo_jax.load(trained)
     ids = [tokenizer.bos_id, *tokenizer.encode("The state")]
-    assert prompts == [ids]
+    assert read == [ids]
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
     for _ in range(12):
@@ -245,6 +246,18 @@ def test_generate(trained, monkeypatch, capsys):
         assert call(generate, sampled, monkeypatch) == 0
         drawn.append(capsys.readouterr().out)
     assert drawn[0] == drawn[1] != drawn[2]
+
+    both = [trained, "--prompt", "The state", "The", "--max-new-tokens", 12, "--temperature", 0, "--stats"]
+    assert call(generate, both, monkeypatch) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith(text.strip() + "\n\nThe")
+    for said in ("tokens/s", "MB for each token", "active neurons, by layer", "attended keys, by layer"):
+        assert said in output.err
+    drafts = [trained, "--prompt", "The state", "--max-new-tokens", 12, "--temperature", 0, "--drafts", 3, "--stats"]
+    assert call(generate, drafts, monkeypatch) == 0
+    assert capsys.readouterr().out == text
+    assert call(generate, [*drafts, "--stop-ids", 99999], monkeypatch) == 2
+    assert "--stop-ids=99999: must be a token" in capsys.readouterr().err
 
 
 BAD_FLAGS = [

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Sampling
-from sparsezoo_jax.inference.generation import next_token
+from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.models import Decoder, flops_per_token
 from sparsezoo_jax.sharding import RULES, activated, check_batch, named
 from sparsezoo_jax.training.compilation import prepare_step
@@ -117,11 +117,8 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = spec((), jnp.int32, ())
     cache_shardings = jax.tree.map(lambda x: x.sharding, cache)
-    function = jax.jit(
-        partial(next_token, graphdef, Sampling()),
-        donate_argnums=1,
-        out_shardings=(place(("batch",), (batch,)), cache_shardings),
-    )
+    placed: tuple[Any, Any, Any] = (place(("batch",), (batch,)), cache_shardings, place((), ()))
+    function = jax.jit(partial(next_token, Sampling(), graphdef), donate_argnums=1, out_shardings=Step(*placed))
     arguments = (state, cache, ints, ints, scalar, jax.ShapeDtypeStruct((), key.dtype, sharding=place((), ())))
     return function, arguments, {"parameters": state, "cache": cache, "batch": ints}
 

@@ -2,18 +2,261 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.inference.prompt_lookup import PromptLookup
 from sparsezoo_jax.inference.sampling import Sampling, sample
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.cache import DecoderCache
+
+
+class Step(NamedTuple):
+    """What one call of the model leaves."""
+
+    tokens: jax.Array
+    """int32 [B]: the token after the last one of each row; of a verification [B, T]: that after each one."""
+    cache: DecoderCache
+    stats: dict[str, jax.Array]
+    """Statistics per layer, float32 [L] each; see `Output.stats`."""
+
+
+@dataclasses.dataclass
+class GenerationStats:
+    """What a generation took; complete when it has ended."""
+
+    prompt_tokens: int
+    """Of all rows, padding not counted."""
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    """From the first generated token to the last one."""
+    decoded: int = 0
+    """Tokens in that time: those of all rows but the first of each."""
+    steps: int = 0
+    """Calls of the model in that time."""
+    drafted: int = 0
+    """Tokens that were proposed for verification."""
+    accepted: int = 0
+    """Those of them that the model agreed with."""
+    contexts: list[int] = dataclasses.field(default_factory=list)
+    """Tokens in the longest row's cache at each of these calls, the new ones counted."""
+    layers: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    """Statistics of each of these calls."""
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens a second."""
+        return self.decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+    def layer_means(self) -> dict[str, np.ndarray]:
+        """Each statistic's mean over the calls, float [L]; NaN in layers without it."""
+        if not self.layers:
+            return {}
+        return {name: np.mean([np.asarray(stats[name]) for stats in self.layers], axis=0) for name in self.layers[0]}
+
+
+class Engine:
+    """A model that generates: layers unstacked once, each program compiled once.
+
+    Tokens loop in Python, a donated cache goes from call to call, and a step is sent before the token of the one
+    before is looked at. Programs are compiled for lengths rounded up to powers of two, so prompts of similar length
+    share them.
+    """
+
+    def __init__(self, model: Decoder):
+        self.model = model.unstacked()
+        self.graphdef, self.state = nnx.split(self.model)
+        self._programs: dict[Any, Any] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+        drafts: int = 0,
+    ) -> Generation:
+        """Continue each of `prompts`, up to `max_new_tokens` more or the first of `stop`; see `Generation`.
+
+        A row's tokens don't depend on the other rows, apart from rounding; its draws do on its place.
+
+        Args:
+          prompts: token ids of each row.
+          seed: of the draws.
+          stop: tokens that end a row; they are not part of it.
+          drafts: propose up to this many tokens a step by looking the last ones up in the text (see `PromptLookup`)
+            and have the model check them all at once. What comes out is that of greedy decoding, which it needs, and
+            of one prompt; it takes fewer calls where the text repeats itself.
+
+        Raises:
+          UserError: an empty prompt, prompts that with the new tokens exceed the model's `max_seq_len`, or drafts with
+            more than one prompt or with sampling.
+        """
+        sampling = sampling or Sampling()
+        limit = self.model.config.max_seq_len
+        require(max_new_tokens > 0, "--max-new-tokens", max_new_tokens, "must be above 0")
+        require(drafts >= 0, "--drafts", drafts, "must be 0 (off) or above")
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if not prompts or min(len(prompt) for prompt in prompts) == 0:
+            raise UserError("--prompt: is empty; this model has no start-of-text token to begin with")
+        if longest + max_new_tokens > limit:
+            raise UserError(
+                f"--max-new-tokens={max_new_tokens}: {longest} prompt tokens and these exceed model.max_seq_len={limit}"
+            )
+        if drafts and (len(prompts) > 1 or sampling.temperature > 0):
+            raise UserError(f"--drafts={drafts}: needs one prompt and --temperature 0, for it checks greedy choices")
+        return Generation(self, prompts, max_new_tokens, sampling, seed, frozenset(stop), drafts)
+
+    def program(self, function: Any, *arguments: Any) -> tuple[Any, float]:
+        """`function(graphdef, ...)` compiled for these arguments, its cache donated; and the seconds that took."""
+        shapes = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), arguments)
+        leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
+        # A partial is a new object every time: what it binds tells one from another.
+        name = (function.func, function.args) if isinstance(function, partial) else (function, ())
+        key = (name, tuple(leaves), structure)
+        if key in self._programs:
+            return self._programs[key], 0.0
+        started = time.perf_counter()
+        jitted = jax.jit(partial(function, self.graphdef), donate_argnums=1)
+        self._programs[key] = jitted.lower(self.state, *arguments).compile()
+        return self._programs[key], time.perf_counter() - started
+
+
+class Generation:
+    """A running generation: iterate over it for one list a step, with each row's new tokens.
+
+    That is one token a row, none once the row has ended, and several where drafts were accepted. `stats` fills up
+    meanwhile; `rows` holds what each row has so far.
+    """
+
+    def __init__(self, engine: Engine, prompts, max_new_tokens: int, sampling: Sampling, seed: int, stop, drafts: int):
+        self.engine, self.prompts, self.sampling, self.stop = engine, prompts, sampling, stop
+        self.max_new_tokens, self.seed, self.drafts = max_new_tokens, seed, drafts
+        self.rows: list[list[int]] = [[] for _ in prompts]
+        self.stats = GenerationStats(sum(len(prompt) for prompt in prompts))
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        started = None
+        for new in self._verified() if self.drafts else self._stepwise():
+            if started is None:
+                started = time.perf_counter()
+            else:
+                self.stats.decoded += sum(map(len, new))
+                self.stats.decode_seconds = time.perf_counter() - started
+            for row, tokens in zip(self.rows, new, strict=True):
+                row.extend(tokens)
+            if any(new):
+                yield new
+
+    def _prefill(self) -> tuple[Step, int]:
+        """The call that reads the prompts, and the slots of the cache that they take."""
+        model, limit = self.engine.model, self.engine.model.config.max_seq_len
+        rows, longest = len(self.prompts), max(map(len, self.prompts))
+        padded = min(limit, _power_of_two(longest))
+        # A chunk of drafts may reach over the last token; its slots are taken back, but must be there.
+        spare = self.max_new_tokens + self.drafts
+        if padded + spare > limit:
+            padded = longest
+        cache_length = min(limit + self.drafts, _power_of_two(padded + spare))
+        # Padding goes in front, so that the cache's next free slot follows every prompt directly.
+        tokens, real = np.zeros((rows, padded), np.int32), np.zeros((rows, padded), np.int32)
+        for i, prompt in enumerate(self.prompts):
+            tokens[i, padded - len(prompt) :] = prompt
+            real[i, padded - len(prompt) :] = 1
+        cache = model.init_cache(rows, cache_length)
+        arguments = (cache, tokens, real, jnp.int32(padded - 1), self._key(0))
+        program, seconds = self.engine.program(partial(next_token, self.sampling), *arguments)
+        self.stats.compile_seconds += seconds
+        started = time.perf_counter()
+        step = jax.block_until_ready(program(self.engine.state, *arguments))
+        self.stats.prefill_seconds = time.perf_counter() - started
+        return step, padded
+
+    def _key(self, index: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.seed), index)
+
+    def _count(self, step: Step, context: int) -> None:
+        self.stats.steps += 1
+        self.stats.contexts.append(context)
+        self.stats.layers.append(step.stats)
+
+    def _stepwise(self) -> Iterator[list[list[int]]]:
+        step, _ = self._prefill()
+        longest = max(map(len, self.prompts))
+        running = np.ones((len(self.prompts), 1), np.int32)
+        last, program = jnp.int32(0), None
+        keys = [self._key(index) for index in range(1, self.max_new_tokens)]
+        for index in range(self.max_new_tokens):
+            current = step
+            if index + 1 < self.max_new_tokens:
+                arguments = (step.cache, step.tokens[:, None], running, last, keys[index])
+                if program is None:
+                    program, seconds = self.engine.program(partial(next_token, self.sampling), *arguments)
+                    self.stats.compile_seconds += seconds
+                # Sent before this token is looked at, so that decoding it to text overlaps with computing.
+                step = program(self.engine.state, *arguments)
+            values = np.asarray(current.tokens)
+            ended = np.isin(values, list(self.stop)) if self.stop else np.zeros(values.shape, bool)
+            running = running * ~ended[:, None]
+            if index:
+                self._count(current, longest + index)
+            yield [[int(value)] if on else [] for value, on in zip(values, running[:, 0], strict=True)]
+            if not running.any():
+                return
+
+    def _verified(self) -> Iterator[list[list[int]]]:
+        """Greedy decoding that checks drafts: a call sees the last token and its drafts, and says what follows each."""
+        step, end = self._prefill()
+        cache, token, longest = step.cache, int(step.tokens[0]), len(self.prompts[0])
+        lookup = PromptLookup(self.prompts[0], drafts=self.drafts)
+        left, new = self.max_new_tokens, [token]
+        programs: dict[int, Any] = {}
+        while True:
+            if self.stop & set(new):
+                new = new[: min(new.index(token) for token in self.stop & set(new))]
+                left = len(new)
+            left -= len(new)
+            yield [new]
+            if left < 1:
+                return
+            for token in new:
+                lookup.push(token)
+            proposed = lookup.propose()[: left - 1]
+            # Two shapes only: one token, or as many as fit.
+            length = 1 + self.drafts if proposed else 1
+            chunk = np.zeros((1, length), np.int32)
+            chunk[0, : 1 + len(proposed)] = [lookup.tokens[-1], *proposed]
+            real = (np.arange(length) <= len(proposed)).astype(np.int32)[None]
+            arguments = (cache, chunk, real, jnp.int32(end))
+            if length not in programs:
+                programs[length], seconds = self.engine.program(verified_tokens, *arguments)
+                self.stats.compile_seconds += seconds
+            step = programs[length](self.engine.state, *arguments)
+            said, cache = np.asarray(step.tokens)[0].tolist(), step.cache
+            agreed = next((i for i, token in enumerate(proposed) if token != said[i]), len(proposed))
+            new = said[: agreed + 1]
+            end += agreed + 1
+            longest += agreed + 1
+            self.stats.drafted += len(proposed)
+            self.stats.accepted += agreed
+            self._count(step, longest)
 
 
 def generate_tokens(
@@ -25,61 +268,24 @@ def generate_tokens(
     seed: int = 0,
     stop: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Continue `prompt` token by token: a generator of token ids, up to `max_new_tokens` or the first of `stop`.
-
-    The prompt is read in one pass; every further token is one step on the model's unstacked layers with a donated
-    cache. The stop token itself is not yielded.
-
-    Raises:
-      UserError: an empty prompt, or one that together with the new tokens exceeds the model's `max_seq_len`.
-    """
-    sampling = sampling or Sampling()
-    limit = model.config.max_seq_len
-    if not prompt:
-        raise UserError("--prompt: is empty; this model has no start-of-text token to begin with")
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens={max_new_tokens}: must be above 0")
-    if len(prompt) + max_new_tokens > limit:
-        raise UserError(
-            f"--max-new-tokens={max_new_tokens}: {len(prompt)} prompt tokens and these exceed model.max_seq_len={limit}"
-        )
-    graphdef, state = nnx.split(model.unstacked())
-    # Round lengths up to powers of two: prompts of similar length share compiled programs.
-    padded = min(limit, _power_of_two(len(prompt)))
-    cache_length = min(limit, _power_of_two(padded + max_new_tokens))
-
-    forward = jax.jit(partial(next_token, graphdef, sampling), donate_argnums=1)
-
-    # Padding goes in front, so that the cache's next free slot follows the prompt directly.
-    gap = padded - len(prompt) if padded + max_new_tokens <= limit else 0
-    tokens = np.concatenate([np.zeros(gap, np.int32), np.asarray(prompt, np.int32)])
-    real = np.arange(len(tokens)) >= gap
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
-    cache = model.init_cache(1, cache_length)
-    token, cache = forward(state, cache, tokens[None], real[None].astype(np.int32), len(tokens) - 1, keys[0])
-    one = jnp.ones((1, 1), jnp.int32)
-    for index in range(max_new_tokens):
-        # The next step is sent before this token is handed out, so that decoding it to text overlaps with computing.
-        current = token
-        if index + 1 < max_new_tokens:
-            token, cache = forward(state, cache, current[:, None], one, 0, keys[index + 1])
-        value = int(current[0])
-        if value in stop:
-            return
-        yield value
+    """Continue `prompt` token by token: a generator of token ids; arguments and errors as in `Engine.generate`."""
+    generation = Engine(model).generate(
+        [prompt], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop
+    )
+    return (token for new in generation for token in new[0])
 
 
 def next_token(
-    graphdef: nnx.GraphDef,
     sampling: Sampling,
+    graphdef: nnx.GraphDef,
     state: nnx.State,
     cache: DecoderCache,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     last: jax.Array | int,
     key: jax.Array,
-) -> tuple[jax.Array, DecoderCache]:
-    """Put tokens [B, T] into the cache and sample the one after position `last` of them: int32 [B], and the cache.
+) -> Step:
+    """Put tokens [B, T] into the cache and sample the one after position `last` of them.
 
     Pure, meant to be jitted with the cache donated. Segment ids are 0 for padding.
     """
@@ -87,7 +293,25 @@ def next_token(
     out = model(tokens_BT, segment_ids=segment_ids_BT, cache=cache, logits=False)
     # Logits of the one position that is sampled: those of a whole prompt would take more memory than the model.
     logits_BV = model.logits_of(out.hidden[:, last][:, None])[:, 0]
-    return sample(logits_BV, key, sampling), out.cache
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(tokens_BT)))
+    return Step(sample(logits_BV, keys_B, sampling), out.cache, out.stats)
+
+
+def verified_tokens(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    cache: DecoderCache,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    end: jax.Array,
+) -> Step:
+    """Forget all but the first `end` slots of the cache, put tokens [B, T] there; the likeliest one after each.
+
+    Pure, meant to be jitted with the cache donated.
+    """
+    model = nnx.merge(graphdef, state)
+    out = model(tokens_BT, segment_ids=segment_ids_BT, cache=cache.truncated(end))
+    return Step(jnp.argmax(out.logits, axis=-1).astype(jnp.int32), out.cache, out.stats)
 
 
 def _power_of_two(n: int) -> int:

@@ -12,23 +12,25 @@ from sparsezoo_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; filters apply in the order temperature, top-k, top-p.
+    """How tokens are drawn; filters apply in the order temperature, top-k, top-p, min-p.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         require(self.temperature >= 0, "--temperature", self.temperature, "must be 0 or above")
         require(self.top_k >= 0, "--top-k", self.top_k, "must be 0 (off) or above")
         require(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1 (off)")
+        require(0 <= self.min_p < 1, "--min-p", self.min_p, "must be at least 0 (off) and below 1")
 
 
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw tokens int32 [B] from logits [B, V]."""
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draw tokens int32 [B] from logits [B, V], each row with its own random key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
@@ -42,4 +44,8 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= lowest, logits_BV, -jnp.inf)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    if sampling.min_p > 0:
+        # Ratios of probabilities are differences of logits, whatever was filtered out before.
+        lowest = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits_BV = jnp.where(logits_BV >= lowest, logits_BV, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -183,12 +183,19 @@ class GQA(nnx.Module):
             base = config.rope.base_of(self.layer_type)
             q = apply_rope(q, ctx.positions_BT, base, config.rope.fraction)
             k = apply_rope(k, ctx.positions_BT, base, config.rope.fraction)
-        if cache is not None:
-            cache = cache.updated(k, v, ctx.cache_end)
-            k, v = cache
+        cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
         mask = ctx.masks_BTS[self.layer_type]
-        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        y = dense_attention(q, k, v, mask, scale=scale, softcap=config.softcap)
+        y = self.attend(q, (k, v) if cache is None else cache, mask)
         attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
         aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
         return self.projections.output(y, ctx.width), aux, cache
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return self.config.head_dim**-0.5 if self.config.query_scale is None else self.config.query_scale
+
+    def attend(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array) -> jax.Array:
+        """The mixed values [B, T, N, H] of rotated queries, for keys and values [B, S, K, H]."""
+        k, v = keys_values
+        return dense_attention(q, k, v, mask_BTS, scale=self.scale, softcap=self.config.softcap)

@@ -44,3 +44,8 @@ class DecoderCache(NamedTuple):
             self.positions_BS, jnp.where(valid_BT, positions_BT, -1).astype(jnp.int32), (0, self.end)
         )
         return self._replace(positions_BS=positions_BS, end=self.end + positions_BT.shape[1])
+
+    def truncated(self, end: jax.Array) -> DecoderCache:
+        """The cache with the tokens of its first `end` slots only; the next ones go to where the others were."""
+        kept_BS = jnp.where(jnp.arange(self.positions_BS.shape[1]) < end, self.positions_BS, -1)
+        return self._replace(positions_BS=kept_BS, end=jnp.asarray(end, jnp.int32))

@@ -316,16 +316,18 @@ class Decoder(nnx.Module):
         return CallContext(positions, segment_ids, masks, end)
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
-        """An empty cache for `batch` sequences of up to `length` tokens (padding included).
+        """An empty cache for `batch` sequences of up to `length` tokens, padding included.
 
-        Nothing checks under jit that no more than `length` tokens go in; further ones would overwrite the last slots.
+        It may be longer than `max_seq_len`, which limits the tokens that are no padding. Nothing checks under jit that
+        no more than `length` tokens go in; further ones would overwrite the last slots.
         """
-        config = self.config
-        require(0 < length <= config.max_seq_len, "cache length", length, _limit(config))
-        shapes, dtype = config.attention.cache_shapes, jnp.dtype(config.dtype)
-        layers = tuple(
-            LayerCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in shapes)) for _ in range(config.layers)
-        )
+        require(length > 0, "cache length", length, "must be above 0")
+        shapes, dtype = self.config.attention.cache_shapes, jnp.dtype(self.config.dtype)
+
+        def empty() -> LayerCache:
+            return LayerCache(*(jnp.zeros((batch, length, *shape), dtype) for shape in shapes))
+
+        layers = tuple(empty() for _ in range(self.config.layers))
         return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
 
     def unstacked(self) -> Decoder:

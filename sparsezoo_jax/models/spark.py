@@ -6,7 +6,7 @@ The predictor is part of the function, not an approximation of one: nothing else
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -259,37 +259,45 @@ class SparkAttention(nnx.Module):
             rope = (config.r, config.rope.base_of(self.layer_type), config.rope.fraction)
             q = apply_split_rope(q, ctx.positions_BT, *rope)
             k = apply_split_rope(k, ctx.positions_BT, *rope)
-        if cache is not None:
-            cache = cache.updated(k, v, ctx.cache_end)
-            k, v = cache
+        cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
+        keys_values = (k, v) if cache is None else cache
         mask = ctx.masks_BTS[self.layer_type]
-        y, attended_BTN = spark_attention(
-            q,
-            k,
-            v,
-            mask,
-            r=config.r,
-            top_k=config.top_k,
-            ddof=config.ddof,
-            predictor_scale=config.predictor_scale,
-            value_scale=config.value_scale,
-            softcap=config.softcap,
-            softcap_values=config.softcap_values,
-            selection=config.selection,
-            weighting=config.weighting,
-            implementation=config.implementation,
-        )
+        y, attended_BTN = self.attend(q, keys_values, mask)
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
-        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, k, mask, ctx))
+        aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, keys_values, mask, ctx))
         return self.projections.output(y), aux, cache
 
-    def _records(self, q: jax.Array, k: jax.Array, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
+    @property
+    def form(self) -> dict[str, Any]:
+        """What `spark_attention` is called with beside arrays."""
+        config = self.config
+        return {
+            "r": config.r,
+            "top_k": config.top_k,
+            "ddof": config.ddof,
+            "predictor_scale": config.predictor_scale,
+            "value_scale": config.value_scale,
+            "softcap": config.softcap,
+            "softcap_values": config.softcap_values,
+            "selection": config.selection,
+            "weighting": config.weighting,
+        }
+
+    def attend(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mixed values [B, T, N, H] of rotated queries, and the keys that each attends to [B, T, N].
+
+        Keys and values are [B, S, K, H].
+        """
+        k, v = keys_values
+        return spark_attention(q, k, v, mask_BTS, implementation=self.config.implementation, **self.form)
+
+    def _records(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
         if not ctx.record:
             return {}
         config = self.config
         scores, selected = predicted_keys(
             q,
-            k,
+            keys_values[0],
             mask_BTS,
             r=config.r,
             top_k=config.top_k,

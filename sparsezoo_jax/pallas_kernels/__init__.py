@@ -1,8 +1,32 @@
-"""One folder per operation: its definition in plain JAX, and the kernels that must agree with it."""
+"""One folder per operation: its definition in plain JAX, and the kernels that must agree with it.
 
+Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, weights laid out for inference (`rows.py`).
+"""
+
+from sparsezoo_jax.pallas_kernels.attention import attention_rows
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn, block_ffn_union
+from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
+from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
+from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
+from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.spark_attention import spark_attention
+from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
+from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
 
-__all__ = ["block_ffn", "block_ffn_union", "spark_attention", "spark_ffn", "statistical_topk"]
+__all__ = [
+    "attention_rows",
+    "block_ffn",
+    "block_ffn_rows",
+    "block_ffn_union",
+    "from_blocks_rows",
+    "gated_ffn_rows",
+    "linear",
+    "spark_attention",
+    "spark_attention_rows",
+    "spark_ffn",
+    "spark_ffn_rows",
+    "statistical_topk",
+    "to_blocks_rows",
+]

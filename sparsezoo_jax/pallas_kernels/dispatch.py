@@ -7,6 +7,8 @@ Names, the same for all operations; each operation's docstring says which of the
   split over devices outside of a per-device function (`sharding.per_device`).
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
+- "native": C++ for CPUs (`sparsezoo_jax.native`), for operations on a few rows. Not differentiable; jax raises if it is
+  lowered for another platform.
 
 `None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
 one gets the TPU's program.
@@ -21,6 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.sharding import partitioned_by_compiler
 
@@ -31,6 +34,7 @@ PALLAS_TPU = "pallas_tpu"
 PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
 PALLAS_GPU = "pallas_gpu"
 PALLAS_GPU_INTERPRET = "pallas_gpu_interpret"
+NATIVE = "native"
 
 #: Not names to ask for, and followed by platforms: their kernels where the program is lowered for them, else plain JAX.
 BY_PLATFORM = "by platform: "
@@ -146,3 +150,40 @@ def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays
 
     call.defvjp(lambda *leaves: (call(*leaves), leaves), backward)
     return call(*leaves)
+
+
+def settle_native(operation: str, implementation: str | None, why_not: str | None, *, native_by_default: bool) -> str:
+    """The form to use of an operation that has "xla" and "native".
+
+    Args:
+      operation: its name, for errors.
+      implementation: what the caller asked for.
+      why_not: why the native form can't take these arguments, or None if it can.
+      native_by_default: whether it is the faster one for them. None means plain JAX where the native form can't take
+        the arguments, where the compiler partitions, and, with a warning, where the library is missing.
+
+    Raises:
+      ConfigError: no implementation of that name, or a native one that is missing or can't take the arguments.
+    """
+    name = choose(operation, implementation, {XLA: XLA, NATIVE: NATIVE}, XLA)
+    if implementation is None:
+        if not native_by_default or why_not is not None or partitioned_by_compiler():
+            return XLA
+        if native.available():
+            return BY_PLATFORM
+        if jax.default_backend() == "cpu":
+            native.warn_missing()
+        return XLA
+    if name == NATIVE:
+        if (missing := native.why_missing()) is not None:
+            raise ConfigError(f"{operation}.implementation", name, f"{missing}; {native.HOW_TO_GET}")
+        if why_not is not None:
+            raise ConfigError(f"{operation}.implementation", name, f'{why_not}; use "xla"')
+    return name
+
+
+def run_native(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
+    """Call the form that `settle_native` returned: `xla(*arrays)` or `kernel(*arrays)`; results alike."""
+    if form != BY_PLATFORM:
+        return (kernel if form == NATIVE else xla)(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=kernel, default=xla)

@@ -1,0 +1,120 @@
+"""Native CPU operations: a C++ library (`src/`) called from compiled programs through `jax.ffi`.
+
+The library is compiled when the package is installed, if there is a C++ compiler, or later by
+`python -m sparsezoo_jax.native`. It is loaded with the first call, not when this is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+from sparsezoo_jax.errors import SparsezooWarning
+from sparsezoo_jax.native.build import LIBRARY
+
+#: Operations of the library, by the names of its symbols without their prefix.
+OPERATIONS = (
+    "linear",
+    "gated_ffn",
+    "spark_ffn",
+    "block_ffn",
+    "attention",
+    "spark_attention",
+    "from_blocks",
+    "to_blocks",
+    "stream",
+)
+
+#: Numbers of the non-linearities that a gated layer may have; `loops.h` has the same.
+ACTIVATIONS = {"gelu_tanh": 0, "silu": 1, "relu": 2, "relu2": 3, "gelu": 4}
+
+
+class _Library:
+    """The loaded library with its operations registered, or the reason why there is none."""
+
+    def __init__(self):
+        self.missing: str | None = None
+        self.level: str | None = None
+        if not LIBRARY.exists():
+            self.missing = "it was not built"
+            return
+        try:
+            self._register(ctypes.CDLL(str(LIBRARY)))
+        except (OSError, AttributeError) as error:
+            self.missing = f"{LIBRARY} could not be loaded ({error})"
+
+    def _register(self, library: ctypes.CDLL) -> None:
+        for name in ("sparsezoo_built_for", "sparsezoo_level"):
+            getattr(library, name).restype = ctypes.c_char_p
+        built_for = library.sparsezoo_built_for().decode()
+        if _version(built_for) > _version(jaxlib.__version__):
+            self.missing = f"it was built for jaxlib {built_for}, and this is {jaxlib.__version__}"
+            return
+        for name in OPERATIONS:
+            handler = jax.ffi.pycapsule(getattr(library, f"sparsezoo_{name}"))
+            jax.ffi.register_ffi_target(f"sparsezoo_{name}", handler, platform="cpu")
+        self.level = library.sparsezoo_level().decode()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+@functools.cache
+def _library() -> _Library:
+    return _Library()
+
+
+def why_missing() -> str | None:
+    """Why there are no native operations, or None if there are."""
+    return _library().missing
+
+
+def available() -> bool:
+    """Whether the native operations can be called."""
+    return why_missing() is None
+
+
+def level() -> str | None:
+    """Level of the instruction set that the operations use here: default, v3 (AVX2) or v4 (AVX-512)."""
+    return _library().level
+
+
+HOW_TO_GET = "build it with `python -m sparsezoo_jax.native` (needs g++ or clang++)"
+
+
+@functools.cache
+def warn_missing() -> None:
+    """Say, once in a process, that plain JAX runs instead of the native operations, and how to get these."""
+    warnings.warn(
+        f"the native CPU library is missing: {why_missing()}; decoding runs in plain JAX, which is slower. "
+        f"To have it, {HOW_TO_GET}",
+        SparsezooWarning,
+        stacklevel=2,
+    )
+
+
+def call(
+    operation: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, **attributes: Any
+) -> tuple[jax.Array, ...]:
+    """Call one of `OPERATIONS`, without any check of its arguments; not differentiable.
+
+    Attributes that are floats become float64, integers int64.
+    """
+    assert available()
+    typed: Mapping[str, Any] = {name: _attribute(value) for name, value in attributes.items()}
+    found: Any = jax.ffi.ffi_call(f"sparsezoo_{operation}", list(results))(*arrays, **typed)
+    return tuple(found)
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, bool):
+        return np.bool_(value)
+    return np.int64(value) if isinstance(value, int) else np.float64(value)

@@ -1,0 +1,98 @@
+"""Compiles the native library; standard library and jaxlib's headers only, for it runs before the package is installed.
+
+One compiler call per source file; `loops.cc` is compiled once for each level of the instruction set, and the library
+picks one of them at run time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+#: Where the library is looked for; the suffix only keeps libraries of several platforms apart.
+LIBRARY = FOLDER / f"_sparsezoo{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+V3 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+#: Levels of x86-64 above the default: floats in a register, and flags.
+LEVELS = {"v3": (8, V3), "v4": (16, V4)}
+
+
+class BuildError(Exception):
+    """No library: there is no compiler, or it failed; the message says which and why."""
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: that of $CXX, or the first of the usual names that exists.
+
+    Raises:
+      BuildError: none was found.
+    """
+    asked = os.environ.get("CXX")
+    for command in [shlex.split(asked)] if asked else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler: CXX={asked} is no command" if asked else "no g++, clang++ or c++ on the PATH")
+
+
+def headers() -> tuple[Path, str]:
+    """Folder of jaxlib's headers, and its version; without importing it.
+
+    Raises:
+      BuildError: jaxlib is not installed.
+    """
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("jaxlib, whose headers are needed, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "include", importlib.metadata.version("jaxlib")
+
+
+def build(target: Path = LIBRARY) -> Path:
+    """Compile the library into `target`, which appears only when it is complete; returns its path.
+
+    Raises:
+      BuildError: there is no compiler, no jaxlib, or the compiler failed.
+    """
+    command = compiler()
+    include, version = headers()
+    levels = LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    defines = [f"-DSPARSEZOO_HAS_{level.upper()}" for level in levels]
+    jobs = [(path, []) for path in sorted((FOLDER / "src").glob("*.cc"))]
+    for level, (lanes, flags) in {"default": (4, []), **levels}.items():
+        named = [f"-DSPARSEZOO_LEVEL={level}", f"-DSPARSEZOO_LANES={lanes}", *flags]
+        jobs.append((FOLDER / "src" / "loops.cc", named))
+    jobs = [job for job in jobs if job[0].name != "loops.cc" or job[1]]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(numbered: tuple[int, tuple[Path, list[str]]]) -> str:
+            number, (source, flags) = numbered
+            out = os.path.join(folder, f"{source.stem}{number}.o")
+            extra = [f'-DSPARSEZOO_JAXLIB="{version}"', "-isystem", str(include), *defines]
+            _run([*command, *FLAGS, *flags, *extra, "-c", str(source), "-o", out])
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, enumerate(jobs)))
+        linked = os.path.join(folder, "library")
+        _run([*command, "-shared", *objects, "-o", linked])
+        beside = target.with_suffix(".partial")
+        shutil.copyfile(linked, beside)
+        os.replace(beside, target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"`{shlex.join(command)}` failed:\n{done.stderr}")

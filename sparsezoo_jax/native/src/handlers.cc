@@ -1,0 +1,204 @@
+// The operations as XLA's typed foreign functions. Shapes and types are checked in Python, where errors are readable.
+#include "operations.h"
+#include "xla/ffi/api/ffi.h"
+
+
+namespace sparsezoo {
+namespace {
+
+namespace ffi = xla::ffi;
+using Array = ffi::AnyBuffer;
+using Result = ffi::Result<Array>;
+
+Type type_of(ffi::DataType type) {
+  return type == ffi::DataType::F32 ? kFloat32 : type == ffi::DataType::BF16 ? kBfloat16 : kInt8;
+}
+
+long rows_of(const Array& a) {
+  long rows = 1;
+  for (size_t i = 0; i + 1 < a.dimensions().size(); i++) rows *= a.dimensions()[i];
+  return rows;
+}
+
+long width_of(const Array& a) { return a.dimensions().back(); }
+
+Tokens tokens(Array a) { return {a.untyped_data(), type_of(a.element_type()), rows_of(a), width_of(a)}; }
+
+// Columns from `offset` on of an array of rows; `scale` has no elements where there is none, and `scales` a row.
+Matrix matrix(Array a, Array scale, long offset = 0, long scales = 1) {
+  const Type type = type_of(a.element_type());
+  const bool scaled = scale.element_count() > 0;
+  const float* factors = scaled ? static_cast<const float*>(scale.untyped_data()) + (offset ? 1 : 0) : nullptr;
+  return {static_cast<const char*>(a.untyped_data()) + offset * size_of(type), type, width_of(a), factors, scales};
+}
+
+Pool pool_of(ffi::ThreadPool& threads) {
+  return {[&threads](std::function<void()> task) { threads.Schedule(std::move(task)); }, threads.num_threads()};
+}
+
+ffi::Error Linear(ffi::ThreadPool threads, Array x, Array w, Array scale, Result y) {
+  linear(pool_of(threads), tokens(x), matrix(w, scale), tokens(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error GatedFfn(ffi::ThreadPool threads, Array x, Array gate, Array up, Array down, Array gate_scale, Array up_scale,
+                    Array down_scale, Result y, int64_t activation) {
+  gated_ffn(pool_of(threads), tokens(x), matrix(gate, gate_scale), matrix(up, up_scale), matrix(down, down_scale),
+            rows_of(gate), Activation(activation), tokens(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error SparkFfn(ffi::ThreadPool threads, Array x, Array k1, Array rows, Array k1_scale, Array rows_scale, Result y,
+                    Result active, double top_k, double quantile, int64_t ddof, double huber_delta) {
+  const long r = width_of(k1);
+  spark_ffn(pool_of(threads), tokens(x), r, matrix(k1, k1_scale), matrix(rows, rows_scale, 0, 2),
+            matrix(rows, rows_scale, width_of(x) - r, 2), rows_of(k1), top_k,
+            {float(quantile), long(ddof), float(huber_delta)}, tokens(*y), static_cast<int*>(active->untyped_data()));
+  return ffi::Error::Success();
+}
+
+ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
+                    Array up_scale, Array down_scale, Result y) {
+  Matrix gates = matrix(gate, gate_scale);
+  if (gate.element_count() == 0) gates.data = nullptr;
+  block_ffn(pool_of(threads), tokens(x), tokens(scores), gates, matrix(up, up_scale), matrix(down, down_scale),
+            up.dimensions()[1], tokens(*y));
+  return ffi::Error::Success();
+}
+
+Heads heads_of(const Array& q, const Array& k, const Array& mask) {
+  return {q.dimensions()[0], q.dimensions()[1], k.dimensions()[1], k.dimensions()[2],
+          static_cast<const unsigned char*>(mask.untyped_data())};
+}
+
+ffi::Error AttentionRows(ffi::ThreadPool threads, Array q, Array k, Array v, Array mask, Array none, Result y,
+                         double scale, double softcap) {
+  attention(pool_of(threads), heads_of(q, k, mask), tokens(q), matrix(k, none), matrix(v, none), float(scale),
+            float(softcap), tokens(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error SparkAttentionRows(ffi::ThreadPool threads, Array q, Array k1, Array rest, Array mask, Array none, Result y,
+                              Result attended, double top_k, int64_t ddof, double predictor_scale, double value_scale,
+                              double softcap, double softcap_values, bool softplus) {
+  const long r = width_of(k1);
+  const SparkAttention form{r,
+                            top_k,
+                            long(ddof),
+                            float(predictor_scale),
+                            float(value_scale),
+                            float(softcap),
+                            float(softcap_values),
+                            softplus};
+  spark_attention(pool_of(threads), heads_of(q, k1, mask), form, tokens(q), matrix(k1, none), matrix(rest, none),
+                  matrix(rest, none, width_of(q) - r), tokens(*y), static_cast<int*>(attended->untyped_data()));
+  return ffi::Error::Success();
+}
+
+template <void (*kMap)(const Pool&, const Blocks&, const Tokens&, const Matrix&, const Tokens&)>
+ffi::Error OfBlocks(ffi::ThreadPool threads, Array x, Array routed, Array w, Array scale, Result y, int64_t count,
+                    int64_t shared) {
+  const Blocks blocks{long(count), long(shared), width_of(routed), static_cast<const int*>(routed.untyped_data())};
+  kMap(pool_of(threads), blocks, tokens(x), matrix(w, scale), tokens(*y));
+  return ffi::Error::Success();
+}
+
+// Reads all of an array, and sums it up so that the compiler has to: how fast that can be.
+ffi::Error Stream(ffi::ThreadPool threads, Array data, Result sums) {
+  const Pool pool = pool_of(threads);
+  const long bytes = long(data.size_bytes()), chunk = 1 << 20, chunks = (bytes + chunk - 1) / chunk;
+  Team team = pool.team(chunks, bytes);
+  std::atomic<unsigned> total{0};
+  team.run(chunks, [&](long i) {
+    const long n = bytes - i * chunk < chunk ? bytes - i * chunk : chunk;
+    total += loops().stream(static_cast<const char*>(data.untyped_data()) + i * chunk, n);
+  });
+  *static_cast<unsigned*>(sums->untyped_data()) = total;
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// The only names that the library shows.
+#pragma GCC visibility push(default)
+
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_linear, Linear, BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_gated_ffn, GatedFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("activation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_ffn, SparkFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("top_k")
+                                  .Attr<double>("quantile")
+                                  .Attr<int64_t>("ddof")
+                                  .Attr<double>("huber_delta"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention, AttentionRows,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("scale")
+                                  .Attr<double>("softcap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_attention, SparkAttentionRows,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("top_k")
+                                  .Attr<int64_t>("ddof")
+                                  .Attr<double>("predictor_scale")
+                                  .Attr<double>("value_scale")
+                                  .Attr<double>("softcap")
+                                  .Attr<double>("softcap_values")
+                                  .Attr<bool>("softplus"));
+
+#define BIND_BLOCKS \
+  BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("count").Attr<int64_t>("shared")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_from_blocks, OfBlocks<from_blocks>, BIND_BLOCKS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_to_blocks, OfBlocks<to_blocks>, BIND_BLOCKS);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_stream, Stream, BIND.Arg<Array>().Ret<Array>());
+
+// What this was built with: it runs on that version of jaxlib and newer ones.
+extern "C" const char* sparsezoo_built_for() { return SPARSEZOO_JAXLIB; }
+extern "C" const char* sparsezoo_level() { return loops().level; }
+
+#pragma GCC visibility pop
+
+}  // namespace sparsezoo

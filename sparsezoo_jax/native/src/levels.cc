@@ -1,0 +1,36 @@
+// Which level of the instruction set this processor has. SPARSEZOO_HAS_V3 and _V4: levels that were compiled.
+#include <cstdlib>
+#include <cstring>
+
+#include "loops.h"
+
+namespace sparsezoo {
+namespace {
+
+const Loops* best() {
+#if defined(__x86_64__)
+  // A lower level for tests: the results of all must agree.
+  const char* asked = std::getenv("SPARSEZOO_NATIVE_LEVEL");
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(SPARSEZOO_HAS_V4)
+  if (v4 && (!asked || !std::strcmp(asked, "v4"))) return loops_v4();
+#endif
+#if defined(SPARSEZOO_HAS_V3)
+  if (v3 && (!asked || std::strcmp(asked, "default"))) return loops_v3();
+#endif
+  (void)v3, (void)v4, (void)asked;
+#endif
+  return loops_default();
+}
+
+}  // namespace
+
+const Loops& loops() {
+  static const Loops* const chosen = best();
+  return *chosen;
+}
+
+}  // namespace sparsezoo

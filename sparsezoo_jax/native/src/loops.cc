@@ -1,0 +1,315 @@
+// Compiled once for each level (SPARSEZOO_LEVEL and its flags, see build.py): no function of the standard library that
+// is defined in a header, for the linker would keep one copy of it, which may be of a level that the processor lacks.
+#include "loops.h"
+
+extern "C" double erf(double);
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+namespace sparsezoo {
+namespace CONCAT(level_, SPARSEZOO_LEVEL) {
+namespace {
+
+#include "vectors.h"
+
+constexpr long kLine = 64;
+
+INLINE void prefetch(const char* ahead, long bytes) {
+  for (long b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 2);
+}
+
+// R rows times M vectors. Two sums for each product whatever R and M, so that all forms round alike.
+template <class W, int R, int M>
+INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
+  constexpr long kStep = 2 * kLanes;
+  Floats sum[R][M][2];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < M; j++) sum[r][j][0] = sum[r][j][1] = Floats{};
+  long i = 0;
+  for (; i + kStep <= k; i += kStep) {
+    for (int r = 0; r < R; r++) {
+      if (ahead) prefetch(ahead + (r * ld + i) * long(sizeof(W)), kStep * sizeof(W));
+      Floats a = load(w + r * ld + i), b = load(w + r * ld + i + kLanes);
+      for (int j = 0; j < M; j++) {
+        sum[r][j][0] += a * load(x[j] + i);
+        sum[r][j][1] += b * load(x[j] + i + kLanes);
+      }
+    }
+  }
+  for (; i + kLanes <= k; i += kLanes)
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < M; j++) sum[r][j][0] += load(w + r * ld + i) * load(x[j] + i);
+  for (int j = 0; j < M; j++) {
+    float total[R];
+    if constexpr (R == 4) {
+      Four four = sums_of(sum[0][j][0] + sum[0][j][1], sum[1][j][0] + sum[1][j][1], sum[2][j][0] + sum[2][j][1],
+                          sum[3][j][0] + sum[3][j][1]);
+      __builtin_memcpy(total, &four, sizeof(four));
+    } else {
+      for (int r = 0; r < R; r++) total[r] = sum_of(sum[r][j][0] + sum[r][j][1]);
+    }
+    for (long t = i; t < k; t++)
+      for (int r = 0; r < R; r++) total[r] += one(w + r * ld + t) * x[j][t];
+    __builtin_memcpy(out + j * ld_out, total, sizeof(total));
+  }
+}
+
+// Rows taken together with M vectors: as many as there are registers for.
+template <int M>
+constexpr int kTogether = kLanes == 16 ? (M == 4 ? 2 : 4) : 4 / M;
+
+template <class W, int M>
+INLINE void dot_rows(const W* w, long ld, long rows, long k, const float* const* x, float* out, long ld_out,
+                     const char* ahead) {
+  constexpr int R = kTogether<M>;
+  const long row = ld * long(sizeof(W));
+  long i = 0;
+  for (; i + R <= rows; i += R) dot_of<W, R, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
+  for (; i < rows; i++) dot_of<W, 1, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
+}
+
+template <class W>
+void dot(const void* weights, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
+         const char* ahead) {
+  const W* w = static_cast<const W*>(weights);
+  // A few rows at a time, which stay in the nearest cache for the next vectors.
+  constexpr long kRows = 4;
+  for (long i = 0; i < rows; i += kRows) {
+    const long n = rows - i < kRows ? rows - i : kRows;
+    const W* at = w + i * ld;
+    const char* next = ahead ? ahead + i * ld * long(sizeof(W)) : nullptr;
+    long j = 0;
+    for (; j + 4 <= m; j += 4, next = nullptr) dot_rows<W, 4>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+    for (; j + 2 <= m; j += 2, next = nullptr) dot_rows<W, 2>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+    for (; j < m; j++, next = nullptr) dot_rows<W, 1>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+  }
+}
+
+// y_j += sum over R rows, in the order of the rows.
+template <class W, int R, int M>
+INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, float* const* y, const char* ahead) {
+  Floats factor[R][M];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < M; j++) factor[r][j] = all(c[j * ld_c + r]);
+  long i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Floats sum[M];
+    for (int j = 0; j < M; j++) sum[j] = load(y[j] + i);
+    for (int r = 0; r < R; r++) {
+      if (ahead && (sizeof(W) * kLanes >= kLine || (i * sizeof(W)) % kLine == 0))
+        prefetch(ahead + (r * ld + i) * long(sizeof(W)), kLanes * sizeof(W));
+      Floats a = load(w + r * ld + i);
+      for (int j = 0; j < M; j++) sum[j] += factor[r][j] * a;
+    }
+    for (int j = 0; j < M; j++) write(y[j] + i, sum[j]);
+  }
+  for (; i < k; i++)
+    for (int j = 0; j < M; j++) {
+      float sum = y[j][i];
+      for (int r = 0; r < R; r++) sum += c[j * ld_c + r] * one(w + r * ld + i);
+      y[j][i] = sum;
+    }
+}
+
+template <class W, int R>
+INLINE void axpy_vectors(const W* w, long ld, long k, const float* c, long ld_c, long m, float* const* y,
+                         const char* ahead) {
+  long j = 0;
+  for (; j + 2 <= m; j += 2) axpy_of<W, R, 2>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
+  for (; j < m; j++) axpy_of<W, R, 1>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
+}
+
+template <class W>
+void axpy(const void* weights, long ld, long rows, long k, const float* c, long ld_c, long m, float* const* y,
+          const char* ahead) {
+  const W* w = static_cast<const W*>(weights);
+  const long row = ld * long(sizeof(W));
+  long i = 0;
+  for (; i + 4 <= rows; i += 4)
+    axpy_vectors<W, 4>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
+  for (; i < rows; i++) axpy_vectors<W, 1>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
+}
+
+// Applies f to vectors of s; the last one is filled up, so that a number's result does not depend on its place.
+template <class F>
+INLINE void map(float* s, long n, F f) {
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) write(s + i, f(load(s + i)));
+  if (i < n) {
+    float rest[kLanes] = {};
+    __builtin_memcpy(rest, s + i, (n - i) * sizeof(float));
+    write(rest, f(load(rest)));
+    __builtin_memcpy(s + i, rest, (n - i) * sizeof(float));
+  }
+}
+
+void activate(Activation activation, float* h, long n) {
+  switch (activation) {
+    case kGeluTanh:
+      // x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+      map(h, n, [](Floats x) { return x * sigmoid_of(1.5957691216057308f * (x + 0.044715f * x * x * x)); });
+      break;
+    case kSilu:
+      map(h, n, [](Floats x) { return x * sigmoid_of(x); });
+      break;
+    case kRelu:
+      map(h, n, [](Floats x) { return x < Floats{} ? Floats{} : x; });
+      break;
+    case kRelu2:
+      map(h, n, [](Floats x) { return x < Floats{} ? Floats{} : x * x; });
+      break;
+    case kGelu:
+      for (long i = 0; i < n; i++) h[i] = float(h[i] * 0.5 * (1 + erf(h[i] * 0.70710678118654752440)));
+      break;
+  }
+}
+
+void softcap(float cap, float* s, long n) {
+  // tanh x = 1 - 2 / (1 + e^2x) would lose the digits of small scores, but no more than 1e-7 of the cap.
+  map(s, n, [cap](Floats x) { return cap - 2 * cap / (1.0f + exp_of(x * (2 / cap))); });
+}
+
+double exponentials(float shift, float* s, long n) {
+  double total = 0;
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats e = exp_of(load(s + i) - shift);
+    write(s + i, e);
+    total += sum_of(e);
+  }
+  for (; i < n; i++) {
+    s[i] = exp_of(all(s[i] - shift))[0];
+    total += s[i];
+  }
+  return total;
+}
+
+// Sums of a few hundred numbers in float, those in double: as exact as needed, and fast.
+constexpr long kBlock = 64 * kLanes;
+
+Moments moments(const float* s, long n) {
+  Moments found;
+  if (n == 0) return found;
+  Floats largest = all(s[0]);
+  float rest_largest = s[0];
+  for (long start = 0; start < n; start += kBlock) {
+    const long end = start + kBlock < n ? start + kBlock : n;
+    Floats sum[2] = {Floats{}, Floats{}};
+    long i = start;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      Floats a = load(s + i), b = load(s + i + kLanes);
+      sum[0] += a;
+      sum[1] += b;
+      largest = a > largest ? a : largest;
+      largest = b > largest ? b : largest;
+    }
+    float total = sum_of(sum[0] + sum[1]);
+    for (; i < end; i++) {
+      total += s[i];
+      rest_largest = s[i] > rest_largest ? s[i] : rest_largest;
+    }
+    found.sum += total;
+  }
+  for (int i = 0; i < kLanes; i++) rest_largest = largest[i] > rest_largest ? largest[i] : rest_largest;
+  found.largest = found.sum != found.sum ? float(found.sum) : rest_largest;
+  return found;
+}
+
+double squares(float mean, const float* s, long n) {
+  double found = 0;
+  for (long start = 0; start < n; start += kBlock) {
+    const long end = start + kBlock < n ? start + kBlock : n;
+    Floats sum[2] = {Floats{}, Floats{}};
+    long i = start;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      Floats a = load(s + i) - mean, b = load(s + i + kLanes) - mean;
+      sum[0] += a * a;
+      sum[1] += b * b;
+    }
+    float total = sum_of(sum[0] + sum[1]);
+    for (; i < end; i++) total += (s[i] - mean) * (s[i] - mean);
+    found += total;
+  }
+  return found;
+}
+
+long select(float threshold, bool strictly, const float* s, long from, long n, int* places) {
+  long count = 0, i = from;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats a = load(s + i);
+    Ints below = strictly ? Ints(a <= threshold) : Ints(a < threshold);
+    // Most vectors have nothing to select: all of their lanes are -1.
+    Ints some = ~below;
+    typedef long long Longs __attribute__((vector_size(4 * kLanes)));
+    Longs wide = same_bits<Longs>(some);
+    long long any = 0;
+    for (int t = 0; t < kLanes / 2; t++) any |= wide[t];
+    if (!any) continue;
+    for (int t = 0; t < kLanes; t++) {
+      places[count] = int(i + t);
+      count += some[t] & 1;
+    }
+  }
+  for (; i < n; i++) {
+    places[count] = int(i);
+    count += strictly ? !(s[i] <= threshold) : !(s[i] < threshold);
+  }
+  return count;
+}
+
+template <class W>
+void widen(const void* src, float* x, long n) {
+  const W* from = static_cast<const W*>(src);
+  for (long i = 0; i < n; i++) x[i] = one(from + i);
+}
+
+void narrow_float(const float* x, void* dst, long n) { __builtin_memcpy(dst, x, n * sizeof(float)); }
+
+void narrow_bfloat16(const float* x, void* dst, long n) {
+  bfloat16* to = static_cast<bfloat16*>(dst);
+  for (long i = 0; i < n; i++) {
+    unsigned bits = same_bits<unsigned>(x[i]);
+    // To the nearest, ties to even; a NaN stays one.
+    unsigned rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i].bits = (unsigned short)(x[i] != x[i] ? (bits >> 16 | 0x40) : rounded);
+  }
+}
+
+unsigned stream(const void* data, long bytes) {
+  const char* p = static_cast<const char*>(data);
+  Words sum[4] = {};
+  long i = 0;
+  for (; i + 16 * kLanes <= bytes; i += 16 * kLanes)
+    for (int t = 0; t < 4; t++) sum[t] += read<Words>(p + i + 4 * kLanes * t);
+  Words total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  unsigned found = 0;
+  for (int t = 0; t < kLanes; t++) found += total[t];
+  return found;
+}
+
+}  // namespace
+}  // namespace CONCAT(level_, SPARSEZOO_LEVEL)
+
+const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
+  using namespace CONCAT(level_, SPARSEZOO_LEVEL);
+  static const Loops table = {
+      {dot<float>, dot<bfloat16>, dot<signed char>},
+      {axpy<float>, axpy<bfloat16>, axpy<signed char>},
+      activate,
+      softcap,
+      exponentials,
+      moments,
+      squares,
+      select,
+      {widen<float>, widen<bfloat16>, nullptr},
+      {narrow_float, narrow_bfloat16, nullptr},
+      stream,
+      TEXT(SPARSEZOO_LEVEL),
+  };
+  return &table;
+}
+
+}  // namespace sparsezoo

@@ -1,0 +1,59 @@
+// The inner loops over rows of weights, compiled once for each level of the instruction set; see loops.cc.
+#ifndef SPARSEZOO_LOOPS_H_
+#define SPARSEZOO_LOOPS_H_
+
+namespace sparsezoo {
+
+// How a weight or an activation is stored.
+enum Type { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kTypes = 3 };
+
+// Non-linearities; the numbers are those of sparsezoo_jax/native/__init__.py.
+enum Activation { kGeluTanh = 0, kSilu = 1, kRelu = 2, kRelu2 = 3, kGelu = 4 };
+
+// Sums over one row of scores.
+struct Moments {
+  double sum = 0;
+  float largest = 0;
+};
+
+// All results are the same, bit for bit, however many vectors x a call has: each product is summed in one order.
+// `ahead`, where not null, is prefetched as the weights are read: the byte at ahead + i together with that at w + i.
+struct Loops {
+  // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
+  void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
+                      const char* ahead);
+  // y_j += sum_i c[j * ld_c + i] w_i.
+  void (*axpy[kTypes])(const void* w, long ld, long rows, long k, const float* c, long ld_c, long m, float* const* y,
+                       const char* ahead);
+  // h = act(h).
+  void (*activate)(Activation activation, float* h, long n);
+  // s = cap tanh(s / cap).
+  void (*softcap)(float cap, float* s, long n);
+  // s = exp(s - shift); returns their sum.
+  double (*exponentials)(float shift, float* s, long n);
+  // Sum and largest of s; a NaN makes both NaN.
+  Moments (*moments)(const float* s, long n);
+  // Sum of (s - mean)^2.
+  double (*squares)(float mean, const float* s, long n);
+  // Writes the places i in [from, n) with !(s[i] < threshold) to `places`, or those with !(s[i] <= threshold) if
+  // `strictly`; returns how many.
+  long (*select)(float threshold, bool strictly, const float* s, long from, long n, int* places);
+  // x = src and dst = x for m numbers; kInt8 is not used.
+  void (*widen[kTypes])(const void* src, float* x, long n);
+  void (*narrow[kTypes])(const float* x, void* dst, long n);
+  // A checksum of 64-byte lines, to measure how fast memory can be read.
+  unsigned (*stream)(const void* data, long bytes);
+  const char* level;
+};
+
+// The loops for this processor.
+const Loops& loops();
+
+// Those of one level, or null where the compiler or the processor does not have it.
+const Loops* loops_default();
+const Loops* loops_v3();
+const Loops* loops_v4();
+
+}  // namespace sparsezoo
+
+#endif  // SPARSEZOO_LOOPS_H_

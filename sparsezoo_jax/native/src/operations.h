@@ -1,0 +1,187 @@
+// The operations, free of XLA's interface (which handlers.cc binds them to) and of instruction sets (loops.h).
+//
+// M tokens, D model width, F neurons, E experts of W neurons, B sequences, N query heads, K key/value heads of width H,
+// S keys.
+#ifndef SPARSEZOO_OPERATIONS_H_
+#define SPARSEZOO_OPERATIONS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "loops.h"
+#include "team.h"
+
+namespace sparsezoo {
+
+inline long size_of(Type type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
+
+// Where an operation's threads come from.
+struct Pool {
+  std::function<void(std::function<void()>)> schedule;
+  long threads;
+
+  // A team for a phase of up to `items`, of as many threads as work on `bytes` pays for.
+  Team team(long items, long bytes) const {
+    constexpr long kEnough = 64 << 10;  // waking a thread takes as long as reading this
+    return Team(schedule, threads < bytes / kEnough ? threads : bytes / kEnough + 1, items);
+  }
+};
+
+// An array of tokens, row by row.
+struct Tokens {
+  void* data;
+  Type type;
+  long count, width;
+};
+
+// Rows of weights: `ld` elements apart, with a factor for each row at scale[row * scale_step] unless null.
+struct Matrix {
+  const char* data;
+  Type type;
+  long ld;
+  const float* scale = nullptr;
+  long scale_step = 1;
+
+  const char* row(long i) const { return data + i * ld * size_of(type); }
+
+  // out[j * ld_out + i] = row (first + i) . x_j
+  void dot(long first, long rows, long k, const float* const* x, long m, float* out, long ld_out,
+           const char* ahead = nullptr) const {
+    loops().dot[type](row(first), ld, rows, k, x, m, out, ld_out, ahead);
+    scaled(first, rows, out, m, ld_out);
+  }
+
+  // y_j += sum_i c[j * ld_c + i] row (first + i); c is spent.
+  void axpy(long first, long rows, long k, float* c, long ld_c, long m, float* const* y,
+            const char* ahead = nullptr) const {
+    scaled(first, rows, c, m, ld_c);
+    loops().axpy[type](row(first), ld, rows, k, c, ld_c, m, y, ahead);
+  }
+
+ private:
+  void scaled(long first, long rows, float* values, long m, long ld_values) const {
+    if (!scale) return;
+    for (long j = 0; j < m; j++)
+      for (long i = 0; i < rows; i++) values[j * ld_values + i] *= scale[(first + i) * scale_step];
+  }
+};
+
+// `count` vectors of floats, side by side in memory, and pointers to them.
+class Vectors {
+ public:
+  Vectors(long count, long width) : width_(width), data_(new float[count * width]), pointers_(count) {
+    for (long i = 0; i < count; i++) pointers_[i] = data_.get() + i * width;
+  }
+  explicit Vectors(const Tokens& x) : Vectors(x.count, x.width) {
+    loops().widen[x.type](x.data, data_.get(), x.count * x.width);
+  }
+
+  float* operator[](long i) const { return pointers_[i]; }
+  float* const* pointers() const { return pointers_.data(); }
+  void zero(long first, long count) const {
+    for (long i = first * width_; i < (first + count) * width_; i++) data_[i] = 0;
+  }
+  // Vectors that begin `offset` later.
+  std::vector<const float*> from(long offset) const {
+    std::vector<const float*> moved(pointers_.begin(), pointers_.end());
+    for (auto& pointer : moved) pointer += offset;
+    return moved;
+  }
+
+ private:
+  long width_;
+  std::unique_ptr<float[]> data_;
+  std::vector<float*> pointers_;
+};
+
+// Sums that several threads make: each part has its own, and they are added in the order of the parts, so that a
+// result depends neither on the threads nor on how many tokens there are.
+class Partials {
+ public:
+  Partials(long parts, long tokens, long width) : parts_(parts), tokens_(tokens), sums_(parts * tokens, width) {}
+
+  // The sums of one part, zero.
+  float* const* begin(long part) const {
+    sums_.zero(part * tokens_, tokens_);
+    return sums_.pointers() + part * tokens_;
+  }
+
+  void write(const Tokens& y) const {
+    for (long p = 1; p < parts_; p++) {
+      float* const total = sums_[0];
+      const float* const part = sums_[p * tokens_];
+      for (long i = 0; i < tokens_ * y.width; i++) total[i] += part[i];
+    }
+    loops().narrow[y.type](sums_[0], y.data, tokens_ * y.width);
+  }
+
+ private:
+  long parts_, tokens_;
+  Vectors sums_;
+};
+
+// Parts that a sum over `bytes` of weights is cut into, `most` at most.
+inline long parts_for(long bytes, long most) {
+  long parts = bytes / (512 << 10);
+  parts = parts < 8 ? 8 : parts > 32 ? 32 : parts;
+  return parts < most ? parts : most;
+}
+
+// First of `n` items of part `p` of `parts`.
+inline long first_of(long p, long parts, long n) { return n * p / parts; }
+
+void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y);
+
+void gated_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matrix& up, const Matrix& down, long neurons,
+               Activation activation, const Tokens& y);
+
+struct Selection {
+  float quantile;  // of the normal distribution, of the share that is to stay
+  long ddof;
+  float huber_delta;
+};
+
+// `k2` and `v` are the two parts of the same rows; `active` [M] counts neurons.
+void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
+               long neurons, double top_k, const Selection& selection, const Tokens& y, int* active);
+
+// `scores` [M, E]; `gate.data` may be null.
+void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
+               const Matrix& down, long expert_width, const Tokens& y);
+
+struct Heads {
+  long batch, queries, keyvalues, keys;  // B, N, K, S
+  const unsigned char* mask;             // [B, S]
+};
+
+// Cache rows of head h of sequence b begin at row (b K + h) S.
+void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matrix& k, const Matrix& v, float scale,
+               float softcap, const Tokens& y);
+
+struct SparkAttention {
+  long r;         // width of the predictor's part of a head
+  double top_k;   // 0: all visible keys
+  long ddof;
+  float predictor_scale, value_scale, softcap, softcap_values;  // a cap of 0 is none
+  bool softplus;
+};
+
+// `k2` and `v` are the two parts of the same rows; `attended` [B, N] counts keys.
+void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention& form, const Tokens& q, const Matrix& k1,
+                     const Matrix& k2, const Matrix& v, const Tokens& y, int* attended);
+
+struct Blocks {
+  long count, shared, routed;  // `routed` of each token
+  const int* chosen;           // [M, routed]
+};
+
+// w [D, O]: rows of inputs.
+void from_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y);
+// w [D, I]: rows of outputs.
+void to_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y);
+
+}  // namespace sparsezoo
+
+#endif  // SPARSEZOO_OPERATIONS_H_

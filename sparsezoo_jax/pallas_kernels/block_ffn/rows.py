@@ -1,0 +1,115 @@
+"""BlockFFN's experts for a few tokens: those that some token activates are read, each once.
+
+Shapes: M tokens, D model width, E experts of W neurons.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax import native
+from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.rows import (
+    MOST_ROWS,
+    check_shapes,
+    check_weights,
+    combination,
+    dequantised,
+    or_none,
+    product,
+    result,
+    sum_over_active,
+    why_not_native,
+)
+
+Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
+
+
+def block_ffn_rows(
+    x: jax.Array,
+    scores: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    scales: Scales = (None, None, None),
+    implementation: str | None = None,
+) -> jax.Array:
+    """`block_ffn` with weights laid out for inference, in float32; no gradient.
+
+    Args:
+      x: [M, D], float32 or bfloat16.
+      scores: [M, E] router scores, float32 or bfloat16; experts whose scores are all 0 are not read.
+      up, down, gate: [E, W, D] in float32, bfloat16 or int8; gate may be None.
+      scales: float32 [E, W] of up, down and gate where these are int8.
+      implementation: "xla" (a loop over active experts), "native", or None: "native" on a CPU for up to 16 rows.
+
+    Returns:
+      [M, D] in the dtype of x.
+
+    Raises:
+      ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
+
+    Source: BlockFFN (arXiv 2507.08771), sections 3.1 and 3.4.
+    """
+    (m, d), (experts, width, _) = x.shape, up.shape
+    shape = (experts, width, d)
+    check_shapes(
+        "block_ffn_rows",
+        {
+            "scores": (scores.shape, (m, experts)),
+            "up": (up.shape, shape),
+            "down": (down.shape, shape),
+            "gate": (shape if gate is None else gate.shape, shape),
+        },
+    )
+    for name, w, scale in zip(("up", "down", "gate"), (up, down, gate), scales, strict=True):
+        if w is not None:
+            check_weights("block_ffn_rows", name, w, scale, shape[:2])
+    few = m <= MOST_ROWS
+    why_not = why_not_native(x=x, scores=scores)
+    form = settle_native("block_ffn_rows", implementation, why_not, native_by_default=few)
+
+    def xla(x, scores, up, down, gate, scales):
+        def of_expert(array, expert):
+            return None if array is None else jax.lax.dynamic_index_in_dim(array, expert, keepdims=False)
+
+        def add(total, places, valid):
+            (expert,) = places
+            up_e, down_e, gate_e, *factors = (of_expert(a, expert) for a in (up, down, gate, *scales))
+            hidden = product(x, up_e, factors[0])
+            hidden = jax.nn.silu(hidden) if gate is None else jax.nn.silu(product(x, gate_e, factors[2])) * hidden
+            # A token without the expert gets nothing of it, whatever the product of its numbers is.
+            score = scores[:, expert, None].astype(jnp.float32)
+            return total + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1])
+
+        active = jnp.any(scores != 0, axis=0)
+        return sum_over_active(active, 1, jnp.zeros((m, d), jnp.float32), add).astype(x.dtype)
+
+    def kernel(x, scores, up, down, gate, scales):
+        gates = jnp.zeros(0, up.dtype) if gate is None else gate
+        factors = (or_none(scales[2]), or_none(scales[0]), or_none(scales[1]))
+        return native.call("block_ffn", result((x.shape, x.dtype)), x, scores, gates, up, down, *factors)[0]
+
+    return run_native(form, xla, kernel, x, scores, up, down, gate, scales)
+
+
+def reference(
+    x: jax.Array,
+    scores: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    scales: Scales = (None, None, None),
+) -> jax.Array:
+    """The definition: every expert, with weights in float32."""
+    wide = x.astype(jnp.float32)
+    hidden = jnp.einsum("md,ewd->mew", wide, dequantised(up, scales[0]))
+    if gate is not None:
+        hidden = jax.nn.silu(jnp.einsum("md,ewd->mew", wide, dequantised(gate, scales[2]))) * hidden
+    else:
+        hidden = jax.nn.silu(hidden)
+    scaled = scores.astype(jnp.float32)[..., None] * hidden
+    return jnp.einsum("mew,ewd->md", scaled, dequantised(down, scales[1])).astype(x.dtype)

@@ -1,0 +1,88 @@
+"""A gated feed-forward layer of a few tokens, all of its neurons: what sparse layers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax import native
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.rows import (
+    MOST_ROWS,
+    check_shapes,
+    check_weights,
+    combination,
+    dequantised,
+    or_none,
+    product,
+    result,
+    why_not_native,
+)
+
+__all__ = ["gated_ffn_rows", "reference"]
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
+
+
+def gated_ffn_rows(
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: str = "gelu_tanh",
+    scales: Scales = (None, None, None),
+    implementation: str | None = None,
+) -> jax.Array:
+    """`sum_f act(gate_f . x) (up_f . x) down_f` in float32; no gradient by the native form.
+
+    Args:
+      x: [M, D], float32 or bfloat16.
+      gate, up, down: [F, D] in float32, bfloat16 or int8: a row of each for every neuron.
+      activation: gelu_tanh, gelu, silu, relu or relu2.
+      scales: float32 [F] of gate, up and down where these are int8.
+      implementation: "xla", "native", or None: "native" on a CPU for up to 16 rows.
+
+    Returns:
+      [M, D] in the dtype of x.
+
+    Raises:
+      ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
+    """
+    shape = (gate.shape[0], x.shape[-1])
+    check_shapes("gated_ffn_rows", {"gate": (gate.shape, shape), "up": (up.shape, shape), "down": (down.shape, shape)})
+    for name, w, scale in zip(("gate", "up", "down"), (gate, up, down), scales, strict=True):
+        check_weights("gated_ffn_rows", name, w, scale, shape[:1])
+    allowed = ", ".join(_ACTIVATIONS)
+    require(activation in _ACTIVATIONS, "gated_ffn_rows.activation", activation, f"must be one of {allowed}")
+    few = x.shape[0] <= MOST_ROWS
+    form = settle_native("gated_ffn_rows", implementation, why_not_native(x=x), native_by_default=few)
+    act = _ACTIVATIONS[activation]
+
+    def xla(x, gate, up, down, scales):
+        hidden = act(product(x, gate, scales[0])) * product(x, up, scales[1])
+        return combination(hidden, down, scales[2]).astype(x.dtype)
+
+    def kernel(x, gate, up, down, scales):
+        factors = [or_none(scale) for scale in scales]
+        code = native.ACTIVATIONS[activation]
+        return native.call("gated_ffn", result((x.shape, x.dtype)), x, gate, up, down, *factors, activation=code)[0]
+
+    return run_native(form, xla, kernel, x, gate, up, down, scales)
+
+
+def reference(x, gate, up, down, *, activation: str = "gelu_tanh", scales: Scales = (None, None, None)) -> jax.Array:
+    """The definition, with all weights in float32."""
+    gate, up, down = (dequantised(w, scale) for w, scale in zip((gate, up, down), scales, strict=True))
+    wide = x.astype(jnp.float32)
+    return ((_ACTIVATIONS[activation](wide @ gate.T) * (wide @ up.T)) @ down).astype(x.dtype)

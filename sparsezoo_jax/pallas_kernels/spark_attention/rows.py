@@ -1,0 +1,137 @@
+"""Spark attention of one query per sequence over a cache whose predictor part lies by itself.
+
+Shapes: B sequences, N query heads, K key/value heads of G = N/K queries, S keys, H head width, r of it the predictor's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax import native
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
+from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.rows import check_shapes, result, why_not_native
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
+    NEGATIVE,
+    select_keys,
+    softcapped,
+    softplus,
+)
+
+#: Selected keys that the plain JAX form gathers at a time.
+GROUP = 64
+
+
+def spark_attention_rows(
+    q: jax.Array,
+    k1: jax.Array,
+    rest: jax.Array,
+    mask: jax.Array,
+    *,
+    top_k: int,
+    ddof: int = 1,
+    predictor_scale: float | None = None,
+    value_scale: float | None = None,
+    softcap: float | None = None,
+    softcap_values: float | None = None,
+    selection: Literal["statistical", "exact", "none"] = "statistical",
+    weighting: Literal["softplus", "none"] = "softplus",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`spark_attention` of one query per sequence: all of the predictor is read, and the rows of attended keys.
+
+    In float32; no gradient.
+
+    Args:
+      q: [B, N, H], float32 or bfloat16.
+      k1: [B, K, S, r] cache of the keys' first r dimensions, in float32 or bfloat16.
+      rest: [B, K, S, (H - r) + H]: of each key its other dimensions and, after them, its value.
+      mask: [B, S] booleans, true where the key is visible. Keys that are not visible are not read natively.
+      top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, selection, weighting: as in `spark_attention`;
+        "exact" selection has no native form.
+      implementation: "xla" (gathers attended rows in a loop), "native", or None: "native" on a CPU.
+
+    Returns:
+      [B, N, H] in the dtype of q, and the number of attended keys, int32 [B, N].
+
+    Raises:
+      ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
+
+    Source: Spark Transformer (arXiv 2506.06644), section 3, Spark-Attn.
+    """
+    (batch, heads, width), r = q.shape, k1.shape[-1]
+    limit = width if weighting == "none" else width - 1
+    require(1 <= r <= limit, "spark_attention_rows.k1", k1.shape, f"must be from 1 to {limit} wide, for q")
+    check_cache("spark_attention_rows", q, mask, k1=k1, rest=rest)
+    check_shapes("spark_attention_rows", {"rest": (rest.shape, (*k1.shape[:3], width - r + width))})
+    require(top_k > 0, "spark_attention_rows.top_k", top_k, "must be above 0")
+    predictor_scale = r**-0.5 if predictor_scale is None else predictor_scale
+    value_scale = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
+    why_not = 'selection="exact" has no native form' if selection == "exact" else why_not_native(q=q)
+    form = settle_native("spark_attention_rows", implementation, why_not, native_by_default=True)
+
+    def xla(q, k1, rest, mask):
+        wide = q.astype(jnp.float32)
+        # Fused with the statistics, XLA for CPU computes the scores several times.
+        products = jax.lax.optimization_barrier(head_products(predictor_scale * wide[..., :r], k1))
+        scores = softcapped(products, softcap)
+        selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
+        weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
+        attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
+        y = _gathered(value_scale * wide[..., r:], weights, selected, rest, softcap_values, weighting)
+        return y.astype(q.dtype), attended
+
+    def kernel(q, k1, rest, mask):
+        return native.call(
+            "spark_attention",
+            result((q.shape, q.dtype), ((batch, heads), jnp.int32)),
+            *(q, k1, rest, mask, jnp.zeros(0, jnp.float32)),
+            top_k=0.0 if selection == "none" else float(top_k),
+            ddof=ddof,
+            predictor_scale=float(predictor_scale),
+            value_scale=float(value_scale),
+            softcap=float(softcap or 0),
+            softcap_values=float(softcap_values or 0),
+            softplus=weighting == "softplus",
+        )
+
+    return run_native(form, xla, kernel, q, k1, rest, mask)
+
+
+def _gathered(
+    q2_BNA: jax.Array,
+    weights_BNS: jax.Array,
+    selected_BNS: jax.Array,
+    rest_BKSW: jax.Array,
+    softcap_values: float | None,
+    weighting: str,
+) -> jax.Array:
+    """The values of selected keys, weighed and summed, [B, N, H]; rows of others are not read."""
+    batch, heads, keys = selected_BNS.shape
+    part = q2_BNA.shape[-1]
+    group = heads // rest_BKSW.shape[1]
+    count_BNS = jnp.cumsum(selected_BNS, axis=-1, dtype=jnp.int32)
+    most = jnp.max(count_BNS)
+    first_row_BN = (jnp.arange(batch)[:, None] * rest_BKSW.shape[1] + jnp.arange(heads) // group) * keys
+    rest_RW = rest_BKSW.reshape(-1, rest_BKSW.shape[-1])
+    find = jax.vmap(jax.vmap(jnp.searchsorted, in_axes=(0, None)), in_axes=(0, None))
+
+    def body(state):
+        turn, total_BNH = state
+        wanted = turn * GROUP + jnp.arange(GROUP) + 1
+        places_BNP = jnp.minimum(find(count_BNS, wanted), keys - 1)
+        valid_BNP = wanted <= count_BNS[..., -1:]
+        rows_BNPW = jnp.take(rest_RW, first_row_BN[..., None] + places_BNP, axis=0).astype(jnp.float32)
+        weights_BNP = jnp.where(valid_BNP, jnp.take_along_axis(weights_BNS, places_BNP, axis=-1), 0)
+        if weighting == "softplus":
+            values_BNP = jnp.sum(rows_BNPW[..., :part] * q2_BNA[:, :, None], axis=-1)
+            weights_BNP = weights_BNP * softplus(softcapped(values_BNP, softcap_values))
+        mixed_BNH = jnp.sum(weights_BNP[..., None] * rows_BNPW[..., part:], axis=2)
+        return turn + 1, total_BNH + mixed_BNH
+
+    total_BNH = jnp.zeros((batch, heads, rest_BKSW.shape[-1] - part), jnp.float32)
+    return jax.lax.while_loop(lambda state: state[0] * GROUP < most, body, (jnp.int32(0), total_BNH))[1]
