@@ -105,7 +105,7 @@ def form(name: str) -> Iterator[None]:
         yield
     else:
         with (
-            mock.patch.object(native, "why_missing", lambda: "switched off"),
+            mock.patch.object(native, "why_missing", return_value="switched off"),
             mock.patch.object(native, "warn_missing"),
         ):
             yield
@@ -268,8 +268,9 @@ def print_table(options: argparse.Namespace, context: int, formats: str) -> None
         median = statistics.median(times[name])
         ratios = [base / own for base, own in zip(times[baseline], times[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
+        rate = made.bytes / median / 1e9
         print(
-            f"| {name} | {made.bytes / 1e6:,.0f} | {1e3 * median:.1f} | {1 / median:.1f} | {made.bytes / median / 1e9:.1f} "
+            f"| {name} | {made.bytes / 1e6:,.0f} | {1e3 * median:.1f} | {1 / median:.1f} | {rate:.1f} "
             f"| {statistics.median(times[baseline]) / median:.2f} | {low:.2f} .. {high:.2f} "
             f"| {variants[baseline].bytes / made.bytes:.2f} |",
             flush=True,

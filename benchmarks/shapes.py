@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsezoo_jax.configs import blockffn, spark
+from sparsezoo_jax.configs import blockffn, moe, moex, spark
 
 #: (rows' length, k) of the Spark FFNs' scores, by preset.
 FFN_SCORES = {
@@ -18,6 +18,16 @@ SPARK_ATTENTION = {
 BLOCK_FFN = {
     name: (preset.model.d_model, preset.model.ffn.experts, preset.model.ffn.expert_width)  # pyright: ignore
     for name, preset in blockffn.PRESETS.items()
+}
+#: (model width, experts, neurons of an expert, experts of a token) of mixtures of experts, by preset.
+MOE_FFN = {
+    f"{preset.arch}_{name}": (
+        preset.model.d_model,
+        preset.model.ffn.experts,
+        preset.model.ffn.expert_width,
+        preset.model.ffn.k,
+    )  # pyright: ignore
+    for preset, name in ((moex.PRESETS["chess"], "chess"), (moe.PRESETS["xlarge"], "xlarge"))
 }
 #: One chip of each TPU generation that kernels are compiled for.
 TPUS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}

@@ -196,6 +196,12 @@ def splits_per_device() -> bool:
     return _active_mesh() is not None
 
 
+def pieces(name: str, size: int) -> int:
+    """Into how many pieces the compiler splits a dimension of this name and size; 1 without a mesh."""
+    mesh = _active_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _assigned((name,), (size,), mesh)[0])
+
+
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Pin how an activation is split; `axes` name its dimensions (None: not split). Nothing happens without a mesh.
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from sparsezoo_jax.compilation.chips import CHIPS, Chip
 from sparsezoo_jax.errors import ConfigError, UserError
@@ -51,6 +57,17 @@ class Topology:
     @property
     def chips(self) -> int:
         return len(self.devices) // self.chip.devices
+
+
+@contextlib.contextmanager
+def lowering_for(device: Any) -> Iterator[None]:
+    """Lower functions of a single device for `device`, which may not exist.
+
+    jax 0.12 asks the mesh which GPU Triton kernels are for, and without one the machine's; jax 0.10 takes the device
+    from the arguments' shardings, and the mesh of one device changes nothing.
+    """
+    with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
+        yield
 
 
 def prepare_environment() -> None:

@@ -6,6 +6,7 @@ Names, the same for all operations; each operation's docstring says which of the
 - "pallas_tpu": a Pallas kernel for TPUs. jax raises if it is lowered for another platform, or if its arguments are
   split over devices outside of a per-device function (`sharding.per_device`).
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
+- "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
 - "native": C++ for CPUs (`sparsezoo_jax.native`), for operations on a few rows. Not differentiable; jax raises if it is
   lowered for another platform.
 
@@ -16,9 +17,11 @@ one gets the TPU's program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
@@ -29,10 +32,12 @@ T = TypeVar("T")
 XLA = "xla"
 PALLAS_TPU = "pallas_tpu"
 PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
+PALLAS_GPU = "pallas_gpu"
+PALLAS_GPU_INTERPRET = "pallas_gpu_interpret"
 NATIVE = "native"
 
-#: Not a name to ask for: the kernel where the program is lowered for its platform, plain JAX elsewhere.
-BY_PLATFORM = "by platform"
+#: Not names to ask for, and followed by platforms: their kernels where the program is lowered for them, else plain JAX.
+BY_PLATFORM = "by platform: "
 
 
 def choose(operation: str, implementation: str | None, available: Mapping[str, T], default: str) -> T:
@@ -54,8 +59,10 @@ def settle(
     *,
     kernel_by_default: bool,
     splits: bool = False,
+    gpu_why_not: Callable[[bool], str | None] | None = None,
+    gpu_by_default: bool = False,
 ) -> str:
-    """The form to use of an operation that has all of the names above.
+    """The form to use of an operation that has a kernel for TPUs, and with `gpu_why_not` one for GPUs.
 
     Args:
       operation: its name, for errors.
@@ -64,26 +71,88 @@ def settle(
       kernel_by_default: whether the kernel is the better choice on a TPU. Even so None means plain JAX for arguments
         that the kernel can't take, and where the compiler partitions: it can't partition kernels.
       splits: whether the operation itself calls its kernel by `sharding.per_device`.
+      gpu_why_not, gpu_by_default: the same of the GPU kernel; None: there is none.
 
     Raises:
       ConfigError: no implementation of that name, or a kernel that can't take the arguments.
     """
-    name = choose(operation, implementation, {name: name for name in (XLA, PALLAS_TPU, PALLAS_TPU_INTERPRET)}, XLA)
+    refusals = {PALLAS_TPU: why_not} | ({} if gpu_why_not is None else {PALLAS_GPU: gpu_why_not})
+    names = {XLA: (XLA, False)}
+    for kernel in refusals:
+        names |= {kernel: (kernel, False), f"{kernel}_interpret": (kernel, True)}
+    kernel, interpreted = choose(operation, implementation, names, XLA)
     if implementation is None:
+        wanted = {PALLAS_TPU: ("tpu", kernel_by_default), PALLAS_GPU: ("cuda", gpu_by_default)}
         whole = not partitioned_by_compiler() or (splits and splits_per_device())
-        return BY_PLATFORM if kernel_by_default and whole and why_not(False) is None else XLA
-    if name != XLA and (why := why_not(name == PALLAS_TPU_INTERPRET)) is not None:
-        raise ConfigError(f"{operation}.implementation", name, f'{why}; use "xla"')
-    return name
+        found = [
+            platform
+            for kernel, (platform, by_default) in wanted.items()
+            if by_default and whole and kernel in refusals and refusals[kernel](False) is None
+        ]
+        return BY_PLATFORM + " ".join(found) if found else XLA
+    if kernel != XLA and (why := refusals[kernel](interpreted)) is not None:
+        raise ConfigError(f"{operation}.implementation", implementation, f'{why}; use "xla"')
+    return implementation
 
 
-def run(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
-    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike."""
+def run(
+    form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any, gpu: Callable[..., Any] | None = None
+) -> Any:
+    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike.
+
+    `kernel` is the one for TPUs, `gpu` that for GPUs.
+    """
+    kernels = {"tpu": (PALLAS_TPU, kernel), "cuda": (PALLAS_GPU, gpu)}
     if form == XLA:
         return xla(*arrays)
-    if form != BY_PLATFORM:
-        return kernel(*arrays, interpret=form == PALLAS_TPU_INTERPRET)
-    return jax.lax.platform_dependent(*arrays, tpu=lambda *a: kernel(*a, interpret=False), default=xla)
+    if not form.startswith(BY_PLATFORM):
+        (chosen,) = (kernel for name, kernel in kernels.values() if form in (name, f"{name}_interpret"))
+        assert chosen is not None, "settled on a kernel that the operation does not have"
+        return chosen(*arrays, interpret=form.endswith("_interpret"))
+    chosen = {
+        platform: partial(kernels[platform][1], interpret=False)  # pyright: ignore[reportArgumentType]
+        for platform in form.removeprefix(BY_PLATFORM).split()
+    }
+    return jax.lax.platform_dependent(*arrays, **chosen, default=xla)
+
+
+def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any) -> Any:
+    """`loop(*arrays)` where the program is lowered for a CPU, `ragged(*arrays)` elsewhere; floats are differentiable.
+
+    The backward pass computes the chosen form again: derivatives of a choice would keep the intermediate results of
+    both, and those of a grouped FFN are the largest arrays of its layer.
+    """
+    leaves, tree = jax.tree.flatten(arrays)
+    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def of_leaves(form: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *leaves: form(*jax.tree.unflatten(tree, leaves))
+
+    def pullback(form: Callable[..., Any]) -> Callable[..., Any]:
+        def pulled(leaves, g):
+            def of_floats(*some):
+                mixed = list(leaves)
+                for i, leaf in zip(floats, some, strict=True):
+                    mixed[i] = leaf
+                return of_leaves(form)(*mixed)
+
+            return jax.vjp(of_floats, *(leaves[i] for i in floats))[1](g)
+
+        return pulled
+
+    @jax.custom_vjp
+    def call(*leaves):
+        return jax.lax.platform_dependent(*leaves, cpu=of_leaves(loop), default=of_leaves(ragged))
+
+    def backward(leaves, g):
+        found = jax.lax.platform_dependent(leaves, g, cpu=pullback(loop), default=pullback(ragged))
+        gradients: list[Any] = [None] * len(leaves)
+        for i, gradient in zip(floats, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    call.defvjp(lambda *leaves: (call(*leaves), leaves), backward)
+    return call(*leaves)
 
 
 def settle_native(operation: str, implementation: str | None, why_not: str | None, *, native_by_default: bool) -> str:

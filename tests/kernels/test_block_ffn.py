@@ -99,7 +99,9 @@ def test_impossible_unions(arrays):
         block_ffn_union(**three, expert_width=W)
 
 
-KERNEL = "pallas_tpu_interpret"
+@pytest.fixture(params=["pallas_tpu_interpret", "pallas_gpu_interpret"])
+def kernel(request):
+    return request.param
 
 
 def wide_arrays(dtype, gated=True, n=5, experts=6):
@@ -117,7 +119,7 @@ def wide_arrays(dtype, gated=True, n=5, experts=6):
     ("dtype", "tolerance"),
     [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)],  # in bfloat16 the reference rounds the hidden state once more
 )
-def test_kernel_is_the_reference(gated, dtype, tolerance):
+def test_kernel_is_the_reference(kernel, gated, dtype, tolerance):
     made = wide_arrays(dtype, gated)
     expected = np.asarray(block_ffn_union(**made, expert_width=128, implementation="xla"), np.float32)
     for choice in (
@@ -126,37 +128,37 @@ def test_kernel_is_the_reference(gated, dtype, tolerance):
         {"experts": jnp.array([4, 6, 1, 2, 6, 5])},
         {"experts": jnp.array([6, 5, 4, 2, 1])},
     ):
-        y = block_ffn_union(**made, expert_width=128, implementation=KERNEL, **choice)
+        y = block_ffn_union(**made, expert_width=128, implementation=kernel, **choice)
         assert y.dtype == dtype
         np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=tolerance * np.abs(expected).max())
 
 
-def test_kernel_does_not_read_inactive_experts():
+def test_kernel_does_not_read_inactive_experts(kernel):
     made = wide_arrays(jnp.float32)
-    expected = block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=5)
+    expected = block_ffn_union(**made, expert_width=128, implementation=kernel, capacity=5)
     for name, axis in (("up", 1), ("gate", 1), ("down", 0)):
         inactive = np.isin(np.arange(6 * 128) // 128, [0, 3])
         made[name] = jnp.where(inactive if axis else inactive[:, None], jnp.nan, made[name])
     np.testing.assert_array_equal(
-        block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=5), expected
+        block_ffn_union(**made, expert_width=128, implementation=kernel, capacity=5), expected
     )
 
 
-def test_kernel_of_a_union_without_experts_and_of_one_that_misses_some():
+def test_kernel_of_a_union_without_experts_and_of_one_that_misses_some(kernel):
     made = wide_arrays(jnp.float32)
     nobody = {**made, "scores": jnp.zeros_like(made["scores"])}
-    np.testing.assert_array_equal(block_ffn_union(**nobody, expert_width=128, implementation=KERNEL), 0)
-    assert np.isnan(block_ffn_union(**made, expert_width=128, implementation=KERNEL, capacity=3)).all()
+    np.testing.assert_array_equal(block_ffn_union(**nobody, expert_width=128, implementation=kernel), 0)
+    assert np.isnan(block_ffn_union(**made, expert_width=128, implementation=kernel, capacity=3)).all()
 
 
-def test_kernel_gradient():
+def test_kernel_gradient(kernel):
     made = wide_arrays(jnp.float32)
 
     def loss(made, implementation):
         return jnp.sum(block_ffn_union(**made, expert_width=128, implementation=implementation) ** 2)
 
     expected = jax.grad(loss)(made, "xla")
-    for name, found in jax.grad(loss)(made, KERNEL).items():
+    for name, found in jax.grad(loss)(made, kernel).items():
         np.testing.assert_allclose(found, expected[name], atol=1e-5 * np.abs(expected[name]).max())
 
 
@@ -164,3 +166,24 @@ def test_experts_that_do_not_fill_a_tile(arrays):
     made = {name: None if a is None else jnp.asarray(a, jnp.float32) for name, a in arrays.items()}
     with pytest.raises(ConfigError, match="whole tiles of 128 columns, which a width of 3"):
         block_ffn_union(**made, expert_width=W, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(("n", "experts", "width"), [(1, 1, 3), (17, 5, 33), (6, 4, 70)])
+def test_gpu_kernel_of_any_size(n, experts, width):
+    """Sizes that fill no tile of tokens, neurons or terms."""
+    rng = np.random.default_rng(2)
+    scores = jnp.asarray(np.maximum(rng.normal(size=(n, experts)), 0), jnp.float32)
+    x, up, down = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((n, 70), (70, experts * width), (experts * width, 70))
+    )
+    expected = block_ffn(x, scores, up, down, expert_width=width)
+    y = block_ffn_union(x, scores, up, down, expert_width=width, implementation="pallas_gpu_interpret")
+    np.testing.assert_allclose(y, expected, atol=1e-5 * max(1, float(jnp.abs(expected).max())))
+
+
+def test_more_tokens_than_the_gpu_kernel_takes():
+    made = wide_arrays(jnp.float32, n=129)
+    with pytest.raises(ConfigError, match="takes from 1 to 128 tokens, not 129"):
+        block_ffn_union(**made, expert_width=128, implementation="pallas_gpu")
+    assert block_ffn_union(**made, expert_width=128).shape == (129, D)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels import ragged
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn, spread, weighted_ffn
 from sparsezoo_jax.pallas_kernels.grouped_ffn.by_expert import TILE
 
@@ -159,3 +160,26 @@ def test_shapes_are_checked():
         weighted_ffn(x, weights, up, down)
     with pytest.raises(ConfigError, match=r"grouped_ffn.implementation=fast: must be one of dense, loop, ragged"):
         grouped_ffn(x, experts, weights, up, down, implementation="fast")
+
+
+def test_default_is_settled_where_the_program_is_lowered():
+    given = arrays()
+    traced = jax.jit(partial(gradients, None, activation=jax.nn.silu)).trace(*given)
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "chlo.ragged_dot" in on_tpu
+    assert "tpu_custom_call" in on_tpu
+    (_, y), grads = gradients(None, *given, jax.nn.silu)
+    (_, expected), expected_grads = gradients("loop", *given, jax.nn.silu)
+    np.testing.assert_array_equal(y, expected)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sizes", "width"), [([3, 0, 200, 61], 5), ([0, 700, 0, 1], 130)])
+def test_weight_gradient_by_megablox(sizes, width):
+    keys = jax.random.split(jax.random.key(1))
+    x, g = jax.random.normal(keys[0], (sum(sizes), 10)), jax.random.normal(keys[1], (sum(sizes), width))
+    expected = ragged._dense_weight_gradient(x, g, jnp.array(sizes))
+    found = ragged._megablox_weight_gradient(x, g, jnp.array(sizes), interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # sums over 700 rows in another order

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels.spark_ffn import exact_topk, select_neurons, spark_ffn
+from sparsezoo_jax.pallas_kernels.spark_ffn import exact_topk, reference, select_neurons, spark_ffn
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", "one_pass"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -88,6 +88,32 @@ def test_gradients_match_plain_autodiff(ffn):
     ours = jax.grad(lambda *a: jnp.sum(jnp.sin(ffn(*a, top_k=6))), argnums=(0, 1, 2, 3))(x, k1, k2, v)
     for grad, expected in zip(ours, jax.grad(plain, argnums=(0, 1, 2, 3))(x, k1, k2, v), strict=True):
         np.testing.assert_allclose(grad, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_any_rows_in_one_pass():
+    """Sizes beyond the sample, rows that it misleads, constant and infinite ones: as the definition."""
+    x, k1, k2, v = arrays(f=2 * reference.SAMPLE + 5, rows=(7,))
+    k1 = k1.at[:, : reference.SAMPLE].add(300.0)
+    x = x.at[0].set(0.0).at[1, 3].set(jnp.inf)
+    expected, gate = spark_ffn(x, k1, k2, v, top_k=20, return_gate=True, implementation="xla")
+    y, found = spark_ffn(x, k1, k2, v, top_k=20, return_gate=True, implementation="one_pass")
+    np.testing.assert_array_equal(y[0], 0)
+    assert jnp.isnan(y[1]).all()
+    assert jnp.isnan(expected[1]).all()
+    np.testing.assert_allclose(found[2:], gate[2:], atol=1e-4 * float(gate[2:].max()))
+    assert (np.asarray(found[2:] != 0) == np.asarray(gate[2:] != 0)).mean() > 0.999
+    np.testing.assert_allclose(y[2:], expected[2:], atol=1e-4 * float(jnp.abs(expected[2:]).max()))
+
+
+def test_one_pass_is_the_default_of_wide_layers():
+    x, k1, k2, v = arrays(f=16 * reference.SAMPLE)
+    programs = {
+        name: jax.jit(partial(spark_ffn, top_k=100, implementation=name)).lower(x, k1, k2, v).as_text()
+        for name in (None, "xla", "one_pass")
+    }
+    assert programs[None] == programs["one_pass"] != programs["xla"]
+    with pytest.raises(ConfigError, match='implementation=one_pass: is for selection "statistical", not "relu"'):
+        spark_ffn(x, k1, k2, v, top_k=6, selection="relu", implementation="one_pass")
 
 
 def test_controls():

@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 SPARK_2B = {"d": 13_824, "k": 1106}
 
 
@@ -235,6 +235,30 @@ def test_bfloat16_keeps_the_selection(topk):
     assert np.mean((np.asarray(y, np.float64) > 0) == (exact > theta)) >= 0.9999
 
 
+def test_moments_in_one_pass():
+    """By the mean of a hundredth of the entries float32 suffices for any data; by a far shift it does not."""
+    d, n = 12_800, 128
+    rng = np.random.default_rng(16)
+    rows = rng.normal(size=(4, d))
+    rows[1] += 1e4  # far from 0
+    rows[2, :n] += 1e3  # the sample is far from the others
+    rows[3] = 7.25
+    x = jnp.asarray(rows, jnp.float32)
+    exact = np.asarray(x, np.float64)
+    found = row_statistics(x, 800, shift=x[:, :n].mean(-1, keepdims=True))
+    assert (np.abs(found.mean[:, 0] - exact.mean(-1)) <= 1e-5 * exact.std(-1) + 1e-3 * (exact.mean(-1) > 1e3)).all()
+    np.testing.assert_allclose(found.std[:, 0], exact.std(-1, ddof=1), rtol=1e-4, atol=1e-7)
+    far = row_statistics(x, 800, shift=jnp.zeros((4, 1)))
+    assert abs(float(far.std[1, 0]) - 1) > 0.01
+    y, pull = jax.vjp(lambda x, shift: statistical_topk(x, 800, shift=shift), x, x[:, :1])
+    np.testing.assert_allclose(y[0], statistical_topk(x[0], 800), atol=1e-5)
+    dx, dshift = pull(jnp.ones_like(y))
+    assert not dshift.any()
+    np.testing.assert_allclose(dx[0], jax.grad(lambda x: statistical_topk(x, 800).sum())(x[0]), atol=1e-5)
+    with pytest.raises(ConfigError, match="must be none with a mask"):
+        statistical_topk(x, 2, where=x > 0, shift=x[:, :1])
+
+
 def test_huber_is_continuously_differentiable(x64):
     delta = 0.25
     smooth = lambda s: reference.shrink(jnp.asarray(s, jnp.float64), 0.0, delta)  # noqa: E731
@@ -304,22 +328,24 @@ def test_inside_scan_remat_and_grad(topk):
     np.testing.assert_allclose(jax.jit(jax.grad(scanned))(x), plain, atol=1e-6)
 
 
-def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
+def test_default_is_the_kernel_only_where_lowered_for_an_accelerator():
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
     traced = jax.jit(partial(statistical_topk, k=40)).trace(x)
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.parametrize("x", [jnp.zeros((4, 8), jnp.float16), jnp.zeros((0, 8)), jnp.zeros((1, 10**6))])
-def test_rows_that_the_kernel_can_not_take(x):
+def test_rows_that_the_kernels_can_not_take(x):
     assert statistical_topk(x, 2).shape == x.shape
-    with pytest.raises(ConfigError, match=r'statistical_topk.implementation=pallas_tpu: .*; use "xla"'):
-        statistical_topk(x, 2, implementation="pallas_tpu")
+    for name in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(ConfigError, match=rf'statistical_topk.implementation={name}: .*; use "xla"'):
+            statistical_topk(x, 2, implementation=name)
 
 
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"statistical_topk.k=0: must be above 0"):
         statistical_topk(jnp.zeros(4), 0)
-    with pytest.raises(ConfigError, match=r"implementation=nope: must be one of pallas_tpu, pallas_tpu_interpret, xla"):
+    with pytest.raises(ConfigError, match=r"=nope: must be one of pallas_gpu, pallas_gpu_interpret, pallas_tpu, .*xla"):
         statistical_topk(jnp.zeros(4), 2, implementation="nope")

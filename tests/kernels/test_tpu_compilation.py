@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, SPARK_ATTENTION, TPUS
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION, TPUS
 from sparsezoo_jax.compilation.topologies import open_topology
-from sparsezoo_jax.pallas_kernels import block_ffn_union, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels import block_ffn_union, ragged, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
+from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
@@ -85,3 +87,40 @@ def test_spark_attention(compiled, size, window):
 
     q, k = (((1, 1000, n, width), jnp.bfloat16) for n in (heads, kv_heads))
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
+def test_grouped_ffn(compiled):
+    """The default is chosen for the target, not for the host: the libraries' products, not the loop over tiles."""
+    d, experts, width, k = MOE_FFN["moex_chess"]
+    shapes = [(100, d), (experts, d, width), (experts, width, d)]
+
+    def function(x, up, down, chosen, weights):
+        def loss(x, up, down):
+            return jnp.sum(grouped_ffn(x, chosen, weights, up, down).astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(x, up, down)
+
+    text = compiled(
+        function, *[(shape, jnp.bfloat16) for shape in shapes], ((100, k), jnp.int32), ((100, k), jnp.float32)
+    )
+    assert "ragged_dot" in text
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("compiled", ["v5e"], indirect=True)  # the smallest VMEM
+def test_weight_gradient_by_megablox(compiled, dtype):
+    shapes = [((1000, 1024), dtype), ((1000, 2048), dtype), ((8,), jnp.int32)]
+    assert "tpu_custom_call" in compiled(ragged._megablox_weight_gradient, *shapes)
+
+
+@pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
+def test_grouped_linear(compiled):
+    blocks = Blocks(8, 2)
+
+    def function(x, routed, inner):
+        return jax.grad(lambda w: jnp.sum(to_blocks(x, routed, w, blocks).astype(jnp.float32)))(inner)
+
+    text = compiled(function, ((200, 1024), jnp.bfloat16), ((200, 3), jnp.int32), ((1024, 512), jnp.bfloat16))
+    assert "tpu_custom_call" in text

@@ -5,12 +5,16 @@ Expert e of width W owns columns e*W .. (e+1)*W - 1 of the input matrices and th
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.block_ffn import reference, tpu
+from sparsezoo_jax.pallas_kernels.block_ffn import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import union_of_experts
-from sparsezoo_jax.pallas_kernels.dispatch import choose, run, settle
+from sparsezoo_jax.pallas_kernels.dispatch import XLA, choose, run, settle
 
 __all__ = ["block_ffn", "block_ffn_union", "union_of_experts"]
 
@@ -76,9 +80,10 @@ def block_ffn_union(
         result is NaN throughout: nothing is left out unnoticed.
       experts: int [U] distinct experts to compute, E marking unused places, instead of those found from `scores`. Any
         superset of the active ones gives the same result; one that misses an active expert gives NaN.
-      implementation: "xla" (gathers the experts' weights first), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`),
-        or None: the kernel on a TPU for experts of a multiple of 128 neurons, where everything is bfloat16 or all is
-        float32 and fits into VMEM, and the compiler does not partition; "xla" elsewhere.
+      implementation: "xla" (gathers the experts' weights first), "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret",
+        "pallas_gpu_interpret" (see `dispatch`), or None: the kernels on TPUs (for experts of a multiple of 128 neurons
+        that fit into VMEM) and GPUs (for up to 128 tokens), where everything is bfloat16 or all is float32 and the
+        compiler does not partition; "xla" elsewhere. The gradient is that of "xla" over the same experts.
 
     Returns:
       [N, D] in the dtype of `x`.
@@ -98,16 +103,45 @@ def block_ffn_union(
         implementation,
         lambda interpret: tpu.why_not(x, up, gate, expert_width),
         kernel_by_default=True,
+        gpu_why_not=lambda interpret: gpu.why_not(x, up),
+        gpu_by_default=True,
     )
     experts = union_of_experts(scores, capacity) if experts is None else experts
 
+    if form == XLA:
+        return reference.block_ffn_union(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
+    y: Any = _union(x, scores, up, down, gate, experts, expert_width, form)
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _union(x, scores, up, down, gate, experts, expert_width: int, form: str):
     def xla(x, scores, up, down, gate, experts):
         return reference.block_ffn_union(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
 
-    def kernel(*arrays, interpret):
-        return tpu.union(*arrays, expert_width, interpret)
+    def checked(union):
+        def kernel(x, scores, up, down, gate, experts, *, interpret):
+            y = union(x, scores, up, down, gate, experts, expert_width, interpret)
+            return jnp.where(reference.misses_an_expert(scores, experts), jnp.nan, y)
 
-    return run(form, xla, kernel, x, scores, up, down, gate, experts)
+        return kernel
+
+    return run(form, xla, checked(tpu.union), x, scores, up, down, gate, experts, gpu=checked(gpu.union))
+
+
+def _union_forward(x, scores, up, down, gate, experts, expert_width, form):
+    arrays = (x, scores, up, down, gate)
+    return _union(*arrays, experts, expert_width, form), (arrays, experts)
+
+
+def _union_backward(expert_width, form, residuals, g):
+    del form
+    arrays, experts = residuals
+    plain = partial(reference.block_ffn_union, experts=experts, expert_width=expert_width)
+    return (*jax.vjp(plain, *arrays)[1](g), None)
+
+
+_union.defvjp(_union_forward, _union_backward)
 
 
 def _check(operation: str, x, scores, up, down, gate, expert_width: int) -> None:

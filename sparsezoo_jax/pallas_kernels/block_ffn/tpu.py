@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sparsezoo_jax.pallas_kernels.block_ffn import reference
-
 #: Of VMEM, for double-buffered weights of an expert and the tokens' inputs and sums.
 _VMEM = 12 * 2**20
 
@@ -61,9 +59,8 @@ def _kernel(read_ref, used_ref, x_ref, scores_ref, *refs, gated: bool):
         y_ref[...] = sums_ref[...].astype(y_ref.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any):
-    """`block_ffn_union` of x [N, D] over `experts` [U]; backward in plain JAX, over the same experts."""
+def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any) -> jax.Array:
+    """The sum over `experts` [U] for x [N, D]; without a gradient of its own."""
     (n, d), total, places = x.shape, scores.shape[1], experts.shape[0]
     used = experts < total
     # The last used place at or before each; places before the first read expert 0, for nothing.
@@ -75,7 +72,7 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
     rows = pl.BlockSpec((expert_width, d), lambda i, read, used: (read[i], 0))
     gates = [] if gate is None else [gate]
     matrices = 2 + len(gates)
-    y = pl.pallas_call(
+    return pl.pallas_call(
         partial(_kernel, gated=gate is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -98,19 +95,3 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
         ),
         interpret=interpret,
     )(read, used.astype(jnp.int32), x, taken_NU, up, *gates, down)
-    return jnp.where(reference.misses_an_expert(scores, experts), jnp.nan, y)
-
-
-def _forward(x, scores, up, down, gate, experts, expert_width, interpret):
-    arrays = (x, scores, up, down, gate)
-    return union(*arrays, experts, expert_width, interpret), (arrays, experts)
-
-
-def _backward(expert_width, interpret, residuals, g):
-    del interpret
-    arrays, experts = residuals
-    plain = partial(reference.block_ffn_union, experts=experts, expert_width=expert_width)
-    return (*jax.vjp(plain, *arrays)[1](g), None)
-
-
-union.defvjp(_forward, _backward)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.dispatch import choose, loop_or_ragged
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
 from sparsezoo_jax.sharding import per_device
@@ -45,8 +46,9 @@ def grouped_ffn(
       return_active: also return how many hidden units of each chosen expert are not 0.
       implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
         expert and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one expert and loops over these.
-        None: "loop" on a CPU, "ragged" elsewhere. On a mesh the sorting two sort each device's tokens by themselves,
-        and each device has all experts.
+        None: "loop" where the program is lowered for a CPU, "ragged" elsewhere, both computing the hidden layer again
+        in the backward pass. On a mesh the sorting two sort each device's tokens by themselves, and each device has all
+        experts.
 
     Returns:
       [..., D] in the dtype of x, or that and float32 [..., k].
@@ -68,8 +70,7 @@ def grouped_ffn(
         "ragged": by_expert.ragged,
         "loop": by_expert.loop,
     }
-    default = "loop" if jax.default_backend() == "cpu" else "ragged"
-    apply = choose("grouped_ffn", implementation, available, default)
+    apply = choose("grouped_ffn", implementation, available, "loop")
     if apply is reference.grouped_ffn:
         y, active = apply(x, experts, weights, up, down, gate, activation)
         return (y, active) if return_active else y
@@ -78,7 +79,11 @@ def grouped_ffn(
         k, d = experts.shape[-1], x.shape[-1]
         gate = rest[0] if len(rest) == 2 else None
         flat = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
-        y, active = apply(*flat, up, down, gate, activation)
+        if implementation is None:
+            forms = (partial(form, activation=activation) for form in (by_expert.loop, by_expert.ragged))
+            y, active = loop_or_ragged(*forms, *flat, up, down, gate)
+        else:
+            y, active = apply(*flat, up, down, gate, activation)
         return y.reshape(x.shape), active.reshape(experts.shape)
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, count_nonzero
+from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
 from sparsezoo_jax.pallas_kernels.tiles import TILE, Tiles, rows, tiled
 
 Experts = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -35,15 +36,15 @@ def ragged(
     order_A = jnp.argsort(experts_NK.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_NK.reshape(-1), length=up_EDW.shape[0])
     x_AD = x_ND[order_A // k]
-    hidden_AW = jax.lax.ragged_dot(x_AD, up_EDW, sizes_E)
+    hidden_AW = ragged_matmul(x_AD, up_EDW, sizes_E)
     if gate_EDW is None:
         hidden_AW = activation(hidden_AW)
     else:
-        hidden_AW = activation(jax.lax.ragged_dot(x_AD, gate_EDW, sizes_E)) * hidden_AW
+        hidden_AW = activation(ragged_matmul(x_AD, gate_EDW, sizes_E)) * hidden_AW
     back_A = jnp.argsort(order_A)
     active_NK = count_nonzero(hidden_AW)[back_A].reshape(-1, k)
     hidden_AW = hidden_AW * weights_NK.reshape(-1)[order_A][:, None].astype(hidden_AW.dtype)
-    y_AD = jax.lax.ragged_dot(hidden_AW, down_EWD, sizes_E)
+    y_AD = ragged_matmul(hidden_AW, down_EWD, sizes_E)
     return jnp.sum(y_AD[back_A].reshape(-1, k, x_ND.shape[1]), axis=1), active_NK
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose
+from sparsezoo_jax.pallas_kernels.dispatch import choose, loop_or_ragged
 from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
 from sparsezoo_jax.sharding import per_device
@@ -40,8 +41,9 @@ def from_blocks(
       dtype: of the result; None: that of x.
       implementation: "dense" multiplies all blocks by a mask and is the definition; "ragged" sorts the tokens by block
         and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one block and loops over these. Both
-        multiply the shared blocks in one product. None: "loop" on a CPU, "ragged" elsewhere. On a mesh the sorting two
-        sort each device's tokens by themselves, and O stays split where the mesh splits FFN neurons.
+        multiply the shared blocks in one product. None: "loop" where the program is lowered for a CPU, "ragged"
+        elsewhere. On a mesh the sorting two sort each device's tokens by themselves, and O stays split where the mesh
+        splits FFN neurons.
 
     Returns:
       [..., O].
@@ -55,12 +57,12 @@ def from_blocks(
     available = {
         "dense": reference.from_blocks, "ragged": by_block.ragged_from_blocks, "loop": by_block.loop_from_blocks
     }  # fmt: skip
-    apply = _chosen("from_blocks", implementation, available)
+    apply = choose("from_blocks", implementation, available, "loop")
     if apply is reference.from_blocks:
         return apply(x, routed, w, blocks, dtype)
 
     def on_pieces(x, routed, w, split):
-        y = apply(*_flat(x, routed), w, blocks, dtype)
+        y = _applied(apply, implementation, available, blocks, dtype, *_flat(x, routed), w)
         return y.reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
@@ -92,12 +94,12 @@ def to_blocks(
     """
     _check("to_blocks", x, routed, w.shape[0], w.shape[1], blocks)
     available = {"dense": reference.to_blocks, "ragged": by_block.ragged_to_blocks, "loop": by_block.loop_to_blocks}
-    apply = _chosen("to_blocks", implementation, available)
+    apply = choose("to_blocks", implementation, available, "loop")
     if apply is reference.to_blocks:
         return apply(x, routed, w, blocks, dtype)
 
     def on_pieces(x, routed, w, split):
-        y = apply(*_flat(x, routed), w, blocks, dtype)
+        y = _applied(apply, implementation, available, blocks, dtype, *_flat(x, routed), w)
         return jax.lax.psum(y, split["ffn"]).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
@@ -113,9 +115,11 @@ def _leading(x: jax.Array) -> tuple[str | None, ...]:
     return (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3))
 
 
-def _chosen(operation: str, implementation: str | None, available: dict[str, Callable]) -> Callable:
-    default = "loop" if jax.default_backend() == "cpu" else "ragged"
-    return choose(operation, implementation, available, default)
+def _applied(apply, implementation: str | None, available: dict[str, Callable], blocks: Blocks, dtype, *arrays):
+    if implementation is not None:
+        return apply(*arrays, blocks, dtype)
+    forms = (partial(available[name], blocks=blocks, dtype=dtype) for name in ("loop", "ragged"))
+    return loop_or_ragged(*forms, *arrays)
 
 
 def _check(name: str, x: jax.Array, routed: jax.Array, inputs: int, width: int, blocks: Blocks) -> None:

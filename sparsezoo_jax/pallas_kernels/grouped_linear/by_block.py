@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks
 from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
 from sparsezoo_jax.pallas_kernels.tiles import TILE, Tiles, rows, tiled
 
 
@@ -240,7 +241,7 @@ def ragged_from_blocks(x_ND, routed_NK, w_DO, blocks: Blocks, dtype) -> jax.Arra
     if routed_NK.shape[1]:
         order_A, block_A, sizes_C = _sorted(routed_NK, blocks)
         x_AI = x_NCI[order_A // routed_NK.shape[1], block_A]
-        y_AO = jax.lax.ragged_dot(x_AI, w_CIO[blocks.shared :], sizes_C, preferred_element_type=dtype)
+        y_AO = ragged_matmul(x_AI, w_CIO[blocks.shared :], sizes_C, dtype)
         y_NO = y_NO + jnp.sum(_unsorted(y_AO, order_A, routed_NK.shape[1]), axis=1)
     return y_NO
 
@@ -256,6 +257,6 @@ def ragged_to_blocks(x_NO, routed_NK, w_OD, blocks: Blocks, dtype) -> jax.Array:
     order_A, _, sizes_C = _sorted(routed_NK, blocks)
     w_COI = jnp.swapaxes(w_OD.reshape(-1, blocks.count, size), 0, 1)[blocks.shared :]
     x_AO = x_NO[order_A // routed_NK.shape[1]]
-    y_AI = jax.lax.ragged_dot(x_AO, w_COI, sizes_C, preferred_element_type=dtype)
+    y_AI = ragged_matmul(x_AO, w_COI, sizes_C, dtype)
     packed_NKI = _unsorted(y_AI, order_A, routed_NK.shape[1])
     return jnp.concatenate([y_NI, _placed(packed_NKI, routed_NK, blocks)], axis=1)

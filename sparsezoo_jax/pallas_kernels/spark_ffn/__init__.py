@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import XLA, choose
 from sparsezoo_jax.pallas_kernels.spark_ffn import reference
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
+from sparsezoo_jax.sharding import pieces
 
 Selection = Literal["statistical", "exact", "approximate", "relu", "none"]
 
@@ -35,17 +36,20 @@ def select_neurons(
     *,
     ddof: int = 1,
     huber_delta: float = 0.0,
+    shift: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Thin out pre-activations `scores` [..., F] to about `k` positive entries, by the named rule.
 
     "statistical" is the Spark rule; "exact" and "approximate" sort; "relu" keeps what is positive, whatever its count;
-    "none" passes all through. The last four are the controls of the paper's ablations. `implementation` is that of
-    statistical top-k, by default "xla" on every platform: what a layer does with the gate fuses with its threshold.
+    "none" passes all through. The last four are the controls of the paper's ablations. `shift` and `implementation` are
+    those of statistical top-k, the latter by default "xla" on every platform: what a layer does with the gate fuses
+    with its threshold.
     """
     if selection == "statistical":
         implementation = implementation or XLA
-        return statistical_topk(scores, k, ddof=ddof, huber_delta=huber_delta, implementation=implementation)
+        options = {"ddof": ddof, "huber_delta": huber_delta, "shift": shift}
+        return statistical_topk(scores, k, **options, implementation=implementation)
     if selection in ("exact", "approximate"):
         return exact_topk(scores, round(k), approximate=selection == "approximate")
     return jax.nn.relu(scores) if selection == "relu" else scores
@@ -75,13 +79,15 @@ def spark_ffn(
       ddof, huber_delta: as in `statistical_topk`.
       selection: the rule that picks neurons; see `select_neurons`.
       return_gate: also return the gate [..., F] (zero exactly where a neuron is inactive).
-      implementation: "xla", or None for the platform's default.
+      implementation: "xla" is the definition, whose statistics read the scores twice after they are made. "one_pass"
+        takes them as it makes the scores, shifted by the mean of a sample of neurons (see `statistical_topk`), for
+        selection by "statistical" alone. None: "one_pass" where that sample is small beside F, else "xla".
 
     Returns:
       [..., D], or that and the gate.
 
     Raises:
-      ConfigError: shapes that don't fit each other.
+      ConfigError: shapes that don't fit each other, or no such implementation of the selection.
 
     Source: Spark Transformer (arXiv 2506.06644), section 2, Spark-FFN.
     """
@@ -98,7 +104,16 @@ def spark_ffn(
         v.shape,
         f"must be {(width, x.shape[-1])} for x and k1",
     )
-    apply = choose("spark_ffn", implementation, {"xla": reference.spark_ffn}, "xla")
-    select = partial(select_neurons, k=top_k, selection=selection, ddof=ddof, huber_delta=huber_delta)
-    y, gate = apply(x, k1, k2, v, select=select)
+    worth_it = width >= 16 * reference.SAMPLE * pieces("ffn", width)
+    default = "one_pass" if selection == "statistical" and worth_it else XLA
+    name = choose("spark_ffn", implementation, {name: name for name in (XLA, "one_pass")}, default)
+    require(
+        name == XLA or selection == "statistical",
+        "spark_ffn.implementation",
+        name,
+        f'is for selection "statistical", not "{selection}"; use "xla"',
+    )
+    shift = reference.sampled_mean(x, k1) if name == "one_pass" and top_k < width else None
+    select = partial(select_neurons, k=top_k, selection=selection, ddof=ddof, huber_delta=huber_delta, shift=shift)
+    y, gate = reference.spark_ffn(x, k1, k2, v, select=select)
     return (y, gate) if return_gate else y

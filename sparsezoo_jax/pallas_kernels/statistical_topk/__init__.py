@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import run, settle
-from sparsezoo_jax.pallas_kernels.statistical_topk import reference, tpu
+from sparsezoo_jax.pallas_kernels.statistical_topk import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     RowStatistics,
     normal_quantile,
@@ -30,6 +30,7 @@ def statistical_topk(
     ddof: int = 1,
     where: jax.Array | None = None,
     huber_delta: float = 0.0,
+    shift: jax.Array | None = None,
     split_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
@@ -47,12 +48,17 @@ def statistical_topk(
       where: booleans broadcastable to `x`: statistics and result cover only true entries, others are 0; a row with at
         most `k` true entries passes through.
       huber_delta: 0, or the width of the quadratic start that makes the result continuously differentiable.
+      shift: float32, of size 1 along `axis`: a value near each row's mean, with which XLA takes both moments in one
+        read, and can do so while it makes the row. Rounding grows with the squared distance from the mean over the
+        variance: for the mean of n of the d entries that is less than d / n, whatever the data. It has no gradient,
+        and can't be combined with `where`.
       split_over: inside a per-device function (`sharding.per_device`), the mesh axes over which `axis` is split; mean
         and deviation are then those of whole rows, and d is their length.
-      implementation: "xla", "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`), or None: the kernel on a TPU, but
-        for rows with a mask, of other dtypes than bfloat16 and float32 or too long for VMEM, and for arrays that the
-        compiler partitions; "xla" elsewhere. With `split_over` the kernel takes the statistics of the pieces in one
-        read, and XLA does the rest: the result and the gradient must wait for sums over the devices.
+      implementation: "xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret" (see
+        `dispatch`), or None: the kernel on TPUs and GPUs, but for rows with a mask or a shift, of other dtypes than
+        bfloat16 and float32 or too long for VMEM or registers, and for arrays that the compiler partitions; "xla"
+        elsewhere. With `split_over` the TPU kernel takes the statistics of the pieces in one read, and XLA does the
+        rest: the result and the gradient must wait for sums over the devices. On GPUs XLA does all of that.
 
     Returns:
       An array like `x`. Rows without an entry above the threshold (constant rows, say) are all 0.
@@ -64,19 +70,24 @@ def statistical_topk(
     """
     require(k > 0, "statistical_topk.k", k, "must be above 0")
     require(huber_delta >= 0, "statistical_topk.huber_delta", huber_delta, "must be 0 or above")
+    require(where is None or shift is None, "statistical_topk.shift", "given", "must be none with a mask")
     if where is not None:
         where = jnp.moveaxis(jnp.broadcast_to(where, x.shape), axis, -1)
+    if shift is not None:
+        shift = jnp.moveaxis(shift, axis, -1)
     x = jnp.moveaxis(x, axis, -1)
     form = settle(
         "statistical_topk",
         implementation,
         lambda interpret: tpu.why_not(x, where, interpret=interpret),
         # A mask has to exist in memory for the kernel, where XLA computes it in passing.
-        kernel_by_default=where is None,
+        kernel_by_default=where is None and shift is None,
+        gpu_why_not=lambda interpret: gpu.why_not(x, split_over, interpret=interpret),
+        gpu_by_default=where is None and shift is None,
     )
     if where is None and k >= row_length(x, split_over):
         return jnp.moveaxis(x, -1, axis)
-    return jnp.moveaxis(_topk(x, where, _Call(float(k), ddof, float(huber_delta), split_over, form)), -1, axis)
+    return jnp.moveaxis(_topk(x, where, shift, _Call(float(k), ddof, float(huber_delta), split_over, form)), -1, axis)
 
 
 class _Call(NamedTuple):
@@ -89,17 +100,17 @@ class _Call(NamedTuple):
     form: str
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _topk(x, where, call):
-    return _topk_forward(x, where, call)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _topk(x, where, shift, call):
+    return _topk_forward(x, where, shift, call)[0]
 
 
-def _topk_forward(x, where, call):
+def _topk_forward(x, where, shift, call):
     k, ddof, huber_delta, split_over, form = call
 
-    def xla(x, where, statistics=None):
+    def xla(x, where, shift, statistics=None):
         if statistics is None:
-            statistics = row_statistics(x, k, ddof=ddof, where=where, split_over=split_over)
+            statistics = row_statistics(x, k, ddof=ddof, where=where, shift=shift, split_over=split_over)
         y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
         if where is not None:
             y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
@@ -107,12 +118,15 @@ def _topk_forward(x, where, call):
         kept = (statistics.mean, statistics.std) if where is None else tuple(statistics)
         return y.astype(x.dtype), kept
 
-    def kernel(x, where, *, interpret):
+    def kernel(x, where, shift, *, interpret):
         if split_over:
-            return xla(x, where, tpu.split_statistics(x, where, k, ddof, split_over, interpret=interpret))
+            return xla(x, where, shift, tpu.split_statistics(x, where, k, ddof, split_over, interpret=interpret))
         return tpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
 
-    y, kept = run(form, xla, kernel, x, where)
+    def on_gpu(x, where, shift, *, interpret):
+        return gpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
+
+    y, kept = run(form, xla, kernel, x, where, shift, gpu=on_gpu)
     return y, (x, where, kept)
 
 
@@ -149,7 +163,10 @@ def _topk_backward(call, residuals, g):
             return xla(x, where, kept, g)
         return tpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
 
-    return run(form, xla, kernel, *residuals, g), None
+    def on_gpu(x, where, kept, g, *, interpret):
+        return gpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
+
+    return run(form, xla, kernel, *residuals, g, gpu=on_gpu), None, None
 
 
 _topk.defvjp(_topk_forward, _topk_backward)

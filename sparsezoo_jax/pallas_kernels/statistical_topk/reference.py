@@ -46,11 +46,18 @@ def row_length(x: jax.Array, split_over: MeshAxes = ()) -> int:
 
 
 def row_statistics(
-    x: jax.Array, k: float, *, ddof: int = 1, where: jax.Array | None = None, split_over: MeshAxes = ()
+    x: jax.Array,
+    k: float,
+    *,
+    ddof: int = 1,
+    where: jax.Array | None = None,
+    shift: jax.Array | None = None,
+    split_over: MeshAxes = (),
 ) -> RowStatistics:
     """Mean, standard deviation and quantile of rows `x` [..., d] for a target count `k`.
 
-    The variance takes two passes and at least float32: a threshold computed in bfloat16 moves the count by about 3 %.
+    The variance takes two passes, or one with a `shift` (without `where`; see the package's public function), and at
+    least float32: a threshold computed in bfloat16 moves the count by about 3 %.
     With `where` [..., d], only true entries count, and the quantile follows each row's own number of them. Rows with
     no more than `k` visible entries get a quantile of 0, which their caller overrides (nothing is to be dropped there).
 
@@ -60,9 +67,16 @@ def row_statistics(
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if where is None:
         d = row_length(x, split_over)
-        mean = row_sum(x, split_over) / d
-        variance = row_sum(jnp.square(x - mean), split_over) / max(d - ddof, 1)
-        return RowStatistics(d, mean, jnp.sqrt(variance), normal_quantile(1 - k / d) if k < d else 0.0)
+        if shift is None:
+            mean = row_sum(x, split_over) / d
+            squares = row_sum(jnp.square(x - mean), split_over)
+        else:
+            moved = x - shift
+            distance = row_sum(moved, split_over) / d
+            mean = shift + distance
+            squares = jnp.maximum(row_sum(jnp.square(moved), split_over) - d * jnp.square(distance), 0)
+        std = jnp.sqrt(squares / max(d - ddof, 1))
+        return RowStatistics(d, mean, std, normal_quantile(1 - k / d) if k < d else 0.0)
     count = row_sum(where.astype(x.dtype), split_over)
     mean = row_sum(jnp.where(where, x, 0), split_over) / jnp.maximum(count, 1)
     squares = row_sum(jnp.where(where, jnp.square(x - mean), 0), split_over)

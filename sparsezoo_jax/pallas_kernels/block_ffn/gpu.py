@@ -1,0 +1,129 @@
+"""BlockFFN's experts for few tokens on GPUs (Triton): the hidden state of the union, then the sums over its experts.
+
+Programs load the number of their expert and read its weights where they lie; those of an unused place read nothing.
+
+Shapes: N tokens, U places of the union, W expert width, D model width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+#: Neurons, and columns of the result, of a program: few, for a GPU has 132 processors and a union few experts.
+_TILE = 32
+#: Terms of one matrix product.
+_DEPTH = 64
+#: Most tokens: their sums are in registers.
+_MOST_TOKENS = 128
+
+
+def why_not(x: jax.Array, up: jax.Array) -> str | None:
+    """Why the kernels can't take these arrays, or None if they can."""
+    if {x.dtype, up.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
+        return f"takes bfloat16 or float32 throughout, not {x.dtype} and {up.dtype}"
+    if not 0 < x.shape[0] <= _MOST_TOKENS:
+        return f"takes from 1 to {_MOST_TOKENS} tokens, not {x.shape[0]}"
+    return None
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Triton would round float32 operands to 10 bits.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _load(ref, rows, columns, mask) -> jax.Array:
+    return plgpu.load(ref.at[rows, columns], mask=mask, other=0)
+
+
+def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, gated: bool):
+    """A tile of neurons of one place: activation times score, for all tokens."""
+    up_ref, gate_ref, hidden_ref = refs if gated else (refs[0], None, refs[1])
+    place, start = pl.program_id(0), pl.program_id(1) * _TILE
+    expert = experts_ref[place]
+    used = expert < total
+    tokens, terms, neurons = jnp.arange(_height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    own = start + neurons < width
+    first = jnp.where(used, expert, 0) * width + start
+
+    def step(i, sums):
+        more = i * _DEPTH + terms < d
+        depth = pl.ds(i * _DEPTH, _DEPTH)
+        x = _load(x_ref, pl.ds(0, tokens.size), depth, (tokens < n)[:, None] & more[None])
+        weights = (up_ref,) if gate_ref is None else (up_ref, gate_ref)
+        mask = more[:, None] & (own & used)[None]
+        return tuple(
+            s + _dot(x, _load(ref, depth, pl.ds(first, _TILE), mask)) for s, ref in zip(sums, weights, strict=True)
+        )
+
+    zero = jnp.zeros((tokens.size, _TILE), jnp.float32)
+    sums = jax.lax.fori_loop(0, pl.cdiv(d, _DEPTH), step, (zero,) * (2 if gated else 1))
+    hidden = jax.nn.silu(sums[-1]) * sums[0] if gated else jax.nn.silu(sums[0])
+    scores = plgpu.load(scores_ref.at[pl.ds(0, tokens.size), place], mask=tokens < n, other=0)
+    place_columns = pl.ds(place * width + start, _TILE)
+    mask = (tokens < n)[:, None] & own[None]
+    hidden = (hidden * scores[:, None]).astype(hidden_ref.dtype)
+    plgpu.store(hidden_ref.at[pl.ds(0, tokens.size), place_columns], hidden, mask=mask)
+
+
+def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, places: int):
+    """A tile of columns of the result, over all places."""
+    start = pl.program_id(0) * _TILE
+    tokens, terms, columns = jnp.arange(_height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    own = start + columns < d
+    steps = jnp.int32(pl.cdiv(width, _DEPTH))
+
+    def step(i, sums):
+        place, within = jax.lax.div(i, steps), jax.lax.rem(i, steps) * _DEPTH
+        expert = experts_ref[place]
+        used = expert < total
+        more = within + terms < width
+        hidden = _load(
+            hidden_ref,
+            pl.ds(0, tokens.size),
+            pl.ds(place * width + within, _DEPTH),
+            (tokens < n)[:, None] & (more & used)[None],
+        )
+        rows = pl.ds(jnp.where(used, expert, 0) * width + within, _DEPTH)
+        down = _load(down_ref, rows, pl.ds(start, _TILE), (more & used)[:, None] & own[None])
+        return sums + _dot(hidden, down)
+
+    sums = jax.lax.fori_loop(0, places * pl.cdiv(width, _DEPTH), step, jnp.zeros((tokens.size, _TILE), jnp.float32))
+    mask = (tokens < n)[:, None] & own[None]
+    plgpu.store(y_ref.at[pl.ds(0, tokens.size), pl.ds(start, _TILE)], sums.astype(y_ref.dtype), mask=mask)
+
+
+def _height(n: int) -> int:
+    return max(16, pl.next_power_of_2(n))  # the smallest matrix product
+
+
+def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any) -> jax.Array:
+    """The sum over `experts` [U] for x [N, D]; without a gradient of its own."""
+    (n, d), total, places = x.shape, scores.shape[1], experts.shape[0]
+    taken_NU = jnp.take(scores, experts, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+    experts = experts.astype(jnp.int32)
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    sizes = {"n": n, "d": d, "width": expert_width, "total": total}
+
+    def call(kernel, grid, columns, *arrays):
+        return pl.pallas_call(
+            partial(kernel, **sizes),
+            grid=grid,
+            in_specs=[whole] * len(arrays),
+            out_specs=whole,
+            out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            interpret=interpret,
+        )(*arrays)
+
+    gates = [] if gate is None else [gate]
+    hidden_kernel = partial(_hidden_kernel, gated=gate is not None)
+    grid = (places, pl.cdiv(expert_width, _TILE))
+    hidden_NF = call(hidden_kernel, grid, places * expert_width, experts, x, taken_NU, up, *gates)
+    return call(partial(_sum_kernel, places=places), (pl.cdiv(d, _TILE),), d, experts, hidden_NF, down)

@@ -1,0 +1,68 @@
+"""The libraries' grouped matrix products under one name: `jax.lax.ragged_dot`, and jax's megablox where that is dense.
+
+XLA for TPUs computes `ragged_dot` and its input's gradient group by group, but the weights' gradient as a product of
+all rows for every group, E times the work; megablox' `tgmm` does it group by group. (Figures in docs/kernels.md.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Rows of `x` times the matrix of their group; differentiable in x and w.
+
+    Args:
+      x: [A, I], sorted by group.
+      w: [E, I, O], of the dtype of x.
+      sizes: int32 [E], how many rows each group has; they add up to A.
+      dtype: of the result; None: that of x.
+
+    Returns:
+      [A, O].
+    """
+    y: Any = _ragged_matmul(x, w, sizes, dtype)
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ragged_matmul(x, w, sizes, dtype):
+    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
+
+
+def _forward(x, w, sizes, dtype):
+    return _ragged_matmul(x, w, sizes, dtype), (x, w, sizes)
+
+
+def _backward(dtype, residuals, g):
+    x, w, sizes = residuals
+    g = g.astype(x.dtype)
+    dx = jax.lax.ragged_dot(g, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=x.dtype)
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
+        return dx, _dense_weight_gradient(x, g, sizes), None
+    grouped = jax.lax.platform_dependent(x, g, sizes, tpu=_megablox_weight_gradient, default=_dense_weight_gradient)
+    return dx, grouped, None
+
+
+_ragged_matmul.defvjp(_forward, _backward)
+
+
+def _dense_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    rows = (((0,), (0,)), ((), ()))
+    numbers = jax.lax.RaggedDotDimensionNumbers(rows, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    return jax.lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=x.dtype)
+
+
+def _megablox_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # importing it takes a second
+
+    side = 1024 if x.dtype == jnp.bfloat16 else 512  # sums and blocks then fit into the 16 MiB of v5e and v5p
+    # Rows are read in whole tiles; those past the last group are not read.
+    height = min(512, -(-x.shape[0] // 128) * 128)
+    x, g = (jnp.pad(a, ((0, -a.shape[0] % height), (0, 0))) for a in (x, g))
+    tiling = (height, min(side, x.shape[1]), min(side, g.shape[1]))
+    return tgmm(x.T, g, sizes.astype(jnp.int32), x.dtype, tiling, interpret=interpret)

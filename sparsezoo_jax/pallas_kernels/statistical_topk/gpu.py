@@ -1,0 +1,143 @@
+"""Statistical top-k for GPUs (Triton): a program holds one row in its registers, read once and written once.
+
+Shapes: M rows, d columns. Statistics are vectors [M]: mean and std or, masked, count, mean, std and quantile.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sparsezoo_jax.pallas_kernels.statistical_topk.quantile import normal_quantile_of
+from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
+    MeshAxes,
+    RowStatistics,
+    normal_quantile,
+    shrink,
+)
+
+#: Most columns: 64 numbers for each of the 1,024 threads of a block, whose registers hold 64.
+_LONGEST = 32_768
+
+
+def why_not(x: jax.Array, split_over: MeshAxes = (), *, interpret: bool = False) -> str | None:
+    """Why the kernels can't take these rows [..., d], or None if they can."""
+    if split_over:
+        return "takes whole rows, not the pieces of several devices"
+    allowed = [jnp.bfloat16, jnp.float32] + [jnp.float64] * interpret
+    if x.dtype not in allowed:
+        return f"takes bfloat16 and float32, not {x.dtype}"
+    if x.ndim == 0 or x.size == 0:
+        return "needs at least one row"
+    if x.shape[-1] > _LONGEST:
+        return f"holds whole rows in registers, and {x.shape[-1]} columns are too many"
+    return None
+
+
+def _forward_kernel(*refs, d: int, k: float, ddof: int, huber_delta: float, masked: bool):
+    x_ref, *rest = refs
+    mask_ref = rest.pop(0) if masked else None
+    y_ref, *statistics_refs = rest
+    row, columns = pl.program_id(0), _columns(d)
+    there = columns < d
+    x = _read(x_ref, row, there)
+    seen = there if mask_ref is None else _read(mask_ref, row, there) != 0
+    if masked:
+        # 32-bit integers: Triton sums neither booleans nor what float32 could not count.
+        count = jnp.sum(seen.astype(jnp.int32)).astype(x.dtype)
+        divisor, free = jnp.maximum(count, 1), jnp.maximum(count - ddof, 1)
+        fraction = jnp.clip(k / divisor, 1e-6, 1 - 1e-6)
+        quantile = jnp.where(count > k, -normal_quantile_of(fraction), 0)
+    else:
+        count, divisor, free, quantile = d, d, max(d - ddof, 1), normal_quantile(1 - k / d)
+    mean = jnp.sum(jnp.where(seen, x, 0)) / divisor
+    squares = jnp.sum(jnp.where(seen, jnp.square(x - mean), 0))
+    s = RowStatistics(count, mean, jnp.sqrt(squares / free), quantile)
+    y = shrink(x, s.threshold, huber_delta)
+    if masked:
+        y = jnp.where(seen, jnp.where(s.count > k, y, x), 0)
+    plgpu.store(y_ref.at[row, pl.ds(0, columns.size)], y.astype(y_ref.dtype), mask=there)
+    for ref, value in zip(statistics_refs, s if masked else (s.mean, s.std), strict=True):
+        ref[row] = value
+
+
+def _backward_kernel(*refs, d: int, k: float, ddof: int, huber_delta: float, masked: bool):
+    x_ref, g_ref, *rest = refs
+    mask_ref = rest.pop(0) if masked else None
+    *statistics_refs, dx_ref = rest
+    row, columns = pl.program_id(0), _columns(d)
+    there = columns < d
+    x, g = _read(x_ref, row, there), _read(g_ref, row, there)
+    kept = [ref[row] for ref in statistics_refs]
+    if masked:
+        s = RowStatistics(*kept)
+        divisor, free = jnp.maximum(s.count, 1), jnp.maximum(s.count - ddof, 1)
+    else:
+        s = RowStatistics(d, kept[0], kept[1], normal_quantile(1 - k / d))
+        divisor, free = d, max(d - ddof, 1)
+    above = x - s.threshold
+    slope = jnp.clip(above / huber_delta, 0, 1) if huber_delta else (above > 0).astype(x.dtype)
+    direct = g * slope
+    if mask_ref is not None:
+        seen = _read(mask_ref, row, there) != 0
+        direct = jnp.where(seen, direct, 0)
+    total = jnp.sum(direct)  # columns past the end have a gradient of 0
+    a = total * s.quantile * jnp.where(s.std > 0, 1 / jnp.where(s.std > 0, s.std, 1), 0) / free
+    grad = direct - (total / divisor - a * s.mean) - a * x
+    if mask_ref is not None:
+        grad = jnp.where(seen, jnp.where(s.count > k, grad, g), 0)
+    plgpu.store(dx_ref.at[row, pl.ds(0, columns.size)], grad.astype(dx_ref.dtype), mask=there)
+
+
+def _columns(d: int) -> jax.Array:
+    return jnp.arange(pl.next_power_of_2(d))
+
+
+def _read(ref, row, there) -> jax.Array:
+    found = plgpu.load(ref.at[row, pl.ds(0, there.size)], mask=there, other=0)
+    return found if ref.dtype == jnp.int8 else found.astype(jnp.promote_types(ref.dtype, jnp.float32))
+
+
+def _call(kernel, arrays: list[jax.Array], outputs: list[Any], interpret: Any, **problem: Any):
+    rows, d = arrays[0].shape
+    # 16 columns a thread, or more where there are not so many threads.
+    warps = min(32, max(1, pl.next_power_of_2(d) // 512))
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        partial(kernel, d=d, **problem),
+        grid=(rows,),
+        in_specs=[whole] * len(arrays),
+        out_specs=[whole] * len(outputs),
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+    )(*arrays)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def forward(x, where, k: float, ddof: int, huber_delta: float, *, interpret: Any = False):
+    """`statistical_topk` of rows [..., d], and the statistics that `backward` wants, [..., 1] each."""
+    flat = _flat(x)
+    arrays = [flat] + ([] if where is None else [_flat(where).astype(jnp.int8)])
+    statistic = jax.ShapeDtypeStruct(flat.shape[:1], jnp.promote_types(x.dtype, jnp.float32))
+    outputs = [jax.ShapeDtypeStruct(flat.shape, x.dtype)] + [statistic] * (2 if where is None else 4)
+    problem = {"k": k, "ddof": ddof, "huber_delta": huber_delta, "masked": where is not None}
+    y, *statistics = _call(_forward_kernel, arrays, outputs, interpret, **problem)
+    return y.reshape(x.shape), tuple(s.reshape(*x.shape[:-1], 1) for s in statistics)
+
+
+def backward(x, where, kept, g, k: float, ddof: int, huber_delta: float, *, interpret: Any = False) -> jax.Array:
+    """Gradient at `x` from the gradient `g` of the result and the statistics that `forward` returned."""
+    arrays = [_flat(x), _flat(g)] + ([] if where is None else [_flat(where).astype(jnp.int8)])
+    arrays += [s.reshape(-1) for s in kept]
+    problem = {"k": k, "ddof": ddof, "huber_delta": huber_delta, "masked": where is not None}
+    (dx,) = _call(_backward_kernel, arrays, [jax.ShapeDtypeStruct(arrays[0].shape, x.dtype)], interpret, **problem)
+    return dx.reshape(x.shape)
