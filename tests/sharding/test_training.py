@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sharding.train_on_meshes import MESHES
+from tests.sharding.train_on_meshes import MESHES, ROUTED
 
 pytestmark = pytest.mark.slow
 
@@ -12,10 +12,12 @@ def differences(on_eight_devices):
     return on_eight_devices("train_on_meshes")
 
 
+CASES = [(arch, mesh) for arch in ("dense", "spark", "blockffn", *ROUTED) for mesh in ROUTED.get(arch, MESHES)]
+
+
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
 # relative, in the 2-norm, of the worst parameter.
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("arch", ["dense", "spark", "blockffn"])
+@pytest.mark.parametrize(("arch", "mesh"), CASES)
 def test_meshes_agree_with_one_device(differences, arch, mesh):
     found = differences[arch][mesh]
     assert found["loss"] < 1e-5
@@ -24,7 +26,6 @@ def test_meshes_agree_with_one_device(differences, arch, mesh):
     assert found["parameters"] < 3e-5
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("arch", ["dense", "spark", "blockffn"])
+@pytest.mark.parametrize(("arch", "mesh"), CASES)
 def test_only_norm_scales_are_repeated_within_a_model_copy(differences, arch, mesh):
     assert all(name.endswith("/scale") for name in differences[arch][mesh]["held"])
