@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.width import WHOLE, Width
+from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 LayerType = Literal["global", "local"]
@@ -177,15 +178,9 @@ class CallContext:
         return jnp.sum(x_BT.astype(jnp.float32) * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
-def activation_fn(name: str):
+def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
     """The pointwise non-linearity called `name`."""
-    return {
-        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "silu": jax.nn.silu,
-        "relu": jax.nn.relu,
-        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    }[name]
+    return ACTIVATIONS[name]
 
 
 ActivationName = Literal["gelu_tanh", "gelu", "silu", "relu", "relu2"]

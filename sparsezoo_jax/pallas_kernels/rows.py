@@ -98,7 +98,7 @@ def sum_over_active(
     """`total` after `add(total, places, valid)` for the true places of `active_N`, `group` of them at a time.
 
     The loop has as many turns as there are groups, so that what `add` gathers is read for active places only. The last
-    group repeats a place where it is not full: `valid` [group] is false there.
+    group repeats its last place where it is not full: `valid` [group] is false there.
     """
     count_N = jnp.cumsum(active_N)
     count = count_N[-1]
@@ -107,7 +107,7 @@ def sum_over_active(
         turn, total = state
         wanted = turn * group + jnp.arange(group)
         # The i-th true place is where the running count reaches i + 1.
-        places = jnp.minimum(jnp.searchsorted(count_N, wanted + 1), active_N.shape[0] - 1)
+        places = jnp.searchsorted(count_N, jnp.minimum(wanted + 1, count))
         return turn + 1, add(total, places, wanted < count)
 
     return jax.lax.while_loop(lambda state: state[0] * group < count, body, (jnp.int32(0), total))[1]

@@ -44,7 +44,8 @@ def test_activations_over_their_whole_range(apply, activation):
             gate, one = gate.at[0, 1].set(-jnp.inf), one.at[0, 0].set(0.0)
         ours = apply(one, gate, up, down, activation=activation)
         expected = reference(one, gate, up, down, activation=activation)
-        np.testing.assert_allclose(ours, expected, rtol=3e-6, atol=1e-12)
+        # The definition's 1 + tanh loses digits where the tanh is near -1.
+        np.testing.assert_allclose(ours, expected, rtol=3e-6, atol=4e-7)
 
 
 @pytest.mark.parametrize("storage", STORAGE)

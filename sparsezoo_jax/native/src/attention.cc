@@ -6,9 +6,9 @@ namespace sparsezoo {
 void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matrix& k, const Matrix& v, float scale,
                float softcap, const Tokens& y) {
   constexpr long kKeys = 512;
-  const Vectors in(q), out(q.count, q.width);
+  const Vectors in(q, k.type), out(q.count, q.width);
   const long group = heads.queries / heads.keyvalues, width = q.width;
-  for (long j = 0; j < q.count; j++) multiply(in[j], width, scale);
+  for (long j = 0; j < q.count; j++) multiply(in[j], in.stride(), scale);
   const auto visible = visible_by_sequence(heads, kKeys);
   const auto pieces = pieces_of(visible, heads.keyvalues);
   const long count = long(pieces.size());
@@ -24,7 +24,7 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
     const long n = piece.run.length, row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + piece.run.first;
     float* const* queries = in.pointers() + piece.sequence * heads.queries + piece.head * group;
     const Vectors scores(group, kKeys);
-    k.dot(row, n, width, queries, group, scores[0], kKeys);
+    k.dot(row, n, width, queries, group, scores[0], scores.stride());
     mixed.zero(i * group, group);
     for (long g = 0; g < group; g++) {
       if (softcap != 0) loops().softcap(softcap, scores[g], n);
@@ -32,7 +32,7 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
       weight.largest = loops().moments(scores[g], n).largest;
       weight.total = loops().exponentials(weight.largest, scores[g], n);
     }
-    v.axpy(row, n, width, scores[0], kKeys, group, mixed.pointers() + i * group);
+    v.axpy(row, n, width, scores[0], scores.stride(), group, mixed.pointers() + i * group);
   });
 
   out.zero(0, q.count);
@@ -50,11 +50,11 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
       const Weight& weight = weights[i * group + g];
       const float factor = std::exp(weight.largest - joined[j].largest);
       joined[j].total += weight.total * factor;
-      for (long d = 0; d < width; d++) out[j][d] += factor * mixed[i * group + g][d];
+      for (long d = 0; d < out.stride(); d++) out[j][d] += factor * mixed[i * group + g][d];
     }
   for (long j = 0; j < q.count; j++)
-    if (joined[j].total != 0) multiply(out[j], width, float(1 / joined[j].total));
-  loops().narrow[y.type](out[0], y.data, y.count * y.width);
+    if (joined[j].total != 0) multiply(out[j], out.stride(), float(1 / joined[j].total));
+  out.write(y, v.type);
 }
 
 }  // namespace sparsezoo

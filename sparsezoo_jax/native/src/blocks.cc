@@ -23,18 +23,18 @@ std::vector<std::vector<long>> tokens_of(const Blocks& blocks, long tokens) {
 }  // namespace
 
 void from_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y) {
-  const Vectors in(x), out(y.count, y.width);
+  const Vectors in(x, kFloat32), out(y.count, y.width);
   const auto users = tokens_of(blocks, x.count);
   const long size = x.width / blocks.count;
   long used = 0;
   for (const auto& tokens : users) used += !tokens.empty();
   // Pieces of the rows, whose sums stay in the nearest cache.
-  const long columns = std::max(64L, 1024 / std::max(1L, x.count / 4));
+  const long columns = 1024;
   const long pieces = (y.width + columns - 1) / columns;
   Team team = pool.team(pieces, used * size * y.width * size_of(w.type));
   team.run(pieces, [&](long i) {
     const long first = i * columns, n = std::min(columns, y.width - first);
-    for (long j = 0; j < y.count; j++) std::fill(out[j] + first, out[j] + first + n, 0.0f);
+    for (long j = 0; j < y.count; j++) std::fill_n(out[j] + first, std::min(columns, out.stride() - first), 0.0f);
     std::vector<float> factors(x.count * size);
     std::vector<float*> to(x.count);
     Matrix piece = w;
@@ -50,11 +50,11 @@ void from_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const 
       piece.axpy(b * size, size, n, factors.data(), size, m, to.data());
     }
   });
-  loops().narrow[y.type](out[0], y.data, y.count * y.width);
+  out.write(y, w.type);
 }
 
 void to_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y) {
-  const Vectors in(x), out(y.count, y.width);
+  const Vectors in(x, w.type), out(y.count, y.width);
   out.zero(0, y.count);
   const auto users = tokens_of(blocks, x.count);
   const long size = y.width / blocks.count, row = x.width * size_of(w.type);
@@ -78,7 +78,7 @@ void to_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Ma
     for (size_t j = 0; j < tokens.size(); j++)
       std::copy_n(sums.data() + j * piece.rows, piece.rows, out[tokens[j]] + first);
   });
-  loops().narrow[y.type](out[0], y.data, y.count * y.width);
+  out.write(y);
 }
 
 }  // namespace sparsezoo

@@ -24,39 +24,36 @@ INLINE void prefetch(const char* ahead, long bytes) {
 // R rows times M vectors. Two sums for each product whatever R and M, so that all forms round alike.
 template <class W, int R, int M>
 INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
-  constexpr long kStep = 2 * kLanes;
-  Floats sum[R][M][2];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < M; j++) sum[r][j][0] = sum[r][j][1] = Floats{};
+  constexpr int P = kGroup<W>;
+  constexpr long kGroupSize = P * kLanes;
+  constexpr long kUnroll = P == 1 ? 2 : 1;  // both sums take part in each turn
+  Floats sum[R * M][2];
+  for (int t = 0; t < R * M; t++) sum[t][0] = sum[t][1] = Floats{};
+  auto add = [&](int r, int u, long i, const Floats (&v)[P]) __attribute__((always_inline)) {
+    for (int p = 0; p < P; p++)
+      for (int j = 0; j < M; j++) sum[j * R + r][(u * P + p) % 2] += v[p] * load(x[j] + i + p * kLanes);
+  };
   long i = 0;
-  for (; i + kStep <= k; i += kStep) {
+  for (; i + kUnroll * kGroupSize <= k; i += kUnroll * kGroupSize)
     for (int r = 0; r < R; r++) {
-      if (ahead) prefetch(ahead + (r * ld + i) * long(sizeof(W)), kStep * sizeof(W));
-      Floats a = load(w + r * ld + i), b = load(w + r * ld + i + kLanes);
-      for (int j = 0; j < M; j++) {
-        sum[r][j][0] += a * load(x[j] + i);
-        sum[r][j][1] += b * load(x[j] + i + kLanes);
+      if (ahead) prefetch(ahead + (r * ld + i) * long(sizeof(W)), kUnroll * kGroupSize * long(sizeof(W)));
+      for (int u = 0; u < kUnroll; u++) {
+        Floats v[P];
+        load_group(w + r * ld + i + u * kGroupSize, v);
+        add(r, u, i + u * kGroupSize, v);
       }
     }
-  }
-  for (; i + kLanes <= k; i += kLanes)
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < M; j++) sum[r][j][0] += load(w + r * ld + i) * load(x[j] + i);
-  if (i < k)
+  for (; i < k; i += kGroupSize)
     for (int r = 0; r < R; r++) {
-      Floats a = load(w + r * ld + i, k - i);
-      for (int j = 0; j < M; j++) sum[r][j][0] += a * load(x[j] + i, k - i);
+      Floats v[P];
+      load_group(w + r * ld + i, k - i < kGroupSize ? k - i : kGroupSize, v);
+      add(r, 0, i, v);
     }
-  for (int j = 0; j < M; j++) {
-    float total[R];
-    if constexpr (R == 4) {
-      Four four = sums_of(sum[0][j][0] + sum[0][j][1], sum[1][j][0] + sum[1][j][1], sum[2][j][0] + sum[2][j][1],
-                          sum[3][j][0] + sum[3][j][1]);
-      __builtin_memcpy(total, &four, sizeof(four));
-    } else {
-      for (int r = 0; r < R; r++) total[r] = sum_of(sum[r][j][0] + sum[r][j][1]);
-    }
-    __builtin_memcpy(out + j * ld_out, total, sizeof(total));
+  for (int t = 0; t < R * M; t += 4) {
+    Floats total[4];
+    for (int s = 0; s < 4; s++) total[s] = t + s < R * M ? sum[(t + s) % (R * M)][0] + sum[(t + s) % (R * M)][1] : Floats{};
+    Four four = sums_of(total[0], total[1], total[2], total[3]);
+    for (int s = 0; s < 4 && t + s < R * M; s++) out[(t + s) / R * ld_out + (t + s) % R] = four[s];
   }
 }
 
@@ -94,29 +91,33 @@ void dot(const void* weights, long ld, long rows, long k, const float* const* x,
 // y_j += sum over R rows, in the order of the rows.
 template <class W, int R, int M>
 INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, float* const* y, const char* ahead) {
+  constexpr int P = kGroup<W>;
+  constexpr long kGroupSize = P * kLanes;
   Floats factor[R][M];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < M; j++) factor[r][j] = all(c[j * ld_c + r]);
+  auto add = [&](long i, const Floats (&v)[R][P]) __attribute__((always_inline)) {
+    for (int p = 0; p < P; p++)
+      for (int j = 0; j < M; j++) {
+        float* const to = y[j] + i + p * kLanes;
+        Floats sum = load(to);
+        for (int r = 0; r < R; r++) sum += factor[r][j] * v[r][p];
+        write(to, sum);
+      }
+  };
   long i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    Floats sum[M];
-    for (int j = 0; j < M; j++) sum[j] = load(y[j] + i);
+  for (; i + kGroupSize <= k; i += kGroupSize) {
+    Floats v[R][P];
     for (int r = 0; r < R; r++) {
-      if (ahead && (sizeof(W) * kLanes >= kLine || (i * sizeof(W)) % kLine == 0))
-        prefetch(ahead + (r * ld + i) * long(sizeof(W)), kLanes * sizeof(W));
-      Floats a = load(w + r * ld + i);
-      for (int j = 0; j < M; j++) sum[j] += factor[r][j] * a;
+      if (ahead && (kLanes == 16 || i * long(sizeof(W)) % kLine == 0)) prefetch(ahead + (r * ld + i) * long(sizeof(W)), 1);
+      load_group(w + r * ld + i, v[r]);
     }
-    for (int j = 0; j < M; j++) write(y[j] + i, sum[j]);
+    add(i, v);
   }
   if (i < k) {
-    Floats sum[M];
-    for (int j = 0; j < M; j++) sum[j] = load(y[j] + i, k - i);
-    for (int r = 0; r < R; r++) {
-      Floats a = load(w + r * ld + i, k - i);
-      for (int j = 0; j < M; j++) sum[j] += factor[r][j] * a;
-    }
-    for (int j = 0; j < M; j++) write(y[j] + i, sum[j], k - i);
+    Floats v[R][P];
+    for (int r = 0; r < R; r++) load_group(w + r * ld + i, k - i, v[r]);
+    add(i, v);
   }
 }
 
@@ -124,6 +125,8 @@ template <class W, int R>
 INLINE void axpy_vectors(const W* w, long ld, long k, const float* c, long ld_c, long m, float* const* y,
                          const char* ahead) {
   long j = 0;
+  if constexpr (kLanes == 16)
+    for (; j + 4 <= m; j += 4) axpy_of<W, R, 4>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
   for (; j + 2 <= m; j += 2) axpy_of<W, R, 2>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
   for (; j < m; j++) axpy_of<W, R, 1>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
 }
@@ -144,7 +147,30 @@ template <class F>
 INLINE void map(float* s, long n, F f) {
   long i = 0;
   for (; i + kLanes <= n; i += kLanes) write(s + i, f(load(s + i)));
-  if (i < n) write(s + i, f(load(s + i, n - i)), n - i);
+  if (i < n) {
+    float rest[kLanes] = {};
+    __builtin_memcpy(rest, s + i, (n - i) * sizeof(float));
+    write(rest, f(load(rest)));
+    __builtin_memcpy(s + i, rest, (n - i) * sizeof(float));
+  }
+}
+
+// Moves the numbers of each group to the places where `load_group` puts those that they are multiplied by, or back.
+template <class W, bool kBack>
+void arrange(float* x, long n) {
+  constexpr int P = kGroup<W>;
+  float group[P * kLanes];
+  for (long i = 0; P > 1 && i < n; i += P * kLanes) {
+    for (int t = 0; t < kLanes; t++)
+      for (int p = 0; p < P; p++) {
+        if (kBack) {
+          group[P * t + p] = x[i + p * kLanes + t];
+        } else {
+          group[p * kLanes + t] = x[i + P * t + p];
+        }
+      }
+    __builtin_memcpy(x + i, group, sizeof(group));
+  }
 }
 
 void activate(Activation activation, float* h, long n) {
@@ -299,6 +325,8 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
   static const Loops table = {
       {dot<float>, dot<bfloat16>, dot<signed char>},
       {axpy<float>, axpy<bfloat16>, axpy<signed char>},
+      {arrange<float, false>, arrange<bfloat16, false>, arrange<signed char, false>},
+      {arrange<float, true>, arrange<bfloat16, true>, arrange<signed char, true>},
       activate,
       softcap,
       exponentials,

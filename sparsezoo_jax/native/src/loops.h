@@ -16,8 +16,12 @@ struct Moments {
   float largest = 0;
 };
 
-// All results are the same, bit for bit, however many vectors x a call has: each product is summed in one order.
+// Vectors that rows of a storage type are multiplied by, or added to, lie in that type's order (`arrange`), and end in
+// zeros up to a multiple of kPadding. All results are the same, bit for bit, however many vectors a call has: each
+// product is summed in one order.
 // `ahead`, where not null, is prefetched as the weights are read: the byte at ahead + i together with that at w + i.
+constexpr long kPadding = 64;
+
 struct Loops {
   // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
   void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
@@ -25,6 +29,9 @@ struct Loops {
   // y_j += sum_i c[j * ld_c + i] w_i.
   void (*axpy[kTypes])(const void* w, long ld, long rows, long k, const float* c, long ld_c, long m, float* const* y,
                        const char* ahead);
+  // Puts n numbers, a multiple of kPadding, into the order of a type, and back.
+  void (*arrange[kTypes])(float* x, long n);
+  void (*restore[kTypes])(float* x, long n);
   // h = act(h).
   void (*activate)(Activation activation, float* h, long n);
   // s = cap tanh(s / cap).

@@ -46,14 +46,14 @@ struct Matrix {
 
   const char* row(long i) const { return data + i * ld * size_of(type); }
 
-  // out[j * ld_out + i] = row (first + i) . x_j
+  // out[j * ld_out + i] = row (first + i) . x_j, for x in the order of the matrix's type
   void dot(long first, long rows, long k, const float* const* x, long m, float* out, long ld_out,
            const char* ahead = nullptr) const {
     loops().dot[type](row(first), ld, rows, k, x, m, out, ld_out, ahead);
     scaled(first, rows, out, m, ld_out);
   }
 
-  // y_j += sum_i c[j * ld_c + i] row (first + i); c is spent.
+  // y_j += sum_i c[j * ld_c + i] row (first + i), with y in the order of the matrix's type; c is spent.
   void axpy(long first, long rows, long k, float* c, long ld_c, long m, float* const* y,
             const char* ahead = nullptr) const {
     scaled(first, rows, c, m, ld_c);
@@ -68,30 +68,49 @@ struct Matrix {
   }
 };
 
-// `count` vectors of floats, side by side in memory, and pointers to them.
+// `count` vectors of floats, each padded with room up to a multiple of kPadding, and pointers to them.
 class Vectors {
  public:
-  Vectors(long count, long width) : width_(width), data_(new float[count * width]), pointers_(count) {
-    for (long i = 0; i < count; i++) pointers_[i] = data_.get() + i * width;
+  Vectors(long count, long width)
+      : stride_((width + kPadding - 1) / kPadding * kPadding),
+        data_(new float[count * stride_]),
+        pointers_(count) {
+    for (long i = 0; i < count; i++) pointers_[i] = data_.get() + i * stride_;
   }
-  explicit Vectors(const Tokens& x) : Vectors(x.count, x.width) {
-    loops().widen[x.type](x.data, data_.get(), x.count * x.width);
+  // Columns first .. first + width - 1 of tokens, in the order of `type`.
+  Vectors(const Tokens& x, Type type, long first, long width) : Vectors(x.count, width) {
+    for (long i = 0; i < x.count; i++) {
+      loops().widen[x.type](static_cast<const char*>(x.data) + (i * x.width + first) * size_of(x.type), pointers_[i], width);
+      for (long j = width; j < stride_; j++) pointers_[i][j] = 0;
+    }
+    arrange(type);
   }
+  Vectors(const Tokens& x, Type type) : Vectors(x, type, 0, x.width) {}
 
   float* operator[](long i) const { return pointers_[i]; }
   float* const* pointers() const { return pointers_.data(); }
+  long stride() const { return stride_; }
   void zero(long first, long count) const {
-    for (long i = first * width_; i < (first + count) * width_; i++) data_[i] = 0;
+    for (long i = first * stride_; i < (first + count) * stride_; i++) data_[i] = 0;
   }
-  // Vectors that begin `offset` later.
-  std::vector<const float*> from(long offset) const {
-    std::vector<const float*> moved(pointers_.begin(), pointers_.end());
-    for (auto& pointer : moved) pointer += offset;
-    return moved;
+  void arrange(Type type) const { loops().arrange[type](data_.get(), long(pointers_.size()) * stride_); }
+  // The first vectors as tokens, from the order of `type`.
+  void write(const Tokens& y, Type type) const {
+    for (long i = 0; i < y.count; i++) {
+      loops().restore[type](pointers_[i], stride_);
+      write(y, i);
+    }
+  }
+  void write(const Tokens& y) const {
+    for (long i = 0; i < y.count; i++) write(y, i);
   }
 
  private:
-  long width_;
+  void write(const Tokens& y, long i) const {
+    loops().narrow[y.type](pointers_[i], static_cast<char*>(y.data) + i * y.width * size_of(y.type), y.width);
+  }
+
+  long stride_;
   std::unique_ptr<float[]> data_;
   std::vector<float*> pointers_;
 };
@@ -108,13 +127,14 @@ class Partials {
     return sums_.pointers() + part * tokens_;
   }
 
-  void write(const Tokens& y) const {
+  // Their total, from the order of the type that was added up.
+  void write(const Tokens& y, Type type) const {
     for (long p = 1; p < parts_; p++) {
       float* const total = sums_[0];
       const float* const part = sums_[p * tokens_];
-      for (long i = 0; i < tokens_ * y.width; i++) total[i] += part[i];
+      for (long i = 0; i < tokens_ * sums_.stride(); i++) total[i] += part[i];
     }
-    loops().narrow[y.type](sums_[0], y.data, tokens_ * y.width);
+    sums_.write(y, type);
   }
 
  private:

@@ -45,11 +45,11 @@ float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::f
 void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention& form, const Tokens& q, const Matrix& k1,
                      const Matrix& k2, const Matrix& v, const Tokens& y, int* attended) {
   constexpr long kKeys = 1024;
-  const Vectors in(q);
   const long group = heads.queries / heads.keyvalues, width = q.width, r = form.r;
+  const Vectors in(q, k1.type, 0, r), values(q, k2.type, r, width - r);
   for (long j = 0; j < q.count; j++) {
-    multiply(in[j], r, form.predictor_scale);
-    multiply(in[j] + r, width - r, form.value_scale);
+    multiply(in[j], in.stride(), form.predictor_scale);
+    multiply(values[j], values.stride(), form.value_scale);
   }
   const auto visible = visible_by_sequence(heads, kKeys);
   const auto pieces = pieces_of(visible, heads.keyvalues);
@@ -63,7 +63,7 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
     const Run& run = piece.run;
     const long row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + run.first;
     const long first = piece.sequence * heads.queries + piece.head * group;
-    k1.dot(row, run.length, r, in.pointers() + first, group, scores[first] + run.place, heads.keys);
+    k1.dot(row, run.length, r, in.pointers() + first, group, scores[first] + run.place, scores.stride());
     if (form.softcap != 0)
       for (long g = 0; g < group; g++) loops().softcap(form.softcap, scores[first + g] + run.place, run.length);
   });
@@ -82,7 +82,6 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
   });
 
   const Vectors mixed(kParts * q.count, width);
-  const auto values = in.from(r);
   team.run(kParts * q.count, [&](long item) {
     const long j = item / kParts, part = item % kParts;
     const Chosen& keys = chosen[j];
@@ -95,7 +94,7 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
       float weight = keys.weights[i];
       if (form.softplus) {
         float value;
-        k2.dot(row, 1, width - r, values.data() + j, 1, &value, 1, k2.row(next));
+        k2.dot(row, 1, width - r, values.pointers() + j, 1, &value, 1, k2.row(next));
         if (form.softcap_values != 0) value = form.softcap_values * std::tanh(value / form.softcap_values);
         weight *= softplus(value);
       }
@@ -105,10 +104,10 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
   for (long j = 0; j < q.count; j++) {
     float* const total = mixed[j * kParts];
     for (long p = 1; p < kParts; p++)
-      for (long d = 0; d < width; d++) total[d] += mixed[j * kParts + p][d];
-    std::copy(total, total + width, mixed[j]);
+      for (long d = 0; d < mixed.stride(); d++) total[d] += mixed[j * kParts + p][d];
+    std::copy(total, total + mixed.stride(), mixed[j]);
   }
-  loops().narrow[y.type](mixed[0], y.data, y.count * y.width);
+  mixed.write(y, v.type);
 }
 
 }  // namespace sparsezoo

@@ -20,9 +20,8 @@ void shrink(const float* scores, const int* places, long n, float threshold, flo
 
 void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
                long neurons, double top_k, const Selection& selection, const Tokens& y, int* active) {
-  const Vectors in(x), scores(x.count, neurons);
   const long m = x.count, d = x.width;
-  const std::vector<const float*> values = in.from(r);
+  const Vectors in(x, k1.type, 0, r), values(x, k2.type, r, d - r), scores(m, neurons);
 
   const long row = k1.ld * size_of(k1.type), scanned = neurons * row;
   const long chunk = 1 + (128 << 10) / row, chunks = (neurons + chunk - 1) / chunk;
@@ -31,7 +30,7 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
   Team team = pool.team(std::max(chunks, parts), scanned + bytes);
   team.run(chunks, [&](long i) {
     const long first = i * chunk, n = std::min(chunk, neurons - first);
-    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, neurons);
+    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride());
   });
 
   std::vector<float> thresholds(m);
@@ -71,12 +70,12 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
     for (long i = 0; i < n; i++) {
       // Rows lie far apart, where the processor does not foresee them: each is fetched while the one before is used.
       const long next = begin[i + 1 < n ? i + 1 : i];
-      k2.dot(begin[i], 1, d - r, values.data(), m, hidden.data(), 1, k2.row(next));
+      k2.dot(begin[i], 1, d - r, values.pointers(), m, hidden.data(), 1, k2.row(next));
       for (long j = 0; j < m; j++) hidden[j] *= gates[j][i];
       v.axpy(begin[i], 1, d, hidden.data(), 1, m, out, v.row(next));
     }
   });
-  sums.write(y);
+  sums.write(y, v.type);
 }
 
 }  // namespace sparsezoo

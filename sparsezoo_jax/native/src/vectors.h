@@ -14,8 +14,6 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int Ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned Words __attribute__((vector_size(4 * kLanes)));
-typedef unsigned short Halves __attribute__((vector_size(2 * kLanes)));
-typedef signed char Bytes __attribute__((vector_size(kLanes)));
 typedef float Four __attribute__((vector_size(16)));
 
 struct bfloat16 {
@@ -44,45 +42,77 @@ INLINE void write(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof(v)); }
 INLINE Floats all(float x) { return x - Floats{}; }
 
 INLINE Floats load(const float* p) { return read<Floats>(p); }
-INLINE Floats load(const bfloat16* p) { return same_bits<Floats>(__builtin_convertvector(read<Halves>(p), Words) << 16); }
-INLINE Floats load(const signed char* p) { return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Ints), Floats); }
-
-// The first n < kLanes numbers, and zeros: what is left at the end of a row, rounded as all the rest of it.
-template <class W>
-INLINE Floats load(const W* p, long n) {
-  W rest[kLanes] = {};
-  __builtin_memcpy(rest, p, n * sizeof(W));
-  return load(rest);
-}
-
-INLINE void write(float* p, Floats v, long n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
 
 INLINE float one(const float* p) { return *p; }
 INLINE float one(const bfloat16* p) { return same_bits<float>(unsigned(p->bits) << 16); }
 
-INLINE float sum_of_four(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+// Numbers of a storage type in as many bytes as a vector has: a group of kGroup<W> * kLanes of them.
+template <class W>
+constexpr int kGroup = 4 / int(sizeof(W));
 
-INLINE Four quarter(Floats v) {
-  Four parts[kLanes / 4];
-  __builtin_memcpy(parts, &v, sizeof(v));
+// A group as vectors: number kGroup * i + p is lane i of vector p. Widening numbers in their own order would take a
+// shuffle for each vector, which fewer units can do than shifts, and which not every level has.
+INLINE void load_group(const void* p, Floats (&v)[1], const float*) { v[0] = read<Floats>(p); }
+INLINE void load_group(const void* p, Floats (&v)[2], const bfloat16*) {
+  Words pairs = read<Words>(p);
+  v[0] = same_bits<Floats>(pairs << 16);
+  v[1] = same_bits<Floats>(pairs & 0xffff0000u);
+}
+INLINE void load_group(const void* p, Floats (&v)[4], const signed char*) {
+  Ints fours = read<Ints>(p);
+  v[0] = __builtin_convertvector((fours << 24) >> 24, Floats);
+  v[1] = __builtin_convertvector((fours << 16) >> 24, Floats);
+  v[2] = __builtin_convertvector((fours << 8) >> 24, Floats);
+  v[3] = __builtin_convertvector(fours >> 24, Floats);
+}
+template <class W>
+INLINE void load_group(const W* p, Floats (&v)[kGroup<W>]) {
+  load_group(static_cast<const void*>(p), v, p);
+}
+// The first n numbers of a group, and zeros.
+template <class W>
+INLINE void load_group(const W* p, long n, Floats (&v)[kGroup<W>]) {
+  alignas(64) W rest[kGroup<W> * kLanes] = {};
+  __builtin_memcpy(rest, p, n * sizeof(W));
+  load_group(rest, v);
+}
+
+// The sums of four vectors. All sums of vectors are made by this, so that they round alike.
+INLINE Four sums_of(Floats a, Floats b, Floats c, Floats d) {
 #if SPARSEZOO_LANES == 16
-  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+#define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define FIRST 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define SECOND 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
 #elif SPARSEZOO_LANES == 8
-  return parts[0] + parts[1];
+#define LOW 0, 8, 1, 9, 4, 12, 5, 13
+#define HIGH 2, 10, 3, 11, 6, 14, 7, 15
+#define FIRST 0, 1, 8, 9, 4, 5, 12, 13
+#define SECOND 2, 3, 10, 11, 6, 7, 14, 15
 #else
-  return parts[0];
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#define FIRST 0, 1, 4, 5
+#define SECOND 2, 3, 6, 7
+#endif
+  Floats ab = __builtin_shufflevector(a, b, LOW) + __builtin_shufflevector(a, b, HIGH);
+  Floats cd = __builtin_shufflevector(c, d, LOW) + __builtin_shufflevector(c, d, HIGH);
+  Floats v = __builtin_shufflevector(ab, cd, FIRST) + __builtin_shufflevector(ab, cd, SECOND);
+#undef LOW
+#undef HIGH
+#undef FIRST
+#undef SECOND
+#if SPARSEZOO_LANES == 16
+  return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
+         (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
+#elif SPARSEZOO_LANES == 8
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
 #endif
 }
 
-INLINE float sum_of(Floats v) { return sum_of_four(quarter(v)); }
-
-// The sums of four vectors, each rounded as by `sum_of`.
-INLINE Four sums_of(Floats v0, Floats v1, Floats v2, Floats v3) {
-  Four a = quarter(v0), b = quarter(v1), c = quarter(v2), d = quarter(v3);
-  Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
+INLINE float sum_of(Floats v) { return sums_of(v, v, v, v)[0]; }
 
 // e^x within 2 units in the last place; NaN stays NaN, and results below the smallest number are 0.
 INLINE Floats exp_of(Floats x) {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
@@ -24,13 +23,6 @@ from sparsezoo_jax.pallas_kernels.rows import (
 
 __all__ = ["gated_ffn_rows", "reference"]
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
 Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
 
@@ -63,11 +55,11 @@ def gated_ffn_rows(
     check_shapes("gated_ffn_rows", {"gate": (gate.shape, shape), "up": (up.shape, shape), "down": (down.shape, shape)})
     for name, w, scale in zip(("gate", "up", "down"), (gate, up, down), scales, strict=True):
         check_weights("gated_ffn_rows", name, w, scale, shape[:1])
-    allowed = ", ".join(_ACTIVATIONS)
-    require(activation in _ACTIVATIONS, "gated_ffn_rows.activation", activation, f"must be one of {allowed}")
+    allowed = ", ".join(ACTIVATIONS)
+    require(activation in ACTIVATIONS, "gated_ffn_rows.activation", activation, f"must be one of {allowed}")
     few = x.shape[0] <= MOST_ROWS
     form = settle_native("gated_ffn_rows", implementation, why_not_native(x=x), native_by_default=few)
-    act = _ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
 
     def xla(x, gate, up, down, scales):
         hidden = act(product(x, gate, scales[0])) * product(x, up, scales[1])
@@ -85,4 +77,4 @@ def reference(x, gate, up, down, *, activation: str = "gelu_tanh", scales: Scale
     """The definition, with all weights in float32."""
     gate, up, down = (dequantised(w, scale) for w, scale in zip((gate, up, down), scales, strict=True))
     wide = x.astype(jnp.float32)
-    return ((_ACTIVATIONS[activation](wide @ gate.T) * (wide @ up.T)) @ down).astype(x.dtype)
+    return ((ACTIVATIONS[activation](wide @ gate.T) * (wide @ up.T)) @ down).astype(x.dtype)

@@ -118,12 +118,12 @@ def _gathered(
     most = jnp.max(count_BNS)
     first_row_BN = (jnp.arange(batch)[:, None] * rest_BKSW.shape[1] + jnp.arange(heads) // group) * keys
     rest_RW = rest_BKSW.reshape(-1, rest_BKSW.shape[-1])
-    find = jax.vmap(jax.vmap(jnp.searchsorted, in_axes=(0, None)), in_axes=(0, None))
 
     def body(state):
         turn, total_BNH = state
         wanted = turn * GROUP + jnp.arange(GROUP) + 1
-        places_BNP = jnp.minimum(find(count_BNS, wanted), keys - 1)
+        # Past a query's last key that one is taken again; 0 keys are found at place 0.
+        places_BNP = jax.vmap(jax.vmap(jnp.searchsorted))(count_BNS, jnp.minimum(wanted, count_BNS[..., -1:]))
         valid_BNP = wanted <= count_BNS[..., -1:]
         rows_BNPW = jnp.take(rest_RW, first_row_BN[..., None] + places_BNP, axis=0).astype(jnp.float32)
         weights_BNP = jnp.where(valid_BNP, jnp.take_along_axis(weights_BNS, places_BNP, axis=-1), 0)
