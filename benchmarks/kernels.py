@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, TPUS
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, SPARK_ATTENTION, TPUS
 from sparsezoo_jax.compilation.profile import CLOCK_GHZ, profiled, summarise
 from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.errors import UserError
-from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, statistical_topk
+from sparsezoo_jax.models.attention import dense_attention
+from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.tpu import TILES
 
 NOTES = """
 time = max(cycles / clock, bytes / HBM bandwidth). Clocks are assumed; tpu7x's is not known, so its time is by bytes
@@ -89,9 +92,66 @@ def _block_cases() -> list[Case]:
     return cases
 
 
+def _attention_cases(length: int) -> list[Case]:
+    """Causal attention of one sequence, its gradient too; XLA's rows are queries, the kernels' the tiles they visit.
+
+    Cycles of XLA's forms are those of 256 queries and all keys, which their time is linear in. Those of the kernels are
+    of a sequence of one tile, times the tiles on and below the diagonal.
+    """
+    heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
+    tile = TILES.queries
+    tiles = (length // tile) * (length // tile + 1) // 2
+
+    def arrays(queries: int, keys: int, copies: int) -> list[Any]:
+        q, k = ((1, n, h, width) for n, h in ((queries, heads), (keys, kv_heads)))
+        shapes = [q, k, k, *[q] * copies]
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def visible(q: jax.Array, k: jax.Array) -> Visibility:
+        everywhere = Visibility.of_tokens(jnp.ones((1, k.shape[1]), jnp.int32))
+        if q.shape[1] == k.shape[1]:
+            return everywhere
+        positions, segments = (x[:, -q.shape[1] :] for x in (everywhere.query_positions_BT, everywhere.key_segments_BS))
+        return everywhere.replaced(
+            positions, everywhere.key_positions_BS, segments, everywhere.key_segments_BS, ordered=False
+        )
+
+    def spark(implementation: str) -> Callable:
+        return lambda q, k, v: spark_attention(
+            q, k, v, visible(q, k), r=r, top_k=top_k, softcap=50.0, implementation=implementation
+        )[0]
+
+    def dense(q, k, v):
+        return dense_attention(q, k, v, visible(q, k).mask, scale=width**-0.5, softcap=50.0)
+
+    cases = []
+    for name, forward in (
+        ("spark_attention, xla", spark("xla")),
+        ("spark_attention, pallas_tpu", spark("pallas_tpu")),
+        ("dense attention, xla", dense),
+    ):
+
+        def both(q, k, v, g, forward=forward):
+            y, pull = jax.vjp(forward, q, k, v)
+            return y, pull(g)
+
+        by_tile = "pallas" in name
+        rows, few = (tiles, 1) if by_tile else (length, 256)
+        for what, function, copies in (("", forward, 0), (" and its gradient", both, 1)):
+
+            def arguments(rows: int, copies=copies, by_tile=by_tile) -> list[Any]:
+                if by_tile:
+                    side = tile * int((2 * rows) ** 0.5)
+                    return arrays(side, side, copies)
+                return arrays(rows, length, copies)
+
+            cases.append(Case(f"{name}{what}, {length} tokens", function, arguments, rows, few))
+    return cases
+
+
 def cases() -> list[Case]:
     """All lines of the table, in order."""
-    return [*_topk_cases(8192), *_topk_cases(256), *_block_cases()]
+    return [*_topk_cases(8192), *_topk_cases(256), *_block_cases(), *_attention_cases(8192)]
 
 
 def compile_case(case: Case, tpu: str, rows: int) -> Any:

@@ -7,6 +7,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sparsezoo_jax.pallas_kernels.block_ffn import reference
 from sparsezoo_jax.pallas_kernels.block_ffn import tpu as block_ffn
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_attention
+from sparsezoo_jax.pallas_kernels.spark_attention import tpu as attention
+from sparsezoo_jax.pallas_kernels.spark_attention import tpu_backward as attention_backward
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles
 from sparsezoo_jax.pallas_kernels.statistical_topk import tpu as statistical_topk
 from tests.kernels.simulator import races
 
@@ -54,3 +58,29 @@ def test_block_ffn():
     assert not races(call)
     expected = reference.block_ffn_union(x, scores, up, down, None, experts=experts, expert_width=128)
     assert jnp.allclose(call(pltpu.InterpretParams()), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_spark_attention(monkeypatch):
+    """Two tiles of queries and two chunks of one tile of keys each, so that gradients go from call to call."""
+    monkeypatch.setattr(attention_backward, "CHUNK", 0)
+    q, g = jax.random.normal(jax.random.key(3), (2, 1, 160, 2, 12))
+    k, v = jax.random.normal(jax.random.key(4), (2, 1, 160, 1, 12))
+    visible = Visibility.of_tokens(jnp.ones((1, 160), jnp.int32))
+    problem = attention.Problem(
+        r=4, top_k=16, ddof=1, predictor_scale=0.5, value_scale=0.3, softcap=2.0, softcap_values=None,
+        selection="statistical", weighting="softplus", window=None, tiles=Tiles(128, 128),
+    )  # fmt: skip
+    found = []
+
+    def both(interpret):
+        y, attended, kept = attention.forward(q, k, v, visible, problem, interpret)
+        found.append((y, attended, attention_backward.backward(q, k, v, visible, y, kept, g, problem, interpret)))
+        return found[-1]
+
+    assert not races(both)
+    options = {name: value for name, value in problem.definition().items() if name not in ("ddof", "selection")}
+    expected, pull, attended = jax.vjp(
+        lambda *x: spark_attention(*x, visible, **options, implementation="xla"), q, k, v, has_aux=True
+    )
+    for ours, theirs in zip(jax.tree.leaves(found[-1]), jax.tree.leaves((expected, attended, pull(g))), strict=True):
+        assert jnp.allclose(ours, theirs, atol=1e-5)

@@ -9,10 +9,9 @@ from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_atten
 from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named
 
 MESHES = {
-    "data 4, tensor 2": ({"data": 4, "tensor": 2}, 4, 2),
-    "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 4, 2),
     "tensor 8, fewer key heads": ({"tensor": 8}, 8, 4),
-    "tensor 2, odd groups": ({"data": 4, "tensor": 2}, 6, 3),
+    "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 4, 2),
+    "data 2, tensor 4, groups cut across": ({"data": 2, "tensor": 4}, 12, 2),
 }
 
 
