@@ -2,7 +2,7 @@
 
 from sparsezoo_jax.compilation.ptx import Kernel, summarise
 
-LAUNCHES = """001: kCustomKernel [source | next=002 (1)] fill grid: [2, 1, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
+LAUNCHES = """001: kCustomKernel [source | next=002] fill grid: [2, 1, 1] threads: [128, 1, 1]  shared_memory: 0 bytes
 002: kCustomKernel [prev=001 (1) | sink] sums grid: [19, 4, 1] threads: [1024, 1, 1]  shared_memory: 12288 bytes
 """
 ASSEMBLED = """ptxas info    : Compiling entry function 'sums' for 'sm_90a'
