@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparsezoo_jax.configs import blockffn, moe, moex, spark
 
 #: (rows' length, k) of the Spark FFNs' scores, by preset.
@@ -19,15 +21,13 @@ BLOCK_FFN = {
     name: (preset.model.d_model, preset.model.ffn.experts, preset.model.ffn.expert_width)  # pyright: ignore
     for name, preset in blockffn.PRESETS.items()
 }
-#: (model width, experts, neurons of an expert, experts of a token) of mixtures of experts, by preset.
+_MIXTURES: dict[str, Any] = {
+    "moex_chess": moex.PRESETS["chess"].model,
+    "moe_xlarge": moe.PRESETS["xlarge"].model,
+}
+#: (model width, experts, neurons of an expert, experts of a token) of mixtures of experts.
 MOE_FFN = {
-    f"{preset.arch}_{name}": (
-        preset.model.d_model,
-        preset.model.ffn.experts,
-        preset.model.ffn.expert_width,
-        preset.model.ffn.k,
-    )  # pyright: ignore
-    for preset, name in ((moex.PRESETS["chess"], "chess"), (moe.PRESETS["xlarge"], "xlarge"))
+    name: (model.d_model, model.ffn.experts, model.ffn.expert_width, model.ffn.k) for name, model in _MIXTURES.items()
 }
 #: One chip of each TPU generation that kernels are compiled for.
 TPUS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}

@@ -16,6 +16,8 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
 
 IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
+#: For a thousand long rows: interpreted GPU kernels take them one by one.
+MANY_ROWS = pytest.mark.parametrize("topk", ["xla", "pallas_tpu_interpret"], indirect=True)
 SPARK_2B = {"d": 13_824, "k": 1106}
 
 
@@ -79,6 +81,7 @@ def test_golden_signs(topk, x64):
     np.testing.assert_allclose(topk(jnp.asarray(x), 2), expected, atol=1e-9)
 
 
+@MANY_ROWS
 def test_density_of_gaussian_rows(topk):
     d, k = SPARK_2B["d"], SPARK_2B["k"]
     counts = np.concatenate(
@@ -90,6 +93,7 @@ def test_density_of_gaussian_rows(topk):
     assert counts.std() == pytest.approx(20.3, abs=1.5)
 
 
+@MANY_ROWS
 @pytest.mark.parametrize(("d", "k", "deviation"), [(16_384, 819, 19.19), (1024, 82, 5.51), (256, 20, 2.74)])
 def test_spread_of_the_count(topk, d, k, deviation):
     counts = np.sum(np.asarray(topk(jax.random.normal(jax.random.key(d), (1000, d)), k)) > 0, axis=-1)
@@ -114,6 +118,7 @@ def test_density_of_other_rows(topk, draw, percent, tolerance):
     assert density == pytest.approx(percent, abs=tolerance)
 
 
+@MANY_ROWS
 def test_moments_of_survivors(topk):
     d = SPARK_2B["d"]
     y = np.asarray(topk(jax.random.normal(jax.random.key(0), (400, d)), 0.08 * d), np.float64)

@@ -1,0 +1,123 @@
+"""GPU kernels beside XLA's own forms as NVIDIA's assembler and the memory's bandwidth see them: `python -m
+benchmarks.gpu_kernels`. No GPU is needed, and nothing is measured on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN
+from sparsezoo_jax.compilation.ptx import kernels
+from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
+from sparsezoo_jax.compilation.traffic import hbm_bytes
+from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_ffn, statistical_topk
+from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
+
+NOTES = """
+Bytes are the operands and results of every kernel, for the union those of its experts; what the 50 MB of L2 keep
+between kernels is counted all the same. Occupancy is the share of a multiprocessor's threads that its registers and
+shared memory have room for. Times are bytes / bandwidth of the datasheet: a bound.
+"""
+
+
+class Case(NamedTuple):
+    """One program of the table."""
+
+    name: str
+    function: Callable
+    arguments: list[Any]
+    bytes: int | None = None
+    """What it moves, where its kernels read parts of their operands."""
+
+
+def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def cases() -> list[Case]:
+    """All programs, in order."""
+    d, k = FFN_SCORES["2b"]
+    found = []
+    for implementation in ("xla", "pallas_gpu"):
+
+        def forward(x, implementation=implementation):
+            return statistical_topk(x, k, implementation=implementation)
+
+        def both(x, g, forward=forward):
+            y, pull = jax.vjp(forward, x)
+            return y, pull(g)[0]
+
+        name = f"8192 x {d}, {implementation}"
+        found.append(Case(f"statistical_topk {name}", forward, [_array(8192, d)]))
+        found.append(Case(f"and its gradient {name}", both, [_array(8192, d)] * 2))
+    d, experts, width = BLOCK_FFN["2_8b"]
+    arrays = [_array(*shape) for shape in ((8, d), (8, experts), (d, experts * width), (experts * width, d))]
+    dense = lambda *arrays: block_ffn(*arrays, expert_width=width, implementation="xla")  # noqa: E731
+    found.append(Case(f"block_ffn 8 tokens, all {experts} experts, xla", dense, arrays))
+    for places in (experts, round(0.15 * experts)):
+        for implementation in ("xla", "pallas_gpu"):
+
+            def union(*arrays, implementation=implementation):
+                *arrays, places = arrays
+                return block_ffn_union(*arrays, experts=places, expert_width=width, implementation=implementation)
+
+            # Weights of the union, and the hidden state there and back.
+            moved = None if implementation == "xla" else 2 * places * width * (2 * d + 2 * 8) + 2 * 2 * 8 * d
+            name = f"block_ffn_union 8 tokens, {places} experts, {implementation}"
+            found.append(Case(name, union, [*arrays, _array(places, dtype=jnp.int32)], moved))
+    shapes = ((2048, 2304), (1024, 13_824), (1280, 13_824), (13_824, 2304))
+    for implementation in ("xla", "one_pass"):
+        ffn = lambda *a, name=implementation: spark_ffn(*a, top_k=1106, implementation=name)  # noqa: E731
+        found.append(Case(f"spark_ffn 2048 tokens, 2b, {implementation}", ffn, [_array(*s) for s in shapes]))
+    width_in, count, width_out, _ = MOE_FFN["moex_chess"]
+    grouped = [_array(8192, width_in), _array(count, width_in, width_out), _array(count, dtype=jnp.int32)]
+    found.append(Case(f"ragged_dot 8192 x {width_in}, {count} experts of {width_out}", ragged_matmul, grouped))
+    return found
+
+
+def compile_case(case: Case) -> Any:
+    """The compiled program of a case."""
+    device = open_topology("h100:1x1x1").devices[0]
+    sharding = SingleDeviceSharding(device)
+    with lowering_for(device):
+        arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in case.arguments]
+        return jax.jit(case.function).lower(*arguments).compile()
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="programs whose name contains this")
+    parser.add_argument("--compile-only", type=int, help="compile one program, for the assembler, and end")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    if args.compile_only is not None:
+        compile_case(cases()[args.compile_only])
+        return
+    bandwidth = open_topology("h100:1x1x1").chip.hbm_bandwidth
+    print("| program | MB | ms | kernel | blocks x threads | registers | shared kB | spilled bytes | occupancy |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for index, case in enumerate(cases()):
+        if args.only not in case.name:
+            continue
+        size = case.bytes or hbm_bytes(compile_case(case).as_text())
+        shown = f"{case.name} | {size / 1e6:.1f} | {1e3 * size / bandwidth:.4f}"
+        for kernel in kernels([sys.executable, "-m", "benchmarks.gpu_kernels", "--compile-only", str(index)]):
+            print(
+                f"| {shown} | `{kernel.name}` | {kernel.blocks} x {kernel.threads} | {kernel.registers} | "
+                f"{kernel.shared / 1e3:.1f} | {kernel.spills} | {kernel.occupancy:.2f} |",
+                flush=True,
+            )
+            shown = " | | "
+    print(NOTES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What NVIDIA's assembler says of the kernels of a program compiled for a GPU, taken in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsezoo_jax.errors import UserError
+
+#: Of an H100: 32-bit registers, threads and bytes of shared memory of a multiprocessor. CUDA's tables for compute
+#: capability 9.0; a block takes 1 KiB of shared memory for itself.
+REGISTERS, THREADS, SHARED, BLOCK_SHARED = 65_536, 2048, 233_472, 1024
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as it would be launched."""
+
+    name: str
+    blocks: int
+    """Of the whole grid."""
+    threads: int
+    """Of a block."""
+    registers: int
+    """Of a thread."""
+    shared: int
+    """Bytes of a block."""
+    spills: int
+    """Bytes that a thread stores to and loads from memory for want of registers."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's threads that can be resident at once."""
+        # Registers are handed out to warps in units of 256.
+        per_warp = -(-self.registers * 32 // 256) * 256
+        warps = -(-self.threads // 32)
+        fitting = min(REGISTERS // (per_warp * warps), SHARED // (self.shared + BLOCK_SHARED), THREADS // self.threads)
+        return min(fitting, 32) * self.threads / THREADS
+
+
+def assembler() -> Path:
+    """The program `ptxas`.
+
+    Raises:
+      UserError: the package that has it is not installed.
+    """
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        if (path := Path(folder) / "cuda_nvcc/bin/ptxas").exists():
+            return path
+    raise UserError("registers of GPU kernels need ptxas: pip install nvidia-cuda-nvcc-cu12")
+
+
+def kernels(command: Sequence[str]) -> list[Kernel]:
+    """The kernels of the programs that `command` compiles for a GPU, in the order in which they are launched.
+
+    Raises:
+      UserError: it failed, or there is no `ptxas`.
+    """
+    ptxas = assembler()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}".strip()
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"the compiler ended with status {done.returncode}: {done.stderr.strip()[-200:]}")
+        assembled = ""
+        for path in sorted(Path(folder).glob("*.ptx")):
+            if path.stat().st_size:
+                run = [str(ptxas), "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"]
+                assembled += subprocess.run(run, capture_output=True, text=True, check=True).stderr
+        launches = "".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
+    return summarise(launches, assembled)
+
+
+def summarise(launches: str, assembled: str) -> list[Kernel]:
+    """Join XLA's list of launches with the assembler's report, by kernel."""
+    reports = {}
+    for report in assembled.split("Compiling entry function ")[1:]:
+        name = report.split("'")[1]
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        reports[name] = (int(re.findall(r"Used (\d+) registers", report)[0]), spills)
+    found = []
+    pattern = r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+shared_memory: (\d+) bytes"
+    for name, *numbers in re.findall(pattern, launches):
+        a, b, c, x, y, z, shared = map(int, numbers)
+        registers, spills = reports[name]
+        found.append(Kernel(name, a * b * c, x * y * z, registers, shared, spills))
+    return found
