@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, SPARK_ATTENTION, TPUS
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION, SPARK_FFN, TPUS
 from sparsezoo_jax.compilation.profile import CLOCK_GHZ, profiled, summarise
 from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.models.attention import dense_attention
-from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_attention, spark_ffn, statistical_topk
+from sparsezoo_jax.pallas_kernels.ragged import dense_weight_gradient, megablox_weight_gradient
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu import TILES
 
@@ -149,9 +150,51 @@ def _attention_cases(length: int) -> list[Case]:
     return cases
 
 
+def _ffn_cases(tokens: int) -> list[Case]:
+    d, r, f, k = SPARK_FFN["2b"]
+
+    def arrays(rows: int) -> list[Any]:
+        return [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, d), (r, f), (d - r, f), (f, d))]
+
+    cases = []
+    for implementation in ("xla", "one_pass"):
+
+        def ffn(*arrays, implementation=implementation):
+            return spark_ffn(*arrays, top_k=k, implementation=implementation)
+
+        cases.append(Case(f"spark_ffn {tokens} tokens, {implementation}", ffn, arrays, tokens, tokens))
+    return cases
+
+
+def _grouped_cases() -> list[Case]:
+    """The weights' gradient of a grouped product: that of XLA and that of megablox."""
+    cases = []
+    for name, (d, experts, width, k) in MOE_FFN.items():
+        rows = 8192 // k * k
+
+        def arrays(rows: int, d=d, experts=experts, width=width) -> list[Any]:
+            wide = [jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (d, width)]
+            return [*wide, jax.ShapeDtypeStruct((experts,), jnp.int32)]
+
+        for form in (dense_weight_gradient, megablox_weight_gradient):
+            shown = form.__name__.removesuffix("_weight_gradient")
+            cases.append(
+                Case(f"gradient of {experts} experts {d} x {width}, {name}, {shown}", form, arrays, rows, rows)
+            )
+    return cases
+
+
 def cases() -> list[Case]:
     """All lines of the table, in order."""
-    return [*_topk_cases(8192), *_topk_cases(256), *_block_cases(), *_attention_cases(8192)]
+    return [
+        *_topk_cases(8192),
+        *_topk_cases(256),
+        *_block_cases(),
+        *_ffn_cases(2048),
+        *_ffn_cases(256),
+        *_attention_cases(8192),
+        *_grouped_cases(),
+    ]
 
 
 def compile_case(case: Case, tpu: str, rows: int) -> Any:
@@ -175,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tpu", nargs="*", default=["v5e", "v5p", "v6e", "tpu7x"], choices=list(TPUS))
     parser.add_argument("--only", default="", help="lines that contain this")
+    parser.add_argument("--no-cycles", action="store_true", help="bytes and FLOPs alone, which take seconds a line")
     parser.add_argument("--compile-only", type=int, help="compile one line, for the profile, and end")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache has no costs
@@ -192,14 +236,14 @@ def main() -> None:
                 continue
             program = compile_case(case, tpu, case.rows)
             size, flops = hbm_bytes(program.as_text()), (program.cost_analysis() or {}).get("flops", 0)
-            cycles = _cycles(index, case, tpu)
+            cycles = None if args.no_cycles else _cycles(index, case, tpu)
             clock = CLOCK_GHZ.get(tpu)
             by_cycles = cycles / clock / 1e6 if cycles and clock else None
             times = [by_cycles, 1e3 * size / bandwidth, 1e3 * flops / peak]
             shown = [
                 "?" if time is None else f"{time:.4f}" for time in (*times, max(t for t in times if t is not None))
             ]
-            counted = "failed" if cycles is None else f"{cycles:,.0f}"
+            counted = "?" if cycles is None else f"{cycles:,.0f}"
             print(
                 f"| {case.name} | {counted} | {size / 1e6:.1f} | {flops / 1e9:.2f} | {' | '.join(shown)} |", flush=True
             )

@@ -16,6 +16,11 @@ SPARK_ATTENTION = {
     name: (a.heads, a.kv_heads, a.head_dim, a.r, a.top_k)  # pyright: ignore[reportAttributeAccessIssue]
     for name, a in ((name, preset.model.attention) for name, preset in spark.PRESETS.items())
 }
+#: (model width, predictor's width, neurons, k) of the Spark FFNs by preset.
+SPARK_FFN = {
+    name: (preset.model.d_model, preset.model.ffn.r, preset.model.ffn.d_ff, float(preset.model.ffn.top_k))  # pyright: ignore
+    for name, preset in spark.PRESETS.items()
+}
 #: (model width, experts, neurons of an expert) by BlockFFN preset.
 BLOCK_FFN = {
     name: (preset.model.d_model, preset.model.ffn.experts, preset.model.ffn.expert_width)  # pyright: ignore

@@ -1,6 +1,6 @@
-"""Whether tokens should loop in Python or inside of one program: `python -m benchmarks.token_loop`.
+"""Whether tokens should loop in Python or inside of a program: `python -m benchmarks.token_loop`.
 
-A spark or dense model of the preset's shape with random weights decodes a few tokens a turn: one call of a compiled step
+A spark or dense model of a preset with random weights decodes a few tokens a turn: one call of a compiled step
 a token, or `jax.lax.fori_loop` over the same step in one program. Both get the cache donated and return it.
 """
 

@@ -7,7 +7,17 @@ import re
 from sparsezoo_jax.compilation.hlo import Instruction, parse, shape_bytes
 
 #: Move nothing by themselves, or were counted where they started.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "partition-id")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "copy-done",
+    "slice-done",
+    "after-all",
+    "partition-id",
+)
 _ARRAY = re.compile(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?")
 _ESTIMATE = re.compile(r'"bytes_accessed":"(\d+)"')
 
@@ -30,6 +40,10 @@ def _moved(item: Instruction, instructions: dict[str, Instruction]) -> int:
     if estimate:
         shapes = [item.shape, *operands]
         return max(0, int(estimate[1]) - sum(sum(shape_bytes(shape)) - _in_hbm(shape) for shape in shapes))
+    if item.opcode == "slice-start":
+        # Its result is the whole source, the piece and a semaphore; only the piece is read.
+        piece = _ARRAY.findall(item.shape)[1]
+        return sum(shape_bytes(piece)) + _in_hbm(piece)
     # The result of a copy that starts is its destination, its source again and a semaphore.
     result = _ARRAY.findall(item.shape)[0] if item.opcode == "copy-start" else item.shape
     return _in_hbm(result) + sum(map(_in_hbm, operands))

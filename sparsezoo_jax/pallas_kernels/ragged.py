@@ -43,21 +43,23 @@ def _backward(dtype, residuals, g):
     g = g.astype(x.dtype)
     dx = jax.lax.ragged_dot(g, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=x.dtype)
     if x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
-        return dx, _dense_weight_gradient(x, g, sizes), None
-    grouped = jax.lax.platform_dependent(x, g, sizes, tpu=_megablox_weight_gradient, default=_dense_weight_gradient)
+        return dx, dense_weight_gradient(x, g, sizes), None
+    grouped = jax.lax.platform_dependent(x, g, sizes, tpu=megablox_weight_gradient, default=dense_weight_gradient)
     return dx, grouped, None
 
 
 _ragged_matmul.defvjp(_forward, _backward)
 
 
-def _dense_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+def dense_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The same by `ragged_dot`, which may multiply all rows for each group."""
     rows = (((0,), (0,)), ((), ()))
     numbers = jax.lax.RaggedDotDimensionNumbers(rows, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     return jax.lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=x.dtype)
 
 
-def _megablox_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+def megablox_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+    """`x_e^T g_e` of the rows of each group by megablox, for x [A, I] and g [A, O]; a kernel for TPUs."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # importing it takes a second
 
     side = 1024 if x.dtype == jnp.bfloat16 else 512  # sums and blocks then fit into the 16 MiB of v5e and v5p

@@ -180,6 +180,6 @@ def test_default_is_settled_where_the_program_is_lowered():
 def test_weight_gradient_by_megablox(sizes, width):
     keys = jax.random.split(jax.random.key(1))
     x, g = jax.random.normal(keys[0], (sum(sizes), 10)), jax.random.normal(keys[1], (sum(sizes), width))
-    expected = ragged._dense_weight_gradient(x, g, jnp.array(sizes))
-    found = ragged._megablox_weight_gradient(x, g, jnp.array(sizes), interpret=True)
+    expected = ragged.dense_weight_gradient(x, g, jnp.array(sizes))
+    found = ragged.megablox_weight_gradient(x, g, jnp.array(sizes), interpret=True)
     np.testing.assert_allclose(found, expected, atol=1e-4)  # sums over 700 rows in another order

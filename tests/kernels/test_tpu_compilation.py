@@ -112,7 +112,7 @@ def test_grouped_ffn(compiled):
 @pytest.mark.parametrize("compiled", ["v5e"], indirect=True)  # the smallest VMEM
 def test_weight_gradient_by_megablox(compiled, dtype):
     shapes = [((1000, 1024), dtype), ((1000, 2048), dtype), ((8,), jnp.int32)]
-    assert "tpu_custom_call" in compiled(ragged._megablox_weight_gradient, *shapes)
+    assert "tpu_custom_call" in compiled(ragged.megablox_weight_gradient, *shapes)
 
 
 @pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
