@@ -30,9 +30,10 @@ from benchmarks.decode_layers import Draw
 from sparsezoo_jax import native
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.inference import Formats, Sampling, packed
+from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.ffn import PackedBlockFFN
 from sparsezoo_jax.inference.generation import next_token
-from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity, bytes_per_token, dense_twin
+from sparsezoo_jax.models import Decoder, DecoderConfig, bytes_per_token, dense_twin
 from sparsezoo_jax.models.cache import DecoderCache
 
 #: Tokens that a variant decodes in its turn of a round.
@@ -147,26 +148,7 @@ def variant(config: DecoderConfig, formats: Formats | None, context: int, how: s
         held["cache"], held["stats"] = jax.block_until_ready((cache, made.stats))
 
     turn()
-    return Variant(turn, read_bytes(config, formats, context, held["stats"]))
-
-
-def read_bytes(config: DecoderConfig, formats: Formats | None, context: int, stats: dict[str, Any]) -> float:
-    """Bytes that a token has to read, by the sparsity that was there."""
-    widths = [spec.ffn.d_ff for spec in config.layer_specs()]
-    sparsity = Sparsity(
-        tuple(float(share) * width for share, width in zip(stats["ffn_density"], widths, strict=True)),
-        tuple(map(float, stats["attended_keys"])),
-    )
-    whole = bytes_per_token(config, context, logits=True, sparsity=sparsity)
-    if formats is None or formats == Formats():
-        return whole
-    # What is int8 takes half of the bytes of bfloat16; caches stay.
-    head = 2.0 * config.vocab_size * config.d_model
-    cache = whole - head - bytes_per_token(config, 1, sparsity=sparsity)
-    if formats.weights == "int8":
-        return (whole - cache) / 2 + cache
-    predictor = 2.0 * config.layers * getattr(config.ffn, "r", 0) * config.ffn.d_ff
-    return whole - (head / 2 if formats.head else 0) - (predictor / 2 if formats.predictor else 0)
+    return Variant(turn, bytes_read(config, formats or Formats(), context, held["stats"]))
 
 
 def torch_dense(config: DecoderConfig, context: int) -> Variant:

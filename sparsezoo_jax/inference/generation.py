@@ -227,7 +227,12 @@ class Generation:
         cache, token, longest = step.cache, int(step.tokens[0]), len(self.prompts[0])
         lookup = PromptLookup(self.prompts[0], drafts=self.drafts)
         left, new = self.max_new_tokens, [token]
+        # Two shapes only: one token, or as many as fit.
         programs: dict[int, Any] = {}
+        for length in (1, 1 + self.drafts):
+            chunk = np.zeros((1, length), np.int32)
+            programs[length], seconds = self.engine.program(verified_tokens, cache, chunk, chunk, jnp.int32(end))
+            self.stats.compile_seconds += seconds
         while True:
             if self.stop & set(new):
                 new = new[: min(new.index(token) for token in self.stop & set(new))]
@@ -239,16 +244,11 @@ class Generation:
             for token in new:
                 lookup.push(token)
             proposed = lookup.propose()[: left - 1]
-            # Two shapes only: one token, or as many as fit.
             length = 1 + self.drafts if proposed else 1
             chunk = np.zeros((1, length), np.int32)
             chunk[0, : 1 + len(proposed)] = [lookup.tokens[-1], *proposed]
             real = (np.arange(length) <= len(proposed)).astype(np.int32)[None]
-            arguments = (cache, chunk, real, jnp.int32(end))
-            if length not in programs:
-                programs[length], seconds = self.engine.program(verified_tokens, *arguments)
-                self.stats.compile_seconds += seconds
-            step = programs[length](self.engine.state, *arguments)
+            step = programs[length](self.engine.state, cache, chunk, real, jnp.int32(end))
             said, cache = np.asarray(step.tokens)[0].tolist(), step.cache
             agreed = next((i for i, token in enumerate(proposed) if token != said[i]), len(proposed))
             new = said[: agreed + 1]

@@ -55,6 +55,7 @@ def packed(model: Decoder, formats: Formats | WeightFormat = "model") -> Decoder
             if whole_width:
                 block.attention = _attention(block.attention, formats)
                 block.ffn = _ffn(block.ffn, formats)
+    result.formats = formats
     if result.head is None:
         dtype, form = jnp.dtype(model.config.dtype), formats.head or formats.weights
         rows_VD = result.embedding_VD[...] if result.output_DV is None else result.output_DV[...].T

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,12 +120,34 @@ def bytes_per_token(
 
     Source: Spark Transformer (arXiv 2506.06644), section 2 (columns of K2 and rows of V of active neurons only).
     """
-    numbers = 0.0
-    for spec, active, attended in _layers(config, sparsity):
-        cache = _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
-        numbers += _layer_weights(config, spec, active) + cache
-    numbers += _head_weights(config) if logits else 0
+    reads = reads_per_token(config, context, position=position, sparsity=sparsity)
+    numbers = reads.weights + reads.cache + (reads.head if logits else 0)
     return numbers * jnp.dtype(config.dtype).itemsize
+
+
+class Reads(NamedTuple):
+    """Numbers that decoding one token reads."""
+
+    weights: float
+    """Of the layers."""
+    cache: float
+    head: float
+    """Weights of the output projection."""
+
+
+def reads_per_token(
+    config: DecoderConfig,
+    context: int,
+    *,
+    position: Literal["mean", "last"] = "last",
+    sparsity: Sparsity | None = None,
+) -> Reads:
+    """What `bytes_per_token` counts, part by part and not yet in bytes."""
+    weights, cache = 0.0, 0.0
+    for spec, active, attended in _layers(config, sparsity):
+        cache += _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
+        weights += _layer_weights(config, spec, active)
+    return Reads(weights, cache, _head_weights(config))
 
 
 def activated_parameters(config: DecoderConfig, sparsity: Sparsity | None = None) -> ActivatedCount:

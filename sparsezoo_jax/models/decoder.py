@@ -139,8 +139,9 @@ class Decoder(nnx.Module):
             if config.tie_embeddings
             else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
         )
-        # A layout of the output projection for decoding; see `inference.packing`.
+        # A layout of the output projection for decoding, and number formats; see `inference.packing`.
         self.output_rows: Any = None
+        self.formats: Any = None
         # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
         self.noise = nnx.RngStream(rngs.params(), tag="noise") if getattr(config.ffn, "samples", False) else None
 

@@ -11,7 +11,9 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restored
 from sparsezoo_jax.inference.attention import PackedGQA, PackedSparkAttention
+from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.ffn import PackedBlockFFN, PackedGatedFFN, PackedSparkFFN
+from sparsezoo_jax.models import Sparsity, bytes_per_token
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from tests.models.conftest import CONFIGS, build, forward
 
@@ -155,6 +157,19 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
     plain = text(model)
     assert text(laid_out) == plain
     assert text(laid_out, drafts=4) == plain
+
+
+def test_bytes_follow_the_formats():
+    config = KINDS["spark"]
+    stats = {"ffn_density": np.full(2, 0.1), "attended_keys": np.full(2, 6.0)}
+    # Two heads: r of all visible keys, of which the window leaves 12 in the first layer; the rest of 12.
+    cache = 2 * (4 * 12 + 12 * 12 + 4 * 20 + 12 * 12) * 4
+    whole = bytes_per_token(config, 20, logits=True, sparsity=Sparsity((4.8, 4.8), (6.0, 6.0)))
+    assert bytes_read(config, Formats(), 20, stats) == pytest.approx(whole)
+    predictor, head = 2 * 12 * 48, 61 * 24
+    assert bytes_read(config, Formats("int8"), 20, stats) == pytest.approx((whole - cache) / 4 + cache)
+    small = bytes_read(config, Formats("model", predictor="int8", head="bfloat16"), 20, stats)
+    assert small == pytest.approx(whole - 3 * predictor - 2 * head)
 
 
 def test_unknown_formats():
