@@ -97,7 +97,7 @@ def spark_ffn(draw: Draw, d: int, dense: int, neurons: int, r: int, top_k: int, 
     x = draw(1, d, dtype=draw.tokens)
     gated = [(draw(dense, d), draw(dense, d), draw(dense, d)) for _ in range(layers)]
     spark = [(draw(neurons, r), draw(neurons, 2 * d - r)) for _ in range(layers)]
-    gated_scales = (draw.scale(dense),) * 3
+    gated_scales = (draw.scale(dense), draw.scale(dense), draw.scale(dense))
     spark_scales = (draw.scale(neurons), draw.scale(neurons, 2))
     found = {}
     for form in FORMS:
@@ -125,7 +125,8 @@ def block_ffn(
     dense = 2 * experts * width // 3
     gated = [(draw(dense, d), draw(dense, d), draw(dense, d)) for _ in range(layers)]
     blocks = [(draw(experts, width, d), draw(experts, width, d)) for _ in range(layers)]
-    gated_scales, block_scales = (draw.scale(dense),) * 3, (*(draw.scale(experts, width),) * 2, None)
+    gated_scales = (draw.scale(dense), draw.scale(dense), draw.scale(dense))
+    block_scales = (draw.scale(experts, width), draw.scale(experts, width), None)
     found = {}
     for form in FORMS:
         run = partial(gated_ffn_rows, activation="silu", scales=gated_scales, implementation=form)

@@ -70,7 +70,7 @@ def test_on_another_platform_the_default_is_plain_jax():
 
 def test_a_library_of_a_newer_jaxlib_or_of_other_sources_is_not_used(monkeypatch):
     implementation("native")
-    monkeypatch.setattr(native.jaxlib, "__version__", "0.4.0")
+    monkeypatch.setattr(native.jaxlib.version, "__version__", "0.4.0")
     assert "and this is 0.4.0" in native._Library().missing
     monkeypatch.undo()
     monkeypatch.setattr(native, "fingerprint", lambda: "another")

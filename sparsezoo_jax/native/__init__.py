@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from sparsezoo_jax.errors import SparsezooWarning
@@ -58,8 +58,8 @@ class _Library:
             self.missing = "it was built from other sources than these"
             return
         built_for = library.sparsezoo_built_for().decode()
-        if _version(built_for) > _version(jaxlib.__version__):
-            self.missing = f"it was built for jaxlib {built_for}, and this is {jaxlib.__version__}"
+        if _version(built_for) > _version(jaxlib.version.__version__):
+            self.missing = f"it was built for jaxlib {built_for}, and this is {jaxlib.version.__version__}"
             return
         for name in OPERATIONS:
             handler = jax.ffi.pycapsule(getattr(library, f"sparsezoo_{name}"))

@@ -2,6 +2,8 @@
 // is defined in a header, for the linker would keep one copy of it, which may be of a level that the processor lacks.
 #include "loops.h"
 
+#include <utility>
+
 extern "C" double erf(double);
 
 #define CONCAT_(a, b) a##b
@@ -21,40 +23,62 @@ INLINE void prefetch(const char* ahead, long bytes) {
   for (long b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 2);
 }
 
+template <class F, int... I>
+INLINE void each_of(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0), ..., f(N - 1) with numbers that the compiler knows: gcc keeps an array in registers only if it never meets
+// it in a loop.
+template <int N, class F>
+INLINE void each(F f) {
+  each_of(f, std::make_integer_sequence<int, N>{});
+}
+
+#define UNROLLED(i) [&](auto i) __attribute__((always_inline))
+
 // R rows times M vectors. Two sums for each product whatever R and M, so that all forms round alike.
 template <class W, int R, int M>
 INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
   constexpr int P = kGroup<W>;
   constexpr long kGroupSize = P * kLanes;
-  constexpr long kUnroll = P == 1 ? 2 : 1;  // both sums take part in each turn
-  Floats sum[R * M][2];
-  for (int t = 0; t < R * M; t++) sum[t][0] = sum[t][1] = Floats{};
-  auto add = [&](int r, int u, long i, const Floats (&v)[P]) __attribute__((always_inline)) {
-    for (int p = 0; p < P; p++)
-      for (int j = 0; j < M; j++) sum[j * R + r][(u * P + p) % 2] += v[p] * load(x[j] + i + p * kLanes);
-  };
+  constexpr int kUnroll = P == 1 ? 2 : 1;  // both sums take part in each turn
+  constexpr int kSums = (R * M + 3) / 4 * 4;
+  Floats sum[kSums][2];
+  each<kSums>(UNROLLED(t) { sum[t][0] = sum[t][1] = Floats{}; });
   long i = 0;
   for (; i + kUnroll * kGroupSize <= k; i += kUnroll * kGroupSize)
-    for (int r = 0; r < R; r++) {
+    each<R>(UNROLLED(r) {
       if (ahead) prefetch(ahead + (r * ld + i) * long(sizeof(W)), kUnroll * kGroupSize * long(sizeof(W)));
-      for (int u = 0; u < kUnroll; u++) {
+      each<kUnroll>(UNROLLED(u) {
         Floats v[P];
         load_group(w + r * ld + i + u * kGroupSize, v);
-        add(r, u, i + u * kGroupSize, v);
-      }
-    }
+        each<P>(UNROLLED(p) {
+          constexpr int q = u * P + p;
+          each<M>(UNROLLED(j) { sum[j * R + r][q % 2] += v[p] * load(x[j] + i + q * kLanes); });
+        });
+      });
+    });
   for (; i < k; i += kGroupSize)
-    for (int r = 0; r < R; r++) {
+    each<R>(UNROLLED(r) {
       Floats v[P];
       load_group(w + r * ld + i, k - i < kGroupSize ? k - i : kGroupSize, v);
-      add(r, 0, i, v);
+      each<P>(UNROLLED(p) {
+        each<M>(UNROLLED(j) { sum[j * R + r][p % 2] += v[p] * load(x[j] + i + p * kLanes); });
+      });
+    });
+  each<kSums / 4>(UNROLLED(f) {
+    constexpr int t = 4 * f;
+    Four four = sums_of(sum[t][0] + sum[t][1], sum[t + 1][0] + sum[t + 1][1], sum[t + 2][0] + sum[t + 2][1],
+                        sum[t + 3][0] + sum[t + 3][1]);
+    if constexpr (R == 4) {
+      __builtin_memcpy(out + t / R * ld_out, &four, sizeof(four));
+    } else {
+      each<4>(UNROLLED(s) {
+        if constexpr (t + s < R * M) out[(t + s) / R * ld_out + (t + s) % R] = four[int(s)];
+      });
     }
-  for (int t = 0; t < R * M; t += 4) {
-    Floats total[4];
-    for (int s = 0; s < 4; s++) total[s] = t + s < R * M ? sum[(t + s) % (R * M)][0] + sum[(t + s) % (R * M)][1] : Floats{};
-    Four four = sums_of(total[0], total[1], total[2], total[3]);
-    for (int s = 0; s < 4 && t + s < R * M; s++) out[(t + s) / R * ld_out + (t + s) % R] = four[s];
-  }
+  });
 }
 
 // Rows taken together with M vectors: as many as there are registers for.

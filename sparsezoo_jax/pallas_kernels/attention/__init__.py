@@ -45,17 +45,17 @@ def attention_rows(
     """
     check_cache("attention_rows", q, mask, k=k, v=v)
     check_shapes("attention_rows", {name: (a.shape[-1:], q.shape[-1:]) for name, a in (("k", k), ("v", v))})
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     form = settle_native("attention_rows", implementation, why_not_native(q=q), native_by_default=True)
 
     def xla(q, k, v, mask):
-        scores = softcapped(head_products(scale * q.astype(jnp.float32), k), softcap)
+        scores = softcapped(head_products(factor * q.astype(jnp.float32), k), softcap)
         visible = mask[:, None]
         weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1), 0)
         return head_mixture(weights, v).astype(q.dtype)
 
     def kernel(q, k, v, mask):
-        attributes = {"scale": float(scale), "softcap": float(softcap or 0)}
+        attributes = {"scale": float(factor), "softcap": float(softcap or 0)}
         none = jnp.zeros(0, jnp.float32)
         return native.call("attention", result((q.shape, q.dtype)), q, k, v, mask, none, **attributes)[0]
 

@@ -5,6 +5,8 @@ Shapes: M tokens, D model width, E experts of W neurons.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -72,7 +74,7 @@ def block_ffn_rows(
     form = settle_native("block_ffn_rows", implementation, why_not, native_by_default=few)
 
     def xla(x, scores, up, down, gate, scales):
-        def of_expert(array, expert):
+        def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
             return None if array is None else jax.lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
         def add(total, places, valid):

@@ -69,20 +69,20 @@ def spark_attention_rows(
     check_cache("spark_attention_rows", q, mask, k1=k1, rest=rest)
     check_shapes("spark_attention_rows", {"rest": (rest.shape, (*k1.shape[:3], width - r + width))})
     require(top_k > 0, "spark_attention_rows.top_k", top_k, "must be above 0")
-    predictor_scale = r**-0.5 if predictor_scale is None else predictor_scale
-    value_scale = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
+    predictor_factor = r**-0.5 if predictor_scale is None else predictor_scale
+    value_factor = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
     why_not = 'selection="exact" has no native form' if selection == "exact" else why_not_native(q=q)
     form = settle_native("spark_attention_rows", implementation, why_not, native_by_default=True)
 
     def xla(q, k1, rest, mask):
         wide = q.astype(jnp.float32)
         # Fused with the statistics, XLA for CPU computes the scores several times.
-        products = jax.lax.optimization_barrier(head_products(predictor_scale * wide[..., :r], k1))
+        products = jax.lax.optimization_barrier(head_products(predictor_factor * wide[..., :r], k1))
         scores = softcapped(products, softcap)
         selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
         weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
         attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-        y = _gathered(value_scale * wide[..., r:], weights, selected, rest, softcap_values, weighting)
+        y = _gathered(value_factor * wide[..., r:], weights, selected, rest, softcap_values, weighting)
         return y.astype(q.dtype), attended
 
     def kernel(q, k1, rest, mask):
@@ -92,8 +92,8 @@ def spark_attention_rows(
             *(q, k1, rest, mask, jnp.zeros(0, jnp.float32)),
             top_k=0.0 if selection == "none" else float(top_k),
             ddof=ddof,
-            predictor_scale=float(predictor_scale),
-            value_scale=float(value_scale),
+            predictor_scale=float(predictor_factor),
+            value_scale=float(value_factor),
             softcap=float(softcap or 0),
             softcap_values=float(softcap_values or 0),
             softplus=weighting == "softplus",
