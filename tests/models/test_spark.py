@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.attention import GQAConfig
@@ -92,6 +93,21 @@ def test_selection_controls_train(tokens):
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
         assert (density >= low - 1e-6).all()
         assert (density <= high + 1e-6).all()
+
+
+def test_a_gradient_for_a_tpu_holds_no_array_of_all_pairs():
+    model = preset("spark", "tiny").model
+
+    def lowered(implementation):
+        attention = dataclasses.replace(model.attention, implementation=implementation)
+        config = dataclasses.replace(model, layers=2, attention=attention, scan_layers=True)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+        tokens = jax.ShapeDtypeStruct((2, 640), jnp.int32)
+        grad = jax.grad(lambda s, t, ids: jnp.mean(nnx.merge(graphdef, s)(t, segment_ids=ids).logits))
+        return jax.jit(grad).trace(state, tokens, tokens).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "640x640x" in lowered("xla")
+    assert "640x640x" not in lowered(None)
 
 
 def test_inactive_neurons_still_learn(tokens):

@@ -11,7 +11,7 @@ from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named
 MESHES = {
     "tensor 8, fewer key heads": ({"tensor": 8}, 8, 4),
     "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 4, 2),
-    "data 2, tensor 4, groups cut across": ({"data": 2, "tensor": 4}, 12, 2),
+    "data 2, tensor 4, groups cut across": ({"data": 2, "tensor": 4}, 12, 3),
 }
 
 
