@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
 from sparsezoo_jax.compilation.chips import CHIPS, Chip
 from sparsezoo_jax.errors import ConfigError, UserError
 
@@ -66,6 +62,10 @@ def lowering_for(device: Any) -> Iterator[None]:
     jax 0.12 asks the mesh which GPU Triton kernels are for, and without one the machine's; jax 0.10 takes the device
     from the arguments' shardings, and the mesh of one device changes nothing.
     """
+    import jax  # reads the environment that `prepare_environment` sets
+    import numpy as np
+    from jax.sharding import Mesh
+
     with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
         yield
 

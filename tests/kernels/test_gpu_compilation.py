@@ -1,11 +1,15 @@
 """GPU kernels and what stands in for them, compiled for an H100 at the presets' shapes. No GPU is needed."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.gpu_kernels import cases
 from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN
+from sparsezoo_jax.compilation.ptx import kernels
 from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
 from sparsezoo_jax.pallas_kernels import block_ffn_union, statistical_topk
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
@@ -81,3 +85,14 @@ def test_grouped_ffn():
         function, *[(shape, jnp.bfloat16) for shape in shapes], ((100, k), jnp.int32), ((100, k), jnp.float32)
     )
     assert "ragged_dot" in text
+
+
+@pytest.mark.parametrize("name", ["and its gradient 8192 x 13824", "block_ffn_union 8 tokens, 19 experts"])
+def test_registers_suffice(name):
+    (index,) = (i for i, case in enumerate(cases()) if case.name == f"{name}, pallas_gpu")
+    found = kernels([sys.executable, "-m", "benchmarks.gpu_kernels", "--compile-only", str(index)])
+    ours = [kernel for kernel in found if kernel.name.endswith("_kernel")]
+    assert len(ours) == 2
+    for kernel in ours:
+        assert kernel.spills == 0
+        assert kernel.occupancy >= 0.5
