@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax import native
 from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
 
@@ -42,7 +43,11 @@ class Rows(nnx.Module):
         self.scale = scale
         stored = jnp.dtype({"model": dtype, "int8": jnp.int8}.get(form, form))
         parts = [part.astype(stored) for part in parts]
-        self.rows = Packed(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
+        laid_out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        # Rows of active neurons lie far apart; larger pages save looking their addresses up.
+        if not isinstance(laid_out, jax.core.Tracer) and {device.platform for device in laid_out.devices()} == {"cpu"}:
+            native.advise_huge_pages(laid_out)
+        self.rows = Packed(laid_out)
 
     @property
     def arrays(self) -> tuple[jax.Array, jax.Array | None]:

@@ -30,7 +30,7 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
   Team team = pool.team(std::max(chunks, parts), scanned + bytes);
   team.run(chunks, [&](long i) {
     const long first = i * chunk, n = std::min(chunk, neurons - first);
-    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride());
+    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride(), k1.row(first + 4));
   });
 
   std::vector<float> thresholds(m);

@@ -76,14 +76,17 @@ def spark_attention_rows(
 
     def xla(q, k1, rest, mask):
         wide = q.astype(jnp.float32)
-        # Fused with the statistics, XLA for CPU computes the scores several times.
-        products = jax.lax.optimization_barrier(head_products(predictor_factor * wide[..., :r], k1))
-        scores = softcapped(products, softcap)
+        # Fused with the statistics, XLA for CPU computes the scores several times. The factor comes after the product,
+        # which takes queries in the cache's type: before it, it would be rounded with them.
+        products = jax.lax.optimization_barrier(head_products(wide[..., :r], k1))
+        scores = softcapped(predictor_factor * products, softcap)
         selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
         weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
         attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
         y = _gathered(value_factor * wide[..., r:], weights, selected, rest, softcap_values, weighting)
-        return y.astype(q.dtype), attended
+        # Nothing is selected of scores that are no numbers, which must not look like a query that sees nothing.
+        broken = jnp.any(jnp.isnan(scores) & mask[:, None], axis=-1, keepdims=True)
+        return jnp.where(broken, jnp.nan, y).astype(q.dtype), attended
 
     def kernel(q, k1, rest, mask):
         return native.call(
