@@ -71,12 +71,13 @@ def drawn(config: DecoderConfig) -> Decoder:
     """A decoder of unstacked layers with random weights."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked()))
     draw = Draw(config.param_dtype, huge_pages=False)
+    scale = 0 if config.norm.zero_centered else 1  # of norms
 
     def weight(variable: Any) -> Any:
         value = variable.get_value()
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return variable.replace(jax.random.key(0))
-        scaled = 0.02 * draw(*value.shape) if value.ndim > 1 else jnp.zeros(value.shape)
+        scaled = 0.02 * draw(*value.shape) if value.ndim > 1 else jnp.full(value.shape, scale)
         return variable.replace(scaled.astype(value.dtype))
 
     flat = [(path, weight(variable)) for path, variable in nnx.to_flat_state(state)]
