@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from sparsezoo_jax import native
 from sparsezoo_jax.pallas_kernels.linear import linear
@@ -45,7 +46,7 @@ class Rows(nnx.Module):
         parts = [part.astype(stored) for part in parts]
         laid_out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
         # Rows of active neurons lie far apart; larger pages save looking their addresses up.
-        if not isinstance(laid_out, jax.core.Tracer) and {device.platform for device in laid_out.devices()} == {"cpu"}:
+        if not isinstance(laid_out, Tracer) and {device.platform for device in laid_out.devices()} == {"cpu"}:
             native.advise_huge_pages(laid_out)
         self.rows = Packed(laid_out)
 
