@@ -98,6 +98,9 @@ def main() -> None:
             "train.steps": round(options.steps * variant.steps),
             "train.seed": options.seed,
             "train.schedule.learning-rate": options.rate,
+            # GPT-2's initial weights, as in the paper's models, whatever the tiny preset has.
+            "model.init.kind": "fixed",
+            "model.init.scale": 0.02,
             **variant.flags,
         }
         if variant.init_from is not None:

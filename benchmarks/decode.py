@@ -128,15 +128,12 @@ def variant(config: DecoderConfig, formats: Formats | None, context: int, how: s
     cache = DecoderCache(layers, positions, jnp.int32(context))
     token, one, key = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), jax.random.key(0)
 
-    def truncated(graphdef, state, cache, *arguments):
-        # Every turn begins where the first did: the context stays the same.
-        return next_token(Sampling(temperature=0), graphdef, state, cache, *arguments)
-
     def restart(cache):
+        # Every turn begins where the first did: the context stays the same.
         return cache.truncated(jnp.int32(context))
 
     with form(how):
-        step = jax.jit(partial(truncated, graphdef), donate_argnums=1)
+        step = jax.jit(partial(next_token, Sampling(temperature=0), graphdef), donate_argnums=1)
         step = step.lower(state, cache, token, one, jnp.int32(0), key).compile()
     again = jax.jit(restart, donate_argnums=0).lower(cache).compile()
     held = {"cache": cache, "stats": {}}
