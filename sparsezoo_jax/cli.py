@@ -16,7 +16,7 @@ from rich.table import Table
 from sparsezoo_jax import platforms  # noqa: F401  # before anything imports jax
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
-from sparsezoo_jax.overrides import list_fields, union_kinds, with_kind, with_list
+from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
 
 Command = TypeVar("Command")
 
@@ -79,8 +79,9 @@ def parse_with_preset(
     config = preset(arch or default_arch, value_of(args, "--size") or "tiny")
     for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--")):
         path = flag.removeprefix("--").replace("-", "_")
-        if path.endswith(".kind"):
-            config = with_kind(config, path.removesuffix(".kind"), _needed_value_of(args, flag))
+        part = path.removesuffix(".kind")
+        if part != path and not has_plain_kind(config, part):
+            config = with_kind(config, part, _needed_value_of(args, flag))
         elif path in list_fields(config):
             config = with_list(config, path, _needed_value_of(args, flag))
             args = _without(args, flag)

@@ -33,6 +33,14 @@ def union_kinds(config: Any) -> dict[str, dict[str, Any]]:
     return {path: found for path, found in members.items() if found}
 
 
+def has_plain_kind(config: Any, path: str) -> bool:
+    """Whether the part at `path` is no member of a union and has a field "kind" as any other (`model.init`, say)."""
+    part = config
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return hasattr(part, "kind") and path not in union_kinds(config)
+
+
 def _members(hint: Any) -> dict[str, Any]:
     if get_origin(hint) not in (typing.Union, types.UnionType):
         return {}

@@ -190,3 +190,13 @@ def test_damaged_json():
         from_json(good[:-20])
     with pytest.raises(UserError, match=r"model\.spark.*|ffn.*widht"):
         from_json(good.replace('"d_ff"', '"widht"'))
+
+
+def test_a_kind_that_is_a_plain_field_is_a_flag_as_any_other():
+    from sparsezoo_jax import cli
+    from sparsezoo_jax.config import RunConfig
+
+    args = ["--arch", "moex", "--model.init.kind", "fixed", "--model.init.scale", "0.02"]
+    config = cli.parse_with_preset(RunConfig, args, prog="train", description="")
+    assert (config.model.init.kind, config.model.init.scale) == ("fixed", 0.02)
+    assert cli.parse_with_preset(RunConfig, args[:2], prog="train", description="").model.init.kind == "fan_in"
