@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels import put_slots
+
 
 def _written(kept_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
     """`kept_BKSH` with `new_BTKH` in slots `slot` and following."""
-    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(kept_BKSH.dtype)
-    return jax.lax.dynamic_update_slice(kept_BKSH, new_BKTH, (0, 0, slot, 0))
+    return put_slots(kept_BKSH, new_BTKH.transpose(0, 2, 1, 3), slot, axis=2)
 
 
 class HeadCache(NamedTuple):

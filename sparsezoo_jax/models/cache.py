@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels import put_slots
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, [B, S, K, H] each; slots that were not written yet hold zeros.
@@ -20,11 +22,9 @@ class LayerCache(NamedTuple):
 
     def updated(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array) -> LayerCache:
         """The cache with the keys and values of T new tokens in slots `slot` .. `slot + T - 1`."""
-        start = (0, slot, 0, 0)
-        return LayerCache(
-            jax.lax.dynamic_update_slice(self.k_BSKH, k_BTKH.astype(self.k_BSKH.dtype), start),
-            jax.lax.dynamic_update_slice(self.v_BSKH, v_BTKH.astype(self.v_BSKH.dtype), start),
-        )
+        # Plain JAX, with which this layout belongs; `inference.packed` has caches of its own.
+        pairs = ((self.k_BSKH, k_BTKH), (self.v_BSKH, v_BTKH))
+        return LayerCache(*(put_slots(kept, new, slot, axis=1, implementation="xla") for kept, new in pairs))
 
 
 class DecoderCache(NamedTuple):

@@ -30,6 +30,7 @@ OPERATIONS = (
     "spark_attention",
     "from_blocks",
     "to_blocks",
+    "put_slots",
     "stream",
 )
 
@@ -125,15 +126,22 @@ def advise_huge_pages(array: jax.Array) -> bool:
 
 
 def call(
-    operation: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, **attributes: Any
+    operation: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *arrays: jax.Array,
+    aliases: Mapping[int, int] | None = None,
+    **attributes: Any,
 ) -> tuple[jax.Array, ...]:
     """Call one of `OPERATIONS`, without any check of its arguments; not differentiable.
 
-    Attributes that are floats become float64, integers int64.
+    `aliases` names arrays, by their places, that become results. Attributes that are floats become float64, integers
+    int64.
     """
     assert available()
     typed: Mapping[str, Any] = {name: _attribute(value) for name, value in attributes.items()}
-    found: Any = jax.ffi.ffi_call(f"sparsezoo_{operation}", list(results))(*arrays, **typed)
+    found: Any = jax.ffi.ffi_call(
+        f"sparsezoo_{operation}", list(results), input_output_aliases=None if aliases is None else dict(aliases)
+    )(*arrays, **typed)
     return tuple(found)
 
 

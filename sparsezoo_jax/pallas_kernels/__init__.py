@@ -10,6 +10,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
+from sparsezoo_jax.pallas_kernels.put_slots import put_slots
 from sparsezoo_jax.pallas_kernels.spark_attention import spark_attention
 from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
@@ -24,6 +25,7 @@ __all__ = [
     "from_blocks_rows",
     "gated_ffn_rows",
     "linear",
+    "put_slots",
     "spark_attention",
     "spark_attention_rows",
     "spark_ffn",

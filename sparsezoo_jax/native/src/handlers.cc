@@ -1,4 +1,6 @@
 // The operations as XLA's typed foreign functions. Shapes and types are checked in Python, where errors are readable.
+#include <cstring>
+
 #include "operations.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -103,6 +105,19 @@ ffi::Error OfBlocks(ffi::ThreadPool threads, Array x, Array routed, Array w, Arr
   return ffi::Error::Success();
 }
 
+// `kept` [outer, S, inner] is `y` already, or is copied to it; then the T slots of `added` go to where they belong.
+ffi::Error PutSlots(Array kept, Array added, Array slot, Result y, int64_t outer, int64_t inner) {
+  const long slots = long(kept.element_count()) / (outer * inner), count = long(added.element_count()) / (outer * inner);
+  const long asked = *static_cast<const int*>(slot.untyped_data()), last = slots - count;
+  const long first = asked < 0 ? 0 : asked > last ? last : asked, width = inner * size_of(type_of(kept.element_type()));
+  char* const out = static_cast<char*>(y->untyped_data());
+  if (out != kept.untyped_data()) std::memcpy(out, kept.untyped_data(), kept.size_bytes());
+  for (long i = 0; i < outer; i++)
+    std::memcpy(out + (i * slots + first) * width,
+                static_cast<const char*>(added.untyped_data()) + i * count * width, count * width);
+  return ffi::Error::Success();
+}
+
 // Reads all of an array, and sums it up so that the compiler has to: how fast that can be.
 ffi::Error Stream(ffi::ThreadPool threads, Array data, Result sums) {
   const Pool pool = pool_of(threads);
@@ -192,6 +207,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_attention, SparkAttentionRows,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_from_blocks, OfBlocks<from_blocks>, BIND_BLOCKS);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_to_blocks, OfBlocks<to_blocks>, BIND_BLOCKS);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_put_slots, PutSlots,
+                              ffi::Ffi::Bind()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("outer")
+                                  .Attr<int64_t>("inner"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_stream, Stream, BIND.Arg<Array>().Ret<Array>());
 

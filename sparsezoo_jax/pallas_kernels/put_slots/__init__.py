@@ -1,0 +1,57 @@
+"""Writing new tokens into a key/value cache, in place."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax import native
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.rows import why_not_native
+
+__all__ = ["put_slots"]
+
+
+def put_slots(
+    kept: jax.Array, new: jax.Array, slot: jax.Array | int, *, axis: int, implementation: str | None = None
+) -> jax.Array:
+    """`kept` with `new`, converted to its dtype, in slots `slot` and following of `axis`.
+
+    In place where `kept` is donated, except that XLA for CPU writes the whole of a bfloat16 array to change a part
+    (through float32, four times slower still, if the bits are not moved as integers). The native form writes the new
+    slots alone.
+
+    Args:
+      kept: [..., S, ...].
+      new: the same shape but T <= S slots.
+      slot: int32 scalar, not negative; clipped so that all T slots exist, as `jax.lax.dynamic_update_slice` does.
+      axis: of the slots, counted from the front.
+      implementation: "xla", "native", or None: "native" on a CPU for bfloat16.
+
+    Raises:
+      ConfigError: shapes that don't fit, or an implementation that can't take them.
+    """
+    wanted = (*kept.shape[:axis], new.shape[axis] if new.ndim > axis else 0, *kept.shape[axis + 1 :])
+    require(new.shape == wanted, "put_slots.new", new.shape, f"must be {kept.shape} with as many slots or fewer")
+    require(new.shape[axis] <= kept.shape[axis], "put_slots.new", new.shape, f"must be no longer than {kept.shape}")
+    new, slot = new.astype(kept.dtype), jnp.asarray(slot, jnp.int32)
+    narrow = kept.dtype == jnp.bfloat16
+    form = settle_native("put_slots", implementation, why_not_native(kept=kept, new=new), native_by_default=narrow)
+
+    def xla(kept, new, slot):
+        start = [slot if i == axis else 0 for i in range(kept.ndim)]
+        if not narrow:
+            return jax.lax.dynamic_update_slice(kept, new, start)
+        kept_bits, new_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (kept, new))
+        return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(kept_bits, new_bits, start), kept.dtype)
+
+    def kernel(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        same = [jax.ShapeDtypeStruct(kept.shape, kept.dtype)]
+        outer, inner = math.prod(kept.shape[:axis]), math.prod(kept.shape[axis + 1 :])
+        aliases = {0: 0}
+        return native.call("put_slots", same, kept, new, slot, aliases=aliases, outer=outer, inner=inner)[0]
+
+    return run_native(form, xla, kernel, kept, new, slot)
