@@ -3,6 +3,7 @@
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
 With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
 With --interpret: how well a layer's features can be explained (docs/interpretability.md).
+With --weights, --predictor or --head: also the loss of the model packed in these number formats (docs/decode.md).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
+from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
     from sparsezoo_jax.models import DecoderConfig, Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(WeightFormats):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -67,6 +69,7 @@ def main(args: Sequence[str]) -> None:
     modes = _modes(command)
     for mode in modes:
         require(mode.wanted or not mode.configured, mode.flag, False, f"must be given with {mode.flag}.* flags")
+        require(not (mode.wanted and command.chosen), mode.flag, True, "can't be given with number formats")
     chosen = [mode for mode in modes if mode.wanted]
     for mode in chosen[1:]:
         require(False, mode.flag, True, f"can't be given with {chosen[0].flag}")
@@ -83,6 +86,9 @@ def main(args: Sequence[str]) -> None:
         ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
         ("tokens", f"{figures['tokens']:,}"),
     ]
+    if "packed" in figures:
+        stored = figures["packed"]
+        rows.append((f"loss, {stored['formats']}", f"{stored['loss']:.4f} nats/token ({stored['change']:+.4f})"))
     cli.print_table(f"{command.directory}, {figures['split']} split", ("figure", "value"), rows)
     if "meters" not in figures:
         cli.print_layers(figures)
@@ -116,6 +122,7 @@ def _modes(command: Evaluate) -> tuple[Mode, ...]:
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """The figures by name: loss (nats/token), perplexity, bits_per_byte, tokens, and per-layer statistics.
 
+    With number formats also "packed": "formats", "loss" and its "change".
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
 
     Raises:
@@ -124,6 +131,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     """
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import as_rows, cost_table, evaluate_model, measure
+    from sparsezoo_jax.inference import packed
 
     require(command.batches is None or command.batches > 0, "--batches", command.batches, "must be above 0")
     require(command.batch_size is None or command.batch_size > 0, "--batch-size", command.batch_size, "must be above 0")
@@ -141,7 +149,13 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     batch_size = command.batch_size or config.data.batch_size
     batches = data.evaluation_batches(prepared, batch_size, command.batches)
     result = evaluate_model(model, batches, prepared.num_bytes / prepared.num_targets)
-    figures = {"split": command.split, **result.as_dict()}
+    figures: dict[str, Any] = {"split": command.split, **result.as_dict()}
+    if command.chosen:
+        batches = data.evaluation_batches(prepared, batch_size, command.batches)
+        loss = evaluate_model(packed(model, command.formats), batches).loss
+        names = command.formats._asdict().items()
+        text = ", ".join(f"{name} {form}" for name, form in names if form is not None)
+        figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}
     if not command.meters:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))

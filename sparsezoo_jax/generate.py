@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.weight_formats import WeightFormats
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(WeightFormats):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -42,12 +43,6 @@ class Generate:
     drafts: int = 0
     """Tokens that each step proposes by looking the last ones up in the text, to be checked at once; 0 is off. Needs
     one prompt and temperature 0, whose text it does not change."""
-    weights: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Number format of the weights; model is that of the run's activations. int8 rounds them: the text may change."""
-    predictor: Literal["model", "float32", "bfloat16", "int8"] | None = None
-    """Number format of Spark FFNs' predictors; none is that of --weights."""
-    head: Literal["model", "float32", "bfloat16", "int8"] | None = None
-    """Number format of the output projection; none is that of --weights."""
     stats: bool = False
     """Print on stderr how fast it went, what was read for each token, and how sparse the layers were."""
     step: int | None = None
@@ -58,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     """Print the prompt and stream its continuation."""
     command = cli.parse(Generate, args, prog="generate", description=(__doc__ or "").strip())
     from sparsezoo_jax import run_dir
-    from sparsezoo_jax.inference import Engine, Formats, Sampling, packed
+    from sparsezoo_jax.inference import Engine, Sampling, packed
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
@@ -69,7 +64,7 @@ def main(args: Sequence[str]) -> None:
         vocab = model.config.vocab_size
         require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
     stop = (*command.stop_ids, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
-    model = packed(model, Formats(command.weights, command.predictor, command.head))
+    model = packed(model, command.formats)
     generation = Engine(model).generate(
         [tokenizer.encode_prompt(prompt) for prompt in command.prompt],
         max_new_tokens=command.max_new_tokens,

@@ -142,6 +142,27 @@ def test_evaluate(trained, monkeypatch, capsys):
     assert "attended keys" in table
 
 
+def test_number_formats_of_weights(trained, monkeypatch, capsys):
+    args = [trained, "--json", "--no-meters", "--batches", 2]
+
+    def figures(*formats):
+        assert call(evaluate, [*args, *formats], monkeypatch) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert "packed" not in figures()
+    same = figures("--weights", "float32")["packed"]
+    assert same["formats"] == "weights float32"
+    assert abs(same["change"]) < 1e-4
+    rounded = figures("--weights", "int8")
+    assert rounded["packed"]["loss"] == rounded["loss"] + rounded["packed"]["change"]
+    assert 1e-6 < abs(rounded["packed"]["change"]) < 0.05
+    part = figures("--predictor", "int8", "--head", "bfloat16")["packed"]
+    assert part["formats"] == "weights model, predictor int8, head bfloat16"
+    assert part["change"] != rounded["packed"]["change"]
+    assert call(evaluate, [*args[:2], "--weights", "int8", "--chess"], monkeypatch) == 2
+    assert "can't be given with number formats" in capsys.readouterr().err
+
+
 def test_meters(trained, monkeypatch, capsys):
     args = [trained, "--json", "--batches", 1, "--meter-batches", 1, "--contexts", 64, 128]
     assert call(evaluate, args, monkeypatch) == 0

@@ -24,7 +24,7 @@ class PackedProjections(nnx.Module):
     def __init__(self, source: Projections, form: WeightFormat):
         self.dtype = source.dtype
         maps = [source.q_DNH[...], source.k_DKH[...], source.v_DKH[...]]
-        self.heads = [weight.shape[1] for weight in maps]
+        self.heads = tuple(weight.shape[1] for weight in maps)
         d = maps[0].shape[0]
         self.qkv_rows = Rows(jnp.concatenate([weight.reshape(d, -1).T for weight in maps]), form, source.dtype)
         self.output_rows = Rows(source.o_NHD[...].reshape(-1, d).T, form, source.dtype)

@@ -5,6 +5,8 @@ Shapes: B sequences, N query heads, K key/value heads of G = N/K queries, S keys
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -55,7 +57,7 @@ def attention_rows(
         return head_mixture(weights, v).astype(q.dtype)
 
     def kernel(q, k, v, mask):
-        attributes = {"scale": float(factor), "softcap": float(softcap or 0)}
+        attributes: dict[str, Any] = {"scale": float(factor), "softcap": float(softcap or 0)}
         none = jnp.zeros(0, jnp.float32)
         return native.call("attention", result((q.shape, q.dtype)), q, k, v, mask, none, **attributes)[0]
 
