@@ -64,11 +64,17 @@ class TopKSAE:
     """Dead features that explain the residual in the auxiliary loss. None: half the input's width."""
     aux_weight: float = 1 / 32
     """Weight of that loss."""
+    tied: bool = False
+    """The encoder is the decoder's transpose, without a bias (arXiv 2506.14002, as `gba`), not a matrix of its own."""
+    output_scale: float = 1.0
+    """What codes are multiplied by in the reconstruction. With a tied encoder and far below 1 no feature sees what the
+    others explain, and each turns towards what its own tokens share: a study of which features exist, not a fit."""
     normalisation: Normalisation = "mean"
     """Inputs are divided by the root of their mean square (mean), each by its own norm (token), or left alone."""
 
     def __post_init__(self):
         _check_k(self)
+        require(self.output_scale > 0, "sae.output_scale", self.output_scale, "must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

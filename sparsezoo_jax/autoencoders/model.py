@@ -54,6 +54,8 @@ def initial_parameters(config: SAEConfig, key: jax.Array, x_ND: jax.Array) -> Ar
     params = {"w_dec_FD": w_FD, "b_dec_D": geometric_median(x_ND)}
     if config.kind == "gba":
         return params | {"scale_F": jnp.ones(config.features)}
+    if isinstance(config, TopKSAE) and config.tied:
+        return params
     return params | {"w_enc_DF": w_FD.T, "b_enc_F": jnp.zeros(config.features)}
 
 
@@ -68,10 +70,15 @@ def geometric_median(x_ND: jax.Array, rounds: int = 50) -> jax.Array:
 
 
 def pre_activations(config: SAEConfig, params: Arrays, state: Arrays, x_ND: jax.Array) -> jax.Array:
-    """`(x - b_dec) W_enc + b_enc`, [N, F]; for gba with the decoder's rows and biases that get no gradient."""
+    """`(x - b_dec) W_enc + b_enc`, [N, F]; for gba with the decoder's rows and biases that get no gradient.
+
+    Tied encoders of other kinds have no bias.
+    """
     centred = x_ND - params["b_dec_D"]
     if isinstance(config, GBASAE):
         return centred @ unit_rows(params["w_dec_FD"]).T + jax.lax.stop_gradient(state["bias_F"])
+    if isinstance(config, TopKSAE) and config.tied:
+        return centred @ params["w_dec_FD"].T
     return centred @ params["w_enc_DF"] + params["b_enc_F"]
 
 
@@ -123,6 +130,8 @@ def decoded(config: SAEConfig, params: Arrays, code_NF: jax.Array) -> jax.Array:
     """The reconstruction without the decoder's bias, [N, D]."""
     if isinstance(config, GBASAE):
         return (code_NF * params["scale_F"]) @ unit_rows(params["w_dec_FD"])
+    if isinstance(config, TopKSAE):
+        code_NF = code_NF * config.output_scale
     return code_NF @ params["w_dec_FD"]
 
 

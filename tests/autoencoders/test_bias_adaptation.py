@@ -104,29 +104,34 @@ def test_recovery_of_known_features():
     """Features that fire for 9 % of the samples are found by targets down from there, and by a small enough k.
 
     The set is that of arXiv 2506.14002: 128 features in 42 dimensions, 3 of them in half of the samples and 20 in the
-    others. Coefficients are not published. Three thousand steps are few: the paper's full recovery, and its recovery by
-    k = 20, are not reached in them.
+    others. Coefficients are not published, and neither are the sizes of the dictionaries.
     """
-    n, d, rows = 128, 42, 128
+    n, d = 128, 42
     dictionary = np.random.default_rng(0).normal(size=(n, d))
     dictionary /= np.linalg.norm(dictionary, axis=-1, keepdims=True)
 
-    def samples():
+    def samples(rows, spread):
         rng = np.random.default_rng(1)
         while True:
             sizes = np.where(np.arange(rows) % 2, 20, 3)
             ranks = rng.random((rows, n)).argsort(-1).argsort(-1)
-            yield ((rng.uniform(0.5, 1.5, (rows, n)) * (ranks < sizes[:, None])) @ dictionary).astype(np.float32)
+            coefficients = rng.uniform(1 - spread, 1 + spread, (rows, n)) * (ranks < sizes[:, None])
+            yield (coefficients @ dictionary).astype(np.float32)
 
-    def recovered(config, steps):
-        stream = samples()
+    def recovered(config, steps, rows, spread):
+        stream = samples(rows, spread)
         trainer = Trainer(config, SAETrainConfig(steps=steps, learning_rate=3e-3, batch_size=rows), next(stream))
         trainer.fit(stream)
         cosines = dictionary @ np.asarray(trainer.params["w_dec_FD"]).T
         return (cosines.max(-1) >= 0.9).mean()
 
-    covering = recovered(GBASAE(features=256, highest=0.1, lowest=1e-3, interval=8), 3000)
-    above = recovered(GBASAE(features=256, highest=0.9, lowest=0.3, interval=8), 1000)
+    # Three thousand steps are few: the paper's full recovery by gba is not reached in them.
+    covering = recovered(GBASAE(features=256, highest=0.1, lowest=1e-3, interval=8), 3000, 128, 0.5)
+    above = recovered(GBASAE(features=256, highest=0.9, lowest=0.3, interval=8), 1000, 128, 0.5)
     assert covering > above + 0.5
-    small, large = (recovered(TopKSAE(features=256, k=k, normalisation="token"), 1000) for k in (8, 50))
-    assert small > large + 0.5
+
+    # Of a reconstruction that is fitted, dense dictionaries make less error than the true one in 42 dimensions.
+    apart = {"features": 512, "tied": True, "output_scale": 0.01, "normalisation": "token"}
+    twenty, fifty = (recovered(TopKSAE(k=k, **apart), 800, 256, 0.0) for k in (20, 50))
+    assert twenty > 0.9
+    assert fifty < 0.2

@@ -36,6 +36,7 @@ KINDS = [
     StandardSAE(features=F),
     StandardSAE(features=F, anneal_start=5),
     TopKSAE(features=F, k=4),
+    TopKSAE(features=F, k=4, tied=True),
     BatchTopKSAE(features=F, k=4),
     FeatureChoiceSAE(features=F, k=4),
     FeatureChoiceSAE(features=F, k=4, budget="uniform", aux="dead", mutual_choice=0.0),
@@ -58,7 +59,12 @@ def unexplained(autoencoder, x):
     return error / np.square(x - x.mean(0)).sum()
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda c: f"{c.kind}-{getattr(c, 'budget', '')}")
+def name(config):
+    variant = "tied" if getattr(config, "tied", False) else getattr(config, "budget", "")
+    return f"{config.kind}-{variant}"
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=name)
 def run(request):
     source = batches()
     trainer = Trainer(request.param, TRAIN, next(source))
