@@ -73,6 +73,8 @@ def run(rows_wanted: Sequence[Variant], columns: Columns, runs: Path, descriptio
     parser.add_argument("--runs", type=Path, default=runs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    groups = list(dict.fromkeys(variant.group for variant in rows_wanted if variant.group))
+    parser.add_argument("--groups", nargs="+", choices=groups, default=groups, help="train rows of these alone")
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs only")
     options = parser.parse_args()
     rows: list[tuple[Variant, list[dict[str, Any]]]] = [(variant, []) for variant in rows_wanted]
@@ -80,6 +82,8 @@ def run(rows_wanted: Sequence[Variant], columns: Columns, runs: Path, descriptio
         for index, (variant, found) in enumerate(rows):
             slug = "-".join("".join(c if c.isalnum() else " " for c in f"{variant.group} {variant.name}").split())
             workdir = options.runs / f"{index:02d}-{slug}-seed{seed}-steps{options.steps}"
+            if variant.group and variant.group not in options.groups:
+                continue
             if options.table and not (workdir / "evaluation.json").exists():
                 continue
             flags = {"train.steps": options.steps, "train.seed": seed, "data.seed": seed, **variant.flags}

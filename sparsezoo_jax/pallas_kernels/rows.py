@@ -93,24 +93,34 @@ def combination(h_MN: jax.Array, w_NK: jax.Array, scale_N: jax.Array | None) -> 
 
 
 def sum_over_active(
-    active_N: jax.Array, group: int, total: jax.Array, add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    active_N: jax.Array, group: int, total: jax.Array, add: Callable[..., jax.Array], read: Any
 ) -> jax.Array:
-    """`total` after `add(total, places, valid)` for the true places of `active_N`, `group` of them at a time.
+    """`total` after `add(total, places, valid, read)` for the true places of `active_N`, `group` of them at a time.
 
     The loop has as many turns as there are groups, so that what `add` gathers is read for active places only. The last
-    group repeats its last place where it is not full: `valid` [group] is false there.
+    group repeats its last place where it is not full: `valid` [group] is false there. `read` are the arrays of which
+    `add` takes parts.
     """
     count_N = jnp.cumsum(active_N)
     count = count_N[-1]
 
     def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         turn, total = state
+        turn, parts = fresh(turn, read)
         wanted = turn * group + jnp.arange(group)
         # The i-th true place is where the running count reaches i + 1.
         places = jnp.searchsorted(count_N, jnp.minimum(wanted + 1, count))
-        return turn + 1, add(total, places, wanted < count)
+        return turn + 1, add(total, places, wanted < count, parts)
 
     return jax.lax.while_loop(lambda state: state[0] * group < count, body, (jnp.int32(0), total))[1]
+
+
+def fresh(turn: jax.Array, read: Any) -> tuple[jax.Array, Any]:
+    """The same values, which a compiler must take for others in every turn of a loop.
+
+    XLA for CPU converts bfloat16 to float32 to take parts of it, and would convert all of `read` ahead of the loop.
+    """
+    return jax.lax.optimization_barrier((turn, read))
 
 
 def result(*shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:

@@ -77,9 +77,10 @@ def block_ffn_rows(
         def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
             return None if array is None else jax.lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
-        def add(total, places, valid):
+        def add(total, places, valid, weights):
             (expert,) = places
-            up_e, down_e, gate_e, *factors = (of_expert(a, expert) for a in (up, down, gate, *scales))
+            up_e, down_e, gate_e = (of_expert(a, expert) for a in weights)
+            factors = [of_expert(a, expert) for a in scales]
             hidden = product(x, up_e, factors[0])
             hidden = jax.nn.silu(hidden) if gate is None else jax.nn.silu(product(x, gate_e, factors[2])) * hidden
             # A token without the expert gets nothing of it, whatever the product of its numbers is.
@@ -87,7 +88,7 @@ def block_ffn_rows(
             return total + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1])
 
         active = jnp.any(scores != 0, axis=0)
-        return sum_over_active(active, 1, jnp.zeros((m, d), jnp.float32), add).astype(x.dtype)
+        return sum_over_active(active, 1, jnp.zeros((m, d), jnp.float32), add, (up, down, gate)).astype(x.dtype)
 
     def kernel(x, scores, up, down, gate, scales):
         gates = jnp.zeros(0, up.dtype) if gate is None else gate

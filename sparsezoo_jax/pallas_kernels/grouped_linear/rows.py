@@ -61,14 +61,14 @@ def from_blocks_rows(
     def xla(x, routed, w, scale):
         active = active_blocks(routed, blocks)
 
-        def add(total, places, valid):
+        def add(total, places, valid, w):
             first = places[0] * size
             mine = active[:, places[0], None]
             part = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), 0).astype(jnp.float32)
             return total + combination(part, *_slab(w, scale, first, size))
 
         zeros = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
-        return sum_over_active(jnp.any(active, axis=0), 1, zeros, add).astype(out)
+        return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
     def kernel(x, routed, w, scale):
         return _native("from_blocks", result(((x.shape[0], w.shape[1]), out)), x, routed, w, scale, blocks)
@@ -107,13 +107,13 @@ def to_blocks_rows(
     def xla(x, routed, w, scale):
         active = active_blocks(routed, blocks)
 
-        def add(total, places, valid):
+        def add(total, places, valid, w):
             first = places[0] * size
             part = jnp.where(active[:, places[0], None], product(x, *_slab(w, scale, first, size)), 0)
             return jax.lax.dynamic_update_slice_in_dim(total, part, first, axis=1)
 
         zeros = jnp.zeros((x.shape[0], w.shape[0]), jnp.float32)
-        return sum_over_active(jnp.any(active, axis=0), 1, zeros, add).astype(out)
+        return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
     def kernel(x, routed, w, scale):
         return _native("to_blocks", result(((x.shape[0], w.shape[0]), out)), x, routed, w, scale, blocks)

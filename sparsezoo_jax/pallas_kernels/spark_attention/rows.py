@@ -14,7 +14,7 @@ from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
-from sparsezoo_jax.pallas_kernels.rows import check_shapes, result, why_not_native
+from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, result, why_not_native
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     select_keys,
@@ -124,16 +124,19 @@ def _gathered(
 
     def body(state):
         turn, total_BNH = state
+        turn, rows_RW = fresh(turn, rest_RW)
         wanted = turn * GROUP + jnp.arange(GROUP) + 1
         # Past a query's last key that one is taken again; 0 keys are found at place 0.
         places_BNP = jax.vmap(jax.vmap(jnp.searchsorted))(count_BNS, jnp.minimum(wanted, count_BNS[..., -1:]))
         valid_BNP = wanted <= count_BNS[..., -1:]
-        rows_BNPW = jnp.take(rest_RW, first_row_BN[..., None] + places_BNP, axis=0).astype(jnp.float32)
+        rows_BNPW = jnp.take(rows_RW, first_row_BN[..., None] + places_BNP, axis=0).astype(jnp.float32)
+        # As products of arrays that are there: fused with what follows, the rows are converted for every number made.
+        rows_BNPW = jax.lax.optimization_barrier(rows_BNPW)
         weights_BNP = jnp.where(valid_BNP, jnp.take_along_axis(weights_BNS, places_BNP, axis=-1), 0)
         if weighting == "softplus":
-            values_BNP = jnp.sum(rows_BNPW[..., :part] * q2_BNA[:, :, None], axis=-1)
+            values_BNP = jnp.einsum("bnpa,bna->bnp", rows_BNPW[..., :part], q2_BNA, precision="highest")
             weights_BNP = weights_BNP * softplus(softcapped(values_BNP, softcap_values))
-        mixed_BNH = jnp.sum(weights_BNP[..., None] * rows_BNPW[..., part:], axis=2)
+        mixed_BNH = jnp.einsum("bnp,bnph->bnh", weights_BNP, rows_BNPW[..., part:], precision="highest")
         return turn + 1, total_BNH + mixed_BNH
 
     total_BNH = jnp.zeros((batch, heads, rest_BKSW.shape[-1] - part), jnp.float32)

@@ -76,13 +76,14 @@ def spark_ffn_rows(
         active = gate != 0
         values = x[:, r:]
 
-        def add(total, places, valid):
-            taken = jnp.take(rows, places, axis=0)
+        def add(total, places, valid, rows):
+            # Ahead of the products, which would each convert the rows that they take.
+            taken = jax.lax.optimization_barrier(jnp.take(rows, places, axis=0))
             k2_scale, v_scale = (None, None) if scales[1] is None else (scales[1][places, 0], scales[1][places, 1])
             hidden = jnp.where(valid, gate[:, places], 0) * product(values, taken[:, : d - r], k2_scale)
             return total + combination(hidden, taken[:, d - r :], v_scale)
 
-        y = sum_over_active(jnp.any(active, axis=0), GROUP, jnp.zeros((m, d), jnp.float32), add)
+        y = sum_over_active(jnp.any(active, axis=0), GROUP, jnp.zeros((m, d), jnp.float32), add, rows)
         return y.astype(x.dtype), jnp.sum(active, axis=-1, dtype=jnp.int32)
 
     def kernel(x, k1, rows, scales):
