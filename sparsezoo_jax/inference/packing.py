@@ -61,8 +61,9 @@ def packed(model: Decoder, formats: Formats | WeightFormat = "model") -> Decoder
     result.formats = formats
     dtype, form = jnp.dtype(model.config.dtype), formats.head or formats.weights
     output_VD = result.embedding_VD[...] if result.output_DV is None else result.output_DV[...].T
-    grouped = result.head is not None and result.head.config.grouped
-    rows = RoutedRows(output_VD.T, result.head.config, form, dtype) if grouped else Rows(output_VD, form, dtype)
+    head: Any = result.head
+    grouped = head is not None and head.config.grouped
+    rows = RoutedRows(output_VD.T, head.config, form, dtype) if grouped else Rows(output_VD, form, dtype)
     result.output_rows = nnx.data(rows)
     # Rows of the embedding are only looked up, in the activations' dtype.
     stored = rows.arrays[0]

