@@ -61,13 +61,15 @@ def packed(model: Decoder, formats: Formats | WeightFormat = "model") -> Decoder
     result.formats = formats
     dtype, form = jnp.dtype(model.config.dtype), formats.head or formats.weights
     output_VD = result.embedding_VD[...] if result.output_DV is None else result.output_DV[...].T
-    head: Any = result.head
-    grouped = head is not None and head.config.grouped
-    rows = RoutedRows(output_VD.T, head.config, form, dtype) if grouped else Rows(output_VD, form, dtype)
+    head = result.head
+    if head is not None and head.config.grouped:
+        rows = RoutedRows(output_VD.T, head.config, form, dtype)
+    else:
+        rows = Rows(output_VD, form, dtype)
     result.output_rows = nnx.data(rows)
     # Rows of the embedding are only looked up, in the activations' dtype.
     stored = rows.arrays[0]
-    shared = result.output_DV is None and stored.dtype == dtype and not grouped
+    shared = result.output_DV is None and stored.dtype == dtype and not isinstance(rows, RoutedRows)
     table = stored if shared else result.embedding_VD[...].astype(dtype)
     result.embedding_VD = nnx.Param(table, axes=("vocab", "embed"))
     result.output_DV = None
