@@ -7,6 +7,8 @@ are medians over the rounds. Ratios are against the native dense model of the sa
 ratio of the bytes that both have to read. `read` is the bandwidth that a variant's bytes make of its time; `stream`
 that of reading one large array.
 
+`--figure FILE.svg` draws milliseconds a token, native, by number format and context.
+
 `--forms xla` adds plain JAX, the models packed and as trained; `--torch` the same dense shapes in PyTorch, if there.
 """
 
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,12 +29,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.bars import Group, bar_figure
 from benchmarks.decode_layers import Draw
 from sparsezoo_jax import native
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.inference import Formats, Sampling, packed
 from sparsezoo_jax.inference.cost import bytes_read
-from sparsezoo_jax.inference.ffn import PackedBlockFFN
 from sparsezoo_jax.inference.generation import next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig, bytes_per_token, dense_twin
 from sparsezoo_jax.models.cache import DecoderCache
@@ -89,15 +92,14 @@ def keep_largest(model: Decoder) -> None:
     for period in model.segments:
         for block in period.blocks:
             ffn: Any = block.ffn
-            router = ffn.router if isinstance(ffn, PackedBlockFFN) else ffn
-            kept, route = round(router.config.expected_density * router.config.experts), router.router_DE
+            kept, route = round(ffn.config.expected_density * ffn.config.experts), ffn.router_DE
 
             def largest(x_BTD: jax.Array, route=route, kept=kept) -> tuple[jax.Array, jax.Array, jax.Array]:
                 logits = x_BTD.astype(jnp.float32) @ route[...].astype(jnp.float32)
                 scores = jnp.where(logits >= jax.lax.top_k(logits, kept)[0][..., -1:], 1 + jnp.abs(logits), 0)
                 return logits, scores, scores
 
-            object.__setattr__(router, "route", largest)
+            object.__setattr__(ffn, "route", largest)
 
 
 @contextmanager
@@ -146,7 +148,7 @@ def variant(config: DecoderConfig, formats: Formats | None, context: int, how: s
         held["cache"], held["stats"] = jax.block_until_ready((cache, made.stats))
 
     turn()
-    return Variant(turn, bytes_read(config, formats or Formats(), context, held["stats"]))
+    return Variant(turn, bytes_read(model, context, held["stats"]))
 
 
 def torch_dense(config: DecoderConfig, context: int) -> Variant:
@@ -210,14 +212,18 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=["native", "xla"], default=["native"])
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--figure", type=Path, help="SVG file to draw")
     options = parser.parse_args()
-    for context in options.contexts:
-        for formats in options.formats:
-            print_table(options, context, formats)
+    cases = [(context, formats) for context in options.contexts for formats in options.formats]
+    groups = []
+    for context, formats in cases:
+        groups.append(print_table(options, context, formats))
+        if options.figure is not None:
+            options.figure.write_text(bar_figure(f"Decoding, {options.model}", options.model, groups))
 
 
-def print_table(options: argparse.Namespace, context: int, formats: str) -> None:
-    """Measure all variants of one context and number format, taking turns."""
+def print_table(options: argparse.Namespace, context: int, formats: str) -> Group:
+    """Measure all variants of one context and number format, taking turns; what the figure shows of them."""
     dtype, form_of = FORMATS[formats]
     sparse, dense = configs(options.model, options.vocab, options.layers, dtype)
     variants: dict[str, Variant] = {}
@@ -255,6 +261,9 @@ def print_table(options: argparse.Namespace, context: int, formats: str) -> None
             f"| {variants[baseline].bytes / made.bytes:.2f} |",
             flush=True,
         )
+    dense_ms, sparse_ms = (1e3 * statistics.median(times[name]) for name in list(variants)[:2])
+    limit = dense_ms * variants[list(variants)[1]].bytes / variants[baseline].bytes
+    return Group(f"{formats}, {context:,}", dense_ms, sparse_ms, limit)
 
 
 DTYPES_AS_TRAINED = ("float32", "bfloat16")

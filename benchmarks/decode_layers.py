@@ -4,6 +4,8 @@ Random weights. Each variant runs through enough layers that no cache holds what
 rounds; medians. Ratios are against the native dense layer of the same precision and equal parameters, and their limit
 is the ratio of the bytes that both have to read. `stream` reads one large array and does nothing with it, before and
 after each round: rounds in which it was slow, for another process ran, are left out.
+
+`chunk --run DIR` takes the experts that tokens choose from a trained run on its validation text instead of at random.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.run_text import chunk_sparsity, expert_choices, validation_text
 from benchmarks.timing import interleaved
 from sparsezoo_jax import native
 from sparsezoo_jax.pallas_kernels import (
@@ -110,18 +114,29 @@ def spark_ffn(draw: Draw, d: int, dense: int, neurons: int, r: int, top_k: int, 
     return found
 
 
+def random_choices(rng: np.random.Generator, experts: int, density: float, tokens: int, pool: float) -> np.ndarray:
+    """Experts of each token, of a share `pool` of all that changes from chunk to chunk: booleans [8, tokens, E]."""
+    choices = np.zeros((8, tokens, experts), bool)
+    for chunk in choices:
+        candidates = rng.permutation(experts)[: max(1, round(pool * experts))]
+        for row in chunk:
+            row[rng.choice(candidates, round(density * experts), replace=False)] = True
+    return choices
+
+
 def block_ffn(
     draw: Draw, d: int, experts: int, width: int, density: float, tokens: int, pool: float, layers: int
 ) -> dict[str, Variant]:
     """BlockFFN against a gated layer of equal parameters; each token draws its experts from a share `pool` of all."""
-    inputs, read = [], []
-    for _ in range(8):
-        scores = np.zeros((tokens, experts), np.float32)
-        candidates = draw.rng.permutation(experts)[: max(1, round(pool * experts))]
-        for row in scores:
-            row[draw.rng.choice(candidates, round(density * experts), replace=False)] = 1.0
-        inputs.append((draw(tokens, d, dtype=draw.tokens), jnp.asarray(scores, draw.tokens)))
-        read.append(np.count_nonzero(scores.any(axis=0)))
+    return chosen_experts(draw, d, width, random_choices(draw.rng, experts, density, tokens, pool), layers)
+
+
+def chosen_experts(draw: Draw, d: int, width: int, choices: np.ndarray, layers: int) -> dict[str, Variant]:
+    """BlockFFN against a gated layer of equal parameters, for the experts [chunks, tokens, E] that tokens take."""
+    _, tokens, experts = choices.shape
+    inputs = [(draw(tokens, d, dtype=draw.tokens), jnp.asarray(chosen, draw.tokens)) for chosen in choices]
+    read = choices.any(axis=1).sum(axis=-1)
+    print(f"\nCLS_{tokens} {chunk_sparsity(choices):.3f}, {choices.mean():.3f} of the experts active for a token")
     dense = 2 * experts * width // 3
     gated = [(draw(dense, d), draw(dense, d), draw(dense, d)) for _ in range(layers)]
     blocks = [(draw(experts, width, d), draw(experts, width, d)) for _ in range(layers)]
@@ -157,6 +172,12 @@ def attention(draw: Draw, heads: int, kv_heads: int, width: int, r: int, keys: i
         read = (kv_heads * keys * r + heads * top_k * (2 * width - r)) * draw.bytes
         found[f"spark, {form}"] = Variant(through(spark_layer, split, [(q, mask)]), layers, read)
     return found
+
+
+def chunk_of_run(draw: Draw, choices: np.ndarray) -> dict[str, Variant]:
+    """The layer of `chunk`, cut into as many experts as a run has, of which tokens take the run's choices."""
+    chosen = draw.rng.choice(choices, 64, replace=False)
+    return chosen_experts(draw, 1536, 48 * 64 // chosen.shape[-1], chosen, layers=24)
 
 
 TABLES: dict[str, Callable[[Draw], dict[str, Variant]]] = {
@@ -217,9 +238,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["bfloat16", "float32", "int8"])
     parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="implementations")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--run", type=Path, help="run directory whose choices of experts the table chunk takes")
     parser.add_argument("--huge-pages", action="store_true", help="ask for huge pages, for all variants alike")
     options = parser.parse_args()
     print(f"{jax.local_device_count()} device, native level {native.level()}, {options.rounds} rounds")
+    if options.run is not None:
+        choices = expert_choices(*validation_text(options.run, 16), chunk=8)
+        TABLES["chunk"] = lambda draw: chunk_of_run(draw, choices)
+        TITLES["chunk"] = f"BlockFFN, width 1536: {choices.shape[-1]} experts, 8 tokens as in {options.run.name}"
     for name in options.tables or TABLES:
         for dtype in options.dtypes:
             if name.startswith("attention") and dtype == "int8":

@@ -2,7 +2,7 @@
 
 from sparsezoo_jax.inference.cost import read_per_token
 from sparsezoo_jax.inference.generation import Engine, Generation, GenerationStats, generate_tokens
-from sparsezoo_jax.inference.packing import Formats, packed, restored
+from sparsezoo_jax.inference.packing import Formats, packed, restore
 from sparsezoo_jax.inference.prompt_lookup import PromptLookup
 from sparsezoo_jax.inference.sampling import Sampling, sample
 
@@ -16,6 +16,6 @@ __all__ = [
     "generate_tokens",
     "packed",
     "read_per_token",
-    "restored",
+    "restore",
     "sample",
 ]

@@ -1,4 +1,4 @@
-"""Attention laid out for decoding: one matrix for query, key and value, and caches by head."""
+"""Attention laid out for decoding: one matrix for all maps from the stream, and caches by head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsezoo_jax.inference.caches import HeadCache, SplitCache
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat
+from sparsezoo_jax.inference.caches import HeadCache, LatentCache, SplitCache
+from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
 from sparsezoo_jax.models.attention import GQA, Projections
+from sparsezoo_jax.models.mla import MLA
 from sparsezoo_jax.models.spark import SparkAttention
 from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.attention import attention_rows
@@ -19,15 +20,16 @@ from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_ro
 
 
 class PackedProjections(nnx.Module):
-    """`Projections` with query, key and value maps as one matrix, for sublayers that see the whole stream."""
+    """`Projections` with query, key and value maps as one matrix; `active` as in `StreamMap`."""
 
-    def __init__(self, source: Projections, form: WeightFormat):
+    def __init__(self, source: Projections, form: WeightFormat, active: float | None = None):
         self.dtype = source.dtype
         maps = [source.q_DNH[...], source.k_DKH[...], source.v_DKH[...]]
         self.heads = tuple(weight.shape[1] for weight in maps)
         d = maps[0].shape[0]
-        self.qkv_rows = Rows(jnp.concatenate([weight.reshape(d, -1).T for weight in maps]), form, source.dtype)
-        self.output_rows = Rows(source.o_NHD[...].reshape(-1, d).T, form, source.dtype)
+        qkv_DO = jnp.concatenate([weight.reshape(d, -1) for weight in maps], axis=-1)
+        self.qkv_map = InputMap(qkv_DO, active, form, source.dtype)
+        self.output_map = OutputMap(source.o_NHD[...].reshape(-1, d), active, form, source.dtype)
         self.q_bias, self.k_bias, self.v_bias = source.q_bias, source.k_bias, source.v_bias
         self.o_bias, self.q_norm, self.k_norm = source.o_bias, source.q_norm, source.k_norm
 
@@ -35,14 +37,21 @@ class PackedProjections(nnx.Module):
         """Put the weights back into `source`."""
         weights = [source.q_DNH, source.k_DKH, source.v_DKH]
         sizes = [weight.shape[1] * weight.shape[2] for weight in weights]
-        rows = jnp.split(self.qkv_rows.restored(), [sizes[0], sizes[0] + sizes[1]])
-        for weight, part in zip(weights, rows, strict=True):
-            weight[...] = part.T.reshape(weight.shape)
-        source.o_NHD[...] = self.output_rows.restored().T.reshape(source.o_NHD.shape)
+        parts = jnp.split(self.qkv_map.restored(), [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        for weight, part in zip(weights, parts, strict=True):
+            put(weight, part)
+        put(source.o_NHD, self.output_map.restored())
+
+    @property
+    def bytes_read(self) -> float:
+        """Of weights, for one token."""
+        biases = (self.q_bias, self.k_bias, self.v_bias, self.o_bias)
+        added = sum(bias[...].nbytes for bias in biases if bias is not None)
+        return self.qkv_map.bytes_read + self.output_map.bytes_read + added
 
     def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
-        all_BTAH = self.qkv_rows.product(x_BTD).reshape(*x_BTD.shape[:2], sum(self.heads), -1)
+        all_BTAH = self.qkv_map(x_BTD, stream).reshape(*x_BTD.shape[:2], sum(self.heads), -1)
         n, k, _ = self.heads
         parts = [all_BTAH[:, :, :n], all_BTAH[:, :, n : n + k], all_BTAH[:, :, n + k :]]
         biases = (self.q_bias, self.k_bias, self.v_bias)
@@ -54,16 +63,25 @@ class PackedProjections(nnx.Module):
 
     def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        y = self.output_rows.product(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+        y = self.output_map(y_BTNH.reshape(*y_BTNH.shape[:2], -1), stream)
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 
 class PackedGQA(GQA):
     """`GQA` over a cache by head; one token a sequence reads visible keys only, and each once."""
 
-    def __init__(self, source: GQA, form: WeightFormat):
+    def __init__(self, source: GQA, form: WeightFormat, active: float | None = None):
         self.config, self.layer_type = source.config, source.layer_type
-        self.projections: Any = PackedProjections(source.projections, form)
+        self.projections: Any = PackedProjections(source.projections, form, active)
+
+    def restore(self, source: GQA) -> None:
+        """Put the weights back into `source`."""
+        self.projections.restore(source.projections)
+
+    @property
+    def bytes_read(self) -> float:
+        """Of weights, for one token."""
+        return self.projections.bytes_read
 
     def empty_cache(self, batch: int, length: int) -> HeadCache:
         """A cache of `length` slots."""
@@ -88,6 +106,15 @@ class PackedSparkAttention(SparkAttention):
         self.config, self.layer_type = source.config, source.layer_type
         self.projections: Any = PackedProjections(source.projections, form)
 
+    def restore(self, source: SparkAttention) -> None:
+        """Put the weights back into `source`."""
+        self.projections.restore(source.projections)
+
+    @property
+    def bytes_read(self) -> float:
+        """Of weights, for one token."""
+        return self.projections.bytes_read
+
     def empty_cache(self, batch: int, length: int) -> SplitCache:
         """A cache of `length` slots."""
         config = self.config
@@ -102,3 +129,85 @@ class PackedSparkAttention(SparkAttention):
         form = {name: value for name, value in self.form.items() if name != "r"}
         y_BNH, attended_BN = spark_attention_rows(q[:, 0], *cache, visible.mask[:, 0], **form)
         return y_BNH[:, None], attended_BN[:, None]
+
+
+class PackedMLA(MLA):
+    """`MLA` with both maps down as one matrix, and latents and rotated keys in one cache.
+
+    The map from the latent lies by head, its part for keys by latents and its part for values by values, for decoding
+    multiplies queries by the one and mixed latents by the other.
+    """
+
+    def __init__(self, source: MLA, form: WeightFormat):
+        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
+        self.q_a_norm, self.kv_a_norm = source.q_a_norm, source.kv_a_norm
+
+        def rows(weight_NK: jax.Array) -> Rows:
+            return Rows(weight_NK, form, source.dtype)
+
+        nope, kv_b_CNH = self.config.qk_nope_head_dim, source.kv_b_CNH[...]
+        self.down = rows(jnp.concatenate([source.q_a_DR[...], source.kv_a_DC[...]], axis=-1).T)
+        self.q_up = rows(source.q_b_RNH[...].reshape(self.config.q_lora_rank, -1).T)
+        # An array for each head: cutting one out of a stack would copy it.
+        heads = range(self.config.heads)
+        self.key_up = nnx.List([rows(kv_b_CNH[:, head, :nope]) for head in heads])
+        self.value_up = nnx.List([rows(kv_b_CNH[:, head, nope:].T) for head in heads])
+        self.output_rows = rows(source.o_NHD[...].reshape(-1, source.o_NHD.shape[-1]).T)
+
+    def restore(self, source: MLA) -> None:
+        """Put the weights back into `source`."""
+        down_DC = self.down.restored().T
+        put(source.q_a_DR, down_DC[:, : self.config.q_lora_rank])
+        put(source.kv_a_DC, down_DC[:, self.config.q_lora_rank :])
+        put(source.q_b_RNH, self.q_up.restored().T)
+        put(source.kv_b_CNH, self.kv_up_weight())
+        put(source.o_NHD, self.output_rows.restored().T)
+
+    @property
+    def bytes_read(self) -> float:
+        """Of weights, for one token."""
+        return sum(rows.nbytes for rows in (self.down, self.q_up, *self.key_up, *self.value_up, self.output_rows))
+
+    def empty_cache(self, batch: int, length: int) -> LatentCache:
+        """A cache of `length` slots."""
+        return LatentCache.empty(batch, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.dtype)
+
+    def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
+        down_BTC, r = self.down.product(x_BTD), self.config.q_lora_rank
+        q_BTF = self.q_up.product(self.q_a_norm(down_BTC[..., :r]))
+        return q_BTF.reshape(*q_BTF.shape[:2], self.config.heads, -1), down_BTC[..., r:]
+
+    def kv_up_weight(self) -> jax.Array:
+        """The map from the latent to all heads' keys and values, [C, N, H] in the activations' dtype."""
+        keys_CNH = jnp.stack([rows.restored() for rows in self.key_up], axis=1)
+        values_CNH = jnp.stack([rows.restored().T for rows in self.value_up], axis=1)
+        return jnp.concatenate([keys_CNH, values_CNH], axis=-1)
+
+    def to_latent(self, q_BTNH: jax.Array) -> jax.Array:
+        """Queries of keys without position as queries of latents, [B, T, N, C]."""
+        if few_tokens(q_BTNH[:, :, 0]) is None:
+            return super().to_latent(q_BTNH)
+        return jnp.stack([rows.product(q_BTNH[:, :, head]) for head, rows in enumerate(self.key_up)], axis=2)
+
+    def from_latent(self, mixed_BTNC: jax.Array) -> jax.Array:
+        """Mixed latents as mixed values, [B, T, N, H]."""
+        if few_tokens(mixed_BTNC[:, :, 0]) is None:
+            return super().from_latent(mixed_BTNC)
+        return jnp.stack([rows.product(mixed_BTNC[:, :, head]) for head, rows in enumerate(self.value_up)], axis=2)
+
+    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, mask_BTS: jax.Array, scale: float) -> jax.Array:
+        """The mixed latents [B, T, N, C] of queries of latent and rotated key."""
+        width = self.config.kv_lora_rank
+        if not isinstance(cache, LatentCache):
+            return super().mixed_latents(q_BTNC, cache, mask_BTS, scale)
+        if q_BTNC.shape[1] > 1:
+            return super().mixed_latents(q_BTNC, cache.split(width), mask_BTS, scale)
+        # A row is key and value at once: its latent part is mixed, and so is the rest, which is small and cut off.
+        rows_B1SC = cache.row_B1SC
+        mixed_BNC = attention_rows(q_BTNC[:, 0], rows_B1SC, rows_B1SC, mask_BTS[:, 0], scale=scale)
+        return mixed_BNC[:, None, :, :width]
+
+    def output(self, y_BTNH: jax.Array) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return self.output_rows.product(y_BTNH.reshape(*y_BTNH.shape[:2], -1))

@@ -39,6 +39,26 @@ class HeadCache(NamedTuple):
         return self.k_BKSH.transpose(0, 2, 1, 3), self.v_BKSH.transpose(0, 2, 1, 3)
 
 
+class LatentCache(NamedTuple):
+    """Latent attention's: the latent of a token and its rotated key as one row, [B, 1, S, C + P]."""
+
+    row_B1SC: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, length: int, width: int, dtype: jnp.dtype) -> LatentCache:
+        """A cache of `length` slots."""
+        return cls(jnp.zeros((batch, 1, length, width), dtype))
+
+    def updated(self, latent_BT1C: jax.Array, k_rope_BT1P: jax.Array, slot: jax.Array) -> LatentCache:
+        """The cache with the latents and keys of T new tokens in slots `slot` .. `slot + T - 1`."""
+        return LatentCache(_written(self.row_B1SC, jnp.concatenate([latent_BT1C, k_rope_BT1P], axis=-1), slot))
+
+    def split(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Latents [B, S, 1, C] of a width C, and rotated keys [B, S, 1, P]."""
+        row_BS1C = self.row_B1SC.transpose(0, 2, 1, 3)
+        return row_BS1C[..., :width], row_BS1C[..., width:]
+
+
 class SplitCache(NamedTuple):
     """Spark attention's: the predictor's part of the keys by itself, for all of it is read; the rest row by row."""
 

@@ -5,42 +5,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from sparsezoo_jax.inference.generation import GenerationStats
-from sparsezoo_jax.inference.packing import Formats
-from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity
+from sparsezoo_jax.models import Decoder, Sparsity
 from sparsezoo_jax.models.accounting import reads_per_token
 
 
 def read_per_token(model: Decoder, stats: GenerationStats) -> float:
     """Bytes of weights and cache that one token of a generation needed, by the sparsity that it had.
 
-    The output projection is counted; rows of a batch are counted as if each were alone. Factors of int8 rows are not.
-    Needs a generation of more than one token.
+    The output projection is counted; rows of a batch are counted as if each were alone. Needs a generation of more than
+    one token.
     """
-    formats = getattr(model, "formats", None) or Formats()
-    return bytes_read(model.config, formats, round(np.mean(stats.contexts)), stats.layer_means())
+    return bytes_read(model, round(np.mean(stats.contexts)), stats.layer_means())
 
 
-def bytes_read(config: DecoderConfig, formats: Formats, context: int, stats: Mapping[str, Any]) -> float:
-    """Bytes that the token which sees `context` tokens reads, of a model in `formats` with these layer statistics."""
-    widths = [spec.ffn.d_ff for spec in config.layer_specs()]
+def bytes_read(model: Decoder, context: int, stats: Mapping[str, Any]) -> float:
+    """Bytes that the token which sees `context` tokens reads, with these layer statistics.
+
+    Of a packed model: what its modules hold, factors of int8 rows and routers included. As trained, the numbers that
+    `bytes_per_token` counts. Norms, the embedding's row and activations are counted in neither.
+    """
+    config, specs = model.config, model.config.layer_specs()
     density, attended = (np.asarray(stats[name], np.float64) for name in ("ffn_density", "attended_keys"))
     sparsity = Sparsity(
-        tuple(None if np.isnan(share) else float(share) * width for share, width in zip(density, widths, strict=True)),
+        tuple(None if np.isnan(share) else share * spec.ffn.d_ff for share, spec in zip(density, specs, strict=True)),
         tuple(None if np.isnan(keys) else float(keys) for keys in attended),
     )
-    reads = reads_per_token(config, context, sparsity=sparsity)
-    predictor = sum(getattr(spec.ffn, "r", 0) * spec.ffn.d_ff for spec in config.layer_specs())
+    reads, size = reads_per_token(config, context, sparsity=sparsity), jnp.dtype(config.dtype).itemsize
+    if model.formats is None:
+        return (reads.weights + reads.head + reads.cache) * size
+    total = reads.cache * size + _connection(model.head)
+    total += getattr(model.output_rows, "bytes_read", model.output_rows.nbytes)
+    blocks: list[Any] = [block for period in model.segments for block in period.blocks]
+    for block, share, active, spec in zip(blocks, density, sparsity.active_neurons, specs, strict=True):
+        packed = hasattr(block.ffn, "bytes_read")
+        total += block.ffn.bytes_read(share) if packed else spec.ffn.weights(config.d_model, active) * size
+        total += block.attention.bytes_read
+        total += _connection(block.attention_residual) + _connection(block.ffn_residual)
+    return total
 
-    def size(form: str) -> int:
-        return jnp.dtype(config.dtype if form == "model" else form).itemsize
 
-    return (
-        (reads.weights - predictor) * size(formats.weights)
-        + predictor * size(formats.predictor or formats.weights)
-        + reads.head * size(formats.head or formats.weights)
-        + reads.cache * size("model")
-    )
+def _connection(module: Any) -> int:
+    """Bytes of the routers and the fusion of a residual connection or a routed head: all are read."""
+    parts = [getattr(module, name, None) for name in ("router", "output_router", "fusion")]
+    kept = [nnx.state(part, nnx.Param) for part in parts if part is not None]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))

@@ -1,7 +1,6 @@
 """Feed-forward networks laid out for decoding: neurons by rows.
 
-A few tokens read the weights of active neurons or experts only; a prompt goes through the training form on the same
-weights, without losses.
+A few tokens read the weights of active neurons only; a prompt goes through the training form on the same weights.
 """
 
 from __future__ import annotations
@@ -10,24 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat
-from sparsezoo_jax.models.blockffn import BlockFFN
-from sparsezoo_jax.models.chunks import activation_stats
+from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
-from sparsezoo_jax.models.ffn import GatedFFN
+from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
 from sparsezoo_jax.models.spark import SparkFFN
-from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
-from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
+from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
-from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
-
-
-def tokens_of(x_BTD: jax.Array) -> jax.Array | None:
-    """The tokens as rows [M, D], or None where they are too many for the forms that read active weights only."""
-    rows = x_BTD.reshape(-1, x_BTD.shape[-1])
-    return rows if len(rows) <= MOST_ROWS else None
 
 
 class PackedGatedFFN(nnx.Module):
@@ -48,17 +37,88 @@ class PackedGatedFFN(nnx.Module):
 
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
-        source.gate_DF[...], source.up_DF[...] = self.gate.restored().T, self.up.restored().T
-        source.down_FD[...] = self.down.restored()
+        put(source.gate_DF, self.gate.restored().T)
+        put(source.up_DF, self.up.restored().T)
+        put(source.down_FD, self.down.restored())
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, whatever share of the neurons is active: all."""
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        aux, rows = LayerAux(stats={"ffn_density": jnp.float32(1)}), tokens_of(x_BTD)
+        aux, rows = LayerAux(stats={"ffn_density": jnp.float32(1)}), few_tokens(x_BTD)
         if rows is not None:
             (gate, g), (up, u), (down, d) = self.gate.arrays, self.up.arrays, self.down.arrays
             y = gated_ffn_rows(rows, gate, up, down, activation=self.activation, scales=(g, u, d))
             return y.reshape(x_BTD.shape), aux
         hidden = activation_fn(self.activation)(self.gate.product(x_BTD)) * self.up.product(x_BTD)
         return hidden @ self.down.restored(), aux
+
+
+class MappedGatedFFN(GatedFFN):
+    """`GatedFFN` of any form, with gate and up maps as one matrix; `active` as in `StreamMap`."""
+
+    def __init__(self, source: GatedFFN, form: WeightFormat, active: float | None):
+        self.config, self.dtype = source.config, source.dtype
+        self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
+        inner_DF = jnp.concatenate([source.gate_DF[...], source.up_DF[...]], axis=-1)
+        self.inner_map = InputMap(inner_DF, active, form, source.dtype)
+        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype)
+
+    def restore(self, source: GatedFFN) -> None:
+        """Put the weights back into `source`."""
+        gate_DF, up_DF = jnp.split(self.inner_map.restored(), 2, axis=-1)
+        put(source.gate_DF, gate_DF)
+        put(source.up_DF, up_DF)
+        put(source.down_FD, self.output_map.restored())
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, whatever share of the neurons is active."""
+        return _mapped_bytes(self.inner_map, self.output_map, self.gate_bias, self.up_bias, self.down_bias)
+
+    def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
+        """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
+        gate, up = jnp.split(self.inner_map(x_BTD, stream), 2, axis=-1)
+        return _biased(gate, self.gate_bias), _biased(up, self.up_bias)
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return _biased(self.output_map(hidden_BTF, stream), self.down_bias)
+
+
+class MappedPlainFFN(PlainFFN):
+    """`PlainFFN` with weights by rows; `active` as in `StreamMap`."""
+
+    def __init__(self, source: PlainFFN, form: WeightFormat, active: float | None):
+        self.config, self.dtype = source.config, source.dtype
+        self.up_bias, self.down_bias = source.up_bias, source.down_bias
+        self.inner_map = InputMap(source.up_DF[...], active, form, source.dtype)
+        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype)
+
+    def restore(self, source: PlainFFN) -> None:
+        """Put the weights back into `source`."""
+        put(source.up_DF, self.inner_map.restored())
+        put(source.down_FD, self.output_map.restored())
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, whatever share of the neurons is active."""
+        return _mapped_bytes(self.inner_map, self.output_map, self.up_bias, self.down_bias)
+
+    def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
+        """Neurons before their non-linearity, [B, T, F]."""
+        return _biased(self.inner_map(x_BTD, stream), self.up_bias)
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return _biased(self.output_map(hidden_BTF, stream), self.down_bias)
+
+
+def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def _mapped_bytes(inner: InputMap, output: OutputMap, *biases: nnx.Param | None) -> float:
+    return inner.bytes_read + output.bytes_read + sum(bias[...].nbytes for bias in biases if bias is not None)
 
 
 class PackedSparkFFN(nnx.Module):
@@ -77,10 +137,16 @@ class PackedSparkFFN(nnx.Module):
     def restore(self, source: SparkFFN) -> None:
         """Put the weights back into `source`."""
         k2_FD, v_FD = self.rest.parts()
-        source.k1_RF[...], source.k2_DF[...], source.v_FD[...] = self.k1.restored().T, k2_FD.T, v_FD
+        put(source.k1_RF, self.k1.restored().T)
+        put(source.k2_DF, k2_FD.T)
+        put(source.v_FD, v_FD)
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, with this share of the neurons active."""
+        return self.k1.nbytes + density * self.rest.nbytes
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        config, rows = self.config, tokens_of(x_BTD)
+        config, rows = self.config, few_tokens(x_BTD)
         rule = {"top_k": config.top_k, "ddof": config.ddof, "huber_delta": config.huber_delta}
         if rows is not None:
             (k1, s1), (rest, s2) = self.k1.arrays, self.rest.arrays
@@ -91,47 +157,3 @@ class PackedSparkFFN(nnx.Module):
             y, gate = spark_ffn(x_BTD, self.k1.restored().T, k2_FD.T, v_FD, return_gate=True, **rule)
             density_BT = jnp.mean(gate != 0, axis=-1, dtype=jnp.float32)
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
-
-
-class PackedBlockFFN(nnx.Module):
-    """`BlockFFN` with experts [E, W, D]; router and scales stay as they are."""
-
-    def __init__(self, source: BlockFFN, form: WeightFormat):
-        self.config, experts, d = source.config, source.config.experts, source.up_DF.shape[0]
-
-        def by_expert(rows_FD: jax.Array) -> Rows:
-            return Rows(rows_FD.reshape(experts, -1, d), form, source.dtype)
-
-        self.up, self.down = by_expert(source.up_DF[...].T), by_expert(source.down_FD[...])
-        self.gate = None if source.gate_DF is None else by_expert(source.gate_DF[...].T)
-        # Of the layer itself only the router is needed, which is not split by expert.
-        graphdef, state = nnx.split(source)
-        self.router = nnx.merge(graphdef, state)
-        for name in ("up_DF", "down_FD", "gate_DF"):
-            setattr(self.router, name, None)
-
-    def restore(self, source: BlockFFN) -> None:
-        """Put the weights back into `source`."""
-        for name, rows in (("up_DF", self.up), ("gate_DF", self.gate)):
-            if rows is not None:
-                weight = rows.restored()
-                getattr(source, name)[...] = weight.reshape(-1, weight.shape[-1]).T
-        source.down_FD[...] = self.down.restored().reshape(source.down_FD.shape)
-
-    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        _, _, scores_BTE = self.router.route(x_BTD)
-        aux, rows = LayerAux(stats=activation_stats(scores_BTE != 0, ctx)), tokens_of(x_BTD)
-        gate, g = (None, None) if self.gate is None else self.gate.arrays
-        if rows is not None:
-            (up, u), (down, d) = self.up.arrays, self.down.arrays
-            scores_ME = scores_BTE.reshape(len(rows), -1)
-            return block_ffn_rows(rows, scores_ME, up, down, gate, scales=(u, d, g)).reshape(x_BTD.shape), aux
-
-        def neurons(rows: Rows) -> jax.Array:
-            weight = rows.restored()
-            return weight.reshape(-1, weight.shape[-1])
-
-        gate_DF = None if self.gate is None else neurons(self.gate).T
-        width = self.config.expert_width
-        y = block_ffn(x_BTD, scores_BTE, neurons(self.up).T, neurons(self.down), gate_DF, expert_width=width)
-        return y, aux

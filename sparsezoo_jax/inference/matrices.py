@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,23 @@ from flax import nnx
 from jax.core import Tracer
 
 from sparsezoo_jax import native
+from sparsezoo_jax.models.width import Width
+from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
 
 WeightFormat = Literal["model", "float32", "bfloat16", "int8"]
+
+
+def put(target: nnx.Variable, value: jax.Array) -> None:
+    """Write `value` into a variable of as many numbers, in its shape and dtype."""
+    target[...] = value.reshape(target.shape).astype(target.dtype)
+
+
+def few_tokens(x: jax.Array) -> jax.Array | None:
+    """`x` [..., D] as rows [M, D], or None where they are too many for the forms that read active weights only."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if len(rows) <= MOST_ROWS else None
 
 
 class Packed(nnx.Variable):
@@ -55,6 +68,11 @@ class Rows(nnx.Module):
         """The rows as stored, and their factors."""
         return self.rows[...], None if self.scale is None else self.scale[...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the rows and their factors."""
+        return sum(array.nbytes for array in self.arrays if array is not None)
+
     def restored(self) -> jax.Array:
         """The rows of one matrix in the activations' dtype, factors applied."""
         rows, scale = self.arrays
@@ -76,3 +94,66 @@ class Rows(nnx.Module):
         else:
             y = jnp.matmul(flat, self.restored().T, preferred_element_type=out)
         return y.reshape(*x.shape[:-1], -1)
+
+
+class StreamMap(nnx.Module):
+    """A map from the residual stream or back to it, of which a few tokens read the slabs of their active blocks only.
+
+    `active` is the share of the stream's width that a token's sublayer has where a residual connection routes it; None
+    is a map of the whole width.
+    """
+
+    def __init__(self, rows: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
+        self.active = active
+        self.rows = Rows(rows, form, dtype)
+
+    @property
+    def bytes_read(self) -> float:
+        """For one token."""
+        return self.rows.nbytes * (1 if self.active is None else self.active)
+
+
+class InputMap(StreamMap):
+    """`x W` for x [B, T, D]: rows of outputs, or rows of inputs where the width is routed."""
+
+    def __init__(self, weight_DO: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
+        super().__init__(weight_DO.T if active is None else weight_DO, active, form, dtype)
+
+    def restored(self) -> jax.Array:
+        """W, [D, O], in the activations' dtype."""
+        return self.rows.restored().T if self.active is None else self.rows.restored()
+
+    def __call__(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
+        """[B, T, O]."""
+        if self.active is None:
+            return self.rows.product(x_BTD)
+        x = few_tokens(x_BTD)
+        if x is None:
+            return stream.read(x_BTD, self.restored())
+        routed: Any = stream
+        w, scale = self.rows.arrays
+        y = from_blocks_rows(x, routed.read_BTK.reshape(len(x), -1), w, routed.cut, scale)
+        return y.reshape(*x_BTD.shape[:2], -1)
+
+
+class OutputMap(StreamMap):
+    """`y W`, [B, T, D]: rows of outputs."""
+
+    def __init__(self, weight_ID: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
+        super().__init__(weight_ID.T, active, form, dtype)
+
+    def restored(self) -> jax.Array:
+        """W, [I, D], in the activations' dtype."""
+        return self.rows.restored().T
+
+    def __call__(self, y_BTI: jax.Array, stream: Width) -> jax.Array:
+        """[B, T, D]."""
+        if self.active is None:
+            return self.rows.product(y_BTI)
+        y = few_tokens(y_BTI)
+        if y is None:
+            return stream.write(y_BTI, self.restored())
+        routed: Any = stream
+        w, scale = self.rows.arrays
+        x = to_blocks_rows(y, routed.written_BTK.reshape(len(y), -1), w, routed.cut, scale)
+        return x.reshape(*y_BTI.shape[:2], -1)

@@ -21,6 +21,7 @@ from sparsezoo_jax.models.common import (
     activation_fn,
 )
 from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
+from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 from sparsezoo_jax.sharding import constrain
@@ -105,19 +106,27 @@ class GatedFFN(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         config = self.config
         sparsity = config.activation_sparsity_pattern[0] if config.activation_sparsity_pattern else 0.0
-        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype, ctx.width.read)
+        gate, up = self.gate_and_up(x_BTD, ctx.width)
         scores = gate
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
-        up = linear(x_BTD, self.up_DF, self.up_bias, self.dtype, ctx.width.read)
         hidden = constrain(gate * up, ("batch", "length", "ffn"))
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate}),
         )
-        return linear(hidden, self.down_FD, self.down_bias, self.dtype, ctx.width.write), aux
+        return self.output(hidden, ctx.width), aux
+
+    def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
+        """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
+        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype, stream.read)
+        return gate, linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read)
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -176,14 +185,22 @@ class PlainFFN(nnx.Module):
         self.down_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        scores = linear(x_BTD, self.up_DF, self.up_bias, self.dtype, ctx.width.read)
+        scores = self.scores(x_BTD, ctx.width)
         hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden}),
         )
-        return linear(hidden, self.down_FD, self.down_bias, self.dtype, ctx.width.write), aux
+        return self.output(hidden, ctx.width), aux
+
+    def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
+        """Neurons before their non-linearity, [B, T, F]."""
+        return linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read)
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write)
 
 
 def or_target(active: float | None, config) -> float:

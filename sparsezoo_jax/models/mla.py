@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -135,46 +135,61 @@ class MLA(nnx.Module):
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
         config, mask = self.config, ctx.masks_BTS[self.layer_type]
         nope, scale = config.qk_nope_head_dim, config.qk_head_dim**-0.5
-        q_BTR = self.q_a_norm(matmul(x_BTD, self.q_a_DR[...].astype(self.dtype)))
-        q_BTNH = self._per_head(q_BTR, self.q_b_RNH)
+        q_BTNH, joint_BTC = self.down_projected(x_BTD)
         q_BTNH = constrain(q_BTNH, ("batch", "length", "heads", "head_dim"))
-        joint_BTC = matmul(x_BTD, self.kv_a_DC[...].astype(self.dtype))
         latent_BTC = self.kv_a_norm(joint_BTC[..., : config.kv_lora_rank])
         q_nope, q_rope = q_BTNH[..., :nope], self._rotated(q_BTNH[..., nope:], ctx)
         k_rope_BS1P = self._rotated(joint_BTC[..., None, config.kv_lora_rank :], ctx)
         if cache is None:
             # The latent, not the wider keys and values, is what the parts of a split sequence exchange.
             latent_BSC = constrain(latent_BTC, ("batch", None, None))
-            kv_BSNH = self._per_head(latent_BSC, self.kv_b_CNH)
+            kv_BSNH = self._per_head(latent_BSC, self.kv_up_weight())
             kv_BSNH = constrain(kv_BSNH, ("batch", None, "heads", "head_dim"))
             k_rope = jnp.broadcast_to(k_rope_BS1P, (*kv_BSNH.shape[:3], config.qk_rope_head_dim))
             k_BSNH = jnp.concatenate([kv_BSNH[..., :nope], k_rope], axis=-1)
             q_BTNH = jnp.concatenate([q_nope, q_rope], axis=-1)
             y_BTNH = dense_attention(q_BTNH, k_BSNH, kv_BSNH[..., nope:], mask, scale=scale, softcap=None)
         else:
+            # The same attention with the map from the latent moved onto queries and results: it then is multi-query
+            # attention whose keys are the cached rows, and nothing is expanded for each cached token.
             cache = cache.updated(latent_BTC[..., None, :], k_rope_BS1P, ctx.cache_end)
-            y_BTNH = self._attend_to_latents(q_nope, q_rope, cache, mask, scale)
-        y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+            q_BTNC = jnp.concatenate([self.to_latent(q_nope), q_rope], axis=-1)
+            y_BTNH = self.from_latent(self.mixed_latents(q_BTNC, cache, mask, scale))
+        y_BTD = self.output(y_BTNH)
         attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
         aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
         return y_BTD, aux, cache
 
-    def _attend_to_latents(self, q_nope, q_rope, cache: LayerCache, mask_BTS, scale: float) -> jax.Array:
-        """The same attention with the map from the latent moved onto queries and results.
+    def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
+        q_BTR = self.q_a_norm(matmul(x_BTD, self.q_a_DR[...].astype(self.dtype)))
+        joint_BTC = matmul(x_BTD, self.kv_a_DC[...].astype(self.dtype))
+        return self._per_head(q_BTR, self.q_b_RNH[...].astype(self.dtype)), joint_BTC
 
-        It then is multi-query attention whose keys are the cached rows, and nothing is expanded for each cached token.
-        """
-        nope, (latent_BS1C, k_rope_BS1P) = self.config.qk_nope_head_dim, cache
-        kv_b_CNH = self.kv_b_CNH[...].astype(self.dtype)
-        q_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope, kv_b_CNH[..., :nope])
-        q = jnp.concatenate([q_BTNC, q_rope], axis=-1)
-        k = jnp.concatenate([latent_BS1C, k_rope_BS1P], axis=-1)
-        mixed_BTNC = dense_attention(q, k, latent_BS1C, mask_BTS, scale=scale, softcap=None)
-        return jnp.einsum("btnc,cnh->btnh", mixed_BTNC, kv_b_CNH[..., nope:])
+    def kv_up_weight(self) -> jax.Array:
+        """The map from the latent to all heads' keys and values, [C, N, H] in the activations' dtype."""
+        return self.kv_b_CNH[...].astype(self.dtype)
 
-    def _per_head(self, x_BTC: jax.Array, weight_CNH: nnx.Param) -> jax.Array:
+    def to_latent(self, q_BTNH: jax.Array) -> jax.Array:
+        """Queries of keys without position as queries of latents, [B, T, N, C]."""
+        return jnp.einsum("btnh,cnh->btnc", q_BTNH, self.kv_up_weight()[..., : self.config.qk_nope_head_dim])
+
+    def from_latent(self, mixed_BTNC: jax.Array) -> jax.Array:
+        """Mixed latents as mixed values, [B, T, N, H]."""
+        return jnp.einsum("btnc,cnh->btnh", mixed_BTNC, self.kv_up_weight()[..., self.config.qk_nope_head_dim :])
+
+    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, mask_BTS: jax.Array, scale: float) -> jax.Array:
+        """The mixed latents [B, T, N, C] of queries of latent and rotated key."""
+        k_BS1C = jnp.concatenate(cache, axis=-1)
+        return dense_attention(q_BTNC, k_BS1C, cache[0], mask_BTS, scale=scale, softcap=None)
+
+    def output(self, y_BTNH: jax.Array) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+
+    def _per_head(self, x_BTC: jax.Array, weight_CNH: jax.Array) -> jax.Array:
         latent, heads, width = weight_CNH.shape
-        y = matmul(x_BTC, weight_CNH[...].astype(self.dtype).reshape(latent, heads * width))
+        y = matmul(x_BTC, weight_CNH.reshape(latent, heads * width))
         return y.reshape(*x_BTC.shape[:2], heads, width)
 
     def _rotated(self, x_BTNP: jax.Array, ctx: CallContext) -> jax.Array:

@@ -157,23 +157,17 @@ class MoEFFN(nnx.Module):
         self.bias_E = RouterBias(jnp.zeros(routed), axes=(None,)) if config.router == "ling" else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        config = self.config
         scores_BTE = matmul(x_BTD, self.router_DE[...].astype(self.dtype), jnp.dtype(jnp.float32))
         routing = self._route(scores_BTE, ctx)
-        y_BTD = self._experts(x_BTD, routing)
-        if self.shared_up_DF is not None and self.shared_down_FD is not None:
-            hidden = activation_fn(config.activation)(matmul(x_BTD, self.shared_up_DF[...].astype(self.dtype)))
-            hidden = constrain(hidden, ("batch", "length", "ffn"))
-            y_BTD = y_BTD + matmul(hidden, self.shared_down_FD[...].astype(self.dtype))
-
-        active_BTE = self._with_shared(routing.active_BTE)
+        y_BTD = self.mixed(x_BTD, routing)
+        active_BTE = self.with_shared(routing.active_BTE)
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(active_BTE, ctx)
         stats["max_load"] = jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1e-20)
         aux = LayerAux(
             losses=self._losses(routing, ctx),
             stats=stats,
-            records=ctx.recorded({EXPERT_SCORES: lambda: self._with_shared(routing.weights_BTE)}),
+            records=ctx.recorded({EXPERT_SCORES: lambda: self.with_shared(routing.weights_BTE)}),
             observed={} if self.bias_E is None else {"load": load_E},
         )
         return y_BTD, aux
@@ -191,8 +185,21 @@ class MoEFFN(nnx.Module):
             return routers.biased_sigmoid(scores_BTE, self.bias_E[...], k, config.routed_scale)
         return routers.top_k(scores_BTE, k)
 
-    def _experts(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
-        maps = (self.up_EDW[...].astype(self.dtype), self.down_EWD[...].astype(self.dtype))
+    def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+        """The weighted sum of each token's experts, shared ones included."""
+        y_BTD = self.routed_experts(x_BTD, routing, self.up_EDW[...], self.down_EWD[...])
+        if self.shared_up_DF is None or self.shared_down_FD is None:
+            return y_BTD
+        return y_BTD + self.shared_expert(x_BTD, self.shared_up_DF[...], self.shared_down_FD[...])
+
+    def shared_expert(self, x_BTD: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+        """The sum of the shared experts, which are fused into one of these weights."""
+        hidden = activation_fn(self.config.activation)(matmul(x_BTD, up_DF.astype(self.dtype)))
+        return matmul(constrain(hidden, ("batch", "length", "ffn")), down_FD.astype(self.dtype))
+
+    def routed_experts(self, x_BTD: jax.Array, routing: Routing, up_EDW: jax.Array, down_EWD: jax.Array) -> jax.Array:
+        """The weighted sum of the experts, of these weights, that the router gives each token."""
+        maps = (up_EDW.astype(self.dtype), down_EWD.astype(self.dtype))
         activation = activation_fn(self.config.activation)
         if routing.experts_BTK is None or routing.weights_BTK is None:
             return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
@@ -214,7 +221,7 @@ class MoEFFN(nnx.Module):
             losses["router_entropy"] = routers.entropy_loss(routing, ctx)
         return losses
 
-    def _with_shared(self, x_BTE: jax.Array) -> jax.Array:
+    def with_shared(self, x_BTE: jax.Array) -> jax.Array:
         """Routed experts' values behind those of the shared experts, which are 1."""
         return jnp.pad(x_BTE, ((0, 0), (0, 0), (self.config.shared, 0)), constant_values=1)
 

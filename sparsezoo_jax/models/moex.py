@@ -200,31 +200,39 @@ class MoEXFFN(nnx.Module):
         """What each feature adds to the output when it is 1: `W_dec` of all experts, [F, D]."""
         return self.down_EWD[...].reshape(self.config.d_ff, -1)
 
-    def _features(self, x: jax.Array, routing: Routing) -> jax.Array:
-        hidden = hidden_units(x, self.up_EDW[...].astype(self.dtype), None, activation_fn(self.config.activation))
-        hidden = hidden * routing.weights_BTE[..., None].astype(hidden.dtype)
-        return hidden.reshape(*x.shape[:-1], self.config.d_ff)
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """Both maps of all experts, [E, D, W] and [E, W, D], in the activations' dtype."""
+        return self.up_EDW[...].astype(self.dtype), self.down_EWD[...].astype(self.dtype)
 
-    def _pre_activations(self, x: jax.Array) -> jax.Array:
-        return pre_activations(x, self.up_EDW[...].astype(self.dtype)).reshape(*x.shape[:-1], self.config.d_ff)
-
-    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        config = self.config
-        routing = self.route(x_BTD)
+    def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
         assert routing.experts_BTK is not None
         assert routing.weights_BTK is not None
         result: Any = grouped_ffn(
             x_BTD,
             routing.experts_BTK,
             routing.weights_BTK,
-            self.up_EDW[...].astype(self.dtype),
-            self.down_EWD[...].astype(self.dtype),
-            activation=activation_fn(config.activation),
+            *self.weights(),
+            activation=activation_fn(self.config.activation),
             return_active=True,
-            implementation=config.implementation,
+            implementation=self.config.implementation,
         )
         y_BTD, active_BTK = result
-        l0 = ctx.mean_over_tokens(jnp.sum(active_BTK, axis=-1))
+        return y_BTD, jnp.sum(active_BTK, axis=-1)
+
+    def _features(self, x: jax.Array, routing: Routing) -> jax.Array:
+        hidden = hidden_units(x, self.weights()[0], None, activation_fn(self.config.activation))
+        hidden = hidden * routing.weights_BTE[..., None].astype(hidden.dtype)
+        return hidden.reshape(*x.shape[:-1], self.config.d_ff)
+
+    def _pre_activations(self, x: jax.Array) -> jax.Array:
+        return pre_activations(x, self.weights()[0]).reshape(*x.shape[:-1], self.config.d_ff)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        config = self.config
+        routing = self.route(x_BTD)
+        y_BTD, active_BT = self.mixed(x_BTD, routing)
+        l0 = ctx.mean_over_tokens(active_BT)
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(routing.active_BTE, ctx) | {
             "ffn_density": l0 / config.d_ff,

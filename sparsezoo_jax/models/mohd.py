@@ -115,6 +115,11 @@ class MoHDConfig:
         return self.active - self.shared
 
     @property
+    def grouped(self) -> bool:
+        """Whether sublayers compute active blocks only, not the whole width between masks."""
+        return self.implementation != "dense" and self.active < self.blocks
+
+    @property
     def delta(self) -> float:
         """Share of the width that is active."""
         return self.active / self.blocks
@@ -352,8 +357,7 @@ class MoHD(nnx.Module):
         read, written = routing
         h_BTD = self.pre(x_BTD, where=expanded(read.active_BTN, d)) if config.norm_after_mask else normed_BTD
         # The masked form is the plain sublayer between these masks; the grouped one leaves out what they make 0.
-        grouped = config.implementation != "dense" and config.active < config.blocks
-        width = RoutedWidth(config, read.routed_BTK, written.routed_BTK) if grouped else WHOLE
+        width = RoutedWidth(config, read.routed_BTK, written.routed_BTK) if config.grouped else WHOLE
         y_BTD, extra = sublayer(over_blocks(h_BTD, read.gates_BTN), replace(ctx, width=width))
         mask_BTD = expanded(written.active_BTN, d)
         y_BTD = jnp.where(mask_BTD, y_BTD, 0)
@@ -383,6 +387,13 @@ class MoHD(nnx.Module):
             getattr(self, name).after_step(values)
 
 
+def routed_blocks(hidden_BTD: jax.Array, config: MoHDConfig) -> jax.Array:
+    """The routed blocks [B, T, K] in which states that a `RoutedHead` made are not 0."""
+    split_BTNI = hidden_BTD.reshape(*hidden_BTD.shape[:2], config.blocks, -1)
+    used_BTE = jnp.any(split_BTNI[..., config.shared :, :] != 0, axis=-1)
+    return jax.lax.top_k(used_BTE.astype(jnp.float32), config.routed)[1] + config.shared
+
+
 class RoutedHead(nnx.Module):
     """The part of the final state that the output projection reads, chosen by a router of its own."""
 
@@ -406,12 +417,8 @@ class RoutedHead(nnx.Module):
         config = self.config
         if config.implementation == "dense":
             return matmul(hidden_BTD, weight_DV, dtype)
-        split_BTNI = hidden_BTD.reshape(*hidden_BTD.shape[:2], config.blocks, -1)
-        used_BTE = jnp.any(split_BTNI[..., config.shared :, :] != 0, axis=-1)
-        routed_BTK = jax.lax.top_k(used_BTE.astype(jnp.float32), config.routed)[1] + config.shared
-        return from_blocks(
-            hidden_BTD, routed_BTK, weight_DV, config.cut, dtype=dtype, implementation=config.implementation
-        )
+        routed_BTK, form = routed_blocks(hidden_BTD, config), config.implementation
+        return from_blocks(hidden_BTD, routed_BTK, weight_DV, config.cut, dtype=dtype, implementation=form)
 
     def after_step(self, observed: dict[str, jax.Array]) -> None:
         """Let the router move what is no parameter."""

@@ -93,13 +93,13 @@ def combination(h_MN: jax.Array, w_NK: jax.Array, scale_N: jax.Array | None) -> 
 
 
 def sum_over_active(
-    active_N: jax.Array, group: int, total: jax.Array, add: Callable[..., jax.Array], read: Any
-) -> jax.Array:
+    active_N: jax.Array, group: int, total: Any, add: Callable[[Any, jax.Array, jax.Array, Any], Any], read: Any
+) -> Any:
     """`total` after `add(total, places, valid, read)` for the true places of `active_N`, `group` of them at a time.
 
-    The loop has as many turns as there are groups, so that what `add` gathers is read for active places only. The last
-    group repeats its last place where it is not full: `valid` [group] is false there. `read` are the arrays of which
-    `add` takes parts.
+    `total` is an array or several; `read` are the arrays of which `add` takes parts. The loop has as many turns as there
+    are groups, so that what `add` gathers is read for active places only. The last group repeats its last place where
+    it is not full: `valid` [group] is false there.
     """
     count_N = jnp.cumsum(active_N)
     count = count_N[-1]

@@ -1,4 +1,4 @@
-// BlockFFN (arXiv 2507.08771): the experts with a score that is not 0 for some token, each read once.
+// BlockFFN (arXiv 2507.08771) and other mixtures: the experts with a score that is not 0 for some token, each read once.
 #include <algorithm>
 
 #include "operations.h"
@@ -31,10 +31,25 @@ std::vector<Expert> active_experts(const Vectors& to_up, const Vectors& to_gate,
 
 constexpr long kRows = 32;
 
+// y_j += sum_i h[j * ld + i] row (first + i); rows whose h is 0 for all tokens, as ReLU leaves many, are not read.
+void add_active(const Matrix& down, long first, long n, long d, float* h, long ld, long m, float* const* y) {
+  auto used = [&](long i) {
+    for (long j = 0; j < m; j++)
+      if (!(h[j * ld + i] == 0)) return true;
+    return false;
+  };
+  for (long i = 0; i < n;) {
+    while (i < n && !used(i)) i++;
+    const long start = i;
+    while (i < n && used(i)) i++;
+    if (i > start) down.axpy(first + start, i - start, d, h + start, ld, m, y);
+  }
+}
+
 }  // namespace
 
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
-               const Matrix& down, long expert_width, const Tokens& y) {
+               const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active) {
   const Type gate_type = gate.data ? gate.type : up.type;
   const Vectors to_up(x, up.type), to_gate(x, gate_type), factors(scores, kFloat32);
   const long d = x.width;
@@ -43,6 +58,7 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
   // A part is the same piece of every expert: all parts are alike, whichever experts are active.
   const long parts = std::min(expert_width, 8L);
   const Partials sums(parts, x.count, d);
+  std::vector<int> counts(parts * x.count);
   Team team = pool.team(parts, long(experts.size()) * expert_bytes);
   team.run(parts, [&](long p) {
     float* const* out = sums.begin(p);
@@ -63,15 +79,24 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
           float* const gj = g + j * ld;
           if (!gate.data)
             for (long i = 0; i < n; i++) gj[i] = hj[i];
-          loops().activate(kSilu, gj, n);
+          loops().activate(activation, gj, n);
           const float score = factors[expert.tokens[j]][expert.index];
-          for (long i = 0; i < n; i++) hj[i] = (gate.data ? gj[i] * hj[i] : gj[i]) * score;
+          int& count = counts[p * x.count + expert.tokens[j]];
+          for (long i = 0; i < n; i++) {
+            const float unit = gate.data ? gj[i] * hj[i] : gj[i];
+            count += unit != 0;
+            hj[i] = unit * score;
+          }
         }
-        down.axpy(base + f, n, d, h, ld, m, to.data());
+        add_active(down, base + f, n, d, h, ld, m, to.data());
       }
     }
   });
   sums.write(y, down.type);
+  for (long j = 0; j < x.count; j++) {
+    active[j] = 0;
+    for (long p = 0; p < parts; p++) active[j] += counts[p * x.count + j];
+  }
 }
 
 }  // namespace sparsezoo

@@ -60,11 +60,11 @@ ffi::Error SparkFfn(ffi::ThreadPool threads, Array x, Array k1, Array rows, Arra
 }
 
 ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
-                    Array up_scale, Array down_scale, Result y) {
+                    Array up_scale, Array down_scale, Result y, Result active, int64_t activation) {
   Matrix gates = matrix(gate, gate_scale);
   if (gate.element_count() == 0) gates.data = nullptr;
   block_ffn(pool_of(threads), tokens(x), tokens(scores), gates, matrix(up, up_scale), matrix(down, down_scale),
-            up.dimensions()[1], tokens(*y));
+            up.dimensions()[1], Activation(activation), tokens(*y), static_cast<int*>(active->untyped_data()));
   return ffi::Error::Success();
 }
 
@@ -174,7 +174,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Arg<Array>()
-                                  .Ret<Array>());
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention, AttentionRows,
                               BIND.Arg<Array>()

@@ -1,4 +1,4 @@
-"""BlockFFN's experts for a few tokens: those that some token activates are read, each once.
+"""The experts of BlockFFN, or of another mixture, for a few tokens: those that some token takes are read, each once.
 
 Shapes: M tokens, D model width, E experts of W neurons.
 """
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax import native
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
@@ -35,20 +37,27 @@ def block_ffn_rows(
     down: jax.Array,
     gate: jax.Array | None = None,
     *,
+    activation: str = "silu",
     scales: Scales = (None, None, None),
     implementation: str | None = None,
-) -> jax.Array:
-    """`block_ffn` with weights laid out for inference, in float32; no gradient.
+    return_active: bool = False,
+) -> Any:
+    """`sum_e s_e down_e^T act(up_e x)` over the experts whose score s_e is not 0, in float32; no gradient.
+
+    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively, rows of `down` whose hidden unit
+    is 0 for all tokens are not read either.
 
     Args:
       x: [M, D], float32 or bfloat16.
       scores: [M, E] router scores, float32 or bfloat16; experts whose scores are all 0 are not read.
       up, down, gate: [E, W, D] in float32, bfloat16 or int8; gate may be None.
+      activation: gelu_tanh, gelu, silu, relu or relu2.
       scales: float32 [E, W] of up, down and gate where these are int8.
       implementation: "xla" (a loop over active experts), "native", or None: "native" on a CPU for up to 16 rows.
+      return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
-      [M, D] in the dtype of x.
+      [M, D] in the dtype of x, or that and int32 [M].
 
     Raises:
       ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
@@ -69,7 +78,9 @@ def block_ffn_rows(
     for name, w, scale in zip(("up", "down", "gate"), (up, down, gate), scales, strict=True):
         if w is not None:
             check_weights("block_ffn_rows", name, w, scale, shape[:2])
-    few = m <= MOST_ROWS
+    allowed = ", ".join(ACTIVATIONS)
+    require(activation in ACTIVATIONS, "block_ffn_rows.activation", activation, f"must be one of {allowed}")
+    few, act = m <= MOST_ROWS, ACTIVATIONS[activation]
     why_not = why_not_native(x=x, scores=scores)
     form = settle_native("block_ffn_rows", implementation, why_not, native_by_default=few)
 
@@ -82,20 +93,26 @@ def block_ffn_rows(
             up_e, down_e, gate_e = (of_expert(a, expert) for a in weights)
             factors = [of_expert(a, expert) for a in scales]
             hidden = product(x, up_e, factors[0])
-            hidden = jax.nn.silu(hidden) if gate is None else jax.nn.silu(product(x, gate_e, factors[2])) * hidden
+            hidden = act(hidden) if gate is None else act(product(x, gate_e, factors[2])) * hidden
             # A token without the expert gets nothing of it, whatever the product of its numbers is.
             score = scores[:, expert, None].astype(jnp.float32)
-            return total + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1])
+            y, count = total
+            count += jnp.sum((hidden != 0) & (score != 0), axis=-1, dtype=jnp.int32)
+            return y + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1]), count
 
         active = jnp.any(scores != 0, axis=0)
-        return sum_over_active(active, 1, jnp.zeros((m, d), jnp.float32), add, (up, down, gate)).astype(x.dtype)
+        nothing = jnp.zeros((m, d), jnp.float32), jnp.zeros(m, jnp.int32)
+        y, count = sum_over_active(active, 1, nothing, add, (up, down, gate))
+        return y.astype(x.dtype), count
 
     def kernel(x, scores, up, down, gate, scales):
         gates = jnp.zeros(0, up.dtype) if gate is None else gate
         factors = (or_none(scales[2]), or_none(scales[0]), or_none(scales[1]))
-        return native.call("block_ffn", result((x.shape, x.dtype)), x, scores, gates, up, down, *factors)[0]
+        results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
+        return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
 
-    return run_native(form, xla, kernel, x, scores, up, down, gate, scales)
+    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales)
+    return (y, count) if return_active else y
 
 
 def reference(
@@ -105,14 +122,17 @@ def reference(
     down: jax.Array,
     gate: jax.Array | None = None,
     *,
+    activation: str = "silu",
     scales: Scales = (None, None, None),
-) -> jax.Array:
-    """The definition: every expert, with weights in float32."""
+) -> tuple[jax.Array, jax.Array]:
+    """The definition: every expert, with weights in float32; and the number of units that are not 0."""
+    act = ACTIVATIONS[activation]
     wide = x.astype(jnp.float32)
     hidden = jnp.einsum("md,ewd->mew", wide, dequantised(up, scales[0]))
     if gate is not None:
-        hidden = jax.nn.silu(jnp.einsum("md,ewd->mew", wide, dequantised(gate, scales[2]))) * hidden
+        hidden = act(jnp.einsum("md,ewd->mew", wide, dequantised(gate, scales[2]))) * hidden
     else:
-        hidden = jax.nn.silu(hidden)
+        hidden = act(hidden)
     scaled = scores.astype(jnp.float32)[..., None] * hidden
-    return jnp.einsum("mew,ewd->md", scaled, dequantised(down, scales[1])).astype(x.dtype)
+    active = jnp.sum((hidden != 0) & (scores != 0)[..., None], axis=(1, 2), dtype=jnp.int32)
+    return jnp.einsum("mew,ewd->md", scaled, dequantised(down, scales[1])).astype(x.dtype), active

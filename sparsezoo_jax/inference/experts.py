@@ -1,0 +1,149 @@
+"""Mixtures of experts laid out for decoding: experts [E, W, D], neurons by rows.
+
+A few tokens read the experts that they take only; a prompt goes through the training form on the same weights.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax.inference.matrices import Rows, WeightFormat, few_tokens, put
+from sparsezoo_jax.models.blockffn import BlockFFN
+from sparsezoo_jax.models.chunks import activation_stats
+from sparsezoo_jax.models.common import CallContext, LayerAux
+from sparsezoo_jax.models.moe import MoEFFN
+from sparsezoo_jax.models.moex import MoEXFFN
+from sparsezoo_jax.models.routers import Routing
+from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
+from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
+
+
+class PackedBlockFFN(BlockFFN):
+    """`BlockFFN` without losses; router and scales stay as they are."""
+
+    def __init__(self, source: BlockFFN, form: WeightFormat):
+        self.config, self.dtype = source.config, source.dtype
+        self.router_DE, self.router_norm = source.router_DE, source.router_norm
+        experts, d = source.config.experts, source.up_DF.shape[0]
+
+        def by_expert(rows_FD: jax.Array) -> Rows:
+            return Rows(rows_FD.reshape(experts, -1, d), form, source.dtype)
+
+        self.up, self.down = by_expert(source.up_DF[...].T), by_expert(source.down_FD[...])
+        self.gate = None if source.gate_DF is None else by_expert(source.gate_DF[...].T)
+
+    def restore(self, source: BlockFFN) -> None:
+        """Put the weights back into `source`."""
+        put(source.up_DF, _neurons(self.up).T)
+        put(source.down_FD, _neurons(self.down))
+        if self.gate is not None and source.gate_DF is not None:
+            put(source.gate_DF, _neurons(self.gate).T)
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, with this share of the experts active."""
+        experts = self.up.nbytes + self.down.nbytes + (0 if self.gate is None else self.gate.nbytes)
+        scale = 0 if self.router_norm is None else self.router_norm.scale[...].nbytes
+        return self.router_DE[...].nbytes + scale + density * experts
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        _, _, scores_BTE = self.route(x_BTD)
+        aux, rows = LayerAux(stats=activation_stats(scores_BTE != 0, ctx)), few_tokens(x_BTD)
+        if rows is not None:
+            (up, u), (down, d) = self.up.arrays, self.down.arrays
+            gate, g = (None, None) if self.gate is None else self.gate.arrays
+            # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
+            scores_ME = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0).reshape(len(rows), -1)
+            return block_ffn_rows(rows, scores_ME, up, down, gate, scales=(u, d, g)).reshape(x_BTD.shape), aux
+        gate_DF = None if self.gate is None else _neurons(self.gate).T
+        width = self.config.expert_width
+        y = block_ffn(x_BTD, scores_BTE, _neurons(self.up).T, _neurons(self.down), gate_DF, expert_width=width)
+        return y, aux
+
+
+class PackedMoEFFN(MoEFFN):
+    """`MoEFFN` with the shared experts in front of the others, of weight 1; the router stays as it is."""
+
+    def __init__(self, source: MoEFFN, form: WeightFormat):
+        self.config, self.dtype = source.config, source.dtype
+        self.router_DE, self.bias_E = source.router_DE, source.bias_E
+        up_EWD, down_EWD = source.up_EDW[...].swapaxes(1, 2), source.down_EWD[...]
+        if source.shared_up_DF is not None and source.shared_down_FD is not None:
+            shape = (self.config.shared, *up_EWD.shape[1:])
+            up_EWD = jnp.concatenate([source.shared_up_DF[...].T.reshape(shape), up_EWD])
+            down_EWD = jnp.concatenate([source.shared_down_FD[...].reshape(shape), down_EWD])
+        self.up, self.down = Rows(up_EWD, form, source.dtype), Rows(down_EWD, form, source.dtype)
+
+    def restore(self, source: MoEFFN) -> None:
+        """Put the weights back into `source`."""
+        up_EDW, down_EWD, shared_up_DF, shared_down_FD = self._weights()
+        put(source.up_EDW, up_EDW)
+        put(source.down_EWD, down_EWD)
+        if source.shared_up_DF is not None and source.shared_down_FD is not None:
+            put(source.shared_up_DF, shared_up_DF)
+            put(source.shared_down_FD, shared_down_FD)
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, with this share of the experts active."""
+        return self.router_DE[...].nbytes + density * (self.up.nbytes + self.down.nbytes)
+
+    def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+        """The weighted sum of each token's experts, shared ones included."""
+        rows = few_tokens(x_BTD)
+        if rows is not None:
+            (up, u), (down, d) = self.up.arrays, self.down.arrays
+            weights_ME = self.with_shared(routing.weights_BTE).reshape(len(rows), -1)
+            form = {"activation": self.config.activation, "scales": (u, d, None)}
+            return block_ffn_rows(rows, weights_ME, up, down, **form).reshape(x_BTD.shape)
+        up_EDW, down_EWD, shared_up_DF, shared_down_FD = self._weights()
+        y_BTD = self.routed_experts(x_BTD, routing, up_EDW, down_EWD)
+        return y_BTD + self.shared_expert(x_BTD, shared_up_DF, shared_down_FD) if self.config.shared else y_BTD
+
+    def _weights(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Both maps of the routed experts, and of the shared ones, as `MoEFFN` has them."""
+        up_EWD, down_EWD, shared = self.up.restored(), self.down.restored(), self.config.shared
+        shared_up, shared_down = (w[:shared].reshape(-1, w.shape[-1]) for w in (up_EWD, down_EWD))
+        return up_EWD[shared:].swapaxes(1, 2), down_EWD[shared:], shared_up.T, shared_down
+
+
+class PackedMoEXFFN(MoEXFFN):
+    """`MoEXFFN`, the gate's statistics kept; of a token's experts the second map is read for active neurons only."""
+
+    def __init__(self, source: MoEXFFN, form: WeightFormat):
+        self.config, self.dtype, self.router_DE = source.config, source.dtype, source.router_DE
+        self.mean_ED, self.variance_ED = source.mean_ED, source.variance_ED
+        self.up = Rows(source.up_EDW[...].swapaxes(1, 2), form, source.dtype)
+        self.down = Rows(source.down_EWD[...], form, source.dtype)
+
+    def restore(self, source: MoEXFFN) -> None:
+        """Put the weights back into `source`."""
+        up_EDW, down_EWD = self.weights()
+        put(source.up_EDW, up_EDW)
+        put(source.down_EWD, down_EWD)
+
+    def bytes_read(self, density: float) -> float:
+        """Of weights, for one token, with this share of all neurons active."""
+        gate = (self.router_DE, self.mean_ED, self.variance_ED)
+        chosen = self.config.k / self.config.experts * self.up.nbytes
+        return sum(w[...].nbytes for w in gate if w is not None) + chosen + density * self.down.nbytes
+
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """Both maps of all experts, [E, D, W] and [E, W, D], in the activations' dtype."""
+        return self.up.restored().swapaxes(1, 2), self.down.restored()
+
+    def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
+        rows = few_tokens(x_BTD)
+        if rows is None:
+            return super().mixed(x_BTD, routing)
+        (up, u), (down, d) = self.up.arrays, self.down.arrays
+        weights_ME = routing.weights_BTE.reshape(len(rows), -1)
+        form = {"activation": self.config.activation, "scales": (u, d, None), "return_active": True}
+        y, active_M = block_ffn_rows(rows, weights_ME, up, down, **form)
+        return y.reshape(x_BTD.shape), active_M.reshape(x_BTD.shape[:2])
+
+
+def _neurons(rows: Rows) -> jax.Array:
+    """The rows of all experts, [F, D]."""
+    weight = rows.restored()
+    return weight.reshape(-1, weight.shape[-1])
