@@ -97,9 +97,9 @@ def sum_over_active(
 ) -> Any:
     """`total` after `add(total, places, valid, read)` for the true places of `active_N`, `group` of them at a time.
 
-    `total` is an array or several; `read` are the arrays of which `add` takes parts. The loop has as many turns as there
-    are groups, so that what `add` gathers is read for active places only. The last group repeats its last place where
-    it is not full: `valid` [group] is false there.
+    `total` is an array or several; `read` are the arrays of which `add` takes parts. The loop has as many turns as
+    there are groups, so that what `add` gathers is read for active places only. The last group repeats its last place
+    where it is not full: `valid` [group] is false there.
     """
     count_N = jnp.cumsum(active_N)
     count = count_N[-1]
