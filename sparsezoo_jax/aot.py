@@ -108,6 +108,12 @@ def print_report(report: Report) -> None:
         ]
         header = ("kind", "mesh axes", "count", "payload GB", "sent GB")
         cli.print_table("Collectives in a step, on each device", header, rows)
+    if report.kernels:
+        rows = [
+            (x["name"], f"{x['count']:,.0f}", f"{x['flops'] / 1e12:.3f}", f"{x['bytes'] / 1e9:.3f}")
+            for x in report.kernels
+        ]
+        cli.print_table("Pallas kernels in a step, by their own estimates", ("name", "calls", "TFLOP", "GB"), rows)
     if report.unknown_loops:
         print(f"Loops of an unknown number of trips, counted once: {', '.join(report.unknown_loops)}")
     if report.fits:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsezoo_jax.compilation.collectives import find_collectives
 from sparsezoo_jax.compilation.hlo import parse
+from sparsezoo_jax.compilation.kernels import find_kernels, scheduled_cycles
 from sparsezoo_jax.compilation.memory import (
     Buffer,
     compiled_memory,
@@ -60,6 +61,12 @@ class Report:
     """Loops whose trips could not be read; their collectives count once."""
     lower_seconds: float
     compile_seconds: float
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """Pallas kernels with their calls, and by their own estimates FLOPs and bytes, in a step."""
+    cycles: float = 0.0
+    """Scheduled by the TPU compiler for its own operations, without kernels; 0 on GPUs."""
+    xla_bytes: float | None = None
+    """The compiler's count of bytes accessed, in which the body of a loop counts once; None: it has none."""
     needed: int | None = None
     """Memory that is needed according to the compiler, if it gave up."""
     buffers: list[Buffer] = field(default_factory=list)
@@ -101,6 +108,9 @@ def compile_report(config: RunConfig, topology: Topology, step: StepName, contex
         collectives=[asdict(found) for found in find_collectives(module, axes)],
         unknown_loops=module.runs()[1],
         xla_flops=costs.get("flops"),
+        kernels=[asdict(found) for found in find_kernels(module)],
+        cycles=scheduled_cycles(module),
+        xla_bytes=costs.get("bytes accessed"),
         compile_seconds=seconds,
     )
 
@@ -120,6 +130,7 @@ def _report(
     unknown_loops: list[str] | None = None,
     xla_flops: float | None = None,
     compile_seconds: float = 0.0,
+    **compiled: Any,
 ) -> Report:
     chip, devices = topology.chip, len(topology.devices)
     memory, collectives = memory or {}, collectives or []
@@ -166,6 +177,7 @@ def _report(
         unknown_loops=unknown_loops or [],
         lower_seconds=lowered.seconds,
         compile_seconds=compile_seconds,
+        **compiled,
         needed=needed_bytes(message) if message else None,
         buffers=buffers[:6],
         suggestions=advice,

@@ -7,6 +7,7 @@ inference (`rows.py`).
 from sparsezoo_jax.pallas_kernels.attention import attention_rows
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn, block_ffn_union
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
+from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
@@ -32,4 +33,5 @@ __all__ = [
     "spark_ffn_rows",
     "statistical_topk",
     "to_blocks_rows",
+    "without_kernels",
 ]

@@ -11,12 +11,13 @@ Names, the same for all operations; each operation's docstring says which of the
   lowered for another platform.
 
 `None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
-one gets the TPU's program.
+one gets the TPU's program. `without_kernels` makes it plain JAX everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,6 +39,26 @@ NATIVE = "native"
 
 #: Not names to ask for, and followed by platforms: their kernels where the program is lowered for them, else plain JAX.
 BY_PLATFORM = "by platform: "
+
+#: Whether `None` may be a kernel. A part of the keys of jax's caches: functions are traced again when it changes.
+_KERNELS: Any = jax.make_user_context(default_value=True)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """`implementation=None` is plain JAX in what is called or traced within, for every platform it is lowered for.
+
+    That leaves out the kernels for TPUs and GPUs, those of libraries (megablox) and native code for CPUs, so that a
+    whole model or train step can be compared with itself. Implementations that are asked for by name stay. A gradient
+    has the form of its forward pass, wherever it is taken.
+    """
+    with _KERNELS(False):
+        yield
+
+
+def kernels_allowed() -> bool:
+    """Whether `None` may be a kernel here: not within `without_kernels`."""
+    return _KERNELS.value
 
 
 def choose(operation: str, implementation: str | None, available: Mapping[str, T], default: str) -> T:
@@ -82,6 +103,8 @@ def settle(
         names |= {kernel: (kernel, False), f"{kernel}_interpret": (kernel, True)}
     kernel, interpreted = choose(operation, implementation, names, XLA)
     if implementation is None:
+        if not kernels_allowed():
+            return XLA
         wanted = {PALLAS_TPU: ("tpu", kernel_by_default), PALLAS_GPU: ("cuda", gpu_by_default)}
         whole = not partitioned_by_compiler() or (splits and splits_per_device())
         found = [
@@ -123,6 +146,7 @@ def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays
     both, and those of a grouped FFN are the largest arrays of its layer.
     """
     leaves, tree = jax.tree.flatten(arrays)
+    kernels = kernels_allowed()
     floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
     def of_leaves(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +160,8 @@ def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays
                     mixed[i] = leaf
                 return of_leaves(form)(*mixed)
 
-            return jax.vjp(of_floats, *(leaves[i] for i in floats))[1](g)
+            with _KERNELS(kernels):  # the forward pass's, which is traced again here
+                return jax.vjp(of_floats, *(leaves[i] for i in floats))[1](g)
 
         return pulled
 
@@ -170,7 +195,7 @@ def settle_native(operation: str, implementation: str | None, why_not: str | Non
     """
     name = choose(operation, implementation, {XLA: XLA, NATIVE: NATIVE}, XLA)
     if implementation is None:
-        if not native_by_default or why_not is not None or partitioned_by_compiler():
+        if not (native_by_default and kernels_allowed()) or why_not is not None or partitioned_by_compiler():
             return XLA
         if native.available():
             return BY_PLATFORM

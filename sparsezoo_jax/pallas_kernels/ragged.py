@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels.dispatch import kernels_allowed
+
 
 def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """Rows of `x` times the matrix of their group; differentiable in x and w.
@@ -25,24 +27,24 @@ def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype
     Returns:
       [A, O].
     """
-    y: Any = _ragged_matmul(x, w, sizes, dtype)
+    y: Any = _ragged_matmul(x, w, sizes, dtype, kernels_allowed())
     return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _ragged_matmul(x, w, sizes, dtype):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _ragged_matmul(x, w, sizes, dtype, kernels):
     return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
 
 
-def _forward(x, w, sizes, dtype):
-    return _ragged_matmul(x, w, sizes, dtype), (x, w, sizes)
+def _forward(x, w, sizes, dtype, kernels):
+    return _ragged_matmul(x, w, sizes, dtype, kernels), (x, w, sizes)
 
 
-def _backward(dtype, residuals, g):
+def _backward(dtype, kernels, residuals, g):
     x, w, sizes = residuals
     g = g.astype(x.dtype)
     dx = jax.lax.ragged_dot(g, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=x.dtype)
-    if x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
+    if not kernels or x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
         return dx, dense_weight_gradient(x, g, sizes), None
     grouped = jax.lax.platform_dependent(x, g, sizes, tpu=megablox_weight_gradient, default=dense_weight_gradient)
     return dx, grouped, None

@@ -94,4 +94,5 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
             bytes_accessed=(places * expert_width * matrices + 2 * n) * d * x.dtype.itemsize,
         ),
         interpret=interpret,
+        name="block_ffn_union",
     )(read, used.astype(jnp.int32), x, taken_NU, up, *gates, down)

@@ -228,6 +228,7 @@ class Grid(NamedTuple):
         """Run `kernel(step, *refs)` over all steps.
 
         Args:
+          kernel: a partial application of the function that names it in profiles.
           heads: of keys and of queries.
           products: multiply-adds for each score.
           aliases: inputs that become outputs, by their numbers.
@@ -270,6 +271,7 @@ class Grid(NamedTuple):
             # Counted with the prefetched arrays.
             input_output_aliases={3 + i: o for i, o in (aliases or {}).items()},
             interpret=interpret,
+            name=f"spark_attention{kernel.func.__name__.removesuffix('_kernel')}",
         )(self.read_BP, jnp.asarray(self.walk.query_P), jnp.asarray(self.walk.ends_P), *inputs)
 
 

@@ -47,7 +47,7 @@ def _slope_of_cap(capped: jax.Array, cap: float | None) -> jax.Array | float:
     return 1.0 if cap is None else 1 - jnp.square(capped * (1 / cap))
 
 
-def _kernel(step, where_q, where_k, rows_ref, *refs, p: Problem, before: bool, first_tile: int):
+def _backward_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem, before: bool, first_tile: int):
     """Gradients of one tile of scores; `before`: those of the queries from earlier chunks are added to."""
     pieces = 1 if p.weighting == "none" else 2
 
@@ -157,7 +157,7 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
             for w in (*widths, width)
         ]
         results = grid.call(
-            partial(_kernel, p=p, before=bool(before), first_tile=start),
+            partial(_backward_kernel, p=p, before=bool(before), first_tile=start),
             [*inputs, *before],
             in_specs,
             [

@@ -275,6 +275,7 @@ def _call(kernel, inputs: list[jax.Array], outputs: list[Any], p: Problem, passe
             bytes_accessed=sum(rows * a.shape[-1] * a.dtype.itemsize for a in (*inputs, *outputs)),
         ),
         interpret=interpret,
+        name=f"statistical_topk{kernel.__name__.removesuffix('_kernel')}",
     )(*inputs)
 
 

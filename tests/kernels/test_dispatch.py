@@ -1,0 +1,99 @@
+"""Switching all kernels off at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparsezoo_jax import native
+from sparsezoo_jax.pallas_kernels import block_ffn_union, linear, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
+from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
+from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+
+KERNELS = {"tpu": "tpu_custom_call", "cuda": "gpu.triton", "cpu": "sparsezoo"}
+
+
+def of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attend(q, k, v):
+    visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
+    return spark_attention(q, k, v, visible, r=128, top_k=32)[0]
+
+
+def experts(x, up, down):
+    chosen = jnp.arange(2 * x.shape[0]).reshape(-1, 2) % up.shape[0]
+    return grouped_ffn(x, chosen, jnp.ones(chosen.shape, x.dtype), up, down)
+
+
+def blocks(x, w):
+    return to_blocks(x, jnp.ones((x.shape[0], 1), jnp.int32), w, Blocks(4, 1))
+
+
+OPERATIONS = {
+    "statistical_topk": (partial(statistical_topk, k=40), [of(16, 512)], ("tpu", "cuda")),
+    "spark_attention": (attend, [of(1, 128, 2, 256), *[of(1, 128, 1, 256)] * 2], ("tpu",)),
+    "block_ffn_union": (
+        partial(block_ffn_union, expert_width=128, capacity=2),
+        [of(8, 256), of(8, 4), of(256, 512), of(512, 256)],
+        ("tpu", "cuda"),
+    ),
+    "grouped_ffn": (experts, [of(64, 128), of(4, 128, 256), of(4, 256, 128)], ("tpu",)),
+    "to_blocks": (blocks, [of(64, 128), of(128, 128)], ("tpu",)),
+}
+
+
+def gradient(function, *arrays):
+    y, pull = jax.vjp(function, *arrays)
+    return y, pull(jnp.ones_like(y))
+
+
+def texts(traced, platforms):
+    return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms}
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_no_operation_takes_its_kernel(name):
+    function, arrays, platforms = OPERATIONS[name]
+    step = jax.jit(partial(gradient, function))  # one function throughout: what was traced before must not be used
+    before = texts(step.trace(*arrays), platforms)
+    with without_kernels():
+        within = texts(step.trace(*arrays), platforms)
+    after = texts(step.trace(*arrays), platforms)
+    for platform in platforms:
+        assert KERNELS[platform] in before[platform]
+        assert KERNELS[platform] not in within[platform]
+        assert KERNELS[platform] in after[platform]
+
+
+def test_the_native_form_is_off_too():
+    native_form = native.why_missing()
+    if native_form is not None:
+        pytest.skip(native_form)
+    call = jax.jit(linear)
+    arrays = of(1, 64, dtype=jnp.float32), of(32, 64, dtype=jnp.float32)
+    assert KERNELS["cpu"] in texts(call.trace(*arrays), ["cpu"])["cpu"]
+    with without_kernels():
+        assert "custom_call" not in texts(call.trace(*arrays), ["cpu"])["cpu"]
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_a_gradient_has_the_form_of_its_forward_pass(name):
+    function, arrays, _ = OPERATIONS[name]
+
+    def step(*arrays):
+        with without_kernels():
+            y, pull = jax.vjp(function, *arrays)
+        return pull(jnp.ones_like(y))
+
+    assert KERNELS["tpu"] not in texts(jax.jit(step).trace(*arrays), ["tpu"])["tpu"]
+
+
+def test_a_kernel_that_is_asked_for_by_name_stays():
+    with without_kernels():
+        traced = jax.jit(partial(statistical_topk, k=40, implementation="pallas_tpu")).trace(of(16, 512))
+    assert KERNELS["tpu"] in texts(traced, ["tpu"])["tpu"]
