@@ -10,6 +10,7 @@ import contextlib
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsezoo_jax import cli
@@ -25,7 +26,7 @@ datasheet's peaks, a bound. Bytes and FLOPs of the whole program are the compile
 once, and so one period of the layers and one micro-batch."""
 
 
-def main(args: list[str]) -> None:
+def main(args: Sequence[str]) -> None:
     """Compile both forms and print the table."""
     command = cli.parse_with_preset(Aot, args, prog="train_step_kernels", description=(__doc__ or "").strip())
     from sparsezoo_jax.compilation.topologies import open_topology

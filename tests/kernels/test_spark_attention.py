@@ -260,6 +260,28 @@ def test_keys_a_chunk_at_a_time(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("limit", "at_a_time"), [(15, 2), (4, 1)])  # a sequence has 2 x 2 tiles
+def test_sequences_a_few_at_a_time(monkeypatch, limit, at_a_time):
+    """A list of steps of limited length: a loop over parts of the batch, whose sequences stay with their documents."""
+    q, k, v, _ = inputs(batch=4, queries=150)
+    g = jax.random.normal(jax.random.key(5), q.shape)
+    starts = jnp.array([[50], [100], [149], [20]])
+    visible = Visibility.of_tokens(jnp.where(jnp.arange(150) < starts, 1, 2).astype(jnp.int32), 90)
+    expected = both_passes(q, k, v, visible, g, "xla")
+    monkeypatch.setattr(tpu, "STEPS", limit)
+    sizes = []
+
+    def counting(run, q, *rest, **options):
+        sizes.append(len(q))
+        return run(q, *rest, **options)
+
+    monkeypatch.setattr(tpu, "forward", partial(counting, tpu.forward))
+    monkeypatch.setattr(tpu_backward, "backward", partial(counting, tpu_backward.backward))
+    assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret"), expected)
+    assert sizes == [at_a_time] * 2
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_queries_over_a_cache():
     """Positions that are no places: a few queries after many keys, of which some slots are empty."""
     q, k, v, _ = inputs(queries=LONG)
