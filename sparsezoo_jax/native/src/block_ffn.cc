@@ -32,7 +32,8 @@ std::vector<Expert> active_experts(const Vectors& to_up, const Vectors& to_gate,
 constexpr long kRows = 32;
 
 // y_j += sum_i h[j * ld + i] row (first + i); rows whose h is 0 for all tokens, as ReLU leaves many, are not read.
-void add_active(const Matrix& down, long first, long n, long d, float* h, long ld, long m, float* const* y) {
+void add_active(const Matrix& down, long first, long n, long d, float* h, long ld, long m, float* const* y,
+                const char* ahead) {
   auto used = [&](long i) {
     for (long j = 0; j < m; j++)
       if (!(h[j * ld + i] == 0)) return true;
@@ -42,7 +43,9 @@ void add_active(const Matrix& down, long first, long n, long d, float* h, long l
     while (i < n && !used(i)) i++;
     const long start = i;
     while (i < n && used(i)) i++;
-    if (i > start) down.axpy(first + start, i - start, d, h + start, ld, m, y);
+    if (i == start) continue;
+    const char* const next = ahead ? ahead + start * down.ld * size_of(down.type) : nullptr;
+    down.axpy(first + start, i - start, d, h + start, ld, m, y, next);
   }
 }
 
@@ -57,6 +60,10 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
   const long expert_bytes = expert_width * d * (size_of(up.type) + size_of(down.type) + (gate.data ? size_of(gate.type) : 0));
   // A part is the same piece of every expert: all parts are alike, whichever experts are active.
   const long parts = std::min(expert_width, 8L);
+  // Each piece is a short run of rows, which the processor does not foresee: while one is used, the next is fetched.
+  // Those of `down` only where the activation leaves (nearly) all of them in use.
+  const Matrix& first_read = gate.data ? gate : up;
+  const bool all_used = activation != kRelu && activation != kRelu2;
   const Partials sums(parts, x.count, d);
   std::vector<int> counts(parts * x.count);
   Team team = pool.team(parts, long(experts.size()) * expert_bytes);
@@ -66,14 +73,16 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
     float *g = hidden[0], *h = hidden[x.count];
     const long ld = hidden.stride();
     std::vector<float*> to(x.count);
-    for (const Expert& expert : experts) {
+    for (size_t e = 0; e < experts.size(); e++) {
+      const Expert& expert = experts[e];
       const long m = long(expert.tokens.size()), base = expert.index * expert_width;
       for (long j = 0; j < m; j++) to[j] = out[expert.tokens[j]];
       const long end = first_of(p + 1, parts, expert_width);
       for (long f = first_of(p, parts, expert_width); f < end; f += kRows) {
         const long n = std::min(kRows, end - f);
-        up.dot(base + f, n, d, expert.to_up.data(), m, h, ld);
-        if (gate.data) gate.dot(base + f, n, d, expert.to_gate.data(), m, g, ld);
+        const char* const rows_down = all_used ? down.row(base + f) : nullptr;
+        if (gate.data) gate.dot(base + f, n, d, expert.to_gate.data(), m, g, ld, up.row(base + f));
+        up.dot(base + f, n, d, expert.to_up.data(), m, h, ld, rows_down);
         for (long j = 0; j < m; j++) {
           float* const hj = h + j * ld;
           float* const gj = g + j * ld;
@@ -88,7 +97,13 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
             hj[i] = unit * score;
           }
         }
-        add_active(down, base + f, n, d, h, ld, m, to.data());
+        const char* next = nullptr;
+        if (f + n < end) {
+          next = first_read.row(base + f + n);
+        } else if (e + 1 < experts.size()) {
+          next = first_read.row(experts[e + 1].index * expert_width + first_of(p, parts, expert_width));
+        }
+        add_active(down, base + f, n, d, h, ld, m, to.data(), next);
       }
     }
   });
