@@ -65,7 +65,8 @@ def kernels(command: Sequence[str]) -> list[Kernel]:
     """
     ptxas = assembler()
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}".strip()
+        # newer compilers write a kernel only if it matches the expression
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=.*".strip()
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -12,6 +12,7 @@ from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from tests.kernels.lowering import text_for
 
 KERNELS = {"tpu": "tpu_custom_call", "cuda": "gpu.triton", "cpu": "sparsezoo"}
 
@@ -52,18 +53,18 @@ def gradient(function, *arrays):
     return y, pull(jnp.ones_like(y))
 
 
-def texts(traced, platforms):
-    return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms}
+def texts(jitted, arrays, platforms):
+    return {platform: text_for(platform, jitted, *arrays) for platform in platforms}
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_no_operation_takes_its_kernel(name):
     function, arrays, platforms = OPERATIONS[name]
     step = jax.jit(partial(gradient, function))  # one function throughout: what was traced before must not be used
-    before = texts(step.trace(*arrays), platforms)
+    before = texts(step, arrays, platforms)
     with without_kernels():
-        within = texts(step.trace(*arrays), platforms)
-    after = texts(step.trace(*arrays), platforms)
+        within = texts(step, arrays, platforms)
+    after = texts(step, arrays, platforms)
     for platform in platforms:
         assert KERNELS[platform] in before[platform]
         assert KERNELS[platform] not in within[platform]
@@ -76,9 +77,9 @@ def test_the_native_form_is_off_too():
         pytest.skip(native_form)
     call = jax.jit(linear)
     arrays = of(1, 64, dtype=jnp.float32), of(32, 64, dtype=jnp.float32)
-    assert KERNELS["cpu"] in texts(call.trace(*arrays), ["cpu"])["cpu"]
+    assert KERNELS["cpu"] in text_for("cpu", call, *arrays)
     with without_kernels():
-        assert "custom_call" not in texts(call.trace(*arrays), ["cpu"])["cpu"]
+        assert "custom_call" not in text_for("cpu", call, *arrays)
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
@@ -90,10 +91,10 @@ def test_a_gradient_has_the_form_of_its_forward_pass(name):
             y, pull = jax.vjp(function, *arrays)
         return pull(jnp.ones_like(y))
 
-    assert KERNELS["tpu"] not in texts(jax.jit(step).trace(*arrays), ["tpu"])["tpu"]
+    assert KERNELS["tpu"] not in text_for("tpu", jax.jit(step), *arrays)
 
 
 def test_a_kernel_that_is_asked_for_by_name_stays():
+    call = jax.jit(partial(statistical_topk, k=40, implementation="pallas_tpu"))
     with without_kernels():
-        traced = jax.jit(partial(statistical_topk, k=40, implementation="pallas_tpu")).trace(of(16, 512))
-    assert KERNELS["tpu"] in texts(traced, ["tpu"])["tpu"]
+        assert KERNELS["tpu"] in text_for("tpu", call, of(16, 512))

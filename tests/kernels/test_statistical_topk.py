@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.statistical_topk import normal_quantile, reference, row_statistics, statistical_topk
+from tests.kernels.lowering import text_for
 
 IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 #: For a thousand long rows: interpreted GPU kernels take them one by one.
@@ -335,10 +336,10 @@ def test_inside_scan_remat_and_grad(topk):
 
 def test_default_is_the_kernel_only_where_lowered_for_an_accelerator():
     x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
-    traced = jax.jit(partial(statistical_topk, k=40)).trace(x)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    call = jax.jit(partial(statistical_topk, k=40))
+    assert "tpu_custom_call" in text_for("tpu", call, x)
+    assert "gpu.triton" in text_for("cuda", call, x)
+    assert "custom_call" not in text_for("cpu", call, x)
 
 
 @pytest.mark.parametrize("x", [jnp.zeros((4, 8), jnp.float16), jnp.zeros((0, 8)), jnp.zeros((1, 10**6))])

@@ -39,7 +39,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _load(ref, rows, columns, mask) -> jax.Array:
-    return plgpu.load(ref.at[rows, columns], mask=mask, other=0)
+    return plgpu.load(ref.at[rows[:, None], columns[None]], mask=mask, other=0)
 
 
 def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, gated: bool):
@@ -53,23 +53,22 @@ def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width:
     first = jnp.where(used, expert, 0) * width + start
 
     def step(i, sums):
-        more = i * _DEPTH + terms < d
-        depth = pl.ds(i * _DEPTH, _DEPTH)
-        x = _load(x_ref, pl.ds(0, tokens.size), depth, (tokens < n)[:, None] & more[None])
+        depth = i * _DEPTH + terms
+        more = depth < d
+        x = _load(x_ref, tokens, depth, (tokens < n)[:, None] & more[None])
         weights = (up_ref,) if gate_ref is None else (up_ref, gate_ref)
         mask = more[:, None] & (own & used)[None]
         return tuple(
-            s + _dot(x, _load(ref, depth, pl.ds(first, _TILE), mask)) for s, ref in zip(sums, weights, strict=True)
+            s + _dot(x, _load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True)
         )
 
     zero = jnp.zeros((tokens.size, _TILE), jnp.float32)
     sums = jax.lax.fori_loop(0, pl.cdiv(d, _DEPTH), step, (zero,) * (2 if gated else 1))
     hidden = jax.nn.silu(sums[-1]) * sums[0] if gated else jax.nn.silu(sums[0])
-    scores = plgpu.load(scores_ref.at[pl.ds(0, tokens.size), place], mask=tokens < n, other=0)
-    place_columns = pl.ds(place * width + start, _TILE)
+    scores = plgpu.load(scores_ref.at[tokens, place], mask=tokens < n, other=0)
     mask = (tokens < n)[:, None] & own[None]
     hidden = (hidden * scores[:, None]).astype(hidden_ref.dtype)
-    plgpu.store(hidden_ref.at[pl.ds(0, tokens.size), place_columns], hidden, mask=mask)
+    plgpu.store(hidden_ref.at[tokens[:, None], (place * width + start + neurons)[None]], hidden, mask=mask)
 
 
 def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, places: int):
@@ -80,23 +79,18 @@ def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, wid
     steps = jnp.int32(pl.cdiv(width, _DEPTH))
 
     def step(i, sums):
-        place, within = jax.lax.div(i, steps), jax.lax.rem(i, steps) * _DEPTH
+        place, within = jax.lax.div(i, steps), jax.lax.rem(i, steps) * _DEPTH + terms
         expert = experts_ref[place]
         used = expert < total
-        more = within + terms < width
-        hidden = _load(
-            hidden_ref,
-            pl.ds(0, tokens.size),
-            pl.ds(place * width + within, _DEPTH),
-            (tokens < n)[:, None] & (more & used)[None],
-        )
-        rows = pl.ds(jnp.where(used, expert, 0) * width + within, _DEPTH)
-        down = _load(down_ref, rows, pl.ds(start, _TILE), (more & used)[:, None] & own[None])
+        more = within < width
+        hidden = _load(hidden_ref, tokens, place * width + within, (tokens < n)[:, None] & (more & used)[None])
+        rows = jnp.where(used, expert, 0) * width + within
+        down = _load(down_ref, rows, start + columns, (more & used)[:, None] & own[None])
         return sums + _dot(hidden, down)
 
     sums = jax.lax.fori_loop(0, places * pl.cdiv(width, _DEPTH), step, jnp.zeros((tokens.size, _TILE), jnp.float32))
     mask = (tokens < n)[:, None] & own[None]
-    plgpu.store(y_ref.at[pl.ds(0, tokens.size), pl.ds(start, _TILE)], sums.astype(y_ref.dtype), mask=mask)
+    plgpu.store(y_ref.at[tokens[:, None], (start + columns)[None]], sums.astype(y_ref.dtype), mask=mask)
 
 
 def _height(n: int) -> int:

@@ -61,7 +61,7 @@ def _forward_kernel(*refs, d: int, k: float, ddof: int, huber_delta: float, mask
     y = shrink(x, s.threshold, huber_delta)
     if masked:
         y = jnp.where(seen, jnp.where(s.count > k, y, x), 0)
-    plgpu.store(y_ref.at[row, _all(columns)], y.astype(y_ref.dtype), mask=there)
+    plgpu.store(y_ref.at[row, columns], y.astype(y_ref.dtype), mask=there)
     for ref, value in zip(statistics_refs, s if masked else (s.mean, s.std), strict=True):
         ref[row] = value
 
@@ -91,19 +91,15 @@ def _backward_kernel(*refs, d: int, k: float, ddof: int, huber_delta: float, mas
     grad = direct - (total / divisor - a * s.mean) - a * x
     if mask_ref is not None:
         grad = jnp.where(seen, jnp.where(s.count > k, grad, g), 0)
-    plgpu.store(dx_ref.at[row, _all(columns)], grad.astype(dx_ref.dtype), mask=there)
+    plgpu.store(dx_ref.at[row, columns], grad.astype(dx_ref.dtype), mask=there)
 
 
 def _columns(d: int) -> jax.Array:
     return jnp.arange(pl.next_power_of_2(d))
 
 
-def _all(columns: jax.Array) -> Any:
-    return pl.ds(jnp.int32(0), columns.size)  # of the row number's type, also where integers have 64 bits
-
-
 def _read(ref, row, there) -> jax.Array:
-    found = plgpu.load(ref.at[row, _all(there)], mask=there, other=0)
+    found = plgpu.load(ref.at[row, _columns(there.size)], mask=there, other=0)
     return found if ref.dtype == jnp.int8 else found.astype(jnp.promote_types(ref.dtype, jnp.float32))
 
 
