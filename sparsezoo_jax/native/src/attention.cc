@@ -24,7 +24,10 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
     const long n = piece.run.length, row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + piece.run.first;
     float* const* queries = in.pointers() + piece.sequence * heads.queries + piece.head * group;
     const Vectors scores(group, kKeys);
-    k.dot(row, n, width, queries, group, scores[0], scores.stride());
+    // The last keys are read while the first values are asked for.
+    const long ahead = std::min(n, rows_ahead(width * size_of(k.type)));
+    k.dot(row, n - ahead, width, queries, group, scores[0], scores.stride(), k.row(row + ahead));
+    k.dot(row + n - ahead, ahead, width, queries, group, scores[0] + n - ahead, scores.stride(), v.row(row));
     mixed.zero(i * group, group);
     for (long g = 0; g < group; g++) {
       if (softcap != 0) loops().softcap(softcap, scores[g], n);
@@ -32,7 +35,7 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
       weight.largest = loops().moments(scores[g], n).largest;
       weight.total = loops().exponentials(weight.largest, scores[g], n);
     }
-    v.axpy(row, n, width, scores[0], scores.stride(), group, mixed.pointers() + i * group);
+    v.axpy(row, n, width, scores[0], scores.stride(), group, mixed.pointers() + i * group, v.row(row + ahead));
   });
 
   out.zero(0, q.count);

@@ -5,8 +5,6 @@ namespace sparsezoo {
 
 namespace {
 constexpr long kRows = 32;  // neurons whose sums are kept between the matrices of a layer
-// Rows read at a time are each too short for the processor to see what follows: those after them are asked for.
-constexpr long kAhead = 4;
 }
 
 void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y) {
@@ -17,7 +15,7 @@ void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y)
   Team team = pool.team(chunks, bytes);
   team.run(chunks, [&](long i) {
     const long first = i * chunk, rows = first + chunk < y.width ? chunk : y.width - first;
-    w.dot(first, rows, x.width, in.pointers(), x.count, out[0] + first, out.stride(), w.row(first + kAhead));
+    w.dot(first, rows, x.width, in.pointers(), x.count, out[0] + first, out.stride(), w.ahead_of(first));
   });
   out.write(y);
 }
@@ -37,13 +35,13 @@ void gated_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matr
     const long end = first_of(p + 1, parts, neurons);
     for (long f = first_of(p, parts, neurons); f < end; f += kRows) {
       const long n = end - f < kRows ? end - f : kRows;
-      gate.dot(f, n, d, to_gate.pointers(), m, g, hidden.stride(), gate.row(f + kAhead));
-      up.dot(f, n, d, to_up.pointers(), m, h, hidden.stride(), up.row(f + kAhead));
+      gate.dot(f, n, d, to_gate.pointers(), m, g, hidden.stride(), gate.ahead_of(f));
+      up.dot(f, n, d, to_up.pointers(), m, h, hidden.stride(), up.ahead_of(f));
       for (long j = 0; j < m; j++) {
         loops().activate(activation, hidden[j], n);
         for (long i = 0; i < n; i++) hidden[m + j][i] *= hidden[j][i];
       }
-      down.axpy(f, n, d, h, hidden.stride(), m, out, down.row(f + kAhead));
+      down.axpy(f, n, d, h, hidden.stride(), m, out, down.ahead_of(f));
     }
   });
   sums.write(y, down.type);

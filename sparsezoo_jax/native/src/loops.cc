@@ -223,6 +223,22 @@ void softcap(float cap, float* s, long n) {
   map(s, n, [cap](Floats x) { return cap - 2 * cap / (1.0f + exp_of(x * (2 / cap))); });
 }
 
+void softplus(float* s, long n) {
+  // max(x, 0) + log(1 + e^-|x|), where log(1 + t) = 2 artanh(t / (2 + t)) by its series in u <= 1/3
+  map(s, n, [](Floats x) {
+    const Floats t = exp_of(x < Floats{} ? x : -x), u = t / (2.0f + t), square = u * u;
+    Floats p = all(2.0f / 15);
+    p = p * square + 2.0f / 13;
+    p = p * square + 2.0f / 11;
+    p = p * square + 2.0f / 9;
+    p = p * square + 2.0f / 7;
+    p = p * square + 2.0f / 5;
+    p = p * square + 2.0f / 3;
+    p = p * square + 2.0f;
+    return (x > Floats{} ? x : Floats{}) + p * u;
+  });
+}
+
 double exponentials(float shift, float* s, long n) {
   double total = 0;
   long i = 0;
@@ -353,6 +369,7 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
       {arrange<float, true>, arrange<bfloat16, true>, arrange<signed char, true>},
       activate,
       softcap,
+      softplus,
       exponentials,
       moments,
       squares,

@@ -36,6 +36,8 @@ struct Loops {
   void (*activate)(Activation activation, float* h, long n);
   // s = cap tanh(s / cap).
   void (*softcap)(float cap, float* s, long n);
+  // s = log(1 + exp(s)).
+  void (*softplus)(float* s, long n);
   // s = exp(s - shift); returns their sum.
   double (*exponentials)(float shift, float* s, long n);
   // Sum and largest of s; a NaN makes both NaN.

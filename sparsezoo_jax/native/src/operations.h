@@ -36,6 +36,12 @@ struct Tokens {
   long count, width;
 };
 
+// How many rows of `bytes` to ask for ahead of the one that is being read: memory answers while some 16 KB are used.
+inline long rows_ahead(long bytes) {
+  const long rows = ((16 << 10) + bytes / 2) / bytes;
+  return rows < 1 ? 1 : rows > 64 ? 64 : rows;
+}
+
 // Rows of weights: `ld` elements apart, with a factor for each row at scale[row * scale_step] unless null.
 struct Matrix {
   const char* data;
@@ -45,6 +51,8 @@ struct Matrix {
   long scale_step = 1;
 
   const char* row(long i) const { return data + i * ld * size_of(type); }
+  // The row to ask for when row i is read, of rows that are all read in turn.
+  const char* ahead_of(long i) const { return row(i + rows_ahead(ld * size_of(type))); }
 
   // out[j * ld_out + i] = row (first + i) . x_j, for x in the order of the matrix's type
   void dot(long first, long rows, long k, const float* const* x, long m, float* out, long ld_out,

@@ -38,8 +38,6 @@ Chosen select_keys(const float* scores, long n, const SparkAttention& form) {
   return chosen;
 }
 
-float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
-
 }  // namespace
 
 void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention& form, const Tokens& q, const Matrix& k1,
@@ -63,7 +61,8 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
     const Run& run = piece.run;
     const long row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + run.first;
     const long first = piece.sequence * heads.queries + piece.head * group;
-    k1.dot(row, run.length, r, in.pointers() + first, group, scores[first] + run.place, scores.stride());
+    k1.dot(row, run.length, r, in.pointers() + first, group, scores[first] + run.place, scores.stride(),
+           k1.ahead_of(row));
     if (form.softcap != 0)
       for (long g = 0; g < group; g++) loops().softcap(form.softcap, scores[first + g] + run.place, run.length);
   });
@@ -81,6 +80,7 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
     }
   });
 
+  constexpr long kTogether = 16;
   const Vectors mixed(kParts * q.count, width);
   team.run(kParts * q.count, [&](long item) {
     const long j = item / kParts, part = item % kParts;
@@ -89,16 +89,24 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
     const long begin = first_of(part, kParts, n), end = first_of(part + 1, kParts, n);
     const long base = (j / heads.queries * heads.keyvalues + j % heads.queries / group) * heads.keys;
     mixed.zero(item, 1);
-    for (long i = begin; i < end; i++) {
-      const long row = base + keys.places[i], next = base + keys.places[i + 1 < end ? i + 1 : i];
-      float weight = keys.weights[i];
+    // Some keys at a time: first what their values count, then the values. Rows lie far apart, where the processor does
+    // not foresee them: those of the next keys are fetched while these are used.
+    for (long at = begin; at < end; at += kTogether) {
+      const long some = std::min(kTogether, end - at);
+      const float* const softmax = keys.weights.data() + at;
+      auto row = [&](long i) { return base + keys.places[std::min(at + i, end - 1)]; };
+      float weights[kTogether];
       if (form.softplus) {
-        float value;
-        k2.dot(row, 1, width - r, values.pointers() + j, 1, &value, 1, k2.row(next));
-        if (form.softcap_values != 0) value = form.softcap_values * std::tanh(value / form.softcap_values);
-        weight *= softplus(value);
+        for (long i = 0; i < some; i++)
+          k2.dot(row(i), 1, width - r, values.pointers() + j, 1, weights + i, 1, k2.row(row(i + kTogether)));
+        if (form.softcap_values != 0) loops().softcap(form.softcap_values, weights, some);
+        loops().softplus(weights, some);
+        for (long i = 0; i < some; i++) weights[i] *= softmax[i];
+      } else {
+        std::copy(softmax, softmax + some, weights);
       }
-      v.axpy(row, 1, width, &weight, 1, 1, mixed.pointers() + item, v.row(next));
+      for (long i = 0; i < some; i++)
+        v.axpy(row(i), 1, width, weights + i, 1, 1, mixed.pointers() + item, v.row(row(i + kTogether)));
     }
   });
   for (long j = 0; j < q.count; j++) {

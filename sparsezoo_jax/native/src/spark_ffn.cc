@@ -30,7 +30,7 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
   Team team = pool.team(std::max(chunks, parts), scanned + bytes);
   team.run(chunks, [&](long i) {
     const long first = i * chunk, n = std::min(chunk, neurons - first);
-    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride(), k1.row(first + 4));
+    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride(), k1.ahead_of(first));
   });
 
   std::vector<float> thresholds(m);
@@ -67,9 +67,10 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
       loops().activate(kGeluTanh, gates[j], n);
     }
     std::vector<float> hidden(m);
+    // Rows lie far apart, where the processor does not foresee them: each is fetched while those before are used.
+    const long ahead = rows_ahead((d - r) * size_of(k2.type) + d * size_of(v.type));
     for (long i = 0; i < n; i++) {
-      // Rows lie far apart, where the processor does not foresee them: each is fetched while the one before is used.
-      const long next = begin[i + 1 < n ? i + 1 : i];
+      const long next = begin[i + ahead < n ? i + ahead : i];
       k2.dot(begin[i], 1, d - r, values.pointers(), m, hidden.data(), 1, k2.row(next));
       for (long j = 0; j < m; j++) hidden[j] *= gates[j][i];
       v.axpy(begin[i], 1, d, hidden.data(), 1, m, out, v.row(next));
