@@ -180,8 +180,15 @@ def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays
     return call(*leaves)
 
 
-def settle_native(operation: str, implementation: str | None, why_not: str | None, *, native_by_default: bool) -> str:
-    """The form to use of an operation that has "xla" and "native".
+def settle_native(
+    operation: str,
+    implementation: str | None,
+    why_not: str | None,
+    *,
+    native_by_default: bool,
+    gpu_why_not: Callable[[bool], str | None] | None = None,
+) -> str:
+    """The form to use of an operation that has "xla" and "native", and with `gpu_why_not` a kernel for GPUs.
 
     Args:
       operation: its name, for errors.
@@ -189,29 +196,56 @@ def settle_native(operation: str, implementation: str | None, why_not: str | Non
       why_not: why the native form can't take these arguments, or None if it can.
       native_by_default: whether it is the faster one for them. None means plain JAX where the native form can't take
         the arguments, where the compiler partitions, and, with a warning, where the library is missing.
+      gpu_why_not: why the GPU kernel can't take them, or None if it can, and then it is the default on a GPU; called
+        with whether it is interpreted.
 
     Raises:
-      ConfigError: no implementation of that name, or a native one that is missing or can't take the arguments.
+      ConfigError: no implementation of that name, or one that is missing or can't take the arguments.
     """
-    name = choose(operation, implementation, {XLA: XLA, NATIVE: NATIVE}, XLA)
+    names = {XLA: False, NATIVE: False}
+    if gpu_why_not is not None:
+        names |= {PALLAS_GPU: False, PALLAS_GPU_INTERPRET: True}
+    interpreted = choose(operation, implementation, names, XLA)
     if implementation is None:
-        if not (native_by_default and kernels_allowed()) or why_not is not None or partitioned_by_compiler():
+        if not kernels_allowed() or partitioned_by_compiler():
             return XLA
-        if native.available():
-            return BY_PLATFORM
-        if jax.default_backend() == "cpu":
-            native.warn_missing()
+        found = []
+        if native_by_default and why_not is None:
+            if native.available():
+                found.append("cpu")
+            elif jax.default_backend() == "cpu":
+                native.warn_missing()
+        if gpu_why_not is not None and gpu_why_not(False) is None:
+            found.append("cuda")
+        return BY_PLATFORM + " ".join(found) if found else XLA
+    if implementation == XLA:
         return XLA
-    if name == NATIVE:
+    if implementation == NATIVE:
         if (missing := native.why_missing()) is not None:
-            raise ConfigError(f"{operation}.implementation", name, f"{missing}; {native.HOW_TO_GET}")
-        if why_not is not None:
-            raise ConfigError(f"{operation}.implementation", name, f'{why_not}; use "xla"')
-    return name
+            raise ConfigError(f"{operation}.implementation", implementation, f"{missing}; {native.HOW_TO_GET}")
+        refusal = why_not
+    else:
+        assert gpu_why_not is not None
+        refusal = gpu_why_not(interpreted)
+    if refusal is not None:
+        raise ConfigError(f"{operation}.implementation", implementation, f'{refusal}; use "xla"')
+    return implementation
 
 
-def run_native(form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any) -> Any:
-    """Call the form that `settle_native` returned: `xla(*arrays)` or `kernel(*arrays)`; results alike."""
-    if form != BY_PLATFORM:
-        return (kernel if form == NATIVE else xla)(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=kernel, default=xla)
+def run_native(
+    form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any, gpu: Callable[..., Any] | None = None
+) -> Any:
+    """Call the form that `settle_native` returned: `xla(*arrays)`, `kernel(*arrays)` or `gpu(*arrays, interpret=...)`.
+
+    Their results are alike.
+    """
+    if form == XLA:
+        return xla(*arrays)
+    if form == NATIVE:
+        return kernel(*arrays)
+    if not form.startswith(BY_PLATFORM):
+        assert gpu is not None, "settled on a kernel that the operation does not have"
+        return gpu(*arrays, interpret=form == PALLAS_GPU_INTERPRET)
+    by_platform = {"cpu": kernel, "cuda": None if gpu is None else partial(gpu, interpret=False)}
+    chosen: Any = {platform: by_platform[platform] for platform in form.removeprefix(BY_PLATFORM).split()}
+    return jax.lax.platform_dependent(*arrays, **chosen, default=xla)

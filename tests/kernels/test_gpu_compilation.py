@@ -11,7 +11,7 @@ from benchmarks.gpu_kernels import cases
 from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN
 from sparsezoo_jax.compilation.ptx import kernels
 from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
-from sparsezoo_jax.pallas_kernels import block_ffn_union, statistical_topk
+from sparsezoo_jax.pallas_kernels import block_ffn_union, spark_attention_rows, spark_ffn_rows, statistical_topk
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 
 pytest.importorskip("jax_cuda12_plugin", reason="compiling for GPUs needs jax's CUDA plugin: 'sparsezoo-jax[aot]'")
@@ -68,6 +68,31 @@ def test_block_ffn_union(size, dtype):
         return block_ffn_union(x, scores, up, down, expert_width=width, capacity=experts // 4)
 
     assert compiled(function, *[(shape, dtype) for shape in shapes]).count(TRITON) == 2
+
+
+@pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32, jnp.int8])
+def test_spark_ffn_rows(storage):
+    d, r, neurons = 2304, 1024, 13_824
+    shapes = [((2, d), jnp.bfloat16), ((neurons, r), storage), ((neurons, 2 * d - r), storage)]
+    scales = [((neurons,), jnp.float32), ((neurons, 2), jnp.float32)] if storage == jnp.int8 else []
+
+    def function(x, k1, rows, *scales):
+        return spark_ffn_rows(x, k1, rows, top_k=1106, scales=scales or (None, None))
+
+    assert compiled(function, *shapes, *scales).count(TRITON) == 2
+
+
+@pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32])
+def test_spark_attention_rows(storage):
+    heads, kv_heads, width, r, keys = 8, 4, 256, 128, 8192
+    cache = (2, kv_heads, keys)
+    shapes = [(2, heads, width), (*cache, r), (*cache, 2 * width - r)]
+
+    def function(q, k1, rest, mask):
+        return spark_attention_rows(q, k1, rest, mask, top_k=256)
+
+    text = compiled(function, *[(shape, storage) for shape in shapes], ((2, keys), jnp.bool_))
+    assert text.count(TRITON) == 1
 
 
 def test_grouped_ffn():

@@ -5,6 +5,7 @@ Shapes: B sequences, N query heads, K key/value heads of G = N/K queries, S keys
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, result, why_not_native
+from sparsezoo_jax.pallas_kernels.spark_attention import rows_gpu
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     select_keys,
@@ -53,7 +55,8 @@ def spark_attention_rows(
       mask: [B, S] booleans, true where the key is visible. Keys that are not visible are not read natively.
       top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, selection, weighting: as in `spark_attention`;
         "exact" selection has no native form.
-      implementation: "xla" (gathers attended rows in a loop), "native", or None: "native" on a CPU.
+      implementation: "xla" (gathers attended rows in a loop), "native", "pallas_gpu", "pallas_gpu_interpret" (see
+        `dispatch`), or None: "native" on a CPU, "pallas_gpu" on a GPU for heads up to 256 wide, else "xla".
 
     Returns:
       [B, N, H] in the dtype of q, and the number of attended keys, int32 [B, N].
@@ -72,9 +75,15 @@ def spark_attention_rows(
     predictor_factor = r**-0.5 if predictor_scale is None else predictor_scale
     value_factor = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
     why_not = 'selection="exact" has no native form' if selection == "exact" else why_not_native(q=q)
-    form = settle_native("spark_attention_rows", implementation, why_not, native_by_default=True)
+    form = settle_native(
+        "spark_attention_rows",
+        implementation,
+        why_not,
+        native_by_default=True,
+        gpu_why_not=lambda _: rows_gpu.why_not(q),
+    )
 
-    def xla(q, k1, rest, mask):
+    def selecting(mixture, q, k1, rest, mask):
         wide = q.astype(jnp.float32)
         # Fused with the statistics, XLA for CPU computes the scores several times. The factor comes after the product,
         # which takes queries in the cache's type: before it, it would be rounded with them.
@@ -83,10 +92,13 @@ def spark_attention_rows(
         selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
         weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
         attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-        y = _gathered(value_factor * wide[..., r:], weights, selected, rest, softcap_values, weighting)
+        y = mixture(value_factor * wide[..., r:], weights, selected, rest, softcap_values, weighting)
         # Nothing is selected of scores that are no numbers, which must not look like a query that sees nothing.
         broken = jnp.any(jnp.isnan(scores) & mask[:, None], axis=-1, keepdims=True)
         return jnp.where(broken, jnp.nan, y).astype(q.dtype), attended
+
+    def gpu(*arrays, interpret):
+        return selecting(partial(rows_gpu.mixture, interpret=interpret), *arrays)
 
     def kernel(q, k1, rest, mask):
         return native.call(
@@ -102,7 +114,7 @@ def spark_attention_rows(
             softplus=weighting == "softplus",
         )
 
-    return run_native(form, xla, kernel, q, k1, rest, mask)
+    return run_native(form, partial(selecting, _gathered), kernel, q, k1, rest, mask, gpu=gpu)
 
 
 def _gathered(

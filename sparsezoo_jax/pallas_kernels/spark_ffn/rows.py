@@ -23,6 +23,7 @@ from sparsezoo_jax.pallas_kernels.rows import (
     sum_over_active,
     why_not_native,
 )
+from sparsezoo_jax.pallas_kernels.spark_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import normal_quantile, row_statistics, shrink
 
 Scales = tuple[jax.Array | None, jax.Array | None]
@@ -51,7 +52,8 @@ def spark_ffn_rows(
       top_k: target number of active neurons, below F.
       ddof, huber_delta: as in `statistical_topk`.
       scales: float32 factors of int8 weights: [F] of k1, [F, 2] of the two parts of rows. Both may have another type.
-      implementation: "xla" (gathers active rows in a loop), "native", or None: "native" on a CPU for up to 16 rows.
+      implementation: "xla" (gathers active rows in a loop), "native", "pallas_gpu", "pallas_gpu_interpret" (see
+        `dispatch`), or None: for up to 16 rows "native" on a CPU and "pallas_gpu" on a GPU, else "xla".
 
     Returns:
       [M, D] in the dtype of x, and the number of active neurons, int32 [M].
@@ -69,7 +71,13 @@ def spark_ffn_rows(
     require(0 < top_k < neurons, "spark_ffn_rows.top_k", top_k, f"must be above 0 and below the {neurons} neurons")
     require(huber_delta >= 0, "spark_ffn_rows.huber_delta", huber_delta, "must be 0 or above")
     few = m <= MOST_ROWS
-    form = settle_native("spark_ffn_rows", implementation, why_not_native(x=x), native_by_default=few)
+    form = settle_native(
+        "spark_ffn_rows",
+        implementation,
+        why_not_native(x=x),
+        native_by_default=few,
+        gpu_why_not=lambda _: rows_gpu.why_not(x),
+    )
 
     def xla(x, k1, rows, scales):
         gate = _gate(product(x[:, :r], k1, scales[0]), top_k, ddof, huber_delta)
@@ -93,7 +101,12 @@ def spark_ffn_rows(
         arrays = (x, k1, rows, *map(or_none, scales))
         return native.call("spark_ffn", results, *arrays, quantile=quantile, **attributes)
 
-    return run_native(form, xla, kernel, x, k1, rows, scales)
+    def gpu(x, k1, rows, scales, *, interpret):
+        gate = _gate(product(x[:, :r], k1, scales[0]), top_k, ddof, huber_delta)
+        y = rows_gpu.sum_over_active(x[:, r:], gate, rows, scales[1], interpret)
+        return y.astype(x.dtype), jnp.sum(gate != 0, axis=-1, dtype=jnp.int32)
+
+    return run_native(form, xla, kernel, x, k1, rows, scales, gpu=gpu)
 
 
 def _gate(scores: jax.Array, top_k: float, ddof: int, huber_delta: float) -> jax.Array:

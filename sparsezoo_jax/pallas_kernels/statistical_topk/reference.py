@@ -92,7 +92,9 @@ def quantile_of_count(count: jax.Array, k: float) -> jax.Array:
     """
     fraction = k / jnp.maximum(count, 1)
     # The guard keeps Q(1) = inf out of rows that are kept whole, where inf * 0 would make a NaN.
-    return jnp.where(count > k, -jax.scipy.special.ndtri(jnp.clip(fraction, 1e-6, 1 - 1e-6)), 0)
+    quantile = jnp.where(count > k, -jax.scipy.special.ndtri(jnp.clip(fraction, 1e-6, 1 - 1e-6)), 0)
+    # One number a row: XLA for GPUs otherwise weighs for minutes how to compute it again for every entry.
+    return jax.lax.optimization_barrier(quantile)
 
 
 def shrink(x: jax.Array, threshold: jax.Array, huber_delta: float) -> jax.Array:

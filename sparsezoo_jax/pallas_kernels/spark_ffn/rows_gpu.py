@@ -1,0 +1,104 @@
+"""The rows of active neurons on GPUs (Triton): their hidden state, then the sums over them. Other rows are not read.
+
+Shapes: M tokens, A value width of the inputs, D model width, F neurons, P parts of the neurons.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sparsezoo_jax.pallas_kernels.rows import why_not_native
+from sparsezoo_jax.pallas_kernels.triton import dot, height, in_use, load, store
+
+#: Neurons of a program of the first kernel, and of a turn of the second: the smallest matrix products.
+_NEURONS, _TURN = 16, 32
+#: Terms of one matrix product.
+_DEPTH = 128
+#: Columns of a program of the second kernel, and parts of the neurons, for columns alone would leave processors idle.
+_COLUMNS, _PARTS = 64, 16
+#: Most tokens: their sums are in registers.
+MOST_TOKENS = 16
+
+
+def why_not(x: jax.Array) -> str | None:
+    """Why the kernels can't take these tokens [M, D], or None if they can."""
+    if x.shape[0] > MOST_TOKENS:
+        return f"takes up to {MOST_TOKENS} tokens, not {x.shape[0]}"
+    return why_not_native(x=x)
+
+
+def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int, neurons: int):
+    """Of some neurons, for all tokens: gate times the product with K2."""
+    tokens, own = jnp.arange(height(m)), pl.program_id(0) * _NEURONS + jnp.arange(_NEURONS)
+    here = (tokens < m)[:, None] & (own < neurons)[None]
+    gate = load(gate_ref, tokens, own, here)
+    used = in_use(gate)
+
+    def step(i, sums):
+        terms = i * _DEPTH + jnp.arange(_DEPTH)
+        more = terms < width
+        x = load(x_ref, tokens, terms, (tokens < m)[:, None] & more[None])
+        return sums + dot(x, load(rows_ref, own, terms, used[:, None] & more[None]), transposed=True)
+
+    zeros = jnp.zeros((tokens.size, _NEURONS), jnp.float32)
+    store(hidden_ref, tokens, own, here, gate * jax.lax.fori_loop(0, pl.cdiv(width, _DEPTH), step, zeros))
+
+
+def _sum_kernel(hidden_ref, rows_ref, y_ref, *, m: int, d: int, width: int, neurons: int):
+    """Some columns of the result, over one part of the neurons."""
+    tokens, columns = jnp.arange(height(m)), pl.program_id(0) * _COLUMNS + jnp.arange(_COLUMNS)
+    part, turns = pl.program_id(1), pl.cdiv(pl.cdiv(neurons, _TURN), _PARTS)
+
+    def step(i, sums):
+        own = (part * turns + i) * _TURN + jnp.arange(_TURN)
+        hidden = load(hidden_ref, tokens, own, (tokens < m)[:, None] & (own < neurons)[None])
+        mask = in_use(hidden)[:, None] & (columns < d)[None]
+        return sums + dot(hidden, load(rows_ref, own, width + columns, mask))
+
+    sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, _COLUMNS), jnp.float32))
+    store(y_ref, part * m + tokens, columns, (tokens < m)[:, None] & (columns < d)[None], sums)
+
+
+def sum_over_active(
+    values: jax.Array,
+    gate: jax.Array,
+    rows: jax.Array,
+    scale: jax.Array | None,
+    interpret: Any,
+) -> jax.Array:
+    """`sum_f gate_f (values . K2_f) V_f`, [M, D] in float32.
+
+    Args:
+      values: [M, A], float32 or bfloat16.
+      gate: [M, F] float32; a neuron whose gate is 0 for all tokens is not read.
+      rows: [F, A + D], in float32, bfloat16 or int8.
+      scale: float32 [F, 2], factors of the two parts of int8 rows; None for others.
+      interpret: whether to run it without a GPU.
+    """
+    (m, width), neurons = values.shape, gate.shape[1]
+    d = rows.shape[1] - width
+    if scale is not None:
+        gate = gate * (scale[:, 0] * scale[:, 1])
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+
+    def call(kernel, grid, shape, *arrays, **sizes):
+        return pl.pallas_call(
+            partial(kernel, m=m, width=width, neurons=neurons, **sizes),
+            grid=grid,
+            in_specs=[whole] * len(arrays),
+            out_specs=whole,
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            interpret=interpret,
+        )(*arrays)
+
+    hidden = call(_hidden_kernel, (pl.cdiv(neurons, _NEURONS),), (m, neurons), values, gate, rows)
+    grid = (pl.cdiv(d, _COLUMNS), _PARTS)
+    y = call(_sum_kernel, grid, (_PARTS * m, d), hidden, rows, d=d)
+    return jnp.sum(y.reshape(_PARTS, m, d), axis=0)
