@@ -14,7 +14,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
+IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 R, WIDTH = 4, 12
 
 
