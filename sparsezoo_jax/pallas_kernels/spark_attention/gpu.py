@@ -53,8 +53,8 @@ class Launch(NamedTuple):
 
 
 #: By bytes of an element; chosen by what the assembler says of registers and shared memory (docs/kernels.md).
-MOMENTS = {2: Launch(Tiles(128, 64), 4, 2), 4: Launch(Tiles(64, 32), 8, 2)}
-MIX = {2: Launch(Tiles(128, 32), 8, 2), 4: Launch(Tiles(32, 32), 8, 1)}
+MOMENTS = {2: Launch(Tiles(128, 64), 4, 2), 4: Launch(Tiles(32, 32), 8, 2)}
+MIX = {2: Launch(Tiles(128, 32), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
 
 
 # What kernels share -------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, pa
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 
 #: As in `gpu`.
-QUERIES = {2: Launch(Tiles(64, 32), 8, 2), 4: Launch(Tiles(32, 32), 8, 1)}
-KEYS = {2: Launch(Tiles(32, 64), 8, 2), 4: Launch(Tiles(32, 32), 8, 1)}
+QUERIES = {2: Launch(Tiles(128, 16), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
+KEYS = {2: Launch(Tiles(64, 32), 8, 2), 4: Launch(Tiles(32, 32), 8, 1)}
 
 
 def _of_tile(own, others, of_queries, visible, p: Problem) -> tuple[jax.Array, list[jax.Array]]:
