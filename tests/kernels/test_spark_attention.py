@@ -10,7 +10,15 @@ import pytest
 from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.spark_attention import (
+    Visibility,
+    gpu,
+    gpu_backward,
+    select_keys,
+    spark_attention,
+    tpu,
+    tpu_backward,
+)
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 
@@ -462,6 +470,16 @@ def test_heads_too_wide_for_a_gpus_registers():
     with pytest.raises(ConfigError, match=r"implementation=pallas_gpu: .*registers, and 264 columns are too many"):
         call(implementation="pallas_gpu")
     assert "gpu.triton" not in jax.jit(call).trace().lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_sequences_too_long_for_a_gpus_grid():
+    visible = Visibility.of_tokens(jnp.ones((1, 8), jnp.int32))
+    launches = [*gpu.MOMENTS.values(), *gpu.MIX.values(), *gpu_backward.QUERIES.values()]
+    least = min([launch.tiles.queries for launch in launches] + [x.tiles.keys for x in gpu_backward.KEYS.values()])
+    for tokens in (65_535 * least, 65_535 * least + 1):
+        x = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.bfloat16)
+        why = gpu.why_not(x, x, x, visible, "statistical")
+        assert why is None if tokens % least == 0 else "no more than" in str(why)
 
 
 def test_bad_input():

@@ -37,10 +37,14 @@ from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, 
 
 #: What arrays are filled up to multiples of: the largest tiles of any kernel.
 TILES = Tiles(128, 128)
+#: The smallest tile of a program of any kernel.
+SMALLEST = 32
 #: The narrowest operand of a matrix product.
 NARROWEST = 16
 #: Most columns of a head: its sums are in registers.
 WIDEST = 256
+#: Most tiles: a dimension of the grid.
+TALLEST = 65_535
 
 
 class Launch(NamedTuple):
@@ -244,5 +248,7 @@ def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False
     """Why the kernels can't take these arrays, or None if they can."""
     if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
         return why
-    width = max(q.shape[-1], v.shape[-1])
-    return None if width <= WIDEST else f"holds whole heads in registers, and {width} columns are too many"
+    if (width := max(q.shape[-1], v.shape[-1])) > WIDEST:
+        return f"holds whole heads in registers, and {width} columns are too many"
+    longest = TALLEST * SMALLEST
+    return None if max(q.shape[1], k.shape[1]) <= longest else f"takes no more than {longest} tokens"
