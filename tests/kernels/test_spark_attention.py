@@ -10,17 +10,10 @@ import pytest
 from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels.spark_attention import (
-    Visibility,
-    gpu,
-    gpu_backward,
-    select_keys,
-    spark_attention,
-    tpu,
-    tpu_backward,
-)
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
+from tests.kernels.lowering import text_for
 
 KERNELS = ["pallas_tpu_interpret", "pallas_gpu_interpret"]
 R, WIDTH = 4, 12
@@ -423,11 +416,10 @@ def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
         def both(q, k, v):
             q = q[:, :queries]
             mask = visible(256) if queries == 256 else all_of(1, queries, 256)
-            return jax.value_and_grad(lambda q: spark_attention(q, k, v, mask, r=128, top_k=32)[0].astype(float).sum())(
-                q
-            )
+            total = lambda q, k, v: spark_attention(q, k, v, mask, r=128, top_k=32)[0].astype(float).sum()  # noqa: E731
+            return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
-        return jax.jit(both).trace(shape(8), shape(4), shape(4)).lower(lowering_platforms=(platform,)).as_text()
+        return text_for(platform, jax.jit(both), shape(8), shape(4), shape(4))
 
     assert lowered("tpu").count("tpu_custom_call") == 3
     assert lowered("cuda").count("gpu.triton") == 4
@@ -465,21 +457,11 @@ def test_what_the_kernel_can_not_take(change, why):
 
 
 def test_heads_too_wide_for_a_gpus_registers():
-    q, k, v = (jnp.zeros((1, 128, heads, 264)) for heads in (2, 1, 1))
-    call = partial(spark_attention, q, k, v, Visibility.of_tokens(jnp.ones((1, 128), jnp.int32)), r=128, top_k=8)
+    arrays = [jnp.zeros((1, 128, heads, 264)) for heads in (2, 1, 1)]
+    call = partial(spark_attention, mask=Visibility.of_tokens(jnp.ones((1, 128), jnp.int32)), r=128, top_k=8)
     with pytest.raises(ConfigError, match=r"implementation=pallas_gpu: .*registers, and 264 columns are too many"):
-        call(implementation="pallas_gpu")
-    assert "gpu.triton" not in jax.jit(call).trace().lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_sequences_too_long_for_a_gpus_grid():
-    visible = Visibility.of_tokens(jnp.ones((1, 8), jnp.int32))
-    launches = [*gpu.MOMENTS.values(), *gpu.MIX.values(), *gpu_backward.QUERIES.values()]
-    least = min([launch.tiles.queries for launch in launches] + [x.tiles.keys for x in gpu_backward.KEYS.values()])
-    for tokens in (65_535 * least, 65_535 * least + 1):
-        x = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.bfloat16)
-        why = gpu.why_not(x, x, x, visible, "statistical")
-        assert why is None if tokens % least == 0 else "no more than" in str(why)
+        call(*arrays, implementation="pallas_gpu")
+    assert "gpu.triton" not in text_for("cuda", jax.jit(call), *arrays)
 
 
 def test_bad_input():

@@ -37,14 +37,10 @@ from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, 
 
 #: What arrays are filled up to multiples of: the largest tiles of any kernel.
 TILES = Tiles(128, 128)
-#: The smallest tile of a program of any kernel.
-SMALLEST = 32
 #: The narrowest operand of a matrix product.
 NARROWEST = 16
 #: Most columns of a head: its sums are in registers.
 WIDEST = 256
-#: Most tiles: a dimension of the grid.
-TALLEST = 65_535
 
 
 class Launch(NamedTuple):
@@ -122,20 +118,28 @@ class Call(NamedTuple):
     group: int
     """Those that share one of the keys'."""
     launch: Launch
+    rows: int
+    """Heads of all sequences, of whichever the programs have tiles of."""
+
+    def program(self) -> tuple[jax.Array, jax.Array]:
+        """A program's row of heads, and tile."""
+        # A grid of two dimensions would end at 65,535 tiles.
+        index, rows = pl.program_id(0), jnp.int32(self.rows)
+        return jax.lax.rem(index, rows), jax.lax.div(index, rows)
 
     def place(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Of a program that has a tile of queries: its sequence, head of queries, head of keys, and tile."""
-        row = pl.program_id(0)
+        row, tile = self.program()
         # Causal attention's longest loops start first.
-        tile = pl.num_programs(1) - 1 - pl.program_id(1)
+        tile = jax.lax.div(pl.num_programs(0), jnp.int32(self.rows)) - 1 - tile
         return jax.lax.div(row, jnp.int32(self.heads)), row, jax.lax.div(row, jnp.int32(self.group)), tile
 
-    def run(self, kernel: Callable, grid: tuple[int, int], arrays: Sequence[Any], outputs: Any, interpret: Any) -> Any:
-        """`kernel(*refs, call=self)` over a grid of heads and tiles."""
+    def run(self, kernel: Callable, tiles: int, arrays: Sequence[Any], outputs: Any, interpret: Any) -> Any:
+        """`kernel(*refs, call=self)` over so many tiles of all rows of heads."""
         whole = pl.BlockSpec(memory_space=pl.ANY)
         return pl.pallas_call(
             partial(kernel, call=self),
-            grid=grid,
+            grid=(self.rows * tiles,),
             in_specs=[whole] * len(arrays),
             out_specs=[whole] * len(outputs),
             out_shape=outputs,
@@ -213,9 +217,9 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
     column = jax.ShapeDtypeStruct((rows, padded_length, 1), wide(q))
 
     def run(kernel, launch: Launch, arrays, outputs):
-        grid = (rows, padded_length // launch.tiles.queries)
+        tiles = padded_length // launch.tiles.queries
         arrays = [*bounds(seen_by, launch.tiles)[0], *places(seen_by, queries_own=True), *arrays]
-        return Call(p, heads, heads // kv_heads, launch).run(kernel, grid, arrays, outputs, interpret)
+        return Call(p, heads, heads // kv_heads, launch, rows).run(kernel, tiles, arrays, outputs, interpret)
 
     count, *moments = run(_moments_kernel, launch_for(MOMENTS, q), [queries[0], keys[0]], [column] * 4)
     moments = Moments(*moments)
@@ -248,7 +252,5 @@ def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False
     """Why the kernels can't take these arrays, or None if they can."""
     if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
         return why
-    if (width := max(q.shape[-1], v.shape[-1])) > WIDEST:
-        return f"holds whole heads in registers, and {width} columns are too many"
-    longest = TALLEST * SMALLEST
-    return None if max(q.shape[1], k.shape[1]) <= longest else f"takes no more than {longest} tokens"
+    width = max(q.shape[-1], v.shape[-1])
+    return None if width <= WIDEST else f"holds whole heads in registers, and {width} columns are too many"

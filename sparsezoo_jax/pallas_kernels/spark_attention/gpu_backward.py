@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
@@ -98,7 +97,7 @@ def _keys_kernel(first_ref, stop_ref, *refs, call: Call):
     """Gradients of a tile of keys and values."""
     q_where, k_where, number_refs, q_refs, k_refs, gradient_refs = _split(refs, call.p)
     (q_size, size), p = call.launch.tiles, call.p
-    row, tile = pl.program_id(0), pl.program_id(1)
+    row, tile = call.program()
     sequence = jax.lax.div(row, jnp.int32(call.heads // call.group))
     own = blocks(k_refs, row, tile, size)
     of_keys = blocks(k_where, sequence, tile, size)
@@ -133,9 +132,10 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
         own = numbers if queries_own else [x.swapaxes(1, 2) for x in numbers]
         arrays = [*limits, *places(seen_by, queries_own=queries_own), *own, *queries, dy_XTV, *keys, values]
         size = launch.tiles.queries if queries_own else launch.tiles.keys
-        grid = (like[0].shape[0], like[0].shape[1] // size)
+        rows, padded_length, _ = like[0].shape
         outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
-        return Call(p, heads, heads // kv_heads, launch).run(kernel, grid, arrays, outputs, interpret)
+        call = Call(p, heads, heads // kv_heads, launch, rows)
+        return call.run(kernel, padded_length // size, arrays, outputs, interpret)
 
     dq = run(_queries_kernel, launch_for(QUERIES, q), queries, queries_own=True)
     *dk, dv = run(_keys_kernel, launch_for(KEYS, q), [*keys, values], queries_own=False)
