@@ -13,18 +13,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION
 from sparsezoo_jax.compilation.ptx import kernels
 from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
-from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_ffn, statistical_topk
+from sparsezoo_jax.pallas_kernels import (
+    block_ffn,
+    block_ffn_union,
+    spark_attention,
+    spark_attention_rows,
+    spark_ffn,
+    spark_ffn_rows,
+    statistical_topk,
+)
 from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 NOTES = """
-Bytes are the operands and results of every kernel, for the union those of its experts; what the 50 MB of L2 keep
+Bytes are the operands and results of every kernel, for the union and the rows those in use; what the 50 MB of L2 keep
 between kernels is counted all the same. Occupancy is the share of a multiprocessor's threads that its registers and
-shared memory have room for. Times are bytes / bandwidth of the datasheet: a bound.
+shared memory have room for. Times are bytes / bandwidth and, of attention, FLOPs of matrix products / FLOP/s of the
+datasheet: bounds. Attention's blocks read keys again and again; 8,192 of a layer are 33 MB, which L2 keeps.
 """
+#: Tokens of an attention.
+LENGTH = 8192
 
 
 class Case(NamedTuple):
@@ -35,6 +47,8 @@ class Case(NamedTuple):
     arguments: list[Any]
     bytes: int | None = None
     """What it moves, where its kernels read parts of their operands."""
+    flops: int | None = None
+    """Of matrix products, where they may be the bound."""
 
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -79,7 +93,85 @@ def cases() -> list[Case]:
     width_in, count, width_out, _ = MOE_FFN["moex_chess"]
     grouped = [_array(8192, width_in), _array(count, width_in, width_out), _array(count, dtype=jnp.int32)]
     found.append(Case(f"ragged_dot 8192 x {width_in}, {count} experts of {width_out}", ragged_matmul, grouped))
+    found += decoding()
+    return found + [attention(name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
+
+
+def decoding() -> list[Case]:
+    """One token through Spark layers of a packed 2B, and through the layers that are trained, which read everything."""
+    d, r, neurons, active = 2304, 1024, 13_824, 1106
+    trained = [_array(*shape) for shape in ((1, d), (r, neurons), (d - r, neurons), (neurons, d))]
+    dense = lambda *a: spark_ffn(*a, top_k=active, implementation="one_pass")  # noqa: E731
+    packed = [_array(*shape) for shape in ((1, d), (neurons, r), (neurons, 2 * d - r))]
+    rows = lambda *a: spark_ffn_rows(*a, top_k=active, implementation="pallas_gpu")  # noqa: E731
+    moved = 2 * (neurons * r + active * (2 * d - r)) + 4 * 3 * 3 * neurons
+    found = [
+        Case("spark_ffn 1 token, one_pass", dense, trained),
+        Case(f"spark_ffn_rows 1 token, {active} neurons active, pallas_gpu", rows, packed, moved),
+    ]
+    heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
+    for keys in (8192, 32_768):
+
+        def whole(q, k, v, mask, r=r):
+            return spark_attention(q, k, v, mask, r=r, top_k=top_k, implementation="xla")[0]
+
+        def some(q, k1, rest, mask):
+            return spark_attention_rows(q, k1, rest, mask, top_k=top_k, implementation="pallas_gpu")[0]
+
+        cache = _array(1, keys, kv_heads, width)
+        split = [_array(1, kv_heads, keys, r), _array(1, kv_heads, keys, 2 * width - r)]
+        # The queries of a key/value head select independently; scores and weights are written and read a few times.
+        union = keys * (1 - (1 - top_k / keys) ** (heads // kv_heads))
+        moved = 2 * kv_heads * (keys * r + union * (2 * width - r)) + 4 * 6 * heads * keys
+        query = _array(1, 1, heads, width), _array(1, heads, width)
+        arguments = [query[0], cache, cache, _array(1, 1, keys, dtype=jnp.bool_)]
+        found.append(Case(f"spark_attention 1 query, {keys} keys, xla", whole, arguments))
+        arguments = [query[1], *split, _array(1, keys, dtype=jnp.bool_)]
+        name = f"spark_attention_rows 1 query, {keys} keys, {top_k} a head selected, pallas_gpu"
+        found.append(Case(name, some, arguments, int(moved)))
     return found
+
+
+def attention(implementation: str | None, gradient: bool, length: int = LENGTH) -> Case:
+    """Spark attention of a layer of Spark 2B, causal; `gradient`: forward and backward."""
+    heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
+
+    def forward(q, k, v):
+        visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
+        options = {"r": r, "top_k": top_k, "softcap": 50.0}
+        return spark_attention(q, k, v, visible, **options, implementation=implementation)[0]
+
+    def both(q, k, v, g):
+        y, pull = jax.vjp(forward, q, k, v)
+        return y, pull(g)
+
+    q, k = _array(1, length, heads, width), _array(1, length, kv_heads, width)
+    # Products of width columns: two forward and four backward, of all pairs; the kernels' make the predictor's scores
+    # twice forward, and all scores twice more backward, of the pairs on and below the diagonal.
+    if implementation == "xla":
+        columns = (6 if gradient else 2) * width
+    else:
+        columns = r + (9 if gradient else 2) * width
+    pairs = length**2 if implementation == "xla" else length * (length + 1) // 2
+    name = f"spark_attention {length} tokens{' and its gradient' * gradient}, {implementation}"
+    arguments = [q, k, k] + [q] * gradient
+    return Case(name, both if gradient else forward, arguments, flops=2 * heads * columns * pairs)
+
+
+def longest(implementation: str, gradient: bool) -> tuple[int, float]:
+    """The most tokens, of powers of two, whose attention fits into the memory of a GPU, and GB that it then takes."""
+    length, fits = LENGTH, (0, 0.0)
+    while True:
+        try:
+            memory = compile_case(attention(implementation, gradient, length)).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return fits
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        if total > open_topology("h100:1x1x1").chip.hbm_bytes:
+            return fits
+        length, fits = 2 * length, (length, total / 1e9)
 
 
 def compile_case(case: Case) -> Any:
@@ -95,27 +187,41 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="programs whose name contains this")
+    parser.add_argument("--longest", action="store_true", help="the most tokens of an attention that fit, and end")
     parser.add_argument("--compile-only", type=int, help="compile one program, for the assembler, and end")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     if args.compile_only is not None:
         compile_case(cases()[args.compile_only])
         return
-    bandwidth = open_topology("h100:1x1x1").chip.hbm_bandwidth
-    print("| program | MB | ms | kernel | blocks x threads | registers | shared kB | spilled bytes | occupancy |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    if args.longest:
+        for implementation in ("xla", "pallas_gpu"):
+            for gradient in (False, True):
+                length, size = longest(implementation, gradient)
+                print(f"{implementation}{' and its gradient' * gradient}: {length} tokens, {size:.1f} GB", flush=True)
+        return
+    chip = open_topology("h100:1x1x1").chip
+    print(
+        "| program | MB | temporaries MB | by bytes ms | by FLOPs ms | kernel | blocks x threads | registers | "
+        "shared kB | spilled bytes | occupancy |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for index, case in enumerate(cases()):
         if args.only not in case.name:
             continue
-        size = case.bytes or hbm_bytes(compile_case(case).as_text())
-        shown = f"{case.name} | {size / 1e6:.1f} | {1e3 * size / bandwidth:.4f}"
+        program = compile_case(case)
+        size = case.bytes or hbm_bytes(program.as_text())
+        products = f"{1e3 * case.flops / chip.bf16_flops:.4f}" if case.flops else ""
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        by_bytes = 1e3 * size / chip.hbm_bandwidth
+        shown = f"{case.name} | {size / 1e6:.1f} | {temporaries / 1e6:.1f} | {by_bytes:.4f} | {products}"
         for kernel in kernels([sys.executable, "-m", "benchmarks.gpu_kernels", "--compile-only", str(index)]):
             print(
                 f"| {shown} | `{kernel.name}` | {kernel.blocks} x {kernel.threads} | {kernel.registers} | "
                 f"{kernel.shared / 1e3:.1f} | {kernel.spills} | {kernel.occupancy:.2f} |",
                 flush=True,
             )
-            shown = " | | "
+            shown = " | | | | "
     print(NOTES)
 
 

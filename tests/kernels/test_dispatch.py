@@ -37,7 +37,7 @@ def blocks(x, w):
 
 OPERATIONS = {
     "statistical_topk": (partial(statistical_topk, k=40), [of(16, 512)], ("tpu", "cuda")),
-    "spark_attention": (attend, [of(1, 128, 2, 256), *[of(1, 128, 1, 256)] * 2], ("tpu",)),
+    "spark_attention": (attend, [of(1, 128, 2, 256), *[of(1, 128, 1, 256)] * 2], ("tpu", "cuda")),
     "block_ffn_union": (
         partial(block_ffn_union, expert_width=128, capacity=2),
         [of(8, 256), of(8, 4), of(256, 512), of(512, 256)],

@@ -1,7 +1,7 @@
 """The contract of Spark attention."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,23 @@ from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded_visibility, reads, walk
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
+from tests.kernels.lowering import text_for
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu_interpret"]
+KERNELS = ["pallas_tpu_interpret", "pallas_gpu_interpret"]
 R, WIDTH = 4, 12
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@cache
+def compiled(implementation, **kwargs):
+    return jax.jit(partial(spark_attention, implementation=implementation, **kwargs))
+
+
+@pytest.fixture(params=["xla", *KERNELS])
 def attention(request):
     def apply(*arrays, **kwargs):
-        return jax.jit(partial(spark_attention, implementation=request.param, **kwargs))(*arrays)
+        return compiled(request.param, **kwargs)(*arrays)
 
     return apply
 
@@ -41,7 +47,7 @@ def all_of(batch, queries, keys):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles that short sequences fill several of."""
+    """Tiles of the kernel for TPUs that short sequences fill several of; those of the one for GPUs are small."""
     monkeypatch.setattr(tpu, "TILES", Tiles(128, 128))
 
 
@@ -247,7 +253,21 @@ def test_kernel_over_several_tiles(kv_heads, window, options):
     g = jax.random.normal(jax.random.key(5), q.shape)
     visible = Visibility.of_tokens(DOCUMENTS, window)
     expected = both_passes(q, k, v, visible, g, "xla", **options)
-    assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret", **options), expected)
+    for kernel in KERNELS:
+        assert_alike(both_passes(q, k, v, visible, g, kernel, **options), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_over_several_tiles(kernel):
+    q, k, v, _ = inputs(queries=LONG, dtype=jnp.bfloat16)
+    g = jax.random.normal(jax.random.key(5), q.shape, jnp.bfloat16)
+    visible = Visibility.of_tokens(DOCUMENTS)
+    found, expected = (both_passes(q, k, v, visible, g, form) for form in (kernel, "xla"))
+    np.testing.assert_array_equal(found[1], expected[1])
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+        assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -296,9 +316,28 @@ def test_queries_over_a_cache():
         window=150,
     )
     g = jax.random.normal(jax.random.key(5), q.shape)
-    found = both_passes(q, k, v, visible, g, "pallas_tpu_interpret")
-    assert_alike(found, both_passes(q, k, v, visible, g, "xla"))
-    np.testing.assert_array_equal(found[0][1, 4:], 0)
+    expected = both_passes(q, k, v, visible, g, "xla")
+    for kernel in KERNELS:
+        found = both_passes(q, k, v, visible, g, kernel)
+        assert_alike(found, expected)
+        np.testing.assert_array_equal(found[0][1, 4:], 0)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_bounds_leave_out_what_nothing_can_see(window):
+    tiles, places = Tiles(64, 32), np.arange(512)
+    # One document, several, and a cache that is filled from the end.
+    segments = jnp.asarray(np.stack([places // 512, places // 150, places // 512]).astype(np.int32))
+    visible = Visibility.of_tokens(segments, window)
+    positions = visible.key_positions_BS.at[2].set(511 - visible.key_positions_BS[2])
+    visible = padded_visibility(dataclasses.replace(visible, key_positions_BS=positions, ordered=False), tiles)
+    needed_BIJ = np.asarray(visible.mask).reshape(3, 8, 64, 16, 32).any((2, 4))
+    for (first, stop), needed in zip(bounds(visible, tiles), (needed_BIJ, needed_BIJ.swapaxes(1, 2)), strict=True):
+        for (b, i), here in np.ndenumerate(needed.any(-1)):
+            there = np.flatnonzero(needed[b, i])
+            assert not here or first[b, i] <= there[0] <= there[-1] < stop[b, i]
+            if b != 1:  # documents are told apart by tiles only
+                assert max(0, int(stop[b, i]) - int(first[b, i])) == len(there), "no tile is idle"
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -369,7 +408,7 @@ def test_inside_scan_remat_and_vmap(attention):
     np.testing.assert_allclose(found, 5 * jax.grad(total, argnums=2)(q, k, v), atol=1e-4)
 
 
-def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
+def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
     shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 256), jnp.bfloat16)  # noqa: E731
     visible = lambda n: Visibility.of_tokens(jnp.ones((1, n), jnp.int32))  # noqa: E731
 
@@ -377,16 +416,18 @@ def test_default_is_the_kernel_only_where_lowered_for_a_tpu():
         def both(q, k, v):
             q = q[:, :queries]
             mask = visible(256) if queries == 256 else all_of(1, queries, 256)
-            return jax.value_and_grad(lambda q: spark_attention(q, k, v, mask, r=128, top_k=32)[0].astype(float).sum())(
-                q
-            )
+            total = lambda q, k, v: spark_attention(q, k, v, mask, r=128, top_k=32)[0].astype(float).sum()  # noqa: E731
+            return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
-        return jax.jit(both).trace(shape(8), shape(4), shape(4)).lower(lowering_platforms=(platform,)).as_text()
+        return text_for(platform, jax.jit(both), shape(8), shape(4), shape(4))
 
     assert lowered("tpu").count("tpu_custom_call") == 3
-    assert "256x256xi1" not in lowered("tpu"), "no mask of all pairs"
+    assert lowered("cuda").count("gpu.triton") == 4
+    for platform in ("tpu", "cuda"):
+        assert "256x256xi1" not in lowered(platform), "no mask of all pairs"
     assert "custom_call" not in lowered("cpu")
     assert "custom_call" not in lowered("tpu", queries=1)
+    assert "custom_call" not in lowered("cuda", queries=1)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +451,17 @@ def test_what_the_kernel_can_not_take(change, why):
         selection=change.get("selection", "statistical"),
     )
     assert call()[0].shape == q.shape
-    with pytest.raises(ConfigError, match=rf'spark_attention.implementation=pallas_tpu: .*{why}.*; use "xla"'):
-        call(implementation="pallas_tpu")
+    for kernel in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(ConfigError, match=rf'spark_attention.implementation={kernel}: .*{why}.*; use "xla"'):
+            call(implementation=kernel)
+
+
+def test_heads_too_wide_for_a_gpus_registers():
+    arrays = [jnp.zeros((1, 128, heads, 264)) for heads in (2, 1, 1)]
+    call = partial(spark_attention, mask=Visibility.of_tokens(jnp.ones((1, 128), jnp.int32)), r=128, top_k=8)
+    with pytest.raises(ConfigError, match=r"implementation=pallas_gpu: .*registers, and 264 columns are too many"):
+        call(*arrays, implementation="pallas_gpu")
+    assert "gpu.triton" not in text_for("cuda", jax.jit(call), *arrays)
 
 
 def test_bad_input():

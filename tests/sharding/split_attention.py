@@ -40,9 +40,13 @@ def main():
             names = ("batch", "length", "heads", "head_dim")
             placed = [jax.device_put(x, place((*names[:2], kind, names[3]), x.shape)) for x, kind in
                       ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))]  # fmt: skip
-            found = run(*placed, segments, "pallas_tpu_interpret")
-        distances = [float(jnp.max(jnp.abs(jax.device_get(a) - b))) for a, b in zip(found, expected, strict=True)]
-        report[name] = {"distances": distances, "pieces": len({str(s.index) for s in found[0].addressable_shards})}
+            for form in ("pallas_tpu_interpret", "pallas_gpu_interpret"):
+                found = run(*placed, segments, form)
+                distances = [
+                    float(jnp.max(jnp.abs(jax.device_get(a) - b))) for a, b in zip(found, expected, strict=True)
+                ]
+                pieces = len({str(s.index) for s in found[0].addressable_shards})
+                report[f"{name}, {form}"] = {"distances": distances, "pieces": pieces}
     print(json.dumps(report))
 
 

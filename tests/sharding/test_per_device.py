@@ -54,6 +54,8 @@ def test_native_operations_on_eight_devices(on_eight_devices):
 
 
 def test_spark_attention_on_meshes(on_eight_devices):
-    for name, found in on_eight_devices("split_attention").items():
+    report = on_eight_devices("split_attention")
+    assert len(report) == 6
+    for name, found in report.items():
         assert found["pieces"] == 8, name
         assert max(found["distances"]) < 1e-5, name

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.triton import dot, height, load, store
+
 #: Neurons, and columns of the result, of a program: few, for a GPU has 132 processors and a union few experts.
 _TILE = 32
 #: Terms of one matrix product.
@@ -32,49 +34,36 @@ def why_not(x: jax.Array, up: jax.Array) -> str | None:
     return None
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Triton would round float32 operands to 10 bits.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _load(ref, rows, columns, mask) -> jax.Array:
-    return plgpu.load(ref.at[rows[:, None], columns[None]], mask=mask, other=0)
-
-
 def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, gated: bool):
     """A tile of neurons of one place: activation times score, for all tokens."""
     up_ref, gate_ref, hidden_ref = refs if gated else (refs[0], None, refs[1])
     place, start = pl.program_id(0), pl.program_id(1) * _TILE
     expert = experts_ref[place]
     used = expert < total
-    tokens, terms, neurons = jnp.arange(_height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    tokens, terms, neurons = jnp.arange(height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
     own = start + neurons < width
     first = jnp.where(used, expert, 0) * width + start
 
     def step(i, sums):
         depth = i * _DEPTH + terms
         more = depth < d
-        x = _load(x_ref, tokens, depth, (tokens < n)[:, None] & more[None])
+        x = load(x_ref, tokens, depth, (tokens < n)[:, None] & more[None])
         weights = (up_ref,) if gate_ref is None else (up_ref, gate_ref)
         mask = more[:, None] & (own & used)[None]
-        return tuple(
-            s + _dot(x, _load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True)
-        )
+        return tuple(s + dot(x, load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True))
 
     zero = jnp.zeros((tokens.size, _TILE), jnp.float32)
     sums = jax.lax.fori_loop(0, pl.cdiv(d, _DEPTH), step, (zero,) * (2 if gated else 1))
     hidden = jax.nn.silu(sums[-1]) * sums[0] if gated else jax.nn.silu(sums[0])
     scores = plgpu.load(scores_ref.at[tokens, place], mask=tokens < n, other=0)
     mask = (tokens < n)[:, None] & own[None]
-    hidden = (hidden * scores[:, None]).astype(hidden_ref.dtype)
-    plgpu.store(hidden_ref.at[tokens[:, None], (place * width + start + neurons)[None]], hidden, mask=mask)
+    store(hidden_ref, tokens, place * width + start + neurons, mask, hidden * scores[:, None])
 
 
 def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, places: int):
     """A tile of columns of the result, over all places."""
     start = pl.program_id(0) * _TILE
-    tokens, terms, columns = jnp.arange(_height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    tokens, terms, columns = jnp.arange(height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
     own = start + columns < d
     steps = jnp.int32(pl.cdiv(width, _DEPTH))
 
@@ -83,18 +72,14 @@ def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, wid
         expert = experts_ref[place]
         used = expert < total
         more = within < width
-        hidden = _load(hidden_ref, tokens, place * width + within, (tokens < n)[:, None] & (more & used)[None])
+        hidden = load(hidden_ref, tokens, place * width + within, (tokens < n)[:, None] & (more & used)[None])
         rows = jnp.where(used, expert, 0) * width + within
-        down = _load(down_ref, rows, start + columns, (more & used)[:, None] & own[None])
-        return sums + _dot(hidden, down)
+        down = load(down_ref, rows, start + columns, (more & used)[:, None] & own[None])
+        return sums + dot(hidden, down)
 
     sums = jax.lax.fori_loop(0, places * pl.cdiv(width, _DEPTH), step, jnp.zeros((tokens.size, _TILE), jnp.float32))
     mask = (tokens < n)[:, None] & own[None]
-    plgpu.store(y_ref.at[tokens[:, None], (start + columns)[None]], sums.astype(y_ref.dtype), mask=mask)
-
-
-def _height(n: int) -> int:
-    return max(16, pl.next_power_of_2(n))  # the smallest matrix product
+    store(y_ref, tokens, start + columns, mask, sums)
 
 
 def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any) -> jax.Array:

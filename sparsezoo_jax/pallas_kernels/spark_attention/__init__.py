@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import run, settle
-from sparsezoo_jax.pallas_kernels.spark_attention import reference, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, reference, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.spark_attention.common import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     attention_scores,
@@ -73,10 +74,10 @@ def spark_attention(
         argument. None: no cap.
       selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
       weighting: "softplus", or "none" for the softmax alone.
-      implementation: "xla" (holds the scores of all pairs), "pallas_tpu", "pallas_tpu_interpret" (see `dispatch`;
-        memory linear in T and S), or None: the kernel on a TPU for a `Visibility`, selections that don't sort, at
-        least 128 queries and bfloat16 or float32 throughout; "xla" elsewhere. Where a mesh is active the kernel is
-        called on each device's part of batch, queries and heads.
+      implementation: "xla" (holds the scores of all pairs), "pallas_tpu", "pallas_gpu", either with "_interpret" (see
+        `dispatch`; memory linear in T and S), or None: the kernel on a TPU or GPU for a `Visibility`, selections that
+        don't sort, at least 128 queries and bfloat16 or float32 throughout (on a GPU also heads of up to 256); "xla"
+        elsewhere. Where a mesh is active the kernel is called on each device's part of batch, queries and heads.
 
     Returns:
       [B, T, N, H], and the number of attended keys [B, T, N] (int32). Queries that see nothing get zeros.
@@ -101,8 +102,10 @@ def spark_attention(
         lambda interpret: tpu.why_not(q, k, v, mask, selection, interpret=interpret),
         kernel_by_default=q.shape[1] >= _FEWEST_QUERIES,
         splits=True,
+        gpu_why_not=lambda interpret: gpu.why_not(q, k, v, mask, selection, interpret=interpret),
+        gpu_by_default=q.shape[1] >= _FEWEST_QUERIES,
     )
-    problem = tpu.Problem(
+    problem = Problem(
         r=r,
         top_k=top_k,
         ddof=ddof,
@@ -119,13 +122,13 @@ def spark_attention(
     def xla(q, k, v, mask):
         return reference.spark_attention(q, k, v, mask_of(mask), **problem.definition())
 
-    def kernel(q, k, v, mask, *, interpret):
-        return _on_devices(q, k, v, mask, problem, interpret)
+    def kernel(q, k, v, mask, *, platform, interpret):
+        return _on_devices(q, k, v, mask, problem, platform, interpret)
 
-    return run(form, xla, kernel, q, k, v, mask)
+    return run(form, xla, partial(kernel, platform="tpu"), q, k, v, mask, gpu=partial(kernel, platform="gpu"))
 
 
-def _on_devices(q, k, v, visibility: Visibility, problem: tpu.Problem, interpret):
+def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str, interpret):
     """The kernel on each device's sequences, queries and heads; keys are whole."""
     group = q.shape[2] // k.shape[2]
 
@@ -139,8 +142,8 @@ def _on_devices(q, k, v, visibility: Visibility, problem: tpu.Problem, interpret
             wanted = (first + jnp.arange(served) * (here // served)) // group
             k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
         own = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
-        tiles = tpu.tiles_for(q, k)
-        return _attend(q, k, v, own, problem._replace(tiles=tiles), interpret)
+        tiles = gpu.TILES if platform == "gpu" else tpu.tiles_for(q, k)
+        return _attend(q, k, v, own, problem._replace(tiles=tiles), platform, interpret)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
     return per_device(
@@ -151,18 +154,24 @@ def _on_devices(q, k, v, visibility: Visibility, problem: tpu.Problem, interpret
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, visibility, problem, interpret):
-    return _attend_forward(q, k, v, visibility, problem, interpret)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, visibility, problem, platform, interpret):
+    return _attend_forward(q, k, v, visibility, problem, platform, interpret)[0]
 
 
-def _attend_forward(q, k, v, visibility, problem, interpret):
-    run_forward = partial(tpu.forward, p=problem, interpret=interpret)
-    y, attended, kept = tpu.by_sequences(run_forward, problem, q, k, v, visibility)
+def _attend_forward(q, k, v, visibility, problem, platform, interpret):
+    if platform == "gpu":
+        y, attended, kept = gpu.forward(q, k, v, visibility, problem, interpret)
+    else:
+        run_forward = partial(tpu.forward, p=problem, interpret=interpret)
+        y, attended, kept = tpu.by_sequences(run_forward, problem, q, k, v, visibility)
     return (y, attended), (q, k, v, visibility, y, kept)
 
 
-def _attend_backward(problem, interpret, residuals, g):
+def _attend_backward(problem, platform, interpret, residuals, g):
+    if platform == "gpu":
+        q, k, v, visibility, y, kept = residuals
+        return (*gpu_backward.backward(q, k, v, visibility, y, kept, g[0], problem, interpret), None)
     run_backward = partial(tpu_backward.backward, p=problem, interpret=interpret)
     return (*tpu.by_sequences(run_backward, problem, *residuals, g[0]), None)
 

@@ -93,5 +93,6 @@ def mixture(
         out_shape=jax.ShapeDtypeStruct((batch * kv_heads * parts * group, width), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
+        name="spark_attention_rows_kernel",
     )(q2_RA, weights_BNS.reshape(-1, keys), rest_BKSW.reshape(-1, row))
     return jnp.sum(y.reshape(batch, kv_heads, parts, group, width), axis=2).reshape(batch, heads, width)

@@ -5,6 +5,7 @@ Shapes: B batch, T query position, S key position, P steps of the walk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -54,30 +55,61 @@ def walk(tiles: Tiles, queries: int, keys: range, visibility: Visibility) -> Wal
     return Walk(*np.array(steps, np.int32).T)
 
 
+def extremes(visibility: Visibility, tiles: Tiles) -> list[tuple[jax.Array, jax.Array]]:
+    """Least and largest [B, tiles] of the queries' positions and segments and of the keys', in each tile.
+
+    Of a visibility in whole tiles.
+    """
+
+    def of(x_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        x_BJI = x_BT.reshape(x_BT.shape[0], -1, size)
+        return x_BJI.min(-1), x_BJI.max(-1)
+
+    v = visibility
+    queries = [of(x, tiles.queries) for x in (v.query_positions_BT, v.query_segments_BT)]
+    return queries + [of(x, tiles.keys) for x in (v.key_positions_BS, v.key_segments_BS)]
+
+
+def may_see(queries: Sequence[jax.Array], keys: Sequence[jax.Array], window: int | None) -> jax.Array:
+    """Whether tiles of queries may see tiles of keys, by the extremes of their positions and then their segments."""
+    (q_low, q_high, q_first, q_last), (k_low, k_high, k_first, k_last) = queries, keys
+    visible = (q_high >= k_low) & (q_last >= k_first) & (q_first <= k_last)
+    return visible if window is None else visible & (q_low - k_high < window)
+
+
+class Bounds(NamedTuple):
+    """The tiles that each tile may have to do with, int32 [B, tiles]: from the first to before the stop, or none."""
+
+    first: jax.Array
+    stop: jax.Array
+
+
+def bounds(visibility: Visibility, tiles: Tiles) -> tuple[Bounds, Bounds]:
+    """Of tiles of queries among the keys', and of tiles of keys among the queries'; of a visibility in whole tiles."""
+    places, segments, k_places, k_segments = extremes(visibility, tiles)
+    queries = [x_BI[:, :, None] for x_BI in (*places, *segments)]
+    keys = [x_BJ[:, None, :] for x_BJ in (*k_places, *k_segments)]
+    visible_BIJ = may_see(queries, keys, visibility.window)
+
+    def along(axis: int) -> Bounds:
+        count = visible_BIJ.shape[axis]
+        number = jax.lax.broadcasted_iota(jnp.int32, visible_BIJ.shape, axis)
+        first = jnp.min(jnp.where(visible_BIJ, number, count), axis)
+        return Bounds(first, jnp.max(jnp.where(visible_BIJ, number + 1, 0), axis))
+
+    return along(2), along(1)
+
+
 def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
     """The tile of keys to read in every step, int32 [B * P]; `-1 - tile` where nothing of the step's tile is visible.
 
     Such a step names the tile that is there already, for which nothing is read. Arguments: a visibility padded to whole
     tiles.
     """
-
-    def extremes(x_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        x_BJI = x_BT.reshape(x_BT.shape[0], -1, size)
-        return x_BJI.min(-1), x_BJI.max(-1)
-
-    def of_queries(x_BI: jax.Array) -> jax.Array:
-        return x_BI[:, walk.query_P]
-
-    def of_keys(x_BJ: jax.Array) -> jax.Array:
-        return x_BJ[:, walk.key_P]
-
-    q_low, q_high = map(of_queries, extremes(visibility.query_positions_BT, tiles.queries))
-    k_low, k_high = map(of_keys, extremes(visibility.key_positions_BS, tiles.keys))
-    q_first, q_last = map(of_queries, extremes(visibility.query_segments_BT, tiles.queries))
-    k_first, k_last = map(of_keys, extremes(visibility.key_segments_BS, tiles.keys))
-    visible_BP = (q_high >= k_low) & (q_last >= k_first) & (q_first <= k_last)
-    if visibility.window is not None:
-        visible_BP &= q_low - k_high < visibility.window
+    places, segments, k_places, k_segments = extremes(visibility, tiles)
+    queries = [x_BI[:, walk.query_P] for x_BI in (*places, *segments)]
+    keys = [x_BJ[:, walk.key_P] for x_BJ in (*k_places, *k_segments)]
+    visible_BP = may_see(queries, keys, visibility.window)
     steps_P = jnp.arange(len(walk.key_P))
     last_BP = jax.lax.cummax(jnp.where(visible_BP, steps_P, 0), axis=1)
     tile_BP = jnp.asarray(walk.key_P)[last_BP]

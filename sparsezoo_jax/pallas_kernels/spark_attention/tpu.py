@@ -20,24 +20,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sparsezoo_jax.pallas_kernels.spark_attention import common
+from sparsezoo_jax.pallas_kernels.spark_attention.common import (
+    Moments,
+    Problem,
+    capped,
+    from_heads,
+    prepare,
+    softplus_and_slope,
+    threshold_of,
+    wide,
+)
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import (
     FIRST,
     LAST,
     Tiles,
     Walk,
-    padded,
     padded_visibility,
     reads,
     walk,
 )
-from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
-from sparsezoo_jax.pallas_kernels.statistical_topk.reference import RowStatistics, quantile_of_count
+from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
 
 #: Numbers of a query that kernels hand on, in rows of 8: the height of a tile of float32.
 ROWS = 8
-#: The threshold of queries that attend to all they see: below every score, above NEGATIVE.
-ALL = 0.1 * NEGATIVE
 #: Queries worked on at a time.
 SUB = 128
 #: The largest tiles of scores.
@@ -48,86 +55,20 @@ STEPS = 2**17
 VMEM = 64 * 2**20
 
 
-class Problem(NamedTuple):
-    """What the kernels know of the call when they are compiled."""
-
-    r: int
-    top_k: int
-    ddof: int
-    predictor_scale: float
-    value_scale: float
-    softcap: float | None
-    softcap_values: float | None
-    selection: str
-    weighting: str
-    window: int | None
-    tiles: Tiles
-
-    def definition(self) -> dict[str, Any]:
-        """Keyword arguments of the definition."""
-        return {name: value for name, value in self._asdict().items() if name not in ("window", "tiles")}
-
-
-class Operands(NamedTuple):
-    """The arrays as kernels read them: by head, in whole tiles."""
-
-    q1_BKGTR: jax.Array
-    """The predictor's part of the queries, times its scale."""
-    q2_BKGTH: jax.Array | None
-    """The rest of them, times its scale; None: no softplus."""
-    k1_BKSR: jax.Array
-    k2_BKSH: jax.Array | None
-    v_BKSV: jax.Array
-
-
-def prepare(q, k, v, p: Problem) -> Operands:
-    """Arrange queries [B, T, N, H], keys and values [B, S, K, H]."""
-
-    def keys(x_BSKH: jax.Array) -> jax.Array:
-        return padded(x_BSKH.swapaxes(1, 2), p.tiles.keys, 2)
-
-    # Scaled before the product, in the queries' dtype, as the definition does: else bfloat16 selects other keys.
-    kv_heads = k.shape[2]
-    q1 = by_head(p.predictor_scale * q[..., : p.r], kv_heads, p.tiles)
-    if p.weighting == "none":
-        return Operands(q1, None, keys(k[..., : p.r]), None, keys(v))
-    q2 = by_head(p.value_scale * q[..., p.r :], kv_heads, p.tiles)
-    return Operands(q1, q2, keys(k[..., : p.r]), keys(k[..., p.r :]), keys(v))
-
-
 def where_arrays(v: Visibility) -> list[jax.Array]:
     """Positions and segments, of queries [B, T, 2] and of keys [B, 2, S]."""
     queries = jnp.stack([v.query_positions_BT, v.query_segments_BT], axis=-1)
     return [queries, jnp.stack([v.key_positions_BS, v.key_segments_BS], axis=1)]
 
 
-def by_head(x_BTNH: jax.Array, kv_heads: int, tiles: Tiles) -> jax.Array:
-    """[B, K, G, T, H] with T in whole tiles."""
-    batch, queries, _, width = x_BTNH.shape
-    x_BTKGH = x_BTNH.reshape(batch, queries, kv_heads, -1, width)
-    return padded(x_BTKGH.transpose(0, 2, 3, 1, 4), tiles.queries, 3)
-
-
-def from_heads(x_BKGTH: jax.Array, queries: int) -> jax.Array:
-    """[B, T, N, H] without the queries that filled up the last tile."""
-    batch, _, _, _, width = x_BKGTH.shape
-    return x_BKGTH[:, :, :, :queries].transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, width)
-
-
 # What kernels share -------------------------------------------------------------------------------------------------
-
-
-def wide(x: Any) -> Any:
-    """The dtype of scores and sums."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def seen(where_q, where_k, rows: Any, window: int | None) -> jax.Array:
     """Booleans [rows, keys of the tile] from positions and segments of queries [I, 2] and keys [2, J]."""
-    distance = where_q[0, rows, pl.ds(0, 1)] - where_k[0, pl.ds(0, 1), :]
-    same = where_q[0, rows, pl.ds(1, 1)] == where_k[0, pl.ds(1, 1), :]
-    visible = same & (distance >= 0)
-    return visible if window is None else visible & (distance < window)
+    places = where_q[0, rows, pl.ds(0, 1)], where_k[0, pl.ds(0, 1), :]
+    segments = where_q[0, rows, pl.ds(1, 1)], where_k[0, pl.ds(1, 1), :]
+    return sees(*places, *segments, window)
 
 
 def product(a, b, contract: tuple[int, int]) -> jax.Array:
@@ -157,17 +98,6 @@ def over_rows(p: Problem, body: Callable[[Any], None]) -> None:
         return carry
 
     jax.lax.fori_loop(0, p.tiles.queries // SUB, step, 0)
-
-
-def softplus_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`log(1 + exp(x))` and its derivative, which the compiler drops where it is not used."""
-    grown = jnp.exp(jnp.minimum(x, 80))  # beyond, exp overflows and softplus is x
-    return jnp.maximum(x, jnp.log(1 + grown)), grown / (1 + grown)
-
-
-def capped(scores: jax.Array, cap: float | None) -> jax.Array:
-    """`softcapped` without a division."""
-    return scores if cap is None else cap * jnp.tanh(scores * (1 / cap))
 
 
 class Step(NamedTuple):
@@ -279,12 +209,9 @@ class Grid(NamedTuple):
 
 
 def _moments_kernel(step, where_q, where_k, q1_ref, k1_ref, out_ref, count_ref, mean_ref, squares_ref, best_ref, *, p):
-    """Count, mean, sum of squared distances from it, and best of each query's visible scores.
-
-    The moments of a tile take two passes and are merged into those of the tiles before, so that nothing cancels.
-    (Chan, Golub and LeVeque, The American Statistician 37, 1983.)
-    """
+    """Count and moments of each query's visible scores, merged tile by tile."""
     heads = range(q1_ref.shape[2])
+    refs = (mean_ref, squares_ref, best_ref)
 
     @pl.when(step.first)
     def _():
@@ -295,21 +222,18 @@ def _moments_kernel(step, where_q, where_k, q1_ref, k1_ref, out_ref, count_ref, 
     @pl.when(step.visible)
     def _():
         def work(rows):
-            sees = seen(where_q, where_k, rows, p.window)
-            here = jnp.sum(sees.astype(count_ref.dtype), axis=-1, keepdims=True)
+            visible = seen(where_q, where_k, rows, p.window)
+            here = jnp.sum(visible.astype(count_ref.dtype), axis=-1, keepdims=True)
             before = count_ref[rows, :]
             count = before + here
             share = here / jnp.maximum(count, 1)
             count_ref[rows, :] = count
             for g in heads:
                 scores = capped(product(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], (1, 1)), p.softcap)
-                mean = jnp.sum(jnp.where(sees, scores, 0), axis=-1, keepdims=True) / jnp.maximum(here, 1)
-                squares = jnp.sum(jnp.where(sees, jnp.square(scores - mean), 0), axis=-1, keepdims=True)
-                best = jnp.max(jnp.where(sees, scores, NEGATIVE), axis=-1, keepdims=True)
-                delta = mean - mean_ref[g, rows, :]
-                mean_ref[g, rows, :] += delta * share
-                squares_ref[g, rows, :] += squares + jnp.square(delta) * before * share
-                best_ref[g, rows, :] = jnp.maximum(best_ref[g, rows, :], best)
+                moments = Moments(*(ref[g, rows, :] for ref in refs))
+                moments = moments.merged(Moments.of_tile(scores, visible, here), before, share)
+                for ref, value in zip(refs, moments, strict=True):
+                    ref[g, rows, :] = value
 
         over_rows(p, work)
 
@@ -322,22 +246,14 @@ def _moments_kernel(step, where_q, where_k, q1_ref, k1_ref, out_ref, count_ref, 
 def _threshold(moments_BKG8T: jax.Array, p: Problem) -> jax.Array:
     """Rows [B, K, G, 8, T] that hold each query's threshold and best score."""
     count, mean, squares, best = (moments_BKG8T[..., i, :] for i in range(4))
-    if p.selection == "none":
-        threshold = jnp.full_like(mean, ALL)
-    else:
-        std = jnp.sqrt(squares / jnp.maximum(count - p.ddof, 1))
-        statistics = RowStatistics(count, mean, std, quantile_of_count(count, p.top_k))
-        # The best score stays. It is made again, and may come out with another last bit.
-        slack = jnp.where(jnp.isfinite(best), 4 * jnp.finfo(best.dtype).eps * jnp.abs(best), 0)
-        below_best = jnp.where(statistics.threshold < best - slack, statistics.threshold, best - slack)
-        threshold = jnp.where(count <= p.top_k, ALL, below_best)
+    threshold = threshold_of(count, Moments(mean, squares, best), p)
     return jnp.stack([threshold, best] + [jnp.zeros_like(best)] * (ROWS - 2), axis=-2)
 
 
-def selected(q1, k1, sees, threshold, p: Problem) -> tuple[jax.Array, jax.Array]:
+def selected(q1, k1, visible, threshold, p: Problem) -> tuple[jax.Array, jax.Array]:
     """Scores [I, J] and booleans of the selected keys."""
     scores = capped(product(q1, k1, (1, 1)), p.softcap)
-    return scores, sees & (scores >= threshold)
+    return scores, visible & (scores >= threshold)
 
 
 def _mix_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem):
@@ -361,9 +277,9 @@ def _mix_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem):
     @pl.when(step.visible)
     def _():
         def work(rows):
-            sees = seen(where_q, where_k, rows, p.window)
+            visible = seen(where_q, where_k, rows, p.window)
             for g in heads:
-                scores, keep = selected(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], sees, threshold_ref[g, rows, :], p)
+                scores, keep = selected(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], visible, threshold_ref[g, rows, :], p)
                 weights = jnp.where(keep, jnp.exp(scores - best_ref[g, rows, :]), 0)
                 sum_ref[g, rows, :] += jnp.sum(weights, axis=-1, keepdims=True)
                 attended_ref[g, rows, :] += jnp.sum(keep.astype(weights.dtype), axis=-1, keepdims=True)
@@ -454,15 +370,8 @@ def tiles_for(q: jax.Array, k: jax.Array) -> Tiles:
 
 def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these arrays, or None if they can."""
-    allowed = [jnp.bfloat16, jnp.float32] + [jnp.float64] * interpret
-    if q.dtype not in allowed or {k.dtype, v.dtype} != {q.dtype}:
-        return f"takes bfloat16 or float32 throughout, not {q.dtype}, {k.dtype} and {v.dtype}"
-    if not isinstance(visibility, Visibility):
-        return "takes a Visibility, not a mask with an entry for every pair of tokens"
-    if selection == "exact":
-        return "can't sort scores"
-    if not q.size or not k.size:
-        return "needs at least one query and one key"
+    if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
+        return why
     tiles = tiles_for(q, k)
     steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
     return None if steps <= STEPS else f"walks over {steps} tiles of a head, more than {STEPS}"

@@ -3,9 +3,6 @@
 One kernel makes all gradients, for making the scores again is most of the work. It walks over the tiles as the forward
 kernels do; the queries' gradient adds up within their steps, those of keys and values in VMEM until the walk ends. Keys
 of long sequences are therefore taken a chunk at a time, and the queries' gradient goes from chunk to chunk through HBM.
-
-With p the softmax over the selected keys, u the softplus and y = sum_j p_j u_j v_j: d(p_j u_j) = dy v_j, and the
-softmax's argument gets `p_j (u_j dy v_j - dy y)`. Nothing flows through the selection.
 """
 
 from __future__ import annotations
@@ -18,33 +15,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import padded, padded_visibility
-from sparsezoo_jax.pallas_kernels.spark_attention.tpu import (
-    ROWS,
-    Grid,
+from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     Problem,
     by_head,
     capped,
     from_heads,
-    over_rows,
+    joined,
     prepare,
+    tile_gradients,
+    wide,
+)
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.tpu import (
+    ROWS,
+    Grid,
+    over_rows,
     product,
     seen,
     selected,
-    softplus_and_slope,
     to_columns,
     where_arrays,
-    wide,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 
 #: Of VMEM, for the gradients of a chunk of keys and values.
 CHUNK = 34 * 2**20
-
-
-def _slope_of_cap(capped: jax.Array, cap: float | None) -> jax.Array | float:
-    """Derivative of the cap, from its result."""
-    return 1.0 if cap is None else 1 - jnp.square(capped * (1 / cap))
 
 
 def _backward_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem, before: bool, first_tile: int):
@@ -82,23 +77,22 @@ def _backward_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem, before
         keys = pl.ds(pl.multiple_of((step.tile - first_tile) * size, size), size)
 
         def work(rows):
-            sees = seen(where_q, where_k, rows, p.window)
+            visible = seen(where_q, where_k, rows, p.window)
             for g in heads:
                 q1 = q_refs[0][0, 0, g, rows, :]
-                scores, keep = selected(q1, k_refs[0][0, 0], sees, threshold_ref[g, rows, :], p)
+                scores, keep = selected(q1, k_refs[0][0, 0], visible, threshold_ref[g, rows, :], p)
                 softmax = jnp.where(keep, jnp.exp(scores - best_ref[g, rows, :]), 0) * inverse_ref[g, rows, :]
                 dy = dy_ref[0, 0, g, rows, :]
                 dweights = product(dy, v_ref[0, 0], (1, 1))
-                weights, dsoftmax = softmax, dweights
+                q2, arguments = None, None
                 if pieces == 2:
                     q2 = q_refs[1][0, 0, g, rows, :]
-                    raw = product(q2, k_refs[1][0, 0], (1, 1))
-                    arguments = capped(raw, p.softcap_values)
-                    factor, slope = softplus_and_slope(arguments)
-                    weights, dsoftmax = softmax * factor, dweights * factor
-                    dvalues = softmax * dweights * slope * _slope_of_cap(arguments, p.softcap_values)
-                    _add(dvalues, q2, k_refs[1], sum_refs[1], dk_refs[1], g, rows, keys)
-                dscores = softmax * (dsoftmax - delta_ref[g, rows, :]) * _slope_of_cap(scores, p.softcap)
+                    arguments = capped(product(q2, k_refs[1][0, 0], (1, 1)), p.softcap_values)
+                weights, dscores, darguments = tile_gradients(
+                    softmax, scores, arguments, dweights, delta_ref[g, rows, :], p
+                )
+                if darguments is not None:
+                    _add(darguments, q2, k_refs[1], sum_refs[1], dk_refs[1], g, rows, keys)
                 _add(dscores, q1, k_refs[0], sum_refs[0], dk_refs[0], g, rows, keys)
                 dv_ref[0, 0, keys, :] += product(weights.astype(dy.dtype), dy, (0, 0))
 
@@ -182,9 +176,4 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
     scales = (p.predictor_scale, p.value_scale)
     dq = [from_heads(scale * part, queries) for scale, part in zip(scales, dq_parts, strict=False)]
     *dk, dv = (keys(list(parts)) for parts in zip(*gradients, strict=True))
-    return _joined(dq, q), _joined(dk, k), dv.astype(v.dtype)
-
-
-def _joined(parts: list[jax.Array], like: jax.Array) -> jax.Array:
-    """Parts of heads side by side; zeros where the head has more."""
-    return padded(jnp.concatenate(parts, axis=-1), like.shape[-1], -1 % like.ndim).astype(like.dtype)
+    return joined(dq, q), joined(dk, k), dv.astype(v.dtype)

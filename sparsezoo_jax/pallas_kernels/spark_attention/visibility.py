@@ -64,9 +64,21 @@ class Visibility:
     @property
     def mask(self) -> jax.Array:
         """Booleans [B, T, S], true where the query may see the key."""
-        distance_BTS = self.query_positions_BT[:, :, None] - self.key_positions_BS[:, None, :]
-        seen_BTS = (self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]) & (distance_BTS >= 0)
-        return seen_BTS if self.window is None else seen_BTS & (distance_BTS < self.window)
+        queries, keys = (slice(None), slice(None), None), (slice(None), None, slice(None))
+        return sees(
+            self.query_positions_BT[queries],
+            self.key_positions_BS[keys],
+            self.query_segments_BT[queries],
+            self.key_segments_BS[keys],
+            self.window,
+        )
+
+
+def sees(q_positions, k_positions, q_segments, k_segments, window: int | None) -> jax.Array:
+    """Whether queries see keys, of arrays that broadcast against each other."""
+    distance = q_positions - k_positions
+    visible = (q_segments == k_segments) & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
 
 
 def mask_of(visible: jax.Array | Visibility) -> jax.Array:

@@ -96,6 +96,7 @@ def sum_over_active(
             out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
             compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
             interpret=interpret,
+            name=f"spark_ffn_rows{kernel.__name__}",
         )(*arrays)
 
     hidden = call(_hidden_kernel, (pl.cdiv(neurons, _NEURONS),), (m, neurons), values, gate, rows)
