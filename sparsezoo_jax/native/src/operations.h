@@ -36,10 +36,11 @@ struct Tokens {
   long count, width;
 };
 
-// How many rows of `bytes` to ask for ahead of the one that is being read: memory answers while some 16 KB are used.
+// How many rows of `bytes` to ask for ahead of the one that is being read: the next four, for so many are multiplied
+// together, or 8 KB of shorter ones.
 inline long rows_ahead(long bytes) {
-  const long rows = ((16 << 10) + bytes / 2) / bytes;
-  return rows < 1 ? 1 : rows > 64 ? 64 : rows;
+  const long rows = (8 << 10) / bytes;
+  return rows < 4 ? 4 : rows > 64 ? 64 : rows;
 }
 
 // Rows of weights: `ld` elements apart, with a factor for each row at scale[row * scale_step] unless null.

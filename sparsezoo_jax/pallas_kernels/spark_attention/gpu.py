@@ -120,6 +120,8 @@ class Call(NamedTuple):
     launch: Launch
     rows: int
     """Heads of all sequences, of whichever the programs have tiles of."""
+    tiles: int
+    """Of each."""
 
     def program(self) -> tuple[jax.Array, jax.Array]:
         """A program's row of heads, and tile."""
@@ -131,15 +133,15 @@ class Call(NamedTuple):
         """Of a program that has a tile of queries: its sequence, head of queries, head of keys, and tile."""
         row, tile = self.program()
         # Causal attention's longest loops start first.
-        tile = jax.lax.div(pl.num_programs(0), jnp.int32(self.rows)) - 1 - tile
+        tile = jnp.int32(self.tiles - 1) - tile
         return jax.lax.div(row, jnp.int32(self.heads)), row, jax.lax.div(row, jnp.int32(self.group)), tile
 
-    def run(self, kernel: Callable, tiles: int, arrays: Sequence[Any], outputs: Any, interpret: Any) -> Any:
-        """`kernel(*refs, call=self)` over so many tiles of all rows of heads."""
+    def run(self, kernel: Callable, arrays: Sequence[Any], outputs: Any, interpret: Any) -> Any:
+        """`kernel(*refs, call=self)` over all tiles."""
         whole = pl.BlockSpec(memory_space=pl.ANY)
         return pl.pallas_call(
             partial(kernel, call=self),
-            grid=(self.rows * tiles,),
+            grid=(self.rows * self.tiles,),
             in_specs=[whole] * len(arrays),
             out_specs=[whole] * len(outputs),
             out_shape=outputs,
@@ -219,7 +221,7 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
     def run(kernel, launch: Launch, arrays, outputs):
         tiles = padded_length // launch.tiles.queries
         arrays = [*bounds(seen_by, launch.tiles)[0], *places(seen_by, queries_own=True), *arrays]
-        return Call(p, heads, heads // kv_heads, launch, rows).run(kernel, tiles, arrays, outputs, interpret)
+        return Call(p, heads, heads // kv_heads, launch, rows, tiles).run(kernel, arrays, outputs, interpret)
 
     count, *moments = run(_moments_kernel, launch_for(MOMENTS, q), [queries[0], keys[0]], [column] * 4)
     moments = Moments(*moments)

@@ -134,8 +134,8 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
         size = launch.tiles.queries if queries_own else launch.tiles.keys
         rows, padded_length, _ = like[0].shape
         outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
-        call = Call(p, heads, heads // kv_heads, launch, rows)
-        return call.run(kernel, padded_length // size, arrays, outputs, interpret)
+        call = Call(p, heads, heads // kv_heads, launch, rows, padded_length // size)
+        return call.run(kernel, arrays, outputs, interpret)
 
     dq = run(_queries_kernel, launch_for(QUERIES, q), queries, queries_own=True)
     *dk, dv = run(_keys_kernel, launch_for(KEYS, q), [*keys, values], queries_own=False)
