@@ -104,6 +104,7 @@ def decoding() -> list[Case]:
     dense = lambda *a: spark_ffn(*a, top_k=active, implementation="one_pass")  # noqa: E731
     packed = [_array(*shape) for shape in ((1, d), (neurons, r), (neurons, 2 * d - r))]
     rows = lambda *a: spark_ffn_rows(*a, top_k=active, implementation="pallas_gpu")  # noqa: E731
+    # Scores, gates and hidden state in float32 are each written once and read twice.
     moved = 2 * (neurons * r + active * (2 * d - r)) + 4 * 3 * 3 * neurons
     found = [
         Case("spark_ffn 1 token, one_pass", dense, trained),

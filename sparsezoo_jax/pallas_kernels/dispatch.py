@@ -186,7 +186,7 @@ def settle_native(
     why_not: str | None,
     *,
     native_by_default: bool,
-    gpu_why_not: Callable[[bool], str | None] | None = None,
+    gpu_why_not: Callable[[], str | None] | None = None,
 ) -> str:
     """The form to use of an operation that has "xla" and "native", and with `gpu_why_not` a kernel for GPUs.
 
@@ -196,16 +196,16 @@ def settle_native(
       why_not: why the native form can't take these arguments, or None if it can.
       native_by_default: whether it is the faster one for them. None means plain JAX where the native form can't take
         the arguments, where the compiler partitions, and, with a warning, where the library is missing.
-      gpu_why_not: why the GPU kernel can't take them, or None if it can, and then it is the default on a GPU; called
-        with whether it is interpreted.
+      gpu_why_not: why the GPU kernel can't take them, or None if it can, and then it is the default on a GPU. None:
+        there is none.
 
     Raises:
       ConfigError: no implementation of that name, or one that is missing or can't take the arguments.
     """
-    names = {XLA: False, NATIVE: False}
+    refusals: dict[str, Callable[[], str | None]] = {XLA: lambda: None, NATIVE: lambda: why_not}
     if gpu_why_not is not None:
-        names |= {PALLAS_GPU: False, PALLAS_GPU_INTERPRET: True}
-    interpreted = choose(operation, implementation, names, XLA)
+        refusals |= {PALLAS_GPU: gpu_why_not, PALLAS_GPU_INTERPRET: gpu_why_not}
+    refusal = choose(operation, implementation, refusals, XLA)
     if implementation is None:
         if not kernels_allowed() or partitioned_by_compiler():
             return XLA
@@ -215,20 +215,13 @@ def settle_native(
                 found.append("cpu")
             elif jax.default_backend() == "cpu":
                 native.warn_missing()
-        if gpu_why_not is not None and gpu_why_not(False) is None:
+        if gpu_why_not is not None and gpu_why_not() is None:
             found.append("cuda")
         return BY_PLATFORM + " ".join(found) if found else XLA
-    if implementation == XLA:
-        return XLA
-    if implementation == NATIVE:
-        if (missing := native.why_missing()) is not None:
-            raise ConfigError(f"{operation}.implementation", implementation, f"{missing}; {native.HOW_TO_GET}")
-        refusal = why_not
-    else:
-        assert gpu_why_not is not None
-        refusal = gpu_why_not(interpreted)
-    if refusal is not None:
-        raise ConfigError(f"{operation}.implementation", implementation, f'{refusal}; use "xla"')
+    if implementation == NATIVE and (missing := native.why_missing()) is not None:
+        raise ConfigError(f"{operation}.implementation", implementation, f"{missing}; {native.HOW_TO_GET}")
+    if (why := refusal()) is not None:
+        raise ConfigError(f"{operation}.implementation", implementation, f'{why}; use "xla"')
     return implementation
 
 

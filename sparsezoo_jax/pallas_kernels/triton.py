@@ -23,13 +23,19 @@ def store(ref: Any, rows: jax.Array, columns: jax.Array, mask: jax.Array, values
     plgpu.store(ref.at[rows[:, None], columns[None]], values.astype(ref.dtype), mask=mask)
 
 
-def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """`a b`, or `a b^T`, in float32, of weights `b` as they are stored: bfloat16, or made float32."""
-    b = b if b.dtype == jnp.bfloat16 else b.astype(jnp.float32)
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """The matrix product over the given axes of both, in at least float32."""
     # Triton would round float32 operands to 10 bits.
-    precision = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(a.astype(b.dtype), b, contract, precision=precision, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    sums = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=sums)
+
+
+def times_weights(a: jax.Array, weights: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """`a W` or `a W^T` for weights as they are stored: bfloat16, to which a is rounded, or made float32."""
+    weights = weights if weights.dtype == jnp.bfloat16 else weights.astype(jnp.float32)
+    return product(a.astype(weights.dtype), weights, (1, 1 if transposed else 0))
 
 
 def height(rows: int) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sparsezoo_jax.pallas_kernels.triton import dot, height, load, store
+from sparsezoo_jax.pallas_kernels.triton import height, load, store, times_weights
 
 #: Neurons, and columns of the result, of a program: few, for a GPU has 132 processors and a union few experts.
 _TILE = 32
@@ -50,7 +50,9 @@ def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width:
         x = load(x_ref, tokens, depth, (tokens < n)[:, None] & more[None])
         weights = (up_ref,) if gate_ref is None else (up_ref, gate_ref)
         mask = more[:, None] & (own & used)[None]
-        return tuple(s + dot(x, load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True))
+        return tuple(
+            s + times_weights(x, load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True)
+        )
 
     zero = jnp.zeros((tokens.size, _TILE), jnp.float32)
     sums = jax.lax.fori_loop(0, pl.cdiv(d, _DEPTH), step, (zero,) * (2 if gated else 1))
@@ -75,7 +77,7 @@ def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, wid
         hidden = load(hidden_ref, tokens, place * width + within, (tokens < n)[:, None] & (more & used)[None])
         rows = jnp.where(used, expert, 0) * width + within
         down = load(down_ref, rows, start + columns, (more & used)[:, None] & own[None])
-        return sums + dot(hidden, down)
+        return sums + times_weights(hidden, down)
 
     sums = jax.lax.fori_loop(0, places * pl.cdiv(width, _DEPTH), step, jnp.zeros((tokens.size, _TILE), jnp.float32))
     mask = (tokens < n)[:, None] & own[None]

@@ -34,6 +34,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
+from sparsezoo_jax.pallas_kernels.triton import product
 
 #: What arrays are filled up to multiples of: the largest tiles of any kernel.
 TILES = Tiles(128, 128)
@@ -58,14 +59,6 @@ MIX = {2: Launch(Tiles(128, 32), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
 
 
 # What kernels share -------------------------------------------------------------------------------------------------
-
-
-def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 1)) -> jax.Array:
-    """The matrix product over the given axes of both, in the dtype of sums."""
-    # Triton would round float32 operands to 10 bits.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide(a))
 
 
 def block(ref, row, tile, size: int) -> Any:
@@ -166,7 +159,7 @@ def _moments_kernel(first_ref, stop_ref, *refs, call: Call):
         before, moments = carry
         (k1,) = blocks([k1_ref], k_row, j, k_size)
         visible = seen(of_queries, lines(k_where, sequence, j, k_size), p)
-        scores = capped(product(q1, k1), p.softcap)
+        scores = capped(product(q1, k1, (1, 1)), p.softcap)
         here = jnp.sum(visible.astype(before.dtype), axis=-1, keepdims=True)
         count = before + here
         found = Moments.of_tile(scores, visible, here)
@@ -192,13 +185,13 @@ def _mix_kernel(first_ref, stop_ref, *refs, call: Call):
     def step(j, carry):
         total, attended, mixed = carry
         *keys, v = blocks([*k_refs, v_ref], k_row, j, k_size)
-        scores = capped(product(queries[0], keys[0]), p.softcap)
+        scores = capped(product(queries[0], keys[0], (1, 1)), p.softcap)
         keep = seen(of_queries, lines(k_where, sequence, j, k_size), p) & (scores >= threshold)
         weights = jnp.where(keep, jnp.exp(scores - best), 0)
         total += jnp.sum(weights, axis=-1, keepdims=True)
         attended += jnp.sum(keep.astype(weights.dtype), axis=-1, keepdims=True)
         if len(keys) == 2:
-            weights *= softplus_and_slope(capped(product(queries[1], keys[1]), p.softcap_values))[0]
+            weights *= softplus_and_slope(capped(product(queries[1], keys[1], (1, 1)), p.softcap_values))[0]
         return total, attended, mixed + product(weights.astype(v.dtype), v, (1, 0))
 
     zero = jnp.zeros_like(best)

@@ -35,12 +35,12 @@ from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
     launch_for,
     lines,
     places,
-    product,
     rows_of_heads,
     seen,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
+from sparsezoo_jax.pallas_kernels.triton import product
 
 #: As in `gpu`.
 QUERIES = {2: Launch(Tiles(128, 16), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
@@ -54,10 +54,10 @@ def _of_tile(own, others, of_queries, visible, p: Problem) -> tuple[jax.Array, l
     the scores, the `others` of its loop the columns: rows lie where the next product wants them.
     """
     threshold, normaliser, delta = of_queries
-    scores = capped(product(own[0], others[0]), p.softcap)
+    scores = capped(product(own[0], others[0], (1, 1)), p.softcap)
     softmax = jnp.where(visible & (scores >= threshold), jnp.exp(scores - normaliser), 0)
-    arguments = capped(product(own[1], others[1]), p.softcap_values) if len(own) == 3 else None
-    weights, *gradients = tile_gradients(softmax, scores, arguments, product(own[-1], others[-1]), delta, p)
+    arguments = capped(product(own[1], others[1], (1, 1)), p.softcap_values) if len(own) == 3 else None
+    weights, *gradients = tile_gradients(softmax, scores, arguments, product(own[-1], others[-1], (1, 1)), delta, p)
     dtype = own[0].dtype
     return weights.astype(dtype), [x.astype(dtype) for x in gradients if x is not None]
 

@@ -80,7 +80,7 @@ def spark_attention_rows(
         implementation,
         why_not,
         native_by_default=True,
-        gpu_why_not=lambda _: rows_gpu.why_not(q),
+        gpu_why_not=lambda: rows_gpu.why_not(q),
     )
 
     def selecting(mixture, q, k1, rest, mask):
@@ -92,7 +92,7 @@ def spark_attention_rows(
         selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
         weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
         attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-        y = mixture(value_factor * wide[..., r:], weights, selected, rest, softcap_values, weighting)
+        y = mixture(value_factor * wide[..., r:], weights, rest, softcap_values, weighting)
         # Nothing is selected of scores that are no numbers, which must not look like a query that sees nothing.
         broken = jnp.any(jnp.isnan(scores) & mask[:, None], axis=-1, keepdims=True)
         return jnp.where(broken, jnp.nan, y).astype(q.dtype), attended
@@ -120,16 +120,15 @@ def spark_attention_rows(
 def _gathered(
     q2_BNA: jax.Array,
     weights_BNS: jax.Array,
-    selected_BNS: jax.Array,
     rest_BKSW: jax.Array,
     softcap_values: float | None,
     weighting: str,
 ) -> jax.Array:
-    """The values of selected keys, weighed and summed, [B, N, H]; rows of others are not read."""
-    batch, heads, keys = selected_BNS.shape
+    """The values of keys whose weight is not 0, weighed and summed, [B, N, H]; rows of others are not read."""
+    batch, heads, keys = weights_BNS.shape
     part = q2_BNA.shape[-1]
     group = heads // rest_BKSW.shape[1]
-    count_BNS = jnp.cumsum(selected_BNS, axis=-1, dtype=jnp.int32)
+    count_BNS = jnp.cumsum(weights_BNS != 0, axis=-1, dtype=jnp.int32)
     most = jnp.max(count_BNS)
     first_row_BN = (jnp.arange(batch)[:, None] * rest_BKSW.shape[1] + jnp.arange(heads) // group) * keys
     rest_RW = rest_BKSW.reshape(-1, rest_BKSW.shape[-1])

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.rows import why_not_native
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import softcapped, softplus
-from sparsezoo_jax.pallas_kernels.triton import dot, height, in_use, load, store
+from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
 
 #: Keys of a turn, and terms of one matrix product.
 _KEYS, _DEPTH = 32, 64
@@ -49,13 +49,13 @@ def _kernel(
             terms = j * _DEPTH + jnp.arange(_DEPTH)
             there = (terms < part)[None]
             q = load(q_ref, head * group + queries, terms, own & there)
-            return values + dot(q, load(rest_ref, rows, terms, used & there), transposed=True)
+            return values + times_weights(q, load(rest_ref, rows, terms, used & there), transposed=True)
 
         if weigh:
             zeros = jnp.zeros((queries.size, _KEYS), jnp.float32)
             values = jax.lax.fori_loop(0, pl.cdiv(part, _DEPTH), more, zeros)
             weights = weights * softplus(softcapped(values, cap))
-        return sums + dot(weights, load(rest_ref, rows, part + columns, used & (columns < width)[None]))
+        return sums + times_weights(weights, load(rest_ref, rows, part + columns, used & (columns < width)[None]))
 
     zeros = jnp.zeros((queries.size, columns.size), jnp.float32)
     sums = jax.lax.fori_loop(0, _PART // _KEYS, step, zeros)
@@ -66,7 +66,6 @@ def _kernel(
 def mixture(
     q2_BNA: jax.Array,
     weights_BNS: jax.Array,
-    selected_BNS: jax.Array,
     rest_BKSW: jax.Array,
     softcap_values: float | None,
     weighting: str,
@@ -74,10 +73,9 @@ def mixture(
 ) -> jax.Array:
     """The values of keys, each times its weight and its softplus, summed, [B, N, H] in float32.
 
-    `weights_BNS` in float32; keys whose weight is 0 for all queries of their head are not read, so that nothing is left
-    to ask of `selected_BNS`. Queries must have their factor already.
+    `weights_BNS` in float32; keys whose weight is 0 for all queries of their head are not read. Queries must have
+    their factor already.
     """
-    del selected_BNS
     batch, kv_heads, keys, row = rest_BKSW.shape
     heads, part = q2_BNA.shape[1:]
     group, width = heads // kv_heads, row - part

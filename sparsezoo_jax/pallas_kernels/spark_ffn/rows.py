@@ -76,7 +76,7 @@ def spark_ffn_rows(
         implementation,
         why_not_native(x=x),
         native_by_default=few,
-        gpu_why_not=lambda _: rows_gpu.why_not(x),
+        gpu_why_not=lambda: rows_gpu.why_not(x),
     )
 
     def xla(x, k1, rows, scales):

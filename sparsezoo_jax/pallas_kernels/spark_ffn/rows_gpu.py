@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.rows import why_not_native
-from sparsezoo_jax.pallas_kernels.triton import dot, height, in_use, load, store
+from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
 
 #: Neurons of a program of the first kernel, and of a turn of the second: the smallest matrix products.
 _NEURONS, _TURN = 16, 32
@@ -44,7 +44,7 @@ def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int,
         terms = i * _DEPTH + jnp.arange(_DEPTH)
         more = terms < width
         x = load(x_ref, tokens, terms, (tokens < m)[:, None] & more[None])
-        return sums + dot(x, load(rows_ref, own, terms, used[:, None] & more[None]), transposed=True)
+        return sums + times_weights(x, load(rows_ref, own, terms, used[:, None] & more[None]), transposed=True)
 
     zeros = jnp.zeros((tokens.size, _NEURONS), jnp.float32)
     store(hidden_ref, tokens, own, here, gate * jax.lax.fori_loop(0, pl.cdiv(width, _DEPTH), step, zeros))
@@ -59,7 +59,7 @@ def _sum_kernel(hidden_ref, rows_ref, y_ref, *, m: int, d: int, width: int, neur
         own = (part * turns + i) * _TURN + jnp.arange(_TURN)
         hidden = load(hidden_ref, tokens, own, (tokens < m)[:, None] & (own < neurons)[None])
         mask = in_use(hidden)[:, None] & (columns < d)[None]
-        return sums + dot(hidden, load(rows_ref, own, width + columns, mask))
+        return sums + times_weights(hidden, load(rows_ref, own, width + columns, mask))
 
     sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, _COLUMNS), jnp.float32))
     store(y_ref, part * m + tokens, columns, (tokens < m)[:, None] & (columns < d)[None], sums)
