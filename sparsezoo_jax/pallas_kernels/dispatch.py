@@ -187,6 +187,8 @@ def settle_native(
     *,
     native_by_default: bool,
     gpu_why_not: Callable[[], str | None] | None = None,
+    tpu_why_not: Callable[[bool], str | None] | None = None,
+    tpu_by_default: bool = True,
 ) -> str:
     """The form to use of an operation that has "xla" and "native", and with `gpu_why_not` a kernel for GPUs.
 
@@ -198,6 +200,8 @@ def settle_native(
         the arguments, where the compiler partitions, and, with a warning, where the library is missing.
       gpu_why_not: why the GPU kernel can't take them, or None if it can, and then it is the default on a GPU. None:
         there is none.
+      tpu_why_not: likewise the TPU kernel, called with whether it is interpreted.
+      tpu_by_default: whether it is the faster one for these arguments on a TPU.
 
     Raises:
       ConfigError: no implementation of that name, or one that is missing or can't take the arguments.
@@ -205,6 +209,8 @@ def settle_native(
     refusals: dict[str, Callable[[], str | None]] = {XLA: lambda: None, NATIVE: lambda: why_not}
     if gpu_why_not is not None:
         refusals |= {PALLAS_GPU: gpu_why_not, PALLAS_GPU_INTERPRET: gpu_why_not}
+    if tpu_why_not is not None:
+        refusals |= {PALLAS_TPU: partial(tpu_why_not, False), PALLAS_TPU_INTERPRET: partial(tpu_why_not, True)}
     refusal = choose(operation, implementation, refusals, XLA)
     if implementation is None:
         if not kernels_allowed() or partitioned_by_compiler():
@@ -217,6 +223,8 @@ def settle_native(
                 native.warn_missing()
         if gpu_why_not is not None and gpu_why_not() is None:
             found.append("cuda")
+        if tpu_why_not is not None and tpu_by_default and tpu_why_not(False) is None:
+            found.append("tpu")
         return BY_PLATFORM + " ".join(found) if found else XLA
     if implementation == NATIVE and (missing := native.why_missing()) is not None:
         raise ConfigError(f"{operation}.implementation", implementation, f"{missing}; {native.HOW_TO_GET}")
@@ -226,19 +234,26 @@ def settle_native(
 
 
 def run_native(
-    form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any, gpu: Callable[..., Any] | None = None
+    form: str,
+    xla: Callable[..., Any],
+    kernel: Callable[..., Any],
+    *arrays: Any,
+    gpu: Callable[..., Any] | None = None,
+    tpu: Callable[..., Any] | None = None,
 ) -> Any:
-    """Call the form that `settle_native` returned: `xla(*arrays)`, `kernel(*arrays)` or `gpu(*arrays, interpret=...)`.
+    """Call the form that `settle_native` returned: `xla(*arrays)`, `kernel(*arrays)`, or a device's kernel.
 
-    Their results are alike.
+    Those are called with `interpret` besides. Results are alike.
     """
     if form == XLA:
         return xla(*arrays)
     if form == NATIVE:
         return kernel(*arrays)
+    devices = {"cuda": gpu, "tpu": tpu}
     if not form.startswith(BY_PLATFORM):
-        assert gpu is not None, "settled on a kernel that the operation does not have"
-        return gpu(*arrays, interpret=form == PALLAS_GPU_INTERPRET)
-    by_platform = {"cpu": kernel, "cuda": None if gpu is None else partial(gpu, interpret=False)}
-    chosen: Any = {platform: by_platform[platform] for platform in form.removeprefix(BY_PLATFORM).split()}
-    return jax.lax.platform_dependent(*arrays, **chosen, default=xla)
+        chosen = devices["tpu" if form.startswith(PALLAS_TPU) else "cuda"]
+        assert chosen is not None, "settled on a kernel that the operation does not have"
+        return chosen(*arrays, interpret=form.endswith("_interpret"))
+    by_platform = {"cpu": kernel} | {name: partial(f, interpret=False) for name, f in devices.items() if f is not None}
+    wanted: Any = {platform: by_platform[platform] for platform in form.removeprefix(BY_PLATFORM).split()}
+    return jax.lax.platform_dependent(*arrays, **wanted, default=xla)

@@ -13,7 +13,7 @@ from tests.kernels.few_rows import close, implementation
 from tests.kernels.test_attention_rows import inputs
 
 
-@pytest.fixture(params=["xla", "native", "pallas_gpu_interpret"])
+@pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
 def apply(request):
     form = implementation(request.param)
     return lambda *arrays, **kwargs: jax.jit(partial(spark_attention_rows, implementation=form, **kwargs))(*arrays)
@@ -70,7 +70,7 @@ def test_all_keys_by_softmax_alone_is_dense_attention(apply):
     np.testing.assert_array_equal(attended, jnp.broadcast_to(mask.sum(-1)[:, None], (2, 4)))
 
 
-@pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])
+@pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])  # a TPU's tiles: test_weighted_rows
 def test_only_attended_rows_are_read(form):
     q, k, v, mask = inputs("float32", batch=1, heads=2, kv_heads=2, keys=400)
     mask = jnp.ones_like(mask)

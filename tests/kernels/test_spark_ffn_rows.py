@@ -13,7 +13,7 @@ from sparsezoo_jax.pallas_kernels.spark_ffn.rows import reference
 from tests.kernels.few_rows import STORAGE, Draw, close, implementation
 
 
-@pytest.fixture(params=["xla", "native", "pallas_gpu_interpret"])
+@pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
 def apply(request):
     form = implementation(request.param)
     return lambda *arrays, **kwargs: jax.jit(partial(spark_ffn_rows, implementation=form, **kwargs))(*arrays)
@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_the_others(storage):
             np.testing.assert_array_equal(ours[0], expected[i])
 
 
-@pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])
+@pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])  # a TPU's tiles: test_weighted_rows
 def test_only_active_rows_are_read(form):
     draw = Draw("float32")
     x = draw.tokens(2, 24)

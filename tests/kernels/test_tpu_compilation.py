@@ -5,9 +5,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION, TPUS
+from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION, SPARK_FFN, TPUS
 from sparsezoo_jax.compilation.topologies import open_topology
-from sparsezoo_jax.pallas_kernels import block_ffn_union, ragged, spark_attention, statistical_topk
+from sparsezoo_jax.pallas_kernels import (
+    block_ffn_union,
+    ragged,
+    spark_attention,
+    spark_attention_rows,
+    spark_ffn_rows,
+    statistical_topk,
+)
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
@@ -87,6 +94,31 @@ def test_spark_attention(compiled, size, window):
 
     q, k = (((1, 1000, n, width), jnp.bfloat16) for n in (heads, kv_heads))
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("size", ["2b", "9b"])
+def test_spark_ffn_rows(compiled, size, storage):
+    d, r, neurons, top_k = SPARK_FFN[size]
+
+    def function(x, k1, rows, *scales):
+        return spark_ffn_rows(x, k1, rows, top_k=top_k, scales=scales or (None, None))  # type: ignore[arg-type]
+
+    shapes = [((3, d), jnp.bfloat16), ((neurons, r), storage), ((neurons, 2 * d - r), storage)]
+    scales = [((neurons,), jnp.float32), ((neurons, 2), jnp.float32)] * (storage == jnp.int8)
+    assert "spark_ffn_rows_kernel" in compiled(function, *shapes, *scales)
+
+
+@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16])
+def test_spark_attention_rows(compiled, storage):
+    (heads, kv_heads, width, r, top_k), keys = SPARK_ATTENTION["2b"], 16_384
+
+    def function(q, k1, rest, mask):
+        return spark_attention_rows(q, k1, rest, mask, top_k=top_k, softcap_values=30.0)
+
+    cache = [((2, kv_heads, keys, part), storage) for part in (r, 2 * width - r)]
+    text = compiled(function, ((2, heads, width), jnp.bfloat16), *cache, ((2, keys), jnp.bool_))
+    assert "spark_attention_rows_kernel" in text
 
 
 @pytest.mark.parametrize("compiled", ["v6e"], indirect=True)

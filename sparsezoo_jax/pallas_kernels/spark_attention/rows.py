@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, result, why_not_native
@@ -55,8 +56,9 @@ def spark_attention_rows(
       mask: [B, S] booleans, true where the key is visible. Keys that are not visible are not read natively.
       top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, selection, weighting: as in `spark_attention`;
         "exact" selection has no native form.
-      implementation: "xla" (gathers attended rows in a loop), "native", "pallas_gpu", "pallas_gpu_interpret" (see
-        `dispatch`), or None: "native" on a CPU, "pallas_gpu" on a GPU for heads up to 256 wide, else "xla".
+      implementation: "xla" (gathers attended rows in a loop), "native", "pallas_gpu", "pallas_tpu", either of these
+        with "_interpret" (see `dispatch`), or None: "native" on a CPU, the kernel on a GPU for heads up to 256 wide and
+        on a TPU, else "xla". The kernel for TPUs reads tiles of 8 (float32) or 16 (bfloat16) keys.
 
     Returns:
       [B, N, H] in the dtype of q, and the number of attended keys, int32 [B, N].
@@ -81,6 +83,9 @@ def spark_attention_rows(
         why_not,
         native_by_default=True,
         gpu_why_not=lambda: rows_gpu.why_not(q),
+        tpu_why_not=lambda interpret: (
+            why_not_native(q=q) or weighted_rows.why_not(heads // k1.shape[1], width - r, rest, interpret=interpret)
+        ),
     )
 
     def selecting(mixture, q, k1, rest, mask):
@@ -97,8 +102,8 @@ def spark_attention_rows(
         broken = jnp.any(jnp.isnan(scores) & mask[:, None], axis=-1, keepdims=True)
         return jnp.where(broken, jnp.nan, y).astype(q.dtype), attended
 
-    def gpu(*arrays, interpret):
-        return selecting(partial(rows_gpu.mixture, interpret=interpret), *arrays)
+    def on_device(mixture, *arrays, interpret):
+        return selecting(partial(mixture, interpret=interpret), *arrays)
 
     def kernel(q, k1, rest, mask):
         return native.call(
@@ -114,7 +119,28 @@ def spark_attention_rows(
             softplus=weighting == "softplus",
         )
 
-    return run_native(form, partial(selecting, _gathered), kernel, q, k1, rest, mask, gpu=gpu)
+    devices = {"gpu": partial(on_device, rows_gpu.mixture), "tpu": partial(on_device, _on_tpu)}
+    return run_native(form, partial(selecting, _gathered), kernel, q, k1, rest, mask, **devices)
+
+
+def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret):
+    """As `_gathered`; tiles without a key that has a weight are not read."""
+
+    def by_head(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, q2_BNA.shape[1] // rest_BKSW.shape[1], x.shape[-1])
+
+    def weigh(values):
+        return softplus(softcapped(values, softcap_values)) if weighting == "softplus" else jnp.ones_like(values)
+
+    y_HGV = weighted_rows.weighted_rows(
+        by_head(q2_BNA),
+        by_head(weights_BNS),
+        rest_BKSW.reshape(-1, *rest_BKSW.shape[2:]),
+        weigh,
+        name="spark_attention_rows_kernel",
+        interpret=interpret,
+    )
+    return y_HGV.reshape(*q2_BNA.shape[:2], -1)
 
 
 def _gathered(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
@@ -52,8 +53,9 @@ def spark_ffn_rows(
       top_k: target number of active neurons, below F.
       ddof, huber_delta: as in `statistical_topk`.
       scales: float32 factors of int8 weights: [F] of k1, [F, 2] of the two parts of rows. Both may have another type.
-      implementation: "xla" (gathers active rows in a loop), "native", "pallas_gpu", "pallas_gpu_interpret" (see
-        `dispatch`), or None: for up to 16 rows "native" on a CPU and "pallas_gpu" on a GPU, else "xla".
+      implementation: "xla" (gathers active rows in a loop), "native", "pallas_gpu", "pallas_tpu", either of these with
+        "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU or TPU, else
+        "xla". The kernel for TPUs reads tiles of 8 (float32), 16 (bfloat16) or 32 (int8) rows.
 
     Returns:
       [M, D] in the dtype of x, and the number of active neurons, int32 [M].
@@ -77,6 +79,8 @@ def spark_ffn_rows(
         why_not_native(x=x),
         native_by_default=few,
         gpu_why_not=lambda: rows_gpu.why_not(x),
+        tpu_why_not=lambda interpret: why_not_native(x=x) or weighted_rows.why_not(m, d - r, rows, interpret=interpret),
+        tpu_by_default=few,
     )
 
     def xla(x, k1, rows, scales):
@@ -106,7 +110,20 @@ def spark_ffn_rows(
         y = rows_gpu.sum_over_active(x[:, r:], gate, rows, scales[1], interpret)
         return y.astype(x.dtype), jnp.sum(gate != 0, axis=-1, dtype=jnp.int32)
 
-    return run_native(form, xla, kernel, x, k1, rows, scales, gpu=gpu)
+    def tpu(x, k1, rows, scales, *, interpret):
+        gate = _gate(product(x[:, :r], k1, scales[0]), top_k, ddof, huber_delta)
+        weights = gate if scales[1] is None else gate * (scales[1][:, 0] * scales[1][:, 1])
+        y = weighted_rows.weighted_rows(
+            x[None, :, r:].astype(jnp.float32),
+            weights[None],
+            rows[None],
+            lambda values: values,
+            name="spark_ffn_rows_kernel",
+            interpret=interpret,
+        )
+        return y[0].astype(x.dtype), jnp.sum(gate != 0, axis=-1, dtype=jnp.int32)
+
+    return run_native(form, xla, kernel, x, k1, rows, scales, gpu=gpu, tpu=tpu)
 
 
 def _gate(scores: jax.Array, top_k: float, ddof: int, huber_delta: float) -> jax.Array:
