@@ -10,9 +10,9 @@ are summed, U tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,22 @@ _SUBLANES = 8
 _TRANSFER = 24 * 2**10
 
 
-def _tile(dtype: Any) -> int:
-    """Rows of a tile of memory."""
-    return 32 // jnp.dtype(dtype).itemsize
+def _tile(rows: Sequence[jax.Array]) -> int:
+    """Rows of a tile of memory: of the largest one, which the others divide."""
+    return max(32 // array.dtype.itemsize for array in rows)
 
 
-def _buffered(rows_HSW: jax.Array) -> int:
+def _bytes_of_row(rows: Sequence[jax.Array]) -> int:
+    return sum(array.shape[-1] * array.dtype.itemsize for array in rows)
+
+
+def _buffered(rows: Sequence[jax.Array]) -> int:
     """Rows of a buffer."""
-    rows, width = rows_HSW.shape[-2:]
-    fitting = min(max(_BUFFER // (width * rows_HSW.dtype.itemsize), _LANES), _ROWS, pl.cdiv(rows, _LANES) * _LANES)
+    count = rows[0].shape[-2] // _tile(rows) * _tile(rows)
+    fitting = min(max(_BUFFER // _bytes_of_row(rows), _LANES), _ROWS, max(pl.cdiv(count, _LANES), 1) * _LANES)
     sizes = range(fitting // _LANES * _LANES, 0, -_LANES)
     # One that divides the rows lets all of them be read in order.
-    return next((size for size in sizes if rows % size == 0), sizes[0])
+    return next((size for size in sizes if count % size == 0), sizes[0])
 
 
 def _padded(x: jax.Array, to: int, axis: int) -> jax.Array:
@@ -48,17 +52,14 @@ def _padded(x: jax.Array, to: int, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def why_not(groups: int, part: int, rows: jax.Array, *, interpret: bool) -> str | None:
-    """Why the kernel can't take so many queries of a head and `rows` [..., S, A + V], or None if it can.
-
-    `part` is A.
-    """
-    count, width = rows.shape[-2:]
-    if not interpret and (part % _LANES or width % _LANES):
-        return f"takes rows in parts of whole tiles of 128 columns, not {part} and {width - part}"
+def why_not(groups: int, part: int, *rows: jax.Array, interpret: bool) -> str | None:
+    """Why the kernel can't take so many queries of a head, A = `part` and `rows` as there, or None if it can."""
+    count, widths = rows[0].shape[-2], [part, *(array.shape[-1] for array in rows)]
+    if not interpret and any(width % _LANES for width in widths):
+        return f"takes rows in parts of whole tiles of 128 columns, not {' and '.join(map(str, widths))}"
     high = pl.cdiv(groups, _SUBLANES) * _SUBLANES
-    buffers = 2 * _buffered(rows) * width * rows.dtype.itemsize
-    needed = buffers + 4 * high * (2 * count + 3 * width)
+    needed = 2 * _buffered(rows) * _bytes_of_row(rows)
+    needed += 4 * (2 * (high + _SUBLANES) * count + 3 * high * max(widths))
     return None if needed <= _VMEM else f"needs {needed} bytes of VMEM, more than {_VMEM}"
 
 
@@ -85,30 +86,49 @@ def _product(x: jax.Array, rows: jax.Array, contract: int) -> jax.Array:
     return y[:high] + (y[high : 2 * high] + y[2 * high :])
 
 
-def _kernel(
-    counts_ref, tiles_ref, q_ref, weights_ref, rows_ref, y_ref, buffer_ref, semaphores, *, part: int, tile: int, weigh
-):
+class _Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    part: int
+    """Columns of a product, A."""
+    high: int
+    """Rows of weights; below them are those of factors."""
+    factors: int
+    tile: int
+    rows: int
+    buffered: int
+    most: int
+    """Tiles in use from which on all are read in order; above all there are: never."""
+
+
+def _kernel(counts_ref, tiles_ref, q_ref, weights_ref, *refs, sizes: _Sizes, weigh: Callable[..., jax.Array]):
     """The rows in use of one head, or all of them where that is no slower."""
+    part, high, factors, tile, rows, buffered, most = sizes
+    arrays = (len(refs) - 3) // 2
+    rows_refs, (y_ref, active_ref), buffer_refs = refs[:arrays], refs[arrays : arrays + 2], refs[arrays + 2 : -1]
+    semaphores = refs[-1]
     head = pl.program_id(0)
     count = counts_ref[head]
-    rows, buffered = rows_ref.shape[1], buffer_ref.shape[1]
     several, in_lanes = buffered // tile, _LANES // tile
     lanes = jax.lax.broadcasted_iota(jnp.int32, (weights_ref.shape[1], _LANES), 1)
 
-    def copy(turn, source, place, size):
+    def copies(turn, source, place, size):
         slot = jax.lax.rem(turn, 2)
-        source = rows_ref.at[head, pl.ds(pl.multiple_of(source * size, size), size)]
-        return pltpu.make_async_copy(source, buffer_ref.at[slot, pl.ds(place * size, size)], semaphores.at[slot])
+        places = pl.ds(pl.multiple_of(source * size, size), size), pl.ds(place * size, size)
+        for ref, buffer_ref in zip(rows_refs, buffer_refs, strict=True):
+            yield pltpu.make_async_copy(ref.at[head, places[0]], buffer_ref.at[slot, places[1]], semaphores.at[slot])
 
     def start_all(turn):
-        copy(turn, turn, 0, buffered).start()
+        for copy in copies(turn, turn, 0, buffered):
+            copy.start()
 
     def weights_of_all(turn):
         return weights_ref[0, :, pl.ds(pl.multiple_of(turn * buffered, buffered), buffered)]
 
     def start_used(turn):
         for i in range(several):
-            copy(turn, tiles_ref[0, 0, turn * several + i], i, tile).start()
+            for copy in copies(turn, tiles_ref[0, 0, turn * several + i], i, tile):
+                copy.start()
 
     def weights_of_used(turn):
         vectors = []
@@ -126,12 +146,23 @@ def _kernel(
 
     def add_up(turns, start, weights_of):
         def add(turn):
-            weights = weights_of(turn)
-            copy(turn, 0, 0, buffered).wait()  # for the bytes of all copies that were started
-            slot = jax.lax.rem(turn, 2)
-            if part:
-                weights = weights * weigh(_product(q_ref[0], buffer_ref[slot, :, :part], 1))
-            y_ref[0] += _product(weights, buffer_ref[slot, :, part:], 0)
+            found = weights_of(turn)
+            for copy in copies(turn, 0, 0, buffered):
+                copy.wait()  # for the bytes of all copies that were started
+            slot, weights = jax.lax.rem(turn, 2), found[:high]
+            *to_multiply, (last_ref, skipped) = [(ref, 0) for ref in buffer_refs]
+            if arrays == 1 and part:
+                to_multiply, skipped = [(last_ref, 0)], part
+            values = [_product(q_ref[0], ref[slot, :, :part], 1) for ref, _ in to_multiply]
+            if factors:
+                values = [value * found[high + i : high + i + 1] for i, value in enumerate(values)]
+            if values:
+                hidden = weigh(*values)
+                active = (hidden != 0) & (weights != 0)
+                active_ref[0] += jnp.sum(active.astype(jnp.float32), axis=1, keepdims=True)
+                # Whatever the product is, without a weight it counts for nothing.
+                weights = jnp.where(weights != 0, weights * hidden, 0)
+            y_ref[0] += _product(weights, last_ref[slot, :, skipped:], 0)
 
         def body(turn, carry):
             start(turn + 1)
@@ -143,14 +174,13 @@ def _kernel(
         add(turns - 1)
 
     y_ref[...] = jnp.zeros_like(y_ref)
-    bytes_of_tile = tile * rows_ref.shape[2] * jnp.dtype(rows_ref.dtype).itemsize
-    most = pl.cdiv(rows * bytes_of_tile, tile * max(bytes_of_tile, _TRANSFER)) if rows % buffered == 0 else rows
+    active_ref[...] = jnp.zeros_like(active_ref)
 
     @pl.when((count > 0) & (count < most))
     def _():
         add_up(jax.lax.div(count + (several - 1), several), start_used, weights_of_used)  # `//` would ask for the sign
 
-    if most < rows:
+    if most <= rows // tile:
 
         @pl.when(count >= most)
         def _():
@@ -160,30 +190,40 @@ def _kernel(
 def weighted_rows(
     q_HGA: jax.Array,
     weights_HGS: jax.Array,
-    rows_HSW: jax.Array,
-    weigh: Callable[[jax.Array], jax.Array],
+    rows: Sequence[jax.Array],
+    weigh: Callable[..., jax.Array],
+    factors_HFS: jax.Array | None = None,
     *,
     name: str,
     interpret: Any,
-) -> jax.Array:
-    """`sum_s weights_s weigh(q . rows_s[:A]) rows_s[A:]`, [H, G, V] in float32; without a gradient.
+) -> tuple[jax.Array, jax.Array]:
+    """`sum_s weights_s weigh(q . rows_s) v_s`, without a gradient.
 
     Args:
       q_HGA: float32; A may be 0, then nothing is weighed.
       weights_HGS: float32. Where it is 0 for all G of a tile's rows, the tile is not read, unless so many are in use
         that reading all in order is faster.
-      rows_HSW: float32, bfloat16 or int8, W = A + V. Rows without a weight must be finite too.
-      weigh: an elementwise function.
+      rows: one array [H, S, A + V], of whose rows the first A columns are multiplied with q and the others summed; or
+        several, all but the last [H, S, A], that one [H, S, V]. In float32, bfloat16 or int8. Where a tile has any
+        weight, its other rows must be finite in V too.
+      weigh: an elementwise function of the products [G, S], of as many as there are arrays to multiply.
+      factors_HFS: float32 factors of the products, for each of them; None: 1.
       name: the kernel's, in compiled programs.
       interpret: False, True, or `pltpu.InterpretParams`.
+
+    Returns:
+      [H, G, V] in float32, and the number of rows with a weight for which `weigh` is not 0, int32 [H, G]; with A = 0 it
+      is 0.
     """
-    (heads, group, part), (_, count, width) = q_HGA.shape, rows_HSW.shape
-    tile = _tile(rows_HSW.dtype)
+    (heads, group, part), count, tile = q_HGA.shape, rows[0].shape[1], _tile(rows)
     whole = count // tile * tile
     # A transfer can't take part of a tile: the rows of the last one, if it is not full, are the compiler's.
-    last_HGV = _plain(q_HGA, weights_HGS[..., whole:], rows_HSW[:, whole:], weigh)
+    rest = [array[:, whole:] for array in rows]
+    last = _plain(
+        q_HGA, weights_HGS[..., whole:], rest, weigh, None if factors_HFS is None else factors_HFS[..., whole:]
+    )
     if not whole:
-        return last_HGV
+        return last
     weights_HGS = weights_HGS[..., :whole]
     tiles = whole // tile
     used_HU = jnp.any(weights_HGS.reshape(heads, group, tiles, tile) != 0, axis=(1, 3))
@@ -191,18 +231,28 @@ def weighted_rows(
     # Those in use, in order, and then the last of them again.
     last_H1 = jnp.max(jnp.where(used_HU, places_U, 0), axis=-1, keepdims=True)
     tiles_HU = jnp.minimum(jnp.sort(jnp.where(used_HU, places_U, tiles), axis=-1), last_H1)
-    buffered = _buffered(rows_HSW)
+    buffered = _buffered(rows)
     tiles_HU = jnp.pad(tiles_HU, ((0, 0), (0, -tiles % (buffered // tile))), mode="edge")
     counts_H = jnp.sum(used_HU, axis=-1, dtype=jnp.int32)
-    weights_HGS = _padded(_padded(weights_HGS, _SUBLANES, 1), _LANES, 2)
-    q_HGA = _padded(q_HGA, _SUBLANES, 1) if part else jnp.zeros((heads, _SUBLANES, _LANES), jnp.float32)
-    high = weights_HGS.shape[1]
+    weights_HGS = _padded(weights_HGS, _SUBLANES, 1)
+    high, factors = weights_HGS.shape[1], 0
+    if factors_HFS is not None:
+        factors = factors_HFS.shape[1]
+        factors_HFS = _padded(factors_HFS[..., :whole], _SUBLANES, 1)
+        weights_HGS = jnp.concatenate([weights_HGS, factors_HFS], axis=1)
+    weights_HGS = _padded(weights_HGS, _LANES, 2)
+    q_HGA = _padded(q_HGA, _SUBLANES, 1) if part else jnp.zeros((heads, high, _LANES), jnp.float32)
+    transfer = tile * _bytes_of_row(rows) // len(rows)
+    most = pl.cdiv(tiles * transfer, max(transfer, _TRANSFER)) if whole % buffered == 0 else tiles + 1
+    width = rows[-1].shape[-1] - (part if len(rows) == 1 else 0)
 
     def of_head(*shape: int, memory: Any = None) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda head, counts: (head, 0, 0), memory_space=memory)
 
-    y_HGV = pl.pallas_call(
-        partial(_kernel, part=part, tile=tile, weigh=weigh),
+    in_memory = pl.BlockSpec(memory_space=pl.ANY)
+    size = sum(array.size * array.dtype.itemsize for array in rows)
+    y_HGV, active_HGL = pl.pallas_call(
+        partial(_kernel, sizes=_Sizes(part, high, factors, tile, whole, buffered, most), weigh=weigh),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(heads,),
@@ -210,31 +260,37 @@ def weighted_rows(
                 of_head(1, tiles_HU.shape[1], memory=pltpu.SMEM),
                 of_head(*q_HGA.shape[1:]),
                 of_head(*weights_HGS.shape[1:]),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *[in_memory] * len(rows),
             ],
-            out_specs=of_head(high, width - part),
+            out_specs=[of_head(high, width), of_head(high, _LANES)],
             scratch_shapes=[
-                pltpu.VMEM((2, buffered, width), rows_HSW.dtype),
+                *[pltpu.VMEM((2, buffered, array.shape[-1]), array.dtype) for array in rows],
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((heads, high, width - part), jnp.float32),
+        out_shape=[jax.ShapeDtypeStruct((heads, high, columns), jnp.float32) for columns in (width, _LANES)],
         # Tiles are numbered by a sort of what there is: checking each transfer would take longer than starting it.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         # Of all rows: how many are in use is known when it runs.
         cost_estimate=pl.CostEstimate(
-            flops=2 * high * rows_HSW.size, transcendentals=0, bytes_accessed=rows_HSW.size * rows_HSW.dtype.itemsize
+            flops=2 * high * sum(array.size for array in rows), transcendentals=0, bytes_accessed=size
         ),
         interpret=interpret,
         name=name,
-    )(counts_H, tiles_HU[:, None], q_HGA, weights_HGS, rows_HSW)
-    return y_HGV[:, :group] + last_HGV
+    )(counts_H, tiles_HU[:, None], q_HGA, weights_HGS, *rows)
+    return y_HGV[:, :group] + last[0], active_HGL[:, :group, 0].astype(jnp.int32) + last[1]
 
 
-def _plain(q_HGA, weights_HGS, rows_HSW, weigh):
+def _plain(q_HGA, weights_HGS, rows, weigh, factors_HFS):
     """The definition."""
-    part, rows_HSW = q_HGA.shape[-1], rows_HSW.astype(jnp.float32)
+    part, rows = q_HGA.shape[-1], [array.astype(jnp.float32) for array in rows]
+    *multiplied, summed = [rows[0][..., :part], rows[0][..., part:]] if len(rows) == 1 else rows
+    active = jnp.zeros(q_HGA.shape[:2], jnp.int32)
     if part:
-        values_HGS = jnp.einsum("hga,hsa->hgs", q_HGA, rows_HSW[..., :part], precision="highest")
-        weights_HGS = weights_HGS * weigh(values_HGS)
-    return jnp.einsum("hgs,hsv->hgv", weights_HGS, rows_HSW[..., part:], precision="highest")
+        values = [jnp.einsum("hga,hsa->hgs", q_HGA, array, precision="highest") for array in multiplied]
+        if factors_HFS is not None:
+            values = [value * factors_HFS[:, i, None] for i, value in enumerate(values)]
+        hidden = weigh(*values)
+        active = jnp.sum((hidden != 0) & (weights_HGS != 0), axis=-1, dtype=jnp.int32)
+        weights_HGS = jnp.where(weights_HGS != 0, weights_HGS * hidden, 0)
+    return jnp.einsum("hgs,hsv->hgv", weights_HGS, summed, precision="highest"), active

@@ -13,7 +13,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn.rows import reference
 from tests.kernels.few_rows import STORAGE, Draw, close, implementation
 
 
-@pytest.fixture(params=["xla", "native"])
+@pytest.fixture(params=["xla", "native", "pallas_tpu_interpret"])
 def apply(request):
     form = implementation(request.param)
     return lambda *arrays, **kwargs: jax.jit(partial(block_ffn_rows, implementation=form, **kwargs))(*arrays)
@@ -89,7 +89,7 @@ def test_rows_of_units_that_are_zero_are_not_read():
     close(poisoned, reference(x, scores, up, down, activation="relu")[0])
 
 
-@pytest.mark.parametrize("form", ["xla", "native"])
+@pytest.mark.parametrize("form", ["xla", "native"])  # a TPU's tiles: test_weighted_rows
 @pytest.mark.parametrize("gated", [False, True])
 def test_only_active_experts_are_read(form, gated):
     draw = Draw("float32")

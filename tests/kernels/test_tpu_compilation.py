@@ -8,6 +8,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION, SPARK_FFN, TPUS
 from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.pallas_kernels import (
+    block_ffn_rows,
     block_ffn_union,
     ragged,
     spark_attention,
@@ -17,6 +18,7 @@ from sparsezoo_jax.pallas_kernels import (
 )
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
+from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
@@ -119,6 +121,27 @@ def test_spark_attention_rows(compiled, storage):
     cache = [((2, kv_heads, keys, part), storage) for part in (r, 2 * width - r)]
     text = compiled(function, ((2, heads, width), jnp.bfloat16), *cache, ((2, keys), jnp.bool_))
     assert "spark_attention_rows_kernel" in text
+
+
+@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_block_ffn_rows(compiled, storage):
+    d, experts, width = BLOCK_FFN["2_8b"]
+
+    def function(x, scores, up, down, gate, *scales):
+        return block_ffn_rows(x, scores, up, down, gate, scales=scales or (None,) * 3, return_active=True)
+
+    shapes = [((8, d), jnp.bfloat16), ((8, experts), jnp.bfloat16), *[((experts, width, d), storage)] * 3]
+    scales = [((experts, width), jnp.float32)] * 3 * (storage == jnp.int8)
+    assert "block_ffn_rows_kernel" in compiled(function, *shapes, *scales)
+
+
+@pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
+def test_loops_over_blocks_find_the_next_one_at_once(compiled):
+    def function(x, routed, w):
+        return from_blocks_rows(x, routed, w, Blocks(8, 2))
+
+    text = compiled(function, ((2, 1024), jnp.bfloat16), ((2, 3), jnp.int32), ((1024, 512), jnp.bfloat16))
+    assert text.count(" while(") == 1
 
 
 @pytest.mark.parametrize("compiled", ["v6e"], indirect=True)

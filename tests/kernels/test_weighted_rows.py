@@ -28,8 +28,8 @@ def problem(storage, rows, share, *, heads=2, group=3, part=128, width=384):
 
 
 def apply(q, weights, rows, interpret=True):
-    call = lambda *a: weighted_rows.weighted_rows(*a, jnp.tanh, name="rows", interpret=interpret)  # noqa: E731
-    return jax.jit(call)(q, weights, rows)
+    call = lambda *a: weighted_rows.weighted_rows(*a, jnp.tanh, name="rows", interpret=interpret)[0]  # noqa: E731
+    return jax.jit(call)(q, weights, [rows])
 
 
 def definition(q, weights, rows):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
@@ -53,7 +54,8 @@ def block_ffn_rows(
       up, down, gate: [E, W, D] in float32, bfloat16 or int8; gate may be None.
       activation: gelu_tanh, gelu, silu, relu or relu2.
       scales: float32 [E, W] of up, down and gate where these are int8.
-      implementation: "xla" (a loop over active experts), "native", or None: "native" on a CPU for up to 16 rows.
+      implementation: "xla" (a loop over active experts), "native", "pallas_tpu", "pallas_tpu_interpret" (see
+        `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a TPU, else "xla".
       return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
@@ -81,8 +83,20 @@ def block_ffn_rows(
     allowed = ", ".join(ACTIVATIONS)
     require(activation in ACTIVATIONS, "block_ffn_rows.activation", activation, f"must be one of {allowed}")
     few, act = m <= MOST_ROWS, ACTIVATIONS[activation]
+
+    def flat(up, down, gate):
+        arrays = [up, down] if gate is None else [gate, up, down]
+        return [array.reshape(1, -1, d) for array in arrays]
+
     why_not = why_not_native(x=x, scores=scores)
-    form = settle_native("block_ffn_rows", implementation, why_not, native_by_default=few)
+    form = settle_native(
+        "block_ffn_rows",
+        implementation,
+        why_not,
+        native_by_default=few,
+        tpu_why_not=lambda interpret: why_not or _why_not_tpu(m, activation, flat(up, down, gate), interpret),
+        tpu_by_default=few,
+    )
 
     def xla(x, scores, up, down, gate, scales):
         def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
@@ -111,8 +125,31 @@ def block_ffn_rows(
         results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
         return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
 
-    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales)
+    def tpu(x, scores, up, down, gate, scales, *, interpret):
+        up_scale, down_scale, gate_scale = (None if scale is None else scale.reshape(-1) for scale in scales)
+        weights = jnp.repeat(scores.astype(jnp.float32), width, axis=1)
+        factors = [scale for scale in (gate_scale, up_scale) if scale is not None]
+        y, count = weighted_rows.weighted_rows(
+            x[None].astype(jnp.float32),
+            (weights if down_scale is None else weights * down_scale)[None],
+            flat(up, down, gate),
+            lambda first, *second: act(first) * second[0] if second else act(first),
+            jnp.stack(factors)[None] if factors else None,
+            name="block_ffn_rows_kernel",
+            interpret=interpret,
+        )
+        return y[0].astype(x.dtype), count[0]
+
+    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales, tpu=tpu)
     return (y, count) if return_active else y
+
+
+def _why_not_tpu(m: int, activation: str, rows: list[jax.Array], interpret: bool) -> str | None:
+    if activation == "gelu" and not interpret:
+        return "has no error function for gelu"
+    if len({array.dtype for array in rows}) > 1:
+        return "takes weights of one dtype"
+    return weighted_rows.why_not(m, rows[-1].shape[-1], *rows, interpret=interpret)
 
 
 def reference(

@@ -132,10 +132,10 @@ def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret
     def weigh(values):
         return softplus(softcapped(values, softcap_values)) if weighting == "softplus" else jnp.ones_like(values)
 
-    y_HGV = weighted_rows.weighted_rows(
+    y_HGV, _ = weighted_rows.weighted_rows(
         by_head(q2_BNA),
         by_head(weights_BNS),
-        rest_BKSW.reshape(-1, *rest_BKSW.shape[2:]),
+        [rest_BKSW.reshape(-1, *rest_BKSW.shape[2:])],
         weigh,
         name="spark_attention_rows_kernel",
         interpret=interpret,

@@ -113,10 +113,10 @@ def spark_ffn_rows(
     def tpu(x, k1, rows, scales, *, interpret):
         gate = _gate(product(x[:, :r], k1, scales[0]), top_k, ddof, huber_delta)
         weights = gate if scales[1] is None else gate * (scales[1][:, 0] * scales[1][:, 1])
-        y = weighted_rows.weighted_rows(
+        y, _ = weighted_rows.weighted_rows(
             x[None, :, r:].astype(jnp.float32),
             weights[None],
-            rows[None],
+            [rows[None]],
             lambda values: values,
             name="spark_ffn_rows_kernel",
             interpret=interpret,
