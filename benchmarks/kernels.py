@@ -20,7 +20,16 @@ from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.models.attention import dense_attention
-from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_union, spark_attention, spark_ffn, statistical_topk
+from sparsezoo_jax.pallas_kernels import (
+    block_ffn,
+    block_ffn_rows,
+    block_ffn_union,
+    spark_attention,
+    spark_attention_rows,
+    spark_ffn,
+    spark_ffn_rows,
+    statistical_topk,
+)
 from sparsezoo_jax.pallas_kernels.ragged import dense_weight_gradient, megablox_weight_gradient
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu import TILES
@@ -41,7 +50,8 @@ class Case(NamedTuple):
     function: Callable
     arguments: Callable[[int], list[Any]]  # of a number of rows
     rows: int
-    profiled_rows: int  # cycles are taken at so many and scaled
+    profiled_rows: int | None  # cycles are taken at so many and scaled; None: they depend on data
+    moved: int | None = None  # bytes of a kernel that depend on data, by formula
 
 
 def _topk_cases(rows: int) -> list[Case]:
@@ -166,6 +176,68 @@ def _ffn_cases(tokens: int) -> list[Case]:
     return cases
 
 
+def _decoding_cases() -> list[Case]:
+    """One token through packed layers, and through the layers that are trained, which read everything."""
+
+    def case(name: str, function: Callable, *shapes: tuple[int, ...], moved: float | None = None) -> Case:
+        mask = [jax.ShapeDtypeStruct(shapes[-1], jnp.bool_)] if "attention" in name else []
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes[: len(shapes) - len(mask)]] + mask
+        return Case(f"{name}, 1 token", function, lambda rows: arrays, 1, None, None if moved is None else int(moved))
+
+    def in_use(rows: int, selected: float, choices: int = 1) -> float:
+        """Share of the tiles of 16 rows that hold one of those selected at random, by several independently."""
+        return 1 - (1 - selected / rows) ** (16 * choices)
+
+    d, r, f, k = SPARK_FFN["2b"]
+    row = 2 * d - r
+
+    def ffn(*arrays, implementation="one_pass"):
+        return spark_ffn(*arrays, top_k=k, implementation=implementation)
+
+    def ffn_rows(*arrays):
+        return spark_ffn_rows(*arrays, top_k=k, implementation="pallas_tpu")
+
+    found = [
+        case("spark_ffn, one_pass", ffn, (1, d), (r, f), (d - r, f), (f, d)),
+        case("spark_ffn_rows, pallas_tpu", ffn_rows, (1, d), (f, r), (f, row), moved=2 * f * (r + in_use(f, k) * row)),
+    ]
+    heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
+    row = 2 * width - r
+    for keys in (8192, 32_768, 131_072):
+
+        def attention(q, k, v, mask):
+            return spark_attention(q, k, v, mask, r=r, top_k=top_k, implementation="xla")[0]
+
+        def attention_rows(q, k1, rest, mask):
+            return spark_attention_rows(q, k1, rest, mask, top_k=top_k, implementation="pallas_tpu")[0]
+
+        cache, rest = (1, keys, kv_heads, width), (1, kv_heads, keys, row)
+        share = in_use(keys, top_k, heads // kv_heads)
+        # A tile of these rows takes less time than to start its transfer: from half of them on, all are read in order.
+        moved = 2 * kv_heads * keys * (r + (1 if share > 0.5 else share) * row)
+        found += [
+            case(f"spark_attention of {keys} keys, xla", attention, (1, 1, heads, width), cache, cache, (1, 1, keys)),
+            case(
+                f"spark_attention_rows of {keys} keys, pallas_tpu", attention_rows,
+                (1, heads, width), (*rest[:3], r), rest, (1, keys), moved=moved,
+            ),
+        ]  # fmt: skip
+    d, experts, width = BLOCK_FFN["2_8b"]
+    active = round(0.15 * experts)
+
+    def experts_of(*arrays):
+        return block_ffn(*arrays, expert_width=width, implementation="xla")
+
+    def experts_rows(*arrays):
+        return block_ffn_rows(*arrays, implementation="pallas_tpu")
+
+    packed, flat = (experts, width, d), (experts * width, d)
+    found.append(case("block_ffn, xla", experts_of, (1, d), (1, experts), flat[::-1], flat))
+    name, moved = f"block_ffn_rows of {active} experts, pallas_tpu", 2 * 2 * active * width * d
+    found.append(case(name, experts_rows, (1, d), (1, experts), packed, packed, moved=moved))
+    return found
+
+
 def _grouped_cases() -> list[Case]:
     """The weights' gradient of a grouped product: that of XLA and that of megablox."""
     cases = []
@@ -193,6 +265,7 @@ def cases() -> list[Case]:
         *_ffn_cases(2048),
         *_ffn_cases(256),
         *_attention_cases(8192),
+        *_decoding_cases(),
         *_grouped_cases(),
     ]
 
@@ -235,8 +308,9 @@ def main() -> None:
             if args.only not in case.name:
                 continue
             program = compile_case(case, tpu, case.rows)
-            size, flops = hbm_bytes(program.as_text()), (program.cost_analysis() or {}).get("flops", 0)
-            cycles = None if args.no_cycles else _cycles(index, case, tpu)
+            size = case.moved or hbm_bytes(program.as_text())
+            flops = (program.cost_analysis() or {}).get("flops", 0)
+            cycles = None if args.no_cycles or case.profiled_rows is None else _cycles(index, case, tpu)
             clock = CLOCK_GHZ.get(tpu)
             by_cycles = cycles / clock / 1e6 if cycles and clock else None
             times = [by_cycles, 1e3 * size / bandwidth, 1e3 * flops / peak]

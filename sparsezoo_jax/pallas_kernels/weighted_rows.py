@@ -52,14 +52,14 @@ def _padded(x: jax.Array, to: int, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def why_not(groups: int, part: int, *rows: jax.Array, interpret: bool) -> str | None:
-    """Why the kernel can't take so many queries of a head, A = `part` and `rows` as there, or None if it can."""
+def why_not(groups: int, part: int, *rows: jax.Array, factors: bool = False, interpret: bool) -> str | None:
+    """Why the kernel can't take so many queries of a head, A = `part`, such rows and factors, or None if it can."""
     count, widths = rows[0].shape[-2], [part, *(array.shape[-1] for array in rows)]
     if not interpret and any(width % _LANES for width in widths):
         return f"takes rows in parts of whole tiles of 128 columns, not {' and '.join(map(str, widths))}"
     high = pl.cdiv(groups, _SUBLANES) * _SUBLANES
     needed = 2 * _buffered(rows) * _bytes_of_row(rows)
-    needed += 4 * (2 * (high + _SUBLANES) * count + 3 * high * max(widths))
+    needed += 4 * (2 * (high + _SUBLANES * factors) * count + 3 * high * max(widths))
     return None if needed <= _VMEM else f"needs {needed} bytes of VMEM, more than {_VMEM}"
 
 

@@ -149,7 +149,8 @@ def _why_not_tpu(m: int, activation: str, rows: list[jax.Array], interpret: bool
         return "has no error function for gelu"
     if len({array.dtype for array in rows}) > 1:
         return "takes weights of one dtype"
-    return weighted_rows.why_not(m, rows[-1].shape[-1], *rows, interpret=interpret)
+    factors = rows[0].dtype == jnp.int8
+    return weighted_rows.why_not(m, rows[-1].shape[-1], *rows, factors=factors, interpret=interpret)
 
 
 def reference(
