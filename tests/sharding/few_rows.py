@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsezoo_jax.pallas_kernels import linear, spark_ffn_rows
+from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named, per_device
 
 
 def main() -> None:
@@ -38,6 +39,18 @@ def main() -> None:
     on_last = [jax.device_put(a, jax.devices()[-1]) for a in (x, k1, rows, w)]
     ours = jax.jit(both, static_argnums=4)(*on_last, "native")
     found["last device"] = bool(jnp.allclose(jax.device_get(ours[0]), jax.device_get(expected[0]), atol=1e-4))
+
+    def kernel(x, k1, rows, split):
+        return spark_ffn_rows(x, k1, rows, top_k=9, implementation="pallas_tpu_interpret")
+
+    mesh = build_mesh(MeshConfig(data=8))
+    with activated(mesh):
+        axes, out = (("batch", None), (None, None), (None, None)), (("batch", None), ("batch",))
+        placed = jax.device_put(x, named(mesh)(axes[0], x.shape))
+        y, active = jax.jit(lambda *arrays: per_device(kernel, arrays, axes, out))(placed, k1, rows)
+    expected = spark_ffn_rows(x, k1, rows, top_k=9, implementation="xla")
+    same = np.allclose(y, expected[0], atol=1e-4) and np.array_equal(active, expected[1])
+    found["a kernel on each device's tokens"] = bool(same) and len({str(s.index) for s in y.addressable_shards}) == 8
     print(json.dumps(found))
 
 
