@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
+from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
@@ -44,8 +45,8 @@ def block_ffn_rows(
 ) -> Any:
     """`sum_e s_e down_e^T act(up_e x)` over the experts whose score s_e is not 0, in float32; no gradient.
 
-    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively, rows of `down` whose hidden unit
-    is 0 for all tokens are not read either.
+    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively and on GPUs, rows of `down` whose
+    hidden unit is 0 for all tokens are not read either.
 
     Args:
       x: [M, D], float32 or bfloat16.
@@ -53,7 +54,9 @@ def block_ffn_rows(
       up, down, gate: [E, W, D] in float32, bfloat16 or int8; gate may be None.
       activation: gelu_tanh, gelu, silu, relu or relu2.
       scales: float32 [E, W] of up, down and gate where these are int8.
-      implementation: "xla" (a loop over active experts), "native", or None: "native" on a CPU for up to 16 rows.
+      implementation: "xla" (a loop over active experts), "native", "pallas_gpu", that with "_interpret" (see
+        `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU, which has no exact gelu, else
+        "xla".
       return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
@@ -82,7 +85,13 @@ def block_ffn_rows(
     require(activation in ACTIVATIONS, "block_ffn_rows.activation", activation, f"must be one of {allowed}")
     few, act = m <= MOST_ROWS, ACTIVATIONS[activation]
     why_not = why_not_native(x=x, scores=scores)
-    form = settle_native("block_ffn_rows", implementation, why_not, native_by_default=few)
+    form = settle_native(
+        "block_ffn_rows",
+        implementation,
+        why_not,
+        native_by_default=few,
+        gpu_why_not=lambda: rows_gpu.why_not(x, scores, activation),
+    )
 
     def xla(x, scores, up, down, gate, scales):
         def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
@@ -111,7 +120,11 @@ def block_ffn_rows(
         results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
         return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
 
-    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales)
+    def gpu(x, scores, up, down, gate, scales, *, interpret):
+        y, count = rows_gpu.sum_over_experts(x, scores, up, down, gate, scales, act, interpret)
+        return y.astype(x.dtype), count
+
+    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales, gpu=gpu)
     return (y, count) if return_active else y
 
 
