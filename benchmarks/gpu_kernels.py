@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.pallas_kernels import (
     block_ffn,
+    block_ffn_rows,
     block_ffn_union,
     spark_attention,
     spark_attention_rows,
@@ -26,6 +28,7 @@ from sparsezoo_jax.pallas_kernels import (
     spark_ffn_rows,
     statistical_topk,
 )
+from sparsezoo_jax.pallas_kernels.block_ffn.rows_gpu import PARTS
 from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
@@ -98,7 +101,7 @@ def cases() -> list[Case]:
 
 
 def decoding() -> list[Case]:
-    """One token through Spark layers of a packed 2B, and through the layers that are trained, which read everything."""
+    """One token through packed layers of Spark 2B and BlockFFN 2.8B, and through those that are trained."""
     d, r, neurons, active = 2304, 1024, 13_824, 1106
     trained = [_array(*shape) for shape in ((1, d), (r, neurons), (d - r, neurons), (neurons, d))]
     dense = lambda *a: spark_ffn(*a, top_k=active, implementation="one_pass")  # noqa: E731
@@ -109,6 +112,18 @@ def decoding() -> list[Case]:
     found = [
         Case("spark_ffn 1 token, one_pass", dense, trained),
         Case(f"spark_ffn_rows 1 token, {active} neurons active, pallas_gpu", rows, packed, moved),
+    ]
+    d, experts, width = BLOCK_FFN["2_8b"]
+    active = round(0.15 * experts)
+    trained = [_array(*shape) for shape in ((1, d), (1, experts), (d, experts * width), (experts * width, d))]
+    block = lambda *a, width=width: block_ffn(*a, expert_width=width, implementation="xla")  # noqa: E731
+    packed = [_array(*shape) for shape in ((1, d), (1, experts), (experts, width, d), (experts, width, d))]
+    taken = partial(block_ffn_rows, implementation="pallas_gpu")
+    # The hidden state, and the result's parts, are written and read in float32.
+    moved = 2 * 2 * active * width * d + 4 * 2 * (experts * width + PARTS * d)
+    found += [
+        Case(f"block_ffn 1 token, all {experts} experts, xla", block, trained),
+        Case(f"block_ffn_rows 1 token, {active} experts, pallas_gpu", taken, packed, moved),
     ]
     heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
     for keys in (8192, 32_768):

@@ -9,11 +9,13 @@ import pytest
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_rows
+from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import reference
+from sparsezoo_jax.pallas_kernels.triton import times_weights
 from tests.kernels.few_rows import STORAGE, Draw, close, implementation
 
 
-@pytest.fixture(params=["xla", "native", "pallas_tpu_interpret"])
+@pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
 def apply(request):
     form = implementation(request.param)
     return lambda *arrays, **kwargs: jax.jit(partial(block_ffn_rows, implementation=form, **kwargs))(*arrays)
@@ -76,22 +78,28 @@ def test_other_activations_and_their_active_units(apply, activation):
         assert (active[:-1] < 40 * jnp.sum(scores != 0, axis=-1)[:-1]).all()
 
 
-def test_rows_of_units_that_are_zero_are_not_read():
+@pytest.mark.parametrize("form", ["native", "pallas_gpu_interpret"])
+def test_rows_of_units_that_are_zero_are_not_read(form):
     draw = Draw("float32")
     x = jnp.abs(draw.tokens(3, 12))
     scores = jnp.ones((3, 4))
     (up, down, _), _ = layer(draw, 4, 33, 12, gated=False)
     idle = draw.rng.random((4, 33, 1)) < 0.6
     up = jnp.where(idle, -jnp.abs(up), up)
-    call = jax.jit(partial(block_ffn_rows, activation="relu", implementation=implementation("native")))
+    call = jax.jit(partial(block_ffn_rows, activation="relu", implementation=implementation(form)))
     poisoned = call(x, scores, up, jnp.where(idle, jnp.nan, down))
     np.testing.assert_array_equal(poisoned, call(x, scores, up, down))
     close(poisoned, reference(x, scores, up, down, activation="relu")[0])
 
 
-@pytest.mark.parametrize("form", ["xla", "native"])  # a TPU's tiles: test_weighted_rows
+@pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])  # a TPU's tiles: test_weighted_rows
 @pytest.mark.parametrize("gated", [False, True])
-def test_only_active_experts_are_read(form, gated):
+def test_only_active_experts_are_read(form, gated, monkeypatch):
+    def spread(values, weights, **options):
+        return jnp.where(jnp.isnan(weights).any(), jnp.nan, times_weights(values, weights, **options))
+
+    # The kernel for GPUs leaves out hidden units of inactive experts even if it has read them.
+    monkeypatch.setattr(rows_gpu, "times_weights", spread)
     draw = Draw("float32")
     x, scores = draw.tokens(3, 12), scores_of(draw, 3, 9, 0.3).at[:, 4].set(0.0)
     weights, _ = layer(draw, 9, 4, 12, gated)
@@ -119,6 +127,42 @@ def test_not_a_number_stays_in_its_row(apply):
     x, scores = x.at[1, 3].set(jnp.nan), scores.at[2, 0].set(jnp.nan)
     weights, _ = layer(draw, 6, 4, 12, gated=False)
     close(apply(x, scores, *weights), reference(x, scores, *weights)[0])
+
+
+def test_a_token_without_experts_gets_nothing_of_its_numbers(apply):
+    draw = Draw("float32")
+    x, scores = draw.tokens(4, 12).at[-1, ::2].set(jnp.inf), scores_of(draw, 4, 6, 0.5)
+    weights, _ = layer(draw, 6, 20, 12, gated=True)
+    y, active = apply(x, scores, *weights, activation="relu", return_active=True)
+    expected, units = reference(x[:-1], scores[:-1], *weights, activation="relu")
+    close(y[:-1], expected)
+    np.testing.assert_array_equal(y[-1], 0)
+    np.testing.assert_array_equal(active, [*units, 0])
+
+
+def test_weights_of_different_types(apply):
+    draw = Draw("float32")
+    x, scores = draw.tokens(3, 12), scores_of(draw, 3, 6, 0.5)
+    types = enumerate(("int8", "float32", "bfloat16"))
+    (up, up_scale), (down, _), (gate, _) = (Draw(name, seed).weights(6, 5, 12) for seed, name in types)
+    y = apply(x, scores, up, down, gate, scales=(up_scale, None, None))
+    expected, _ = reference(x, scores, up, down, gate, scales=(up_scale, None, None))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("m", [16, 17])
+def test_most_tokens_of_the_kernel(m):
+    draw = Draw("float32")
+    x, scores = draw.tokens(m, 12), scores_of(draw, m, 6, 0.5)
+    weights, _ = layer(draw, 6, 4, 12, gated=False)
+    call = partial(block_ffn_rows, x, scores, *weights, implementation="pallas_gpu_interpret")
+    if m == 16:
+        close(call(), reference(x, scores, *weights)[0])
+        with pytest.raises(ConfigError, match='has no error function for gelu; use "xla"'):
+            call(activation="gelu")
+    else:
+        with pytest.raises(ConfigError, match='takes up to 16 tokens, not 17; use "xla"'):
+            call()
 
 
 def test_bad_input():

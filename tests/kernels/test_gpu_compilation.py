@@ -1,6 +1,7 @@
 """GPU kernels and what stands in for them, compiled for an H100 at the presets' shapes. No GPU is needed."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION
 from sparsezoo_jax.compilation.ptx import kernels
 from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
 from sparsezoo_jax.pallas_kernels import (
+    block_ffn_rows,
     block_ffn_union,
     spark_attention,
     spark_attention_rows,
     spark_ffn_rows,
     statistical_topk,
 )
+from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
@@ -87,6 +90,29 @@ def test_spark_ffn_rows(storage):
         return spark_ffn_rows(x, k1, rows, top_k=1106, scales=scales or (None, None))
 
     assert compiled(function, *shapes, *scales).count(TRITON) == 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32, jnp.int8])
+def test_block_ffn_rows(storage, gated):
+    d, experts, width = BLOCK_FFN["2_8b"]
+    count = 2 + gated
+    shapes = [((2, d), jnp.bfloat16), ((2, experts), jnp.float32)] + [((experts, width, d), storage)] * count
+    scales = [((experts, width), jnp.float32)] * count if storage == jnp.int8 else []
+
+    def function(x, scores, *arrays):
+        up, down, gate, *_ = (*arrays[:count], None)
+        factors = [*arrays[count:], None, None, None][:3]
+        return block_ffn_rows(x, scores, up, down, gate, scales=tuple(factors), return_active=True)
+
+    assert compiled(function, *shapes, *scales).count(TRITON) == 2, "by default"
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_of_block_ffn_rows(activation):
+    shapes = [(2, 64), (2, 4), (4, 24, 64), (4, 24, 64)]
+    text = compiled(partial(block_ffn_rows, activation=activation), *[(shape, jnp.bfloat16) for shape in shapes])
+    assert text.count(TRITON) == (0 if activation == "gelu" else 2), "Triton has no error function"
 
 
 @pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32])
@@ -174,6 +200,7 @@ def test_default_of_attention_holds_no_scores():
         ("and its gradient 8192 x 13824", 2, 0.5),
         ("block_ffn_union 8 tokens, 19 experts", 2, 0.5),
         ("spark_ffn_rows 1 token, 1106 neurons active", 2, 0.5),
+        ("block_ffn_rows 1 token, 19 experts", 2, 0.5),
         ("spark_attention_rows 1 query, 8192 keys, 256 a head selected", 1, 0.25),
         # A tile's sums take the registers of half a multiprocessor or more.
         ("spark_attention 8192 tokens and its gradient", 4, 0.125),

@@ -14,6 +14,7 @@ from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
+from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
@@ -45,8 +46,8 @@ def block_ffn_rows(
 ) -> Any:
     """`sum_e s_e down_e^T act(up_e x)` over the experts whose score s_e is not 0, in float32; no gradient.
 
-    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively, rows of `down` whose hidden unit
-    is 0 for all tokens are not read either.
+    With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively and on GPUs, rows of `down` whose
+    hidden unit is 0 for all tokens are not read either.
 
     Args:
       x: [M, D], float32 or bfloat16.
@@ -54,8 +55,9 @@ def block_ffn_rows(
       up, down, gate: [E, W, D] in float32, bfloat16 or int8; gate may be None.
       activation: gelu_tanh, gelu, silu, relu or relu2.
       scales: float32 [E, W] of up, down and gate where these are int8.
-      implementation: "xla" (a loop over active experts), "native", "pallas_tpu", "pallas_tpu_interpret" (see
-        `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a TPU, else "xla".
+      implementation: "xla" (a loop over active experts), "native", "pallas_gpu", "pallas_tpu", either of these with
+        "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU or TPU, which
+        have no exact gelu, else "xla".
       return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
@@ -94,6 +96,7 @@ def block_ffn_rows(
         implementation,
         why_not,
         native_by_default=few,
+        gpu_why_not=lambda: rows_gpu.why_not(x, scores, activation),
         tpu_why_not=lambda interpret: why_not or _why_not_tpu(m, activation, flat(up, down, gate), interpret),
         tpu_by_default=few,
     )
@@ -125,31 +128,34 @@ def block_ffn_rows(
         results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
         return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
 
+    def gpu(x, scores, up, down, gate, scales, *, interpret):
+        y, count = rows_gpu.sum_over_experts(x, scores, up, down, gate, scales, act, interpret)
+        return y.astype(x.dtype), count
+
     def tpu(x, scores, up, down, gate, scales, *, interpret):
         up_scale, down_scale, gate_scale = (None if scale is None else scale.reshape(-1) for scale in scales)
         weights = jnp.repeat(scores.astype(jnp.float32), width, axis=1)
-        factors = [scale for scale in (gate_scale, up_scale) if scale is not None]
+        factors = [up_scale] if gate is None else [gate_scale, up_scale]
+        factors_FS = [jnp.ones(experts * width) if scale is None else scale for scale in factors]
         y, count = weighted_rows.weighted_rows(
             x[None].astype(jnp.float32),
             (weights if down_scale is None else weights * down_scale)[None],
             flat(up, down, gate),
             lambda first, *second: act(first) * second[0] if second else act(first),
-            jnp.stack(factors)[None] if factors else None,
+            None if gate_scale is None and up_scale is None else jnp.stack(factors_FS)[None],
             name="block_ffn_rows_kernel",
             interpret=interpret,
         )
         return y[0].astype(x.dtype), count[0]
 
-    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales, tpu=tpu)
+    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales, gpu=gpu, tpu=tpu)
     return (y, count) if return_active else y
 
 
 def _why_not_tpu(m: int, activation: str, rows: list[jax.Array], interpret: bool) -> str | None:
     if activation == "gelu" and not interpret:
         return "has no error function for gelu"
-    if len({array.dtype for array in rows}) > 1:
-        return "takes weights of one dtype"
-    factors = rows[0].dtype == jnp.int8
+    factors = any(array.dtype == jnp.int8 for array in rows)
     return weighted_rows.why_not(m, rows[-1].shape[-1], *rows, factors=factors, interpret=interpret)
 
 
