@@ -7,6 +7,8 @@ are medians over the rounds. Ratios are against the native dense model of the sa
 ratio of the bytes that both have to read. `read` is the bandwidth that a variant's bytes make of its time; `stream`
 that of reading one large array.
 
+`--run DIR` takes a trained model and the beginning of its validation text as context; the dense twin stays random.
+
 `--figure FILE.svg` draws milliseconds a token, native, by number format and context.
 
 `--forms xla` adds plain JAX, the models packed and as trained; `--torch` the same dense shapes in PyTorch, if there.
@@ -27,12 +29,15 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from benchmarks.bars import Group, bar_figure
 from benchmarks.decode_layers import Draw
+from benchmarks.run_text import validation_text
 from sparsezoo_jax import native
 from sparsezoo_jax.configs import preset
+from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.inference import Formats, Sampling, packed
 from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.generation import next_token
@@ -41,6 +46,7 @@ from sparsezoo_jax.models.cache import DecoderCache
 
 #: Tokens that a variant decodes in its turn of a round.
 TURN = 4
+PRESETS = {"spark": ("spark", "2b"), "blockffn": ("blockffn", "2_8b")}
 FORMATS = {
     "float32": ("float32", Formats()),
     "bfloat16": ("bfloat16", Formats()),
@@ -58,15 +64,17 @@ class Variant(NamedTuple):
     """That one token has to read."""
 
 
-def configs(name: str, vocab: int | None, layers: int | None, dtype: str) -> tuple[DecoderConfig, DecoderConfig]:
-    """The sparse decoder and its dense twin."""
-    model = preset(*{"spark": ("spark", "2b"), "blockffn": ("blockffn", "2_8b")}[name]).model
+def configs(
+    model: DecoderConfig, vocab: int | None, layers: int | None, dtype: str
+) -> tuple[DecoderConfig, DecoderConfig]:
+    """The sparse decoder like `model` and its dense twin."""
     changed = {"dtype": dtype, "param_dtype": dtype, "max_seq_len": 65_536}
     changed |= {} if vocab is None else {"vocab_size": vocab}
     changed |= {} if layers is None else {"layers": layers}
     sparse = dataclasses.replace(model, **changed)
     dense = dense_twin(sparse)
-    assert dense is not None
+    if dense is None:
+        raise UserError(f"model.ffn.kind={model.ffn.kind}: has no dense twin to compare with")
     return sparse, dense
 
 
@@ -115,20 +123,57 @@ def form(name: str) -> Iterator[None]:
             yield
 
 
-def variant(config: DecoderConfig, formats: Formats | None, context: int, how: str) -> Variant:
-    """`config` with weights in `formats` (None: as trained) after `context` tokens."""
-    model = drawn(config)
-    if formats is not None:
-        model = packed(model, formats)
-    if config.ffn.kind == "blockffn":
-        keep_largest(model)
-    graphdef, state = nnx.split(model)
-    fill = Draw(config.dtype, huge_pages=False)
+def random_cache(model: Decoder, context: int) -> DecoderCache:
+    """The cache of a context whose keys and values are drawn."""
+    fill = Draw(model.config.dtype, huge_pages=False)
     empty = model.init_cache(1, context + 64)
     layers = jax.tree.map(lambda x: fill(*x.shape).astype(x.dtype), empty.layers)
     positions = jnp.where(jnp.arange(context + 64) < context, jnp.arange(context + 64), -1)[None].astype(jnp.int32)
-    cache = DecoderCache(layers, positions, jnp.int32(context))
+    return DecoderCache(layers, positions, jnp.int32(context))
+
+
+class Trained(NamedTuple):
+    """A trained model in its run's types, and text that it reads."""
+
+    model: Decoder
+    text: np.ndarray
+
+    def context(self, packed_model: Decoder, length: int) -> tuple[DecoderCache, jax.Array]:
+        """The cache after `length` tokens of the text, and the token that follows [1, 1]."""
+        if length >= self.text.size:
+            raise UserError(f"--contexts {length}: the text has {self.text.size} tokens, one of them to go on with")
+        cache = packed_model.init_cache(1, length + 64)
+        tokens, ones = jnp.asarray(self.text[None, :length]), jnp.ones((1, length), jnp.int32)
+        filled = jax.jit(lambda cache: packed_model(tokens, segment_ids=ones, cache=cache, logits=False).cache)(cache)
+        return filled, jnp.asarray(self.text[None, length : length + 1])
+
+
+def in_types_of(model: Decoder, config: DecoderConfig) -> Decoder:
+    """The trained weights in a decoder of `config`, whose types may be others."""
+    graphdef, like = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked()))
+    cast = jax.tree.map(
+        lambda x, to: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(to.dtype),
+        nnx.state(model.unstacked()),
+        like,
+    )
+    return nnx.merge(graphdef, cast)
+
+
+def variant(
+    config: DecoderConfig, formats: Formats | None, context: int, how: str, trained: Trained | None = None
+) -> Variant:
+    """`config` with weights in `formats` (None: as trained) after `context` tokens."""
+    model = drawn(config) if trained is None else in_types_of(trained.model, config)
+    if formats is not None:
+        model = packed(model, formats)
+    if config.ffn.kind == "blockffn" and trained is None:
+        keep_largest(model)
+    graphdef, state = nnx.split(model)
     token, one, key = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), jax.random.key(0)
+    if trained is None:
+        cache = random_cache(model, context)
+    else:
+        cache, token = trained.context(model, context)
 
     def restart(cache):
         # Every turn begins where the first did: the context stays the same.
@@ -204,33 +249,43 @@ def stream_rate(rounds: int = 5) -> float:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["spark", "blockffn"], default="spark")
+    parser.add_argument("--model", choices=list(PRESETS), default="spark")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--vocab", type=int, default=None, help="rows of the output projection; None: the preset's")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the preset has")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bfloat16"])
     parser.add_argument("--forms", nargs="+", choices=["native", "xla"], default=["native"])
+    parser.add_argument("--run", type=Path, help="run directory to take the sparse model and the context from")
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--figure", type=Path, help="SVG file to draw")
     options = parser.parse_args()
+    trained = None
+    if options.run is not None:
+        if options.vocab is not None or options.layers is not None:
+            parser.error("--run: has its own layers and vocabulary, which --layers and --vocab can't change")
+        model, tokens, segments = validation_text(options.run, 64)
+        # One long text: documents are packed into rows one after the other.
+        trained = Trained(model, tokens[segments > 0])
+        options.model = options.run.name
     cases = [(context, formats) for context in options.contexts for formats in options.formats]
     groups = []
     for context, formats in cases:
-        groups.append(print_table(options, context, formats))
+        groups.append(print_table(options, context, formats, trained))
         if options.figure is not None:
             options.figure.write_text(bar_figure(f"Decoding, {options.model}", options.model, groups))
 
 
-def print_table(options: argparse.Namespace, context: int, formats: str) -> Group:
+def print_table(options: argparse.Namespace, context: int, formats: str, trained: Trained | None) -> Group:
     """Measure all variants of one context and number format, taking turns; what the figure shows of them."""
     dtype, form_of = FORMATS[formats]
-    sparse, dense = configs(options.model, options.vocab, options.layers, dtype)
+    like = preset(*PRESETS[options.model]).model if trained is None else trained.model.config
+    sparse, dense = configs(like, options.vocab, options.layers, dtype)
     variants: dict[str, Variant] = {}
     for how in options.forms:
         plain = form_of if formats != "int8-predictor" else Formats()
         variants[f"dense, {how}"] = variant(dense, plain, context, how)
-        variants[f"{options.model}, {how}"] = variant(sparse, form_of, context, how)
+        variants[f"{options.model}, {how}"] = variant(sparse, form_of, context, how, trained)
         if how == "xla" and formats in DTYPES_AS_TRAINED:
             variants["dense, as trained, xla"] = variant(dense, None, context, how)
     if options.torch and formats == "bfloat16":

@@ -56,8 +56,8 @@ def block_ffn_rows(
       activation: gelu_tanh, gelu, silu, relu or relu2.
       scales: float32 [E, W] of up, down and gate where these are int8.
       implementation: "xla" (a loop over active experts), "native", "pallas_gpu", "pallas_tpu", either of these with
-        "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU or TPU, which
-        have no exact gelu, else "xla".
+        "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU or TPU (not
+        of exact gelu), else "xla".
       return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
