@@ -2,7 +2,8 @@
 
 Weights are random, drawn from one pool of numbers into buffers of their own; so are the keys and values of the context.
 Nothing is said about quality. `--model spark` is the 2B shape, `blockffn` the 2.8B one, whose router keeps its share
-of the largest scores, for a random one has no sparsity. Variants take turns, a few tokens each, in every round; figures
+of the largest scores, for a random one has no sparsity, `moe` the 1.2B one with latent attention, `moex` the 1.8B one.
+Variants take turns, a few tokens each, in every round; figures
 are medians over the rounds. Ratios are against the native dense model of the same precision, and their limit is the
 ratio of the bytes that both have to read. `read` is the bandwidth that a variant's bytes make of its time; `stream`
 that of reading one large array.
@@ -46,7 +47,12 @@ from sparsezoo_jax.models.cache import DecoderCache
 
 #: Tokens that a variant decodes in its turn of a round.
 TURN = 4
-PRESETS = {"spark": ("spark", "2b"), "blockffn": ("blockffn", "2_8b")}
+PRESETS = {
+    "spark": ("spark", "2b"),
+    "blockffn": ("blockffn", "2_8b"),
+    "moe": ("moe", "xlarge"),
+    "moex": ("moex", "medium"),
+}
 FORMATS = {
     "float32": ("float32", Formats()),
     "bfloat16": ("bfloat16", Formats()),
