@@ -43,10 +43,18 @@ def put_slots(
 
     def xla(kept, new, slot):
         start = [slot if i == axis else 0 for i in range(kept.ndim)]
-        if not narrow:
+
+        def update(kept, new):
             return jax.lax.dynamic_update_slice(kept, new, start)
-        kept_bits, new_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (kept, new))
-        return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(kept_bits, new_bits, start), kept.dtype)
+
+        def update_bits(kept, new):
+            kept_bits, new_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (kept, new))
+            return jax.lax.bitcast_convert_type(update(kept_bits, new_bits), kept.dtype)
+
+        if not narrow:
+            return update(kept, new)
+        # On other devices moving bits would copy the whole array twice.
+        return jax.lax.platform_dependent(kept, new, cpu=update_bits, default=update)
 
     def kernel(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
         same = [jax.ShapeDtypeStruct(kept.shape, kept.dtype)]
