@@ -1,4 +1,4 @@
-"""Maps from and to active blocks on a mesh; prints their distance from one device as JSON."""
+"""Maps from and to active blocks on a mesh; prints their distance from one device, of their size, as JSON."""
 
 import json
 
@@ -36,7 +36,9 @@ def main():
         with activated(mesh):
             found = jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*placed))
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-        report[implementation] = [float(np.abs(a - b).max()) for a, b in pairs]
+        # Of the loss's size is what it sums: as many sines as x has entries. Compilers differ in how exact these are.
+        sizes = [x.size, *(float(jnp.abs(gradient).max()) for gradient in expected[1])]
+        report[implementation] = [float(np.abs(a - b).max()) / size for (a, b), size in zip(pairs, sizes, strict=True)]
     print(json.dumps(report))
 
 
