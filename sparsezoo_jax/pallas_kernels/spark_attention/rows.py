@@ -125,9 +125,11 @@ def spark_attention_rows(
 
 def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret):
     """As `_gathered`; tiles without a key that has a weight are not read."""
+    batch, kv_heads, keys, width = rest_BKSW.shape
+    heads = batch * kv_heads
 
     def by_head(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, q2_BNA.shape[1] // rest_BKSW.shape[1], x.shape[-1])
+        return x.reshape(heads, q2_BNA.shape[1] // kv_heads, x.shape[-1])
 
     def weigh(values):
         return softplus(softcapped(values, softcap_values)) if weighting == "softplus" else jnp.ones_like(values)
@@ -135,7 +137,7 @@ def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret
     y_HGV, _ = weighted_rows.weighted_rows(
         by_head(q2_BNA),
         by_head(weights_BNS),
-        [rest_BKSW.reshape(-1, *rest_BKSW.shape[2:])],
+        [rest_BKSW.reshape(heads, keys, width)],
         weigh,
         name="spark_attention_rows_kernel",
         interpret=interpret,
