@@ -21,6 +21,7 @@ from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
+from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation
 from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
@@ -73,31 +74,12 @@ def main(args: Sequence[str]) -> None:
     chosen = [mode for mode in modes if mode.wanted]
     for mode in chosen[1:]:
         require(False, mode.flag, True, f"can't be given with {chosen[0].flag}")
-    figures = chosen[0].evaluate(command) if chosen else evaluate(command)
+    compute, show = (chosen[0].evaluate, chosen[0].show) if chosen else (evaluate, print_evaluation)
+    figures = compute(command)
     if command.json:
         print(json.dumps(figures))
-        return
-    if chosen:
-        chosen[0].show(command.directory, figures)
-        return
-    rows = [
-        ("loss", f"{figures['loss']:.4f} nats/token"),
-        ("perplexity", f"{figures['perplexity']:.2f}"),
-        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
-        ("tokens", f"{figures['tokens']:,}"),
-    ]
-    if "packed" in figures:
-        stored = figures["packed"]
-        rows.append((f"loss, {stored['formats']}", f"{stored['loss']:.4f} nats/token ({stored['change']:+.4f})"))
-    cli.print_table(f"{command.directory}, {figures['split']} split", ("figure", "value"), rows)
-    if "meters" not in figures:
-        cli.print_layers(figures)
-        return
-    print_meters(figures["meters"]["layers"])
-    print_experts(figures["meters"])
-    print_flow(figures["meters"]["layers"])
-    print_parameters(figures["parameters"])
-    print_costs(figures["costs"])
+    else:
+        show(command.directory, figures)
 
 
 class Mode(NamedTuple):
@@ -204,33 +186,6 @@ def evaluate_chess(command: Evaluate) -> dict[str, Any]:
     return {"layer": layer, "random_weights": chess.random_weights, **scores.as_dict()}
 
 
-def print_chess(directory: Path, figures: dict[str, Any]) -> None:
-    """Print coverage and reconstruction of each set of properties."""
-    parts = [
-        f"{directory}, random weights" if figures["random_weights"] else str(directory),
-        f"layer {figures['layer']}",
-        f"{figures['alive']:,} of {figures['features']:,} features alive",
-        f"{figures['l0']:,.1f} active in a state",
-        f"{figures['train_games']:,} + {figures['test_games']:,} games",
-    ]
-    rows = [
-        (
-            name,
-            f"{scores['coverage']['score']:.4f}",
-            f"{scores['coverage']['threshold']:.1f}",
-            f"{scores['coverage']['per_property']:.4f}",
-            f"{scores['possible']:.4f}",
-            f"{scores['reconstruction']['score']:.4f}",
-            f"{scores['reconstruction']['threshold']:.1f}",
-            f"{scores['reconstruction']['per_board']:.4f}",
-            f"{scores['reconstruction']['last']:.4f}",
-        )
-        for name, scores in figures["sets"].items()
-    ]
-    header = ("properties", "coverage", "at", "each at its best", "possible")
-    cli.print_table(", ".join(parts), (*header, "reconstruction", "at", "per board", "by vote"), rows)
-
-
 def interpret(command: Evaluate) -> dict[str, Any]:
     """The figures of `evaluation.interpretability.Interpretation`, and with experts "experts" (`ExpertFigures`).
 
@@ -270,143 +225,6 @@ def interpret(command: Evaluate) -> dict[str, Any]:
     )
     figures = {"split": command.split, "sae": options.sae, **result.as_dict()}
     return figures if experts is None else {**figures, "experts": experts.as_dict()}
-
-
-def print_interpretation(directory: Path, figures: dict[str, Any]) -> None:
-    """Print accuracy overall and by activation, and the figures of experts."""
-
-    def cell(value: dict[str, Any]) -> str:
-        if value["mean"] is None:
-            return "-"
-        width = value["half_width"]
-        return f"{value['mean']:.3f}" + ("" if width is None else f" ± {width:.3f}")
-
-    rows = [
-        (name, *(cell(figures["by_bucket"][task][i]) for task in figures["by_bucket"]))
-        for i, name in enumerate(figures["buckets"])
-    ]
-    rows = [("balanced accuracy", *(cell(value) for value in figures["accuracy"].values())), *rows]
-    rows.append(("windows without an answer", *(f"{n:,}" for n in figures["failed"].values())))
-    title = (
-        f"{directory}: {figures['sae'] or 'FFN'} features of layer {figures['layer']}, {len(figures['features'])} "
-        f"explained; judge {figures['judge']} ({figures['judge_kind']}); 95 % intervals over features"
-    )
-    cli.print_table(title, ("windows", *figures["accuracy"]), rows)
-    print(f"{figures['l0']:,.1f} features of a token; {figures['dead']:.2%} of the features never active")
-    experts = figures.get("experts")
-    if experts is None:
-        return
-    columns = (experts["l0_by_expert"], experts["correlation"], experts["load"])
-    table = [
-        (str(i), f"{l0:.1f}", f"{r:.3f}", f"{load:.2%}") for i, (l0, r, load) in enumerate(zip(*columns, strict=True))
-    ]
-    cli.print_table("Experts", ("expert", "active units (L0)", "correlation of score and L0", "load"), table)
-    print(
-        f"L0 of the chosen {experts['l0_chosen']:.1f}, of the best choice {experts['l0_oracle']:.1f}; "
-        f"entropy of the load {experts['load_entropy']:.3f} of its largest"
-    )
-
-
-def print_meters(layers: Sequence[dict[str, Any]]) -> None:
-    """Print the meters of all layers, one layer a row; "-" where a layer has nothing of the kind."""
-
-    def cell(part: dict[str, Any] | None, name: str, form: str) -> str:
-        value = None if part is None else part[name]
-        return "-" if value is None else format(value, form)
-
-    quality = (("recall", ".3f"), ("precision", ".3f"), ("skewness", ".2f"), ("excess_kurtosis", ".2f"))
-
-    def row(index: int, layer: dict[str, Any], kind: str) -> list[str]:
-        parts = {"recall": "selection", "precision": "selection"}
-        return [str(index), *(cell(layer[f"{kind}_{parts.get(name, 'scores')}"], name, form) for name, form in quality)]
-
-    ffn, attention = [], []
-    for index, layer in enumerate(layers):
-        activity, keys = layer["ffn"], layer["attention"]
-        dead = "-" if activity is None else f"{activity['dead']:,}"
-        ffn.append([*row(index, layer, "ffn"), cell(activity, "density", ".2%"), dead])
-        attention.append([*row(index, layer, "attention"), cell(keys and keys["attended"], "mean", ".1f")])
-    header = ("layer", "recall", "precision", "skewness", "kurtosis")
-    cli.print_table("FFN: selection against exact top-k, scores, active neurons", (*header, "active", "dead"), ffn)
-    cli.print_table("Attention: the same, attended keys", (*header, "attended keys"), attention)
-
-
-def print_experts(meters: dict[str, Any]) -> None:
-    """Print what experts tokens and chunks activate, layer by layer and pooled; nothing where no layer has experts."""
-    pooled = meters["experts"]
-    if pooled is None:
-        return
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    parts = [(str(i), layer["experts"]) for i, layer in enumerate(meters["layers"]) if layer["experts"] is not None]
-    parts.append(("all", pooled))
-    sparsity = [[name, *(cell(x, ".2%") for x in experts["cls"].values())] for name, experts in parts]
-    sparsity.append(["stream", *(cell(x, ".2%") for x in pooled["cls_stream"].values())])
-    header = ["TLS" if n == "1" else f"CLS_{n}" for n in pooled["cls"]]
-    cli.print_table("Experts: token- and chunk-level sparsity", ("layer", *header), sparsity)
-    percentiles = pooled["active"]["percentiles"]
-    rows = [
-        [
-            name,
-            f"{experts['active']['mean']:.2f}",
-            *(str(x) for x in experts["active"]["percentiles"].values()),
-            cell(experts["reuse"], ".2%"),
-            f"{experts['dead']:,}",
-            cell(experts["max_load"], ".2f"),
-        ]
-        for name, experts in parts
-    ]
-    header = ("layer", "mean", *(f"{p} %" for p in percentiles), "reuse", "dead", "max/mean")
-    cli.print_table("Experts: active for a token, used again by the next one, load", header, rows)
-
-
-def print_flow(layers: Sequence[dict[str, Any]]) -> None:
-    """Print how each layer's hidden states spread over the dimensions of the residual stream."""
-    rows = [
-        (
-            f"{index} {stream.removesuffix('_input')}",
-            f"{flow['flow']:.1f}",
-            *(f"{flow[name] / flow['width']:.1%}" for name in ("dims_50", "dims_90")),
-            f"{flow['shared']:,}",
-            f"{flow['specialised']:,}",
-            f"{flow['run_length']:.2f}",
-            "-" if flow["jaccard"] is None else f"{flow['jaccard']:.3f}",
-        )
-        for index, layer in enumerate(layers)
-        for stream, flow in layer["flow"].items()
-    ]
-    header = ("layer", "flow", "50 % in", "90 % in", "shared", "special", "run", "Jaccard")
-    cli.print_table("Activation flow: dimensions that hold 50 and 90 % of a token's magnitude", header, rows)
-
-
-def print_parameters(counts: dict[str, float]) -> None:
-    """Print parameters, and those that one token needs."""
-    names = {
-        "total": "all",
-        "non_embedding": "without embeddings",
-        "activated_layers": "activated by a token, layers, as configured",
-        "activated_layers_measured": "activated by a token, layers, as measured",
-        "activated_head": "activated by a token, output projection",
-    }
-    cli.print_table("Parameters", ("which", "number"), [(text, f"{counts[name]:,.0f}") for name, text in names.items()])
-
-
-def print_costs(costs: Sequence[dict[str, Any]]) -> None:
-    """Print FLOPs and bytes per token by context length."""
-    rows = [
-        (
-            f"{cost['context']:,}",
-            cost["variant"],
-            f"{cost['flops_mean'] / 1e6:,.2f}",
-            f"{cost['flops_last'] / 1e6:,.2f}",
-            f"{cost['bytes_last'] / 1e6:,.2f}",
-        )
-        for cost in costs
-    ]
-    header = ("context", "sparsity", "MFLOPs, mean position", "MFLOPs, last", "MB read, last")
-    cli.print_table("Cost of one token (output projection not counted)", header, rows)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from sparsezoo_jax.config import RunConfig, differences, read_config, to_json
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.training.checkpoint import restore_params
 from sparsezoo_jax.training.merging import merge_params
+from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.state import ModelTemplate
 
 CONFIG = "config.json"

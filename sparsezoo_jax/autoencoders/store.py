@@ -15,7 +15,7 @@ from sparsezoo_jax.autoencoders.config import SAEConfig, SAETrainConfig
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import STRICT, StorageError, UserError
 from sparsezoo_jax.overrides import as_python, faults
-from sparsezoo_jax.training.checkpoint import restore_params, save_params
+from sparsezoo_jax.training.parameters import restore_params, save_params
 
 CONFIG, CHECKPOINTS = "sae.json", "checkpoints"
 

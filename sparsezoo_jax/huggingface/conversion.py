@@ -23,7 +23,7 @@ from sparsezoo_jax.huggingface.layouts import Entry, Layout, read_model, write_m
 from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
-from sparsezoo_jax.training.checkpoint import read_params, save_params
+from sparsezoo_jax.training.parameters import read_params, save_params
 from sparsezoo_jax.training.state import ModelTemplate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")

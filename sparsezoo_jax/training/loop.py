@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from sparsezoo_jax.data import BatchIterator
-from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.sharding import put, rows_here
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.guards import stop_if_diverging
 from sparsezoo_jax.training.interrupts import StopRequest
+from sparsezoo_jax.training.speed import SpeedMeter
 from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
 from sparsezoo_jax.training.warm_start import WarmStart
@@ -36,12 +37,6 @@ from sparsezoo_jax.training.writers import (
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """From the model (an nnx.Module) to metrics of the validation split, `loss` (nats a token) among them."""
-
-
-class TrainingDiverged(UserError):  # noqa: N818
-    """Too many steps in a row had a non-finite loss or gradient. Exit status 1."""
-
-    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -150,11 +145,29 @@ def fit(
     if writers is None:
         writers = _usual_writers(workdir, last, first) if is_main else ()
     writer = Writers(writers)
-    meter = _Meter(config, writer, checkpointer, first, last)
+    pending = _Pending()
+    speed = SpeedMeter()
+    latest: dict[str, Any] = {}
     evaluation: dict[str, float] = {}
     time_to_first_step = float("nan")
     interrupted = False
     step = first
+
+    def finish_step() -> None:
+        """Wait for the step under way, count it, write its row when one is due, and stop a run that diverges."""
+        nonlocal latest
+        found = pending.pop()
+        if found is None:
+            return
+        done, latest = found
+        # The first step is mostly compilation; the clock starts when it is over.
+        if done == first + 1:
+            speed.start()
+        else:
+            speed.add(latest["tokens"])
+        if done % config.log_every == 0 or done == last:
+            writer.write(done, {**latest, **speed.take()})
+        stop_if_diverging(done, latest, config.max_skipped_steps, checkpointer)
 
     with (
         contextlib.closing(writer),
@@ -168,11 +181,11 @@ def fit(
             batch = _to_device(next(data), batch_shape, batch_sharding, rows)
             state, metrics = train_step(state, batch)
             # The device works on this step while the host reads the metrics of the one before.
-            meter.read()
+            finish_step()
             step += 1
-            meter.pending = (step, metrics)
+            pending.push(step, metrics)
             if step == first + 1:
-                meter.read()
+                finish_step()
                 time_to_first_step = time.monotonic() - started
             profiler.after_step(step, state)
             # A save that failed is to be known now, not at the next one, which may be hours away.
@@ -187,18 +200,20 @@ def fit(
             validation_loss = None
             # Whoever sends a signal may soon send a harder one: save first of all.
             if evaluate is not None and evaluates and not interrupted:
-                with meter.paused():
+                finish_step()
+                with speed.paused():
                     evaluation = dict(evaluate(template.merge(state.params, state.model_state)))
                     writer.write(step, evaluation, split="validation")
                 validation_loss = evaluation.get("loss")
 
             # -------------------------------------------------------------------------------------------- Checkpoint
             if saves:
-                with meter.paused():
+                finish_step()
+                with speed.paused():
                     checkpointer.save(state, data.get_state(), validation_loss, step=step)
 
         # ---------------------------------------------------------------------------------------------------- Finish
-        meter.read()
+        finish_step()
         checkpointer.wait()
         signal_name = stop.signal.name if stop.signal else "the signal of another process"
 
@@ -209,92 +224,32 @@ def fit(
     return FitResult(
         model=template.merge(state.params, state.model_state),
         state=state,
-        metrics=meter.metrics,
+        metrics=latest,
         evaluation=evaluation,
         step=step,
         resumed_from=first,
         finished=finished,
         seconds=time.monotonic() - started,
-        tokens_per_second=meter.tokens_per_second,
+        tokens_per_second=speed.tokens_per_second,
         time_to_first_step=time_to_first_step,
     )
 
 
-class _Meter:
-    """Reads metrics one step late, writes their rows, measures speed, and stops a run that diverges."""
-
-    def __init__(self, config: TrainConfig, writer: Writers, checkpointer: Checkpointer, first: int, last: int):
-        self.pending: tuple[int, Metrics] | None = None
-        self.metrics: dict[str, Any] = {}
-        self.tokens_per_second = float("nan")
-        self._config, self._writer, self._checkpointer = config, writer, checkpointer
-        self._first, self._last = first, last
-        self._window = _Speed()
-        self._total = _Speed()
-
-    def read(self) -> None:
-        """Wait for the pending step, if any."""
-        if self.pending is None:
-            return
-        (step, metrics), self.pending = self.pending, None
-        self.metrics = {name: x if x.ndim else float(x) for name, x in jax.device_get(metrics).items()}
-        # The first step is mostly compilation; the clock starts when it is over.
-        if step == self._first + 1:
-            self._window.restart()
-            self._total.restart()
-        else:
-            self._window.add(self.metrics["tokens"])
-            self._total.add(self.metrics["tokens"])
-            self.tokens_per_second = self._total.per_second()
-        if step % self._config.log_every == 0 or step == self._last:
-            speed = self._window.per_second()
-            row = self.metrics if math.isnan(speed) else {**self.metrics, "tokens_per_second": speed}
-            self._writer.write(step, row)
-            self._window.restart()
-        self._stop_if_diverging(step)
-
-    def _stop_if_diverging(self, step: int) -> None:
-        skipped, limit = int(self.metrics["consecutive_skipped"]), self._config.max_skipped_steps
-        if skipped < limit:
-            return
-        self._checkpointer.wait()
-        steps = self._checkpointer.steps()
-        saved = (
-            f"the last checkpoint is step {steps[-1]} in {self._checkpointer.directory}" if steps else "no checkpoint"
-        )
-        raise TrainingDiverged(
-            f"loss or gradient was not finite in steps {step - skipped + 1} to {step} "
-            f"(train.max_skipped_steps={limit}); {saved}; "
-            "lower the learning rate or grad_clip, or look at the data of these steps"
-        )
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Finish the pending step, then leave the time spent inside out of the speed."""
-        self.read()
-        start = time.monotonic()
-        yield
-        for speed in (self._window, self._total):
-            speed.skip(time.monotonic() - start)
-
-
-class _Speed:
-    """Tokens a second since the last restart."""
+class _Pending:
+    """The newest step's metrics, read one step late: the device works on the next step meanwhile."""
 
     def __init__(self):
-        self.restart()
+        self._pending: tuple[int, Metrics] | None = None
 
-    def restart(self) -> None:
-        self._tokens, self._since = 0.0, time.monotonic()
+    def push(self, step: int, metrics: Metrics) -> None:
+        self._pending = (step, metrics)
 
-    def add(self, tokens: float) -> None:
-        self._tokens += tokens
-
-    def skip(self, seconds: float) -> None:
-        self._since += seconds
-
-    def per_second(self) -> float:
-        return self._tokens / max(time.monotonic() - self._since, 1e-9) if self._tokens else float("nan")
+    def pop(self) -> tuple[int, dict[str, Any]] | None:
+        """The pending step and its metrics, scalars as floats, once the step is done; None if no step is pending."""
+        if self._pending is None:
+            return None
+        (step, metrics), self._pending = self._pending, None
+        return step, {name: x if x.ndim else float(x) for name, x in jax.device_get(metrics).items()}
 
 
 class _Profiler:

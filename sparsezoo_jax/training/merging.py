@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.training.checkpoint import restore_params, saved_steps
+from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import PureDict
 
 MergeDecay = Literal["linear", "1-sqrt"]

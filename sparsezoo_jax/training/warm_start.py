@@ -19,7 +19,7 @@ from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder, DecoderConfig
-from sparsezoo_jax.training.checkpoint import restore_params, saved_steps
+from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, flatten, map_with_path
 
 _FIELD = "train.init_from"

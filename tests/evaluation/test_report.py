@@ -10,7 +10,6 @@ import pytest
 
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import StorageError
-from sparsezoo_jax.evaluate import print_experts
 from sparsezoo_jax.evaluation import cost_table
 from sparsezoo_jax.evaluation.expert_meters import ExpertMeters
 from sparsezoo_jax.evaluation.history import Course, History
@@ -25,6 +24,7 @@ from sparsezoo_jax.evaluation.meters import (
 )
 from sparsezoo_jax.evaluation.report import RunFigures, render, write_report
 from sparsezoo_jax.evaluation.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, bar_plot, line_plot
+from sparsezoo_jax.evaluation_tables import print_experts
 
 COUNT = Count(55.5, 6.25, {"5": 46, "25": 51, "50": 55, "75": 60, "95": 66})
 QUALITY = SelectionQuality(100, 0.875, 0.8125, 0.84, 0.75, 0.07, 0.08)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import StorageError, UserError
-from sparsezoo_jax.training import checkpoint as checkpoint_module
-from sparsezoo_jax.training.checkpoint import Checkpointer, describe, restore_params, saved_steps
+from sparsezoo_jax.training.checkpoint import Checkpointer
+from sparsezoo_jax.training.checkpoint_format import brief, describe
 from sparsezoo_jax.training.config import Muon
 from sparsezoo_jax.training.objectives import AdaptiveFactor
+from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import flatten
 
 from .test_step import assert_equal, batch_number, setup
@@ -219,13 +220,13 @@ def test_reading_does_not_write(directory):
 
 def test_long_storage_errors_are_cut():
     error = ValueError("NOT_FOUND: Error opening\nSee full TensorStore details: <pages>")
-    assert checkpoint_module._brief(error) == "NOT_FOUND: Error opening"
+    assert brief(error) == "NOT_FOUND: Error opening"
 
 
 def test_restores_onto_another_mesh(saved):
     code = f"""
 import jax, numpy as np
-from sparsezoo_jax.training.checkpoint import restore_params
+from sparsezoo_jax.training.parameters import restore_params
 mesh = jax.make_mesh((4,), ("fsdp",))
 def sharding_of(path, shape):
     divides = len(shape) > 1 and shape[-1] % 4 == 0

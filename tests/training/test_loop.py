@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, StorageError
-from sparsezoo_jax.training.checkpoint import restore_params, saved_steps
 from sparsezoo_jax.training.config import ParameterGroup
-from sparsezoo_jax.training.loop import TrainingDiverged, fit
+from sparsezoo_jax.training.guards import TrainingDiverged
+from sparsezoo_jax.training.loop import fit
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
+from sparsezoo_jax.training.parameters import restore_params, saved_steps
 
 from .test_step import assert_equal
 from .toy import BATCH, LENGTH, ToyData, ToyModel, config

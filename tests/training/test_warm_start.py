@@ -15,7 +15,7 @@ from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
-from sparsezoo_jax.training.checkpoint import save_params
+from sparsezoo_jax.training.parameters import save_params
 from sparsezoo_jax.training.state import ModelTemplate, flatten
 from sparsezoo_jax.training.warm_start import open_warm_start
 from tests.models.conftest import CONFIGS

@@ -1,0 +1,173 @@
+"""Parameters in checkpoints without the rest of a training run: reading them for evaluation, writing converted ones."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.training.checkpoint_format import (
+    DamagedCheckpointError,
+    brief,
+    describe,
+    nested,
+    read_arrays,
+    read_meta,
+)
+from sparsezoo_jax.training.state import PureDict
+
+READ_BYTES = 1 << 28
+"""Bytes of a model that are read at one time, or its largest array."""
+WRITE_BYTES = 1 << 25
+"""Unit in which `save_params` writes; what it holds in memory beside the arrays it was given is a few of these."""
+
+
+def saved_steps(directory: Path | str) -> list[int]:
+    """Complete steps in a checkpoint directory, oldest first; empty if there is no such directory."""
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        return []
+    with _reader(directory) as manager:
+        return sorted(manager.all_steps())
+
+
+def restore_params(
+    directory: Path | str,
+    step: int | None = None,
+    *,
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[PureDict, PureDict]:
+    """Parameters and model state of a step (default: the newest), as nested dicts of arrays, for reading only.
+
+    `sharding_of` gives the sharding of an array from its path ('params/...' or 'model_state/...') and shape; default:
+    the first device. `ModelTemplate.merge` makes a model of the result.
+
+    Raises:
+      UserError: there is no such step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    chosen = _chosen(directory, step)
+    try:
+        with _reader(directory) as manager:
+            meta = read_meta(manager, chosen)
+        model_arrays = {path: entry for path, entry in meta["arrays"].items() if path.startswith("model/")}
+        largest = max(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in model_arrays.values())
+        with _reader(directory, max(largest, READ_BYTES)) as manager:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            flat = {}
+            for path, (shape, dtype, _) in model_arrays.items():
+                name = path.removeprefix("model/")
+                sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
+                flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
+            model = read_arrays(manager, chosen, {"model": nested(flat)}, meta["arrays"])["model"]
+    except DamagedCheckpointError as error:
+        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
+    return model["params"], model.get("model_state", {})
+
+
+def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters of the newest step, one at a time: path, as `flatten` gives it, and array in host memory.
+
+    Raises:
+      UserError: there is no step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    chosen = _chosen(directory, None)
+    try:
+        with _reader(directory) as manager:
+            arrays = read_meta(manager, chosen)["arrays"]
+        with contextlib.closing(_manager(directory, model=ocp.PyTreeCheckpointHandler())) as manager:
+            prefix = "model/params/"
+            for path, (shape, dtype, fingerprint) in arrays.items():
+                if not path.startswith(prefix):
+                    continue
+                item = nested({path.removeprefix("model/"): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))})
+                host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
+                try:
+                    (array,) = jax.tree.leaves(manager.restore(chosen, args=ocp.args.Composite(model=args))["model"])
+                except Exception as error:
+                    raise DamagedCheckpointError(brief(error)) from error
+                if describe({path: array})[path][2] != fingerprint:
+                    raise DamagedCheckpointError(f"{path} is not what was saved")
+                yield path.removeprefix(prefix), array
+    except DamagedCheckpointError as error:
+        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
+
+
+def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
+    """Write a step that holds parameters and nothing else: enough to load a model, not to go on training.
+
+    Args:
+      directory: the checkpoint directory; made if absent.
+      params: arrays by path, as `flatten` gives them, of jax or numpy.
+      step: number of the step.
+
+    Raises:
+      StorageError: it can't be written.
+    """
+    directory = Path(directory).absolute()
+    arrays: dict[str, list[Any]] = {}
+    for path, array in params.items():
+        # One by one: arrays of numpy are copied to the device.
+        arrays |= describe({f"model/params/{path}": array})
+    tree = {"params": nested(dict(params))}
+    # Left to itself, orbax holds a file of 2 GB in memory until it is full, and compresses whole arrays at once.
+    in_flight: Any = 4 * WRITE_BYTES / 1e9
+    handlers: dict[str, Any] = {
+        "model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    model = ocp.args.PyTreeSave(
+        tree,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=WRITE_BYTES), tree),
+        ocdbt_target_data_file_size=2 * WRITE_BYTES,
+    )
+    try:
+        with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=model,
+                    meta=ocp.args.JsonSave({"step": step, "data": {}, "validation_loss": None, "arrays": arrays}),
+                ),
+            )
+            manager.wait_until_finished()
+            manager.check_for_errors()
+    except Exception as error:
+        raise StorageError(f"saving a checkpoint in {directory} failed: {brief(error)}") from error
+
+
+def _chosen(directory: Path, step: int | None) -> int:
+    steps = saved_steps(directory)
+    chosen = step if step is not None else max(steps, default=None)
+    if chosen is None or chosen not in steps:
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise UserError(f"no {wanted} in {directory}; steps there are: {', '.join(map(str, steps)) or 'none'}")
+    return chosen
+
+
+@contextlib.contextmanager
+def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator[ocp.CheckpointManager]:
+    """A manager for reading; with a limit on the bytes in flight, a model is read without a second copy of it."""
+    handlers: dict[str, Any] = {"meta": ocp.JsonCheckpointHandler()}
+    if model_bytes_at_once is not None:
+        gigabytes: Any = (model_bytes_at_once + 1) / 1e9  # rounding must not put the limit below the largest array
+        handlers["model"] = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
+    with contextlib.closing(_manager(directory, **handlers)) as manager:
+        yield manager
+
+
+def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
