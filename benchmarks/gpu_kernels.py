@@ -28,9 +28,9 @@ from sparsezoo_jax.pallas_kernels import (
     spark_ffn_rows,
     statistical_topk,
 )
-from sparsezoo_jax.pallas_kernels.block_ffn.rows_gpu import PARTS
 from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
 NOTES = """
 Bytes are the operands and results of every kernel, for the union and the rows those in use; what the 50 MB of L2 keep
@@ -120,7 +120,8 @@ def decoding() -> list[Case]:
     packed = [_array(*shape) for shape in ((1, d), (1, experts), (experts, width, d), (experts, width, d))]
     taken = partial(block_ffn_rows, implementation="pallas_gpu")
     # The hidden state, and the result's parts, are written and read in float32.
-    moved = 2 * 2 * active * width * d + 4 * 2 * (experts * width + PARTS * d)
+    *_, parts = launch_of("block_ffn_rows_sum", itemsize=2).tiles
+    moved = 2 * 2 * active * width * d + 4 * 2 * (experts * width + parts * d)
     found += [
         Case(f"block_ffn 1 token, all {experts} experts, xla", block, trained),
         Case(f"block_ffn_rows 1 token, {active} experts, pallas_gpu", taken, packed, moved),

@@ -32,7 +32,7 @@ from sparsezoo_jax.pallas_kernels import (
 )
 from sparsezoo_jax.pallas_kernels.ragged import dense_weight_gradient, megablox_weight_gradient
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
-from sparsezoo_jax.pallas_kernels.spark_attention.tpu import TILES
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
 NOTES = """
 time = max(cycles / clock, bytes / HBM bandwidth). Clocks are assumed; tpu7x's is not known, so its time is by bytes
@@ -110,7 +110,7 @@ def _attention_cases(length: int) -> list[Case]:
     of a sequence of one tile, times the tiles on and below the diagonal.
     """
     heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
-    tile = TILES.queries
+    tile, _ = launch_of("spark_attention_tpu", itemsize=2).tiles
     tiles = (length // tile) * (length // tile + 1) // 2
 
     def arrays(queries: int, keys: int, copies: int) -> list[Any]:

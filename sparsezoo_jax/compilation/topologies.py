@@ -66,7 +66,10 @@ def lowering_for(device: Any) -> Iterator[None]:
     import numpy as np
     from jax.sharding import Mesh
 
-    with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("device",)).abstract_mesh):
+    from sparsezoo_jax.pallas_kernels.tuning import compiling_for
+
+    mesh = Mesh(np.array([device]), ("device",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh), compiling_for(device):
         yield
 
 

@@ -13,6 +13,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
+from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
 
 KERNELS = ["pallas_tpu_interpret", "pallas_gpu_interpret"]
@@ -48,7 +49,7 @@ def all_of(batch, queries, keys):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of the kernel for TPUs that short sequences fill several of; those of the one for GPUs are small."""
-    monkeypatch.setattr(tpu, "TILES", Tiles(128, 128))
+    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128)))
 
 
 def loops(q, k, v, visible, r, top_k, ddof=1, softcap=None):

@@ -16,11 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.triton import height, load, store, times_weights
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
-#: Neurons, and columns of the result, of a program: few, for a GPU has 132 processors and a union few experts.
-_TILE = 32
-#: Terms of one matrix product.
-_DEPTH = 64
 #: Most tokens: their sums are in registers.
 _MOST_TOKENS = 128
 
@@ -34,43 +31,47 @@ def why_not(x: jax.Array, up: jax.Array) -> str | None:
     return None
 
 
-def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, gated: bool):
+def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, tiles, gated: bool):
     """A tile of neurons of one place: activation times score, for all tokens."""
     up_ref, gate_ref, hidden_ref = refs if gated else (refs[0], None, refs[1])
-    place, start = pl.program_id(0), pl.program_id(1) * _TILE
+    tile, depth = tiles
+    place, start = pl.program_id(0), pl.program_id(1) * tile
     expert = experts_ref[place]
     used = expert < total
-    tokens, terms, neurons = jnp.arange(height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    tokens, terms, neurons = jnp.arange(height(n)), jnp.arange(depth), jnp.arange(tile)
     own = start + neurons < width
     first = jnp.where(used, expert, 0) * width + start
 
     def step(i, sums):
-        depth = i * _DEPTH + terms
-        more = depth < d
-        x = load(x_ref, tokens, depth, (tokens < n)[:, None] & more[None])
+        here = i * depth + terms
+        more = here < d
+        x = load(x_ref, tokens, here, (tokens < n)[:, None] & more[None])
         weights = (up_ref,) if gate_ref is None else (up_ref, gate_ref)
         mask = more[:, None] & (own & used)[None]
         return tuple(
-            s + times_weights(x, load(ref, depth, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True)
+            s + times_weights(x, load(ref, here, first + neurons, mask)) for s, ref in zip(sums, weights, strict=True)
         )
 
-    zero = jnp.zeros((tokens.size, _TILE), jnp.float32)
-    sums = jax.lax.fori_loop(0, pl.cdiv(d, _DEPTH), step, (zero,) * (2 if gated else 1))
+    zero = jnp.zeros((tokens.size, tile), jnp.float32)
+    sums = jax.lax.fori_loop(0, pl.cdiv(d, depth), step, (zero,) * (2 if gated else 1))
     hidden = jax.nn.silu(sums[-1]) * sums[0] if gated else jax.nn.silu(sums[0])
     scores = plgpu.load(scores_ref.at[tokens, place], mask=tokens < n, other=0)
     mask = (tokens < n)[:, None] & own[None]
     store(hidden_ref, tokens, place * width + start + neurons, mask, hidden * scores[:, None])
 
 
-def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, places: int):
+def _sum_kernel(
+    experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, tiles, places: int
+):
     """A tile of columns of the result, over all places."""
-    start = pl.program_id(0) * _TILE
-    tokens, terms, columns = jnp.arange(height(n)), jnp.arange(_DEPTH), jnp.arange(_TILE)
+    tile, depth = tiles
+    start = pl.program_id(0) * tile
+    tokens, terms, columns = jnp.arange(height(n)), jnp.arange(depth), jnp.arange(tile)
     own = start + columns < d
-    steps = jnp.int32(pl.cdiv(width, _DEPTH))
+    steps = jnp.int32(pl.cdiv(width, depth))
 
     def step(i, sums):
-        place, within = jax.lax.div(i, steps), jax.lax.rem(i, steps) * _DEPTH + terms
+        place, within = jax.lax.div(i, steps), jax.lax.rem(i, steps) * depth + terms
         expert = experts_ref[place]
         used = expert < total
         more = within < width
@@ -79,7 +80,7 @@ def _sum_kernel(experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, wid
         down = load(down_ref, rows, start + columns, (more & used)[:, None] & own[None])
         return sums + times_weights(hidden, down)
 
-    sums = jax.lax.fori_loop(0, places * pl.cdiv(width, _DEPTH), step, jnp.zeros((tokens.size, _TILE), jnp.float32))
+    sums = jax.lax.fori_loop(0, places * pl.cdiv(width, depth), step, jnp.zeros((tokens.size, tile), jnp.float32))
     mask = (tokens < n)[:, None] & own[None]
     store(y_ref, tokens, start + columns, mask, sums)
 
@@ -92,19 +93,22 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     sizes = {"n": n, "d": d, "width": expert_width, "total": total}
 
-    def call(kernel, grid, columns, *arrays):
+    def call(kernel, launch, grid, columns, *arrays):
         return pl.pallas_call(
-            partial(kernel, **sizes),
+            partial(kernel, **sizes, tiles=launch.tiles),
             grid=grid,
             in_specs=[whole] * len(arrays),
             out_specs=whole,
             out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,
         )(*arrays)
 
     gates = [] if gate is None else [gate]
     hidden_kernel = partial(_hidden_kernel, gated=gate is not None)
-    grid = (places, pl.cdiv(expert_width, _TILE))
-    hidden_NF = call(hidden_kernel, grid, places * expert_width, experts, x, taken_NU, up, *gates)
-    return call(partial(_sum_kernel, places=places), (pl.cdiv(d, _TILE),), d, experts, hidden_NF, down)
+    launch = launch_of("block_ffn_union_hidden", itemsize=up.dtype.itemsize)
+    grid = (places, pl.cdiv(expert_width, launch.tiles[0]))
+    hidden_NF = call(hidden_kernel, launch, grid, places * expert_width, experts, x, taken_NU, up, *gates)
+    launch = launch_of("block_ffn_union_sum", itemsize=up.dtype.itemsize)
+    grid = (pl.cdiv(d, launch.tiles[0]),)
+    return call(partial(_sum_kernel, places=places), launch, grid, d, experts, hidden_NF, down)

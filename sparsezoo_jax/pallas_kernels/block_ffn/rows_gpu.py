@@ -16,15 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.rows import why_not_native
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
-#: Neurons of a program of the first kernel, and of a turn of the second: the smallest matrix products.
-_NEURONS, _TURN = 16, 32
-#: Terms of one matrix product.
-_DEPTH = 128
-#: Columns of a program of the second kernel.
-_COLUMNS = 64
-#: Parts of the neurons, of which each is a program's, for columns alone would leave processors idle.
-PARTS = 16
 #: Most tokens: their sums are in registers.
 MOST_TOKENS = 16
 
@@ -39,20 +32,20 @@ def why_not(x: jax.Array, scores: jax.Array, activation: str) -> str | None:
 
 
 def _hidden_kernel(
-    x_ref, scores_ref, weights, factors, hidden_ref, counts_ref, *, m: int, d: int, width: int, neurons: int, act
+    x_ref, scores_ref, weights, factors, hidden_ref, counts_ref, *, m: int, d: int, width: int, neurons: int, tiles, act
 ):
     """Of a tile of neurons, for all tokens: activation times score, and how many are not 0.
 
     `weights` are up and perhaps gate; `factors` those of their rows and of down's, or None each.
     """
-    tile = pl.program_id(0)
-    tokens, own = jnp.arange(height(m)), tile * _NEURONS + jnp.arange(_NEURONS)
+    tile, (size, depth) = pl.program_id(0), tiles
+    tokens, own = jnp.arange(height(m)), tile * size + jnp.arange(size)
     here = (tokens < m)[:, None] & (own < neurons)[None]
     scores = load(scores_ref, tokens, jax.lax.div(own, jnp.int32(width)), here).astype(jnp.float32)
     used = in_use(scores)
 
     def step(i, sums):
-        terms = i * _DEPTH + jnp.arange(_DEPTH)
+        terms = i * depth + jnp.arange(depth)
         more = terms < d
         x = load(x_ref, tokens, terms, (tokens < m)[:, None] & more[None])
         mask = used[:, None] & more[None]
@@ -64,9 +57,9 @@ def _hidden_kernel(
     def scaled(values, factor_ref):
         return values if factor_ref is None else values * plgpu.load(factor_ref.at[own], mask=used, other=0)[None]
 
-    zeros = jnp.zeros((tokens.size, _NEURONS), jnp.float32)
+    zeros = jnp.zeros((tokens.size, size), jnp.float32)
     # None where no token has any of the experts.
-    turns = jnp.max(used.astype(jnp.int32)) * pl.cdiv(d, _DEPTH)
+    turns = jnp.max(used.astype(jnp.int32)) * pl.cdiv(d, depth)
     up, *gate = map(scaled, jax.lax.fori_loop(0, turns, step, (zeros,) * len(weights)), factors)
     hidden = act(gate[0]) * up if gate else act(up)
     # A token without the expert gets nothing of it, whatever the product of its numbers is.
@@ -76,20 +69,21 @@ def _hidden_kernel(
     plgpu.store(counts_ref.at[tile, tokens], count, mask=tokens < m)
 
 
-def _sum_kernel(hidden_ref, down_ref, y_ref, *, m: int, d: int, neurons: int):
+def _sum_kernel(hidden_ref, down_ref, y_ref, *, m: int, d: int, neurons: int, tiles: tuple[int, ...]):
     """Some columns of the result, over one part of the neurons."""
-    tokens, columns = jnp.arange(height(m)), pl.program_id(0) * _COLUMNS + jnp.arange(_COLUMNS)
+    turn, size, parts = tiles
+    tokens, columns = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
     part = pl.program_id(1)
 
     def step(i, sums):
         # Parts take turns, so that each has its share of every expert.
-        own = (i * PARTS + part) * _TURN + jnp.arange(_TURN)
+        own = (i * parts + part) * turn + jnp.arange(turn)
         hidden = load(hidden_ref, tokens, own, (tokens < m)[:, None] & (own < neurons)[None])
         mask = in_use(hidden)[:, None] & (columns < d)[None]
         return sums + times_weights(hidden, load(down_ref, own, columns, mask))
 
-    turns = pl.cdiv(neurons, _TURN * PARTS)
-    sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, _COLUMNS), jnp.float32))
+    turns = pl.cdiv(neurons, turn * parts)
+    sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, size), jnp.float32))
     store(y_ref, part * m + tokens, columns, (tokens < m)[:, None] & (columns < d)[None], sums)
 
 
@@ -110,14 +104,14 @@ def sum_over_experts(
     up_scale, down_scale, gate_scale = map(rows, scales)
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
-    def call(kernel, grid, results, *arrays, **options):
+    def call(kernel, launch, grid, results, *arrays, **options):
         return pl.pallas_call(
-            partial(kernel, m=m, d=d, neurons=neurons, **options),
+            partial(kernel, m=m, d=d, neurons=neurons, tiles=launch.tiles, **options),
             grid=grid,
             in_specs=jax.tree.map(lambda _: whole, arrays),
             out_specs=jax.tree.map(lambda _: whole, results),
             out_shape=results,
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,
             name=f"block_ffn_rows{kernel.__name__}",
         )(*arrays)
@@ -125,12 +119,16 @@ def sum_over_experts(
     weights, factors = (rows(up),), (up_scale, down_scale)
     if gate is not None:
         weights, factors = (rows(up), rows(gate)), (up_scale, gate_scale, down_scale)
-    tiles = pl.cdiv(neurons, _NEURONS)
+    launch = launch_of("block_ffn_rows_hidden", itemsize=up.dtype.itemsize)
+    tiles = pl.cdiv(neurons, launch.tiles[0])
     results = (
         jax.ShapeDtypeStruct((m, neurons), jnp.float32),
         jax.ShapeDtypeStruct((tiles, m), jnp.int32),
     )
-    hidden_MF, counts_TM = call(_hidden_kernel, (tiles,), results, x, scores, weights, factors, width=width, act=act)
-    sums = jax.ShapeDtypeStruct((PARTS * m, d), jnp.float32)
-    y = call(_sum_kernel, (pl.cdiv(d, _COLUMNS), PARTS), sums, hidden_MF, rows(down))
-    return jnp.sum(y.reshape(PARTS, m, d), axis=0), jnp.sum(counts_TM, axis=0)
+    arrays = x, scores, weights, factors
+    hidden_MF, counts_TM = call(_hidden_kernel, launch, (tiles,), results, *arrays, width=width, act=act)
+    launch = launch_of("block_ffn_rows_sum", itemsize=up.dtype.itemsize)
+    _, columns, parts = launch.tiles
+    sums = jax.ShapeDtypeStruct((parts * m, d), jnp.float32)
+    y = call(_sum_kernel, launch, (pl.cdiv(d, columns), parts), sums, hidden_MF, rows(down))
+    return jnp.sum(y.reshape(parts, m, d), axis=0), jnp.sum(counts_TM, axis=0)

@@ -35,6 +35,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
 from sparsezoo_jax.pallas_kernels.triton import product
+from sparsezoo_jax.pallas_kernels.tuning import SMALLEST, Launch, fitting, launch_of
 
 #: What arrays are filled up to multiples of: the largest tiles of any kernel.
 TILES = Tiles(128, 128)
@@ -42,20 +43,6 @@ TILES = Tiles(128, 128)
 NARROWEST = 16
 #: Most columns of a head: its sums are in registers.
 WIDEST = 256
-
-
-class Launch(NamedTuple):
-    """How a kernel runs."""
-
-    tiles: Tiles
-    warps: int
-    stages: int
-    """Tiles that a loop loads ahead."""
-
-
-#: By bytes of an element; chosen by what the assembler says of registers and shared memory (docs/kernels.md).
-MOMENTS = {2: Launch(Tiles(128, 64), 4, 2), 4: Launch(Tiles(32, 32), 8, 2)}
-MIX = {2: Launch(Tiles(128, 32), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
 
 
 # What kernels share -------------------------------------------------------------------------------------------------
@@ -212,16 +199,18 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
     column = jax.ShapeDtypeStruct((rows, padded_length, 1), wide(q))
 
     def run(kernel, launch: Launch, arrays, outputs):
-        tiles = padded_length // launch.tiles.queries
-        arrays = [*bounds(seen_by, launch.tiles)[0], *places(seen_by, queries_own=True), *arrays]
-        return Call(p, heads, heads // kv_heads, launch, rows, tiles).run(kernel, arrays, outputs, interpret)
+        tiles = Tiles(*launch.tiles)
+        arrays = [*bounds(seen_by, tiles)[0], *places(seen_by, queries_own=True), *arrays]
+        call = Call(p, heads, heads // kv_heads, launch, rows, padded_length // tiles.queries)
+        return call.run(kernel, arrays, outputs, interpret)
 
-    count, *moments = run(_moments_kernel, launch_for(MOMENTS, q), [queries[0], keys[0]], [column] * 4)
+    launch = launch_for("moments", q, queries[:1], keys[:1])
+    count, *moments = run(_moments_kernel, launch, [queries[0], keys[0]], [column] * 4)
     moments = Moments(*moments)
     threshold = threshold_of(count, moments, p)
     y, total, attended = run(
         _mix_kernel,
-        launch_for(MIX, q),
+        launch_for("mix", q, queries, [*keys, values]),
         [threshold, moments.best, *queries, *keys, values],
         [
             jax.ShapeDtypeStruct((rows, padded_length, values.shape[-1]), v.dtype),
@@ -238,9 +227,13 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
     return by_query(y)[..., : v.shape[-1]], by_query(attended)[..., 0], (threshold, normaliser)
 
 
-def launch_for(launches: dict[int, Launch], x: jax.Array) -> Launch:
-    """For arrays like `x`; those of 8 bytes are interpreted only."""
-    return launches[min(x.dtype.itemsize, 4)]
+def launch_for(kernel: str, q: jax.Array, queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> Launch:
+    """How to launch a kernel that reads tiles of these arrays, for heads like those of `q`."""
+    launch = launch_of(f"spark_attention_{kernel}", itemsize=q.dtype.itemsize, columns=q.shape[-1])
+    row = [sum(x.shape[-1] * x.dtype.itemsize for x in arrays) for arrays in (queries, keys)]
+    fits = fitting(launch, *row, own=1 if kernel == "keys" else 0)
+    assert fits is not None, "`why_not` refuses heads for which no tiles fit"
+    return fits
 
 
 def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
@@ -248,4 +241,10 @@ def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False
     if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
         return why
     width = max(q.shape[-1], v.shape[-1])
-    return None if width <= WIDEST else f"holds whole heads in registers, and {width} columns are too many"
+    if width > WIDEST:
+        return f"holds whole heads in registers, and {width} columns are too many"
+    # A head's two parts are filled up to half as much again as the whole.
+    queries, values = 3 * pl.next_power_of_2(q.shape[-1]) // 2, pl.next_power_of_2(v.shape[-1])
+    row = (queries + values) * min(q.dtype.itemsize, 4)
+    smallest = Launch((SMALLEST, SMALLEST))
+    return None if fitting(smallest, row, row) else f"has no tiles of {width} columns that fit into shared memory"

@@ -28,7 +28,6 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
     Call,
-    Launch,
     arrange,
     block,
     blocks,
@@ -41,10 +40,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 from sparsezoo_jax.pallas_kernels.triton import product
-
-#: As in `gpu`.
-QUERIES = {2: Launch(Tiles(128, 16), 8, 3), 4: Launch(Tiles(32, 32), 8, 1)}
-KEYS = {2: Launch(Tiles(64, 32), 8, 2), 4: Launch(Tiles(32, 32), 8, 1)}
+from sparsezoo_jax.pallas_kernels.tuning import Launch
 
 
 def _of_tile(own, others, of_queries, visible, p: Problem) -> tuple[jax.Array, list[jax.Array]]:
@@ -128,17 +124,19 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
     dy_XTV = rows_of_heads(by_head(dy, kv_heads, p.tiles))
 
     def run(kernel: Callable, launch: Launch, like: list[jax.Array], *, queries_own: bool) -> list[jax.Array]:
-        limits = bounds(seen_by, launch.tiles)[0 if queries_own else 1]
+        tiles = Tiles(*launch.tiles)
+        limits = bounds(seen_by, tiles)[0 if queries_own else 1]
         own = numbers if queries_own else [x.swapaxes(1, 2) for x in numbers]
         arrays = [*limits, *places(seen_by, queries_own=queries_own), *own, *queries, dy_XTV, *keys, values]
-        size = launch.tiles.queries if queries_own else launch.tiles.keys
+        size = tiles.queries if queries_own else tiles.keys
         rows, padded_length, _ = like[0].shape
         outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
         call = Call(p, heads, heads // kv_heads, launch, rows, padded_length // size)
         return call.run(kernel, arrays, outputs, interpret)
 
-    dq = run(_queries_kernel, launch_for(QUERIES, q), queries, queries_own=True)
-    *dk, dv = run(_keys_kernel, launch_for(KEYS, q), [*keys, values], queries_own=False)
+    read = [*queries, dy_XTV], [*keys, values]
+    dq = run(_queries_kernel, launch_for("queries", q, *read), queries, queries_own=True)
+    *dk, dv = run(_keys_kernel, launch_for("keys", q, *read), [*keys, values], queries_own=False)
 
     def of_queries(x_XTH: jax.Array, width: int) -> jax.Array:
         return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:])[..., :width], length)

@@ -42,13 +42,12 @@ from sparsezoo_jax.pallas_kernels.spark_attention.tiles import (
     walk,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
 #: Numbers of a query that kernels hand on, in rows of 8: the height of a tile of float32.
 ROWS = 8
 #: Queries worked on at a time.
 SUB = 128
-#: The largest tiles of scores.
-TILES = Tiles(512, 512)
 #: Most steps over the tiles of all sequences: their list is in scalar memory, of 1 MiB.
 STEPS = 2**17
 #: Of VMEM for a kernel, in bytes.
@@ -365,7 +364,8 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
 
 def tiles_for(q: jax.Array, k: jax.Array) -> Tiles:
     """Tiles for queries [B, T, N, H] and keys [B, S, K, H]: few of them, or what there are rounded up."""
-    return Tiles(*(min(most, -(-x.shape[1] // 128) * 128) for most, x in zip(TILES, (q, k), strict=True)))
+    largest = launch_of("spark_attention_tpu", itemsize=q.dtype.itemsize, columns=q.shape[-1]).tiles
+    return Tiles(*(min(most, -(-x.shape[1] // 128) * 128) for most, x in zip(largest, (q, k), strict=True)))
 
 
 def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:

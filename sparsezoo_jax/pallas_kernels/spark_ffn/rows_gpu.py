@@ -15,13 +15,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.rows import why_not_native
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
-#: Neurons of a program of the first kernel, and of a turn of the second: the smallest matrix products.
-_NEURONS, _TURN = 16, 32
-#: Terms of one matrix product.
-_DEPTH = 128
-#: Columns of a program of the second kernel, and parts of the neurons, for columns alone would leave processors idle.
-_COLUMNS, _PARTS = 64, 16
 #: Most tokens: their sums are in registers.
 MOST_TOKENS = 16
 
@@ -33,35 +28,37 @@ def why_not(x: jax.Array) -> str | None:
     return why_not_native(x=x)
 
 
-def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int, neurons: int):
+def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int, neurons: int, tiles: tuple[int, ...]):
     """Of some neurons, for all tokens: gate times the product with K2."""
-    tokens, own = jnp.arange(height(m)), pl.program_id(0) * _NEURONS + jnp.arange(_NEURONS)
+    size, depth = tiles
+    tokens, own = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
     here = (tokens < m)[:, None] & (own < neurons)[None]
     gate = load(gate_ref, tokens, own, here)
     used = in_use(gate)
 
     def step(i, sums):
-        terms = i * _DEPTH + jnp.arange(_DEPTH)
+        terms = i * depth + jnp.arange(depth)
         more = terms < width
         x = load(x_ref, tokens, terms, (tokens < m)[:, None] & more[None])
         return sums + times_weights(x, load(rows_ref, own, terms, used[:, None] & more[None]), transposed=True)
 
-    zeros = jnp.zeros((tokens.size, _NEURONS), jnp.float32)
-    store(hidden_ref, tokens, own, here, gate * jax.lax.fori_loop(0, pl.cdiv(width, _DEPTH), step, zeros))
+    zeros = jnp.zeros((tokens.size, size), jnp.float32)
+    store(hidden_ref, tokens, own, here, gate * jax.lax.fori_loop(0, pl.cdiv(width, depth), step, zeros))
 
 
-def _sum_kernel(hidden_ref, rows_ref, y_ref, *, m: int, d: int, width: int, neurons: int):
+def _sum_kernel(hidden_ref, rows_ref, y_ref, *, m: int, d: int, width: int, neurons: int, tiles: tuple[int, ...]):
     """Some columns of the result, over one part of the neurons."""
-    tokens, columns = jnp.arange(height(m)), pl.program_id(0) * _COLUMNS + jnp.arange(_COLUMNS)
-    part, turns = pl.program_id(1), pl.cdiv(pl.cdiv(neurons, _TURN), _PARTS)
+    turn, size, parts = tiles
+    tokens, columns = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
+    part, turns = pl.program_id(1), pl.cdiv(pl.cdiv(neurons, turn), parts)
 
     def step(i, sums):
-        own = (part * turns + i) * _TURN + jnp.arange(_TURN)
+        own = (part * turns + i) * turn + jnp.arange(turn)
         hidden = load(hidden_ref, tokens, own, (tokens < m)[:, None] & (own < neurons)[None])
         mask = in_use(hidden)[:, None] & (columns < d)[None]
         return sums + times_weights(hidden, load(rows_ref, own, width + columns, mask))
 
-    sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, _COLUMNS), jnp.float32))
+    sums = jax.lax.fori_loop(0, turns, step, jnp.zeros((tokens.size, size), jnp.float32))
     store(y_ref, part * m + tokens, columns, (tokens < m)[:, None] & (columns < d)[None], sums)
 
 
@@ -87,19 +84,21 @@ def sum_over_active(
         gate = gate * (scale[:, 0] * scale[:, 1])
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
-    def call(kernel, grid, shape, *arrays, **sizes):
+    def call(kernel, launch, grid, shape, *arrays, **sizes):
         return pl.pallas_call(
-            partial(kernel, m=m, width=width, neurons=neurons, **sizes),
+            partial(kernel, m=m, width=width, neurons=neurons, tiles=launch.tiles, **sizes),
             grid=grid,
             in_specs=[whole] * len(arrays),
             out_specs=whole,
             out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,
             name=f"spark_ffn_rows{kernel.__name__}",
         )(*arrays)
 
-    hidden = call(_hidden_kernel, (pl.cdiv(neurons, _NEURONS),), (m, neurons), values, gate, rows)
-    grid = (pl.cdiv(d, _COLUMNS), _PARTS)
-    y = call(_sum_kernel, grid, (_PARTS * m, d), hidden, rows, d=d)
-    return jnp.sum(y.reshape(_PARTS, m, d), axis=0)
+    launch = launch_of("spark_ffn_rows_hidden", itemsize=rows.dtype.itemsize)
+    hidden = call(_hidden_kernel, launch, (pl.cdiv(neurons, launch.tiles[0]),), (m, neurons), values, gate, rows)
+    launch = launch_of("spark_ffn_rows_sum", itemsize=rows.dtype.itemsize)
+    _, columns, parts = launch.tiles
+    y = call(_sum_kernel, launch, (pl.cdiv(d, columns), parts), (parts * m, d), hidden, rows, d=d)
+    return jnp.sum(y.reshape(parts, m, d), axis=0)

@@ -20,6 +20,7 @@ from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     normal_quantile,
     shrink,
 )
+from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
 #: Most columns: 64 numbers for each of the 1,024 threads of a block, whose registers hold 64.
 _LONGEST = 32_768
@@ -105,8 +106,9 @@ def _read(ref, row, there) -> jax.Array:
 
 def _call(kernel, arrays: list[jax.Array], outputs: list[Any], interpret: Any, **problem: Any):
     rows, d = arrays[0].shape
-    # 16 columns a thread, or more where there are not so many threads.
-    warps = min(32, max(1, pl.next_power_of_2(d) // 512))
+    (of_thread,) = launch_of("statistical_topk", itemsize=arrays[0].dtype.itemsize, columns=d).tiles
+    # More columns a thread where there are not so many threads.
+    warps = min(32, max(1, pl.next_power_of_2(d) // (32 * of_thread)))
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         partial(kernel, d=d, **problem),
