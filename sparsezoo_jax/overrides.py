@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from sparsezoo_jax.errors import ConfigError, require
+from sparsezoo_jax.registry import Registry
 
 
 def faults(error: ValidationError) -> str:
@@ -29,7 +30,7 @@ def as_python(value: Any) -> Any:
 
 def union_kinds(config: Any) -> dict[str, dict[str, Any]]:
     """For each dotted field that holds a union of kinds: the kinds' names and classes."""
-    members = {path: _members(_plain(hint)) for path, hint in _hints(config).items()}
+    members = {path: _members(hint) for path, hint in _hints(config).items()}
     return {path: found for path, found in members.items() if found}
 
 
@@ -42,6 +43,11 @@ def has_plain_kind(config: Any, path: str) -> bool:
 
 
 def _members(hint: Any) -> dict[str, Any]:
+    """The kinds that a field of this type may hold, by name: of a registry, or of a union written out."""
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Registry):
+            return note.members()
+    hint = _plain(hint)
     if get_origin(hint) not in (typing.Union, types.UnionType):
         return {}
     members = [member for member in get_args(hint) if dataclasses.is_dataclass(member)]
@@ -75,7 +81,7 @@ def _plain(hint: Any) -> Any:
 def _is_list_of_objects(hint: Any) -> bool:
     if get_origin(hint) is not tuple:
         return False
-    item = _plain(get_args(hint)[0])
+    item = get_args(hint)[0]
     return dataclasses.is_dataclass(item) or bool(_members(item))
 
 

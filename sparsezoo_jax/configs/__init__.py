@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.configs import blockffn, dense, moe, moex, mohd, spark
@@ -16,6 +17,18 @@ PRESETS: dict[str, dict[str, RunConfig]] = {
     "mohd": mohd.PRESETS,
     "spark": spark.PRESETS,
 }
+OWN_ARCHS = frozenset(PRESETS)
+
+
+def register_arch(arch: str, presets: Mapping[str, RunConfig]) -> None:
+    """Make presets of your own known as `--arch ARCH --size NAME`; one of them should be called "tiny".
+
+    Raises:
+      ConfigError: the package has an architecture of that name.
+    """
+    if arch in OWN_ARCHS:
+        raise ConfigError("--arch", arch, "is one of the package's own; choose another name")
+    PRESETS[arch] = dict(presets)
 
 
 def preset(arch: str, size: str = "tiny") -> RunConfig:

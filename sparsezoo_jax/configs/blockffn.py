@@ -12,8 +12,9 @@ from sparsezoo_jax.models.blockffn import ACTIVATION_LOCALITY, CHUNK_SPARSIFICAT
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.training.config import WSD, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective, ObjectiveConfig
+from sparsezoo_jax.training.schedules import WSD
 
 
 def objectives(locality: float, chunk: float, start: int = 1000, interval: int = 100) -> tuple[ObjectiveConfig, ...]:

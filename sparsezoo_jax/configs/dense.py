@@ -11,7 +11,8 @@ from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.training.config import Cosine, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.schedules import Cosine
 
 TINY = RunConfig(
     arch="dense",

@@ -5,7 +5,8 @@ router is clipped by itself.
 """
 
 from sparsezoo_jax.models.common import InitConfig
-from sparsezoo_jax.training.config import AdamW, ParameterGroup
+from sparsezoo_jax.training.config import ParameterGroup
+from sparsezoo_jax.training.optimizers import AdamW
 
 INIT = InitConfig(kind="fixed", scale=0.1, width_base=256, embedding_std=0.1, output_std=0.1)
 OPTIMIZER = AdamW(weight_decay=0.1, decay_embeddings=True)

@@ -15,8 +15,9 @@ from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.training.config import WSD, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import DensityTarget, FixedObjective
+from sparsezoo_jax.training.schedules import WSD
 
 BALANCE = FixedObjective(loss="balance", weight=1e-4)
 

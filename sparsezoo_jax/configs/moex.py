@@ -13,8 +13,10 @@ from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
-from sparsezoo_jax.training.config import AdamW, Cosine, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import FixedObjective
+from sparsezoo_jax.training.optimizers import AdamW
+from sparsezoo_jax.training.schedules import Cosine
 
 NORM = NormConfig(kind="layer", eps=1e-5)
 INIT = InitConfig(kind="fixed", scale=0.02, residual_depth_scaling=True)

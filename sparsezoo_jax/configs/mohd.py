@@ -17,8 +17,9 @@ from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.mohd import WIDTH_BALANCE, MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
-from sparsezoo_jax.training.config import Cosine, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import FixedObjective
+from sparsezoo_jax.training.schedules import Cosine
 
 BALANCE = FixedObjective(loss=WIDTH_BALANCE, weight=0.01)
 

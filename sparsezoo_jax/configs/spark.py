@@ -10,7 +10,8 @@ from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
-from sparsezoo_jax.training.config import Cosine, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.schedules import Cosine
 
 TINY = RunConfig(
     arch="spark",

@@ -66,7 +66,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
             k = min(round(spec.ffn.target_active), width)
             summary |= _named("ffn", _selection_sums(scores, active & visible, visible, k))
     if EXPERT_SCORES in records:
-        summary |= summarise_experts(records[EXPERT_SCORES], ctx, getattr(spec.ffn, "shared", 0))
+        summary |= summarise_experts(records[EXPERT_SCORES], ctx, spec.ffn.shared)
     if ATTENTION_VISIBLE in records:
         summary |= _attention(records, spec, ctx)
     return summary | flow.flow_sums(records, ctx)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.inference.caches import HeadCache, LatentCache, SplitCache
+from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
 from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.mla import MLA
@@ -42,9 +43,8 @@ class PackedProjections(nnx.Module):
             put(weight, part)
         put(source.o_NHD, self.output_map.restored())
 
-    @property
     def bytes_read(self) -> float:
-        """Of weights, for one token."""
+        """Bytes of weights that one token reads."""
         biases = (self.q_bias, self.k_bias, self.v_bias, self.o_bias)
         added = sum(bias[...].nbytes for bias in biases if bias is not None)
         return self.qkv_map.bytes_read + self.output_map.bytes_read + added
@@ -67,21 +67,20 @@ class PackedProjections(nnx.Module):
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 
-class PackedGQA(GQA):
+class PackedGQA(GQA, DecodingLayout):
     """`GQA` over a cache by head; one token a sequence reads visible keys only, and each once."""
 
     def __init__(self, source: GQA, form: WeightFormat, active: float | None = None):
-        self.config, self.layer_type = source.config, source.layer_type
+        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
         self.projections: Any = PackedProjections(source.projections, form, active)
 
     def restore(self, source: GQA) -> None:
         """Put the weights back into `source`."""
         self.projections.restore(source.projections)
 
-    @property
-    def bytes_read(self) -> float:
-        """Of weights, for one token."""
-        return self.projections.bytes_read
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads, whatever the density."""
+        return self.projections.bytes_read()
 
     def empty_cache(self, batch: int, length: int) -> HeadCache:
         """A cache of `length` slots."""
@@ -99,21 +98,20 @@ class PackedGQA(GQA):
         return y_BNH[:, None]
 
 
-class PackedSparkAttention(SparkAttention):
+class PackedSparkAttention(SparkAttention, DecodingLayout):
     """`SparkAttention` over a split cache; one token a sequence reads the predictor's part and selected keys only."""
 
     def __init__(self, source: SparkAttention, form: WeightFormat):
-        self.config, self.layer_type = source.config, source.layer_type
+        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
         self.projections: Any = PackedProjections(source.projections, form)
 
     def restore(self, source: SparkAttention) -> None:
         """Put the weights back into `source`."""
         self.projections.restore(source.projections)
 
-    @property
-    def bytes_read(self) -> float:
-        """Of weights, for one token."""
-        return self.projections.bytes_read
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads, whatever the density."""
+        return self.projections.bytes_read()
 
     def empty_cache(self, batch: int, length: int) -> SplitCache:
         """A cache of `length` slots."""
@@ -131,7 +129,7 @@ class PackedSparkAttention(SparkAttention):
         return y_BNH[:, None], attended_BN[:, None]
 
 
-class PackedMLA(MLA):
+class PackedMLA(MLA, DecodingLayout):
     """`MLA` with both maps down as one matrix, and latents and rotated keys in one cache.
 
     The map from the latent lies by head, its part for keys by latents and its part for values by values, for decoding
@@ -163,9 +161,8 @@ class PackedMLA(MLA):
         put(source.kv_b_CNH, self.kv_up_weight())
         put(source.o_NHD, self.output_rows.restored().T)
 
-    @property
-    def bytes_read(self) -> float:
-        """Of weights, for one token."""
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads, whatever the density."""
         return sum(rows.nbytes for rows in (self.down, self.q_up, *self.key_up, *self.value_up, self.output_rows))
 
     def empty_cache(self, batch: int, length: int) -> LatentCache:
@@ -211,3 +208,18 @@ class PackedMLA(MLA):
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
         return self.output_rows.product(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+
+
+@packs(GQA)
+def _gqa(source: GQA, formats: Formats, active: float | None) -> PackedGQA:
+    return PackedGQA(source, formats.weights, active)
+
+
+@packs(SparkAttention)
+def _spark(source: SparkAttention, formats: Formats, active: float | None) -> PackedSparkAttention:
+    return PackedSparkAttention(source, formats.weights)
+
+
+@packs(MLA)
+def _mla(source: MLA, formats: Formats, active: float | None) -> PackedMLA:
+    return PackedMLA(source, formats.weights)

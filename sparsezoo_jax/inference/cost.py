@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.inference.generation import GenerationStats
+from sparsezoo_jax.inference.layouts import DecodingLayout
+from sparsezoo_jax.inference.packing import PackedDecoder
 from sparsezoo_jax.models import Decoder, Sparsity
 from sparsezoo_jax.models.accounting import reads_per_token
 
@@ -37,21 +39,25 @@ def bytes_read(model: Decoder, context: int, stats: Mapping[str, Any]) -> float:
         tuple(None if np.isnan(keys) else float(keys) for keys in attended),
     )
     reads, size = reads_per_token(config, context, sparsity=sparsity), jnp.dtype(config.dtype).itemsize
-    if model.formats is None:
+    if not isinstance(model, PackedDecoder):
         return (reads.weights + reads.head + reads.cache) * size
-    total = reads.cache * size + _connection(model.head)
-    total += getattr(model.output_rows, "bytes_read", model.output_rows.nbytes)
-    blocks: list[Any] = [block for period in model.segments for block in period.blocks]
+    total = reads.cache * size + model.output_rows.bytes_read + _bytes_of(model.head.maps())
+    blocks = [block for segment in model.segments for block in segment.blocks]
     for block, share, active, spec in zip(blocks, density, sparsity.active_neurons, specs, strict=True):
-        packed = hasattr(block.ffn, "bytes_read")
-        total += block.ffn.bytes_read(share) if packed else spec.ffn.weights(config.d_model, active) * size
-        total += block.attention.bytes_read
-        total += _connection(block.attention_residual) + _connection(block.ffn_residual)
+        ffn, attention = block.ffn, block.attention
+        # Layers without a layout of their own read what they read as trained.
+        if isinstance(ffn, DecodingLayout):
+            total += ffn.bytes_read(share)
+        else:
+            total += spec.ffn.weights(config.d_model, active) * size
+        if isinstance(attention, DecodingLayout):
+            total += attention.bytes_read()
+        else:
+            total += spec.attention.projection_weights(config.d_model) * size
+        total += _bytes_of(block.attention_residual.maps()) + _bytes_of(block.ffn_residual.maps())
     return total
 
 
-def _connection(module: Any) -> int:
-    """Bytes of the routers and the fusion of a residual connection or a routed head: all are read."""
-    parts = [getattr(module, name, None) for name in ("router", "output_router", "fusion")]
-    kept = [nnx.state(part, nnx.Param) for part in parts if part is not None]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+def _bytes_of(modules: tuple[nnx.Module, ...]) -> int:
+    """Bytes of all parameters of some modules."""
+    return sum(leaf.nbytes for module in modules for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import Rows, WeightFormat, few_tokens, put
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.chunks import activation_stats
@@ -19,7 +20,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 
 
-class PackedBlockFFN(BlockFFN):
+class PackedBlockFFN(BlockFFN, DecodingLayout):
     """`BlockFFN` without losses; router and scales stay as they are."""
 
     def __init__(self, source: BlockFFN, form: WeightFormat):
@@ -40,7 +41,7 @@ class PackedBlockFFN(BlockFFN):
         if self.gate is not None and source.gate_DF is not None:
             put(source.gate_DF, _neurons(self.gate).T)
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, with this share of the experts active."""
         experts = self.up.nbytes + self.down.nbytes + (0 if self.gate is None else self.gate.nbytes)
         scale = 0 if self.router_norm is None else self.router_norm.scale[...].nbytes
@@ -61,7 +62,7 @@ class PackedBlockFFN(BlockFFN):
         return y, aux
 
 
-class PackedMoEFFN(MoEFFN):
+class PackedMoEFFN(MoEFFN, DecodingLayout):
     """`MoEFFN` with the shared experts in front of the others, of weight 1; the router stays as it is."""
 
     def __init__(self, source: MoEFFN, form: WeightFormat):
@@ -83,7 +84,7 @@ class PackedMoEFFN(MoEFFN):
             put(source.shared_up_DF, shared_up_DF)
             put(source.shared_down_FD, shared_down_FD)
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, with this share of the experts active."""
         return self.router_DE[...].nbytes + density * (self.up.nbytes + self.down.nbytes)
 
@@ -106,7 +107,7 @@ class PackedMoEFFN(MoEFFN):
         return up_EWD[shared:].swapaxes(1, 2), down_EWD[shared:], shared_up.T, shared_down
 
 
-class PackedMoEXFFN(MoEXFFN):
+class PackedMoEXFFN(MoEXFFN, DecodingLayout):
     """`MoEXFFN`, the gate's statistics kept; of a token's experts the second map is read for active neurons only."""
 
     def __init__(self, source: MoEXFFN, form: WeightFormat):
@@ -121,7 +122,7 @@ class PackedMoEXFFN(MoEXFFN):
         put(source.up_EDW, up_EDW)
         put(source.down_EWD, down_EWD)
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, with this share of all neurons active."""
         gate = (self.router_DE, self.mean_ED, self.variance_ED)
         chosen = self.config.k / self.config.experts * self.up.nbytes
@@ -147,3 +148,18 @@ def _neurons(rows: Rows) -> jax.Array:
     """The rows of all experts, [F, D]."""
     weight = rows.restored()
     return weight.reshape(-1, weight.shape[-1])
+
+
+@packs(BlockFFN)
+def _block_ffn(source: BlockFFN, formats: Formats, active: float | None) -> PackedBlockFFN:
+    return PackedBlockFFN(source, formats.weights)
+
+
+@packs(MoEFFN)
+def _moe(source: MoEFFN, formats: Formats, active: float | None) -> PackedMoEFFN:
+    return PackedMoEFFN(source, formats.weights)
+
+
+@packs(MoEXFFN)
+def _moex(source: MoEXFFN, formats: Formats, active: float | None) -> PackedMoEXFFN:
+    return PackedMoEXFFN(source, formats.weights)

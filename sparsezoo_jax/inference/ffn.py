@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
+from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
 from sparsezoo_jax.models.spark import SparkFFN
 from sparsezoo_jax.models.width import Width
@@ -19,7 +21,7 @@ from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 
 
-class PackedGatedFFN(nnx.Module):
+class PackedGatedFFN(FFN, DecodingLayout):
     """`GatedFFN` with every neuron's weights as rows; for layers without biases that compute every neuron."""
 
     def __init__(self, source: GatedFFN, form: WeightFormat):
@@ -28,20 +30,13 @@ class PackedGatedFFN(nnx.Module):
         self.up = Rows(source.up_DF[...].T, form, source.dtype)
         self.down = Rows(source.down_FD[...], form, source.dtype)
 
-    @staticmethod
-    def takes(source: GatedFFN) -> bool:
-        """Whether this can stand in for `source`."""
-        config = source.config
-        sparse = any(config.activation_sparsity_pattern) or config.activation in EXACT_ZERO_ACTIVATIONS
-        return not config.bias and not sparse
-
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
         put(source.gate_DF, self.gate.restored().T)
         put(source.up_DF, self.up.restored().T)
         put(source.down_FD, self.down.restored())
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, whatever share of the neurons is active: all."""
         return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
@@ -55,7 +50,7 @@ class PackedGatedFFN(nnx.Module):
         return hidden @ self.down.restored(), aux
 
 
-class MappedGatedFFN(GatedFFN):
+class MappedGatedFFN(GatedFFN, DecodingLayout):
     """`GatedFFN` of any form, with gate and up maps as one matrix; `active` as in `StreamMap`."""
 
     def __init__(self, source: GatedFFN, form: WeightFormat, active: float | None):
@@ -72,7 +67,7 @@ class MappedGatedFFN(GatedFFN):
         put(source.up_DF, up_DF)
         put(source.down_FD, self.output_map.restored())
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, whatever share of the neurons is active."""
         return _mapped_bytes(self.inner_map, self.output_map, self.gate_bias, self.up_bias, self.down_bias)
 
@@ -86,7 +81,7 @@ class MappedGatedFFN(GatedFFN):
         return _biased(self.output_map(hidden_BTF, stream), self.down_bias)
 
 
-class MappedPlainFFN(PlainFFN):
+class MappedPlainFFN(PlainFFN, DecodingLayout):
     """`PlainFFN` with weights by rows; `active` as in `StreamMap`."""
 
     def __init__(self, source: PlainFFN, form: WeightFormat, active: float | None):
@@ -100,7 +95,7 @@ class MappedPlainFFN(PlainFFN):
         put(source.up_DF, self.inner_map.restored())
         put(source.down_FD, self.output_map.restored())
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, whatever share of the neurons is active."""
         return _mapped_bytes(self.inner_map, self.output_map, self.up_bias, self.down_bias)
 
@@ -121,18 +116,13 @@ def _mapped_bytes(inner: InputMap, output: OutputMap, *biases: nnx.Param | None)
     return inner.bytes_read + output.bytes_read + sum(bias[...].nbytes for bias in biases if bias is not None)
 
 
-class PackedSparkFFN(nnx.Module):
+class PackedSparkFFN(FFN, DecodingLayout):
     """`SparkFFN` with the predictor's rows [F, r], and the rest of each neuron, of K2 and of V, as one row."""
 
     def __init__(self, source: SparkFFN, form: WeightFormat, predictor: WeightFormat):
         self.config = source.config
         self.k1 = Rows(source.k1_RF[...].T, predictor, source.dtype)
         self.rest = Rows((source.k2_DF[...].T, source.v_FD[...]), form, source.dtype)
-
-    @staticmethod
-    def takes(source: SparkFFN) -> bool:
-        """Whether this can stand in for `source`: if it selects by the statistical rule."""
-        return source.config.selection == "statistical"
 
     def restore(self, source: SparkFFN) -> None:
         """Put the weights back into `source`."""
@@ -141,7 +131,7 @@ class PackedSparkFFN(nnx.Module):
         put(source.k2_DF, k2_FD.T)
         put(source.v_FD, v_FD)
 
-    def bytes_read(self, density: float) -> float:
+    def bytes_read(self, density: float = 1.0) -> float:
         """Of weights, for one token, with this share of the neurons active."""
         return self.k1.nbytes + density * self.rest.nbytes
 
@@ -157,3 +147,25 @@ class PackedSparkFFN(nnx.Module):
             y, gate = spark_ffn(x_BTD, self.k1.restored().T, k2_FD.T, v_FD, return_gate=True, **rule)
             density_BT = jnp.mean(gate != 0, axis=-1, dtype=jnp.float32)
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
+
+
+@packs(GatedFFN)
+def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGatedFFN | MappedGatedFFN:
+    config = source.config
+    sparse = any(config.activation_sparsity_pattern) or config.activation in EXACT_ZERO_ACTIVATIONS
+    if active is None and not sparse and not config.bias:
+        return PackedGatedFFN(source, formats.weights)
+    return MappedGatedFFN(source, formats.weights, active)
+
+
+@packs(PlainFFN)
+def _plain(source: PlainFFN, formats: Formats, active: float | None) -> MappedPlainFFN:
+    return MappedPlainFFN(source, formats.weights, active)
+
+
+@packs(SparkFFN)
+def _spark(source: SparkFFN, formats: Formats, active: float | None) -> PackedSparkFFN | None:
+    # The rows of other selection rules (sorted, positive, all) are known only when all scores are.
+    if source.config.selection != "statistical":
+        return None
+    return PackedSparkFFN(source, formats.weights, formats.predictor or formats.weights)

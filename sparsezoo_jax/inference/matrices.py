@@ -73,6 +73,11 @@ class Rows(nnx.Module):
         """Of the rows and their factors."""
         return sum(array.nbytes for array in self.arrays if array is not None)
 
+    @property
+    def bytes_read(self) -> float:
+        """Bytes that one token reads: all."""
+        return self.nbytes
+
     def restored(self) -> jax.Array:
         """The rows of one matrix in the activations' dtype, factors applied."""
         rows, scale = self.arrays

@@ -1,5 +1,6 @@
 """One decoder, composed of attention kinds, FFN kinds and residual kinds."""
 
+from sparsezoo_jax.models import kinds as kinds  # registers the package's own kinds
 from sparsezoo_jax.models.accounting import (
     ActivatedCount,
     ParameterCount,
@@ -10,19 +11,51 @@ from sparsezoo_jax.models.accounting import (
     dense_twin,
     flops_per_token,
 )
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.config import DecoderConfig
+from sparsezoo_jax.models.contract import (
+    ATTENTION_KINDS,
+    FFN,
+    FFN_KINDS,
+    RESIDUAL_KINDS,
+    Attention,
+    AttentionKind,
+    FFNKind,
+    Head,
+    Residual,
+    ResidualKind,
+    register_attention,
+    register_ffn,
+    register_residual,
+)
 from sparsezoo_jax.models.decoder import Decoder, Output
 
 __all__ = [
+    "ATTENTION_KINDS",
+    "FFN",
+    "FFN_KINDS",
+    "RESIDUAL_KINDS",
     "ActivatedCount",
+    "Attention",
+    "AttentionKind",
+    "BuildContext",
+    "CallContext",
     "Decoder",
     "DecoderConfig",
+    "FFNKind",
+    "Head",
+    "LayerAux",
     "Output",
     "ParameterCount",
+    "Residual",
+    "ResidualKind",
     "Sparsity",
     "activated_parameters",
     "bytes_per_token",
     "count_parameters",
     "dense_twin",
     "flops_per_token",
+    "register_attention",
+    "register_ffn",
+    "register_residual",
 ]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,7 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     tables = (model.embedding_VD, model.positions_PD, model.output_DV)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
     total = size(nnx.state(model, nnx.Param))
-    ffns: list[Any] = [spec.ffn for spec in config.layer_specs()]
-    idle = sum(ffn.idle_parameters(config.d_model) for ffn in ffns if hasattr(ffn, "idle_parameters"))
+    idle = sum(spec.ffn.idle_parameters(config.d_model) for spec in config.layer_specs())
     return ParameterCount(total, embedding, total - idle)
 
 

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
@@ -26,8 +27,9 @@ from sparsezoo_jax.pallas_kernels.spark_attention import (
 from sparsezoo_jax.sharding import constrain
 
 
+@register_attention
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GQAConfig:
+class GQAConfig(AttentionKind):
     """Grouped-query attention; as many key/value heads as query heads make it multi-head attention."""
 
     partial_width: ClassVar[bool] = True
@@ -69,11 +71,6 @@ class GQAConfig:
         """Per token: keys and values, [heads, width] each."""
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
 
-    @property
-    def target_keys(self) -> None:
-        """No keys are selected."""
-        return None
-
     def mixing_flops(self, keys: int, target: float | None = None) -> float:
         """FLOPs per token of scores and mixing over `keys` visible keys; `target` changes nothing."""
         return 4 * self.heads * self.head_dim * keys
@@ -85,10 +82,6 @@ class GQAConfig:
     def cache_reads(self, keys: int, target: float | None = None) -> float:
         """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
         return 2 * self.kv_heads * self.head_dim * keys
-
-    def dense_twin(self) -> GQAConfig:
-        """Attention of equal parameters to all visible keys: this one."""
-        return self
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
         return GQA(self, ctx, rngs)
@@ -166,12 +159,11 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: 
     return attention_values(jnp.where(visible, weights, 0), v_BSKH, queries)
 
 
-class GQA(nnx.Module):
+class GQA(Attention):
     """Softmax attention; see `GQAConfig`."""
 
     def __init__(self, config: GQAConfig, ctx: BuildContext, rngs: nnx.Rngs):
-        self.config = config
-        self.layer_type: LayerType = ctx.layer_type
+        super().__init__(config, ctx)
         self.projections = Projections(config, ctx, rngs)
 
     def __call__(

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.chunks import activation_stats, chunks_of, has_predecessor
 from sparsezoo_jax.models.common import BuildContext, CallContext, DType, LayerAux
+from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
@@ -28,8 +29,9 @@ SUM_EPS = 1e-5
 """Added to sums of scores before dividing by them, and inside the logarithm of the chunk loss."""
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class BlockFFNConfig:
+class BlockFFNConfig(FFNKind):
     """`sum_e A_e W_down_e SiLU(W_up_e x)` with scores `A = RMSNorm(ReLU(W_router x))`; no shared expert, no top-k.
 
     Returns the auxiliary losses "activation_locality" and "chunk_sparsification", which train objectives weigh.
@@ -83,15 +85,6 @@ class BlockFFNConfig:
         """Neurons of all experts."""
         return self.experts * self.expert_width
 
-    def for_layer(self, layer: int, layers: int) -> BlockFFNConfig:
-        """The configuration of one layer: all are alike."""
-        return self
-
-    @property
-    def target_active(self) -> None:
-        """Nothing is selected by count."""
-        return None
-
     def weights(self, d_model: int, active: float | None = None) -> float:
         """Weights that one token needs with `active` neurons (None: `expected_density` of them) and the router."""
         active = self.expected_density * self.d_ff if active is None else active
@@ -120,7 +113,7 @@ class RouterScale(nnx.Module):
         self.scale = ctx.constant(1.0, (experts,), ("ffn",))
 
 
-class BlockFFN(nnx.Module):
+class BlockFFN(FFN):
     """Feed-forward layer of ReLU-routed experts; see `BlockFFNConfig`."""
 
     def __init__(self, config: BlockFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):

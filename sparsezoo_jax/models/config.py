@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
-from sparsezoo_jax.models.kinds import AttentionConfig, FFNConfig, ResidualConfig
+from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 
@@ -83,8 +83,8 @@ class DecoderConfig:
             None,
             "must be set, for model.layer_pattern has local layers",
         )
-        r = getattr(self.ffn, "r", None)
-        require(r is None or r < self.d_model, "model.ffn.r", r, f"must be below model.d_model={self.d_model}")
+        self.attention.check(self.d_model)
+        self.ffn.check(self.d_model)
         self.residual.check(self.d_model, self.attention, self.ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 

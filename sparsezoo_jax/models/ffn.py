@@ -20,6 +20,7 @@ from sparsezoo_jax.models.common import (
     LayerAux,
     activation_fn,
 )
+from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
 from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.matmul import matmul
@@ -27,8 +28,9 @@ from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 from sparsezoo_jax.sharding import constrain
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GatedFFNConfig:
+class GatedFFNConfig(FFNKind):
     """`W_down (act(W_gate x) * (W_up x))`."""
 
     partial_width: ClassVar[bool] = True
@@ -90,7 +92,7 @@ class GatedFFNConfig:
         return GatedFFN(self, ctx, rngs)
 
 
-class GatedFFN(nnx.Module):
+class GatedFFN(FFN):
     """Gated feed-forward layer; see `GatedFFNConfig`."""
 
     def __init__(self, config: GatedFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
@@ -129,8 +131,9 @@ class GatedFFN(nnx.Module):
         return linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write)
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PlainFFNConfig:
+class PlainFFNConfig(FFNKind):
     """`W_down act(W_up x)`."""
 
     partial_width: ClassVar[bool] = True
@@ -145,15 +148,6 @@ class PlainFFNConfig:
 
     def __post_init__(self):
         require(self.d_ff > 0, "model.ffn.d_ff", self.d_ff, "must be above 0")
-
-    def for_layer(self, layer: int, layers: int) -> PlainFFNConfig:
-        """The configuration of one layer: all are alike."""
-        return self
-
-    @property
-    def target_active(self) -> None:
-        """Nothing is selected by count."""
-        return None
 
     def weights(self, d_model: int, active: float | None = None) -> float:
         """Weights that one token needs with `active` neurons (None: all); the first map is always computed whole."""
@@ -173,7 +167,7 @@ class PlainFFNConfig:
         return PlainFFN(self, ctx, rngs)
 
 
-class PlainFFN(nnx.Module):
+class PlainFFN(FFN):
     """Two-matrix feed-forward layer; see `PlainFFNConfig`."""
 
     def __init__(self, config: PlainFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):

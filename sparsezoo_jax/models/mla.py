@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.attention import dense_attention
 from sparsezoo_jax.models.cache import LayerCache
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
@@ -20,8 +21,9 @@ from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
 
+@register_attention
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MLAConfig:
+class MLAConfig(AttentionKind):
     """`softmax(q k) v` with q from a query latent, and k, v from a key/value latent that alone is cached.
 
     Each head's query and key have a part without position and a rotated part; the rotated key is shared by all heads.
@@ -75,15 +77,6 @@ class MLAConfig:
         """Per token: the normalised latent and the rotated key, one "head" each."""
         return (1, self.kv_lora_rank), (1, self.qk_rope_head_dim)
 
-    @property
-    def target_keys(self) -> None:
-        """No keys are selected."""
-        return None
-
-    def projection_flops(self, d_model: int) -> int:
-        """FLOPs per token of the five maps (a multiply-add counts 2)."""
-        return 2 * self.projection_weights(d_model)
-
     def mixing_flops(self, keys: int, target: float | None = None) -> float:
         """FLOPs per token of scores and mixing over `keys` visible keys, as in training; `target` changes nothing.
 
@@ -102,20 +95,15 @@ class MLAConfig:
         """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
         return (self.kv_lora_rank + self.qk_rope_head_dim) * keys
 
-    def dense_twin(self) -> MLAConfig:
-        """Attention of equal parameters to all visible keys: this one."""
-        return self
-
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MLA:
         return MLA(self, ctx, rngs)
 
 
-class MLA(nnx.Module):
+class MLA(Attention):
     """Multi-head latent attention; see `MLAConfig`. Letters: R query latent, C key/value latent, P rotated width."""
 
     def __init__(self, config: MLAConfig, ctx: BuildContext, rngs: nnx.Rngs):
-        self.config, self.dtype = config, ctx.dtype
-        self.layer_type: LayerType = ctx.layer_type
+        super().__init__(config, ctx)
         d, heads, r, c = ctx.d_model, config.heads, config.q_lora_rank, config.kv_lora_rank
         joint, expanded = c + config.qk_rope_head_dim, config.qk_nope_head_dim + config.v_head_dim
         norm = NormConfig(eps=config.latent_norm_eps)

@@ -13,6 +13,7 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
+from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
@@ -21,8 +22,9 @@ from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MoEFFNConfig:
+class MoEFFNConfig(FFNKind):
     """`sum_e w_e W_down,e act(W_up,e x)` over the experts that a router gives each token; no token is dropped.
 
     Losses, to be weighted by objectives: `balance`; for remoe `l1_balance` in its place; for topp `router_entropy` too.
@@ -102,10 +104,6 @@ class MoEFFNConfig:
         """Neurons of all experts."""
         return self.experts * self.expert_width
 
-    def for_layer(self, layer: int, layers: int) -> MoEFFNConfig:
-        """The configuration of one layer: all are alike."""
-        return self
-
     @property
     def target_active(self) -> float | None:
         """Neurons of a token's experts; None for topp, which aims at no number."""
@@ -114,10 +112,6 @@ class MoEFFNConfig:
     def weights(self, d_model: int, active: float | None = None) -> float:
         """Weights that one token needs with `active` neurons (None: those of k experts), the router's included."""
         return d_model * (self.routed + 2 * (self.k * self.expert_width if active is None else active))
-
-    def flops(self, d_model: int, active: float | None = None) -> float:
-        """FLOPs per token with `active` neurons (None: those of k experts; a multiply-add counts 2)."""
-        return 2 * self.weights(d_model, active)
 
     def idle_parameters(self, d_model: int) -> int:
         """Parameters of the experts that a token does not take; 0 where their number is not fixed."""
@@ -132,7 +126,7 @@ class MoEFFNConfig:
         return MoEFFN(self, ctx, rngs)
 
 
-class MoEFFN(nnx.Module):
+class MoEFFN(FFN):
     """Mixture of experts; see `MoEFFNConfig`."""
 
     def __init__(self, config: MoEFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
@@ -225,7 +219,7 @@ class MoEFFN(nnx.Module):
         """Routed experts' values behind those of the shared experts, which are 1."""
         return jnp.pad(x_BTE, ((0, 0), (0, 0), (self.config.shared, 0)), constant_values=1)
 
-    def after_step(self, observed: dict[str, jax.Array]) -> None:
+    def after_step(self, observed: Observed) -> None:
         """Move the router's bias by the loads of the experts, [E] or stacked [layers, E] as the bias is."""
         if self.bias_E is not None:
             self.bias_E[...] = routers.balanced_bias(self.bias_E[...], observed["load"], self.config.bias_rate)

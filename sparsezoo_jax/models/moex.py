@@ -18,6 +18,7 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
+from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
@@ -32,8 +33,9 @@ class GateStatistics(nnx.Variable):
     """Means and variances of the experts' weights, kept where weights don't change."""
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MoEXFFNConfig:
+class MoEXFFNConfig(FFNKind):
     """`sum_j w_j W_dec,j act(W_enc,j x)` over the k experts of each token that a gate expects to be sparsest.
 
     Loss, to be weighted by an objective: `balance`, the mean over layers (the paper adds 0.001 of it for each layer).
@@ -76,15 +78,6 @@ class MoEXFFNConfig:
         """Neurons of all experts: the number of features."""
         return self.experts * self.expert_width
 
-    def for_layer(self, layer: int, layers: int) -> MoEXFFNConfig:
-        """The configuration of one layer: all are alike."""
-        return self
-
-    @property
-    def target_active(self) -> None:
-        """How many neurons of its experts a token activates is not set by count."""
-        return None
-
     def _gate_numbers(self) -> int:
         """Numbers by which each input dimension enters the gate: mean and variance of every expert, or its weight."""
         return (2 if self.gate == "sparsity" else 1) * self.experts
@@ -96,10 +89,6 @@ class MoEXFFNConfig:
         """
         width = self.k * self.expert_width
         return d_model * (self._gate_numbers() + width + (width if active is None else active))
-
-    def flops(self, d_model: int, active: float | None = None) -> float:
-        """FLOPs per token with `active` neurons (None: all of k experts; a multiply-add counts 2)."""
-        return 2 * self.weights(d_model, active)
 
     def idle_parameters(self, d_model: int) -> int:
         """Parameters of the experts that a token does not take."""
@@ -152,7 +141,7 @@ class MoEXFFNConfig:
         return MoEXFFN(self, ctx, rngs)
 
 
-class MoEXFFN(nnx.Module):
+class MoEXFFN(FFN):
     """Mixture of sparse experts; see `MoEXFFNConfig`."""
 
     def __init__(self, config: MoEXFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,21 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.contract import (
+    AttentionKind,
+    Extra,
+    FFNKind,
+    Head,
+    Joined,
+    Observed,
+    Residual,
+    ResidualKind,
+    Sublayer,
+    SublayerName,
+    register_residual,
+)
 from sparsezoo_jax.models.norms import Norm, NormConfig
-from sparsezoo_jax.models.residual import Extra, Joined, PreNorm, PreNormConfig, Sublayer, SublayerName
+from sparsezoo_jax.models.residual import PreNorm, PreNormConfig
 from sparsezoo_jax.models.routers import RouterBias, Routing
 from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, Grouping, from_blocks, to_blocks
@@ -31,8 +44,9 @@ from sparsezoo_jax.sharding import whole
 WIDTH_BALANCE = "width_balance"
 
 
+@register_residual
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MoHDConfig:
+class MoHDConfig(ResidualKind):
     """`x + Fuse(mask * sublayer(a * gates * norm(x)))` with gates of the blocks that a router gives each token.
 
     Loss, to be weighted by an objective: `width_balance`, the mean over routers of how unevenly routed blocks are used.
@@ -124,13 +138,13 @@ class MoHDConfig:
         """Share of the width that is active."""
         return self.active / self.blocks
 
-    def check(self, d_model: int, attention: Any, ffn: Any) -> None:
+    def check(self, d_model: int, attention: AttentionKind, ffn: FFNKind) -> None:
         """Raise `ConfigError` for a width that can't be cut so, or a sublayer that needs all of it."""
         require(
             d_model % self.blocks == 0, "model.residual.blocks", self.blocks, f"must divide model.d_model={d_model}"
         )
         for name, kind in (("attention", attention), ("ffn", ffn)):
-            able = getattr(kind, "partial_width", False) or not self._masks(name)
+            able = kind.partial_width or not self._masks(name)
             require(able, f"model.{name}.kind", kind.kind, "needs all of the width; model.residual.kind=mohd routes it")
 
     def _masks(self, sublayer: str) -> bool:
@@ -179,8 +193,8 @@ class MoHDConfig:
             return self.dense_twin().build(ctx, norm, rngs, sublayer)
         return MoHD(self, ctx, norm, rngs, routes=not (sublayer == "ffn" and self.routers == "layer"))
 
-    def build_head(self, ctx: BuildContext, rngs: nnx.Rngs) -> RoutedHead | None:
-        return RoutedHead(self, ctx, rngs) if self.masked_head else None
+    def build_head(self, ctx: BuildContext, rngs: nnx.Rngs) -> Head:
+        return RoutedHead(self, ctx, rngs) if self.masked_head else Head()
 
 
 class Chosen(NamedTuple):
@@ -281,7 +295,7 @@ class BlockRouter(nnx.Module):
             observed={"load": load_E} if moves else {},
         )
 
-    def after_step(self, observed: dict[str, jax.Array]) -> None:
+    def after_step(self, observed: Observed) -> None:
         """Move the bias by the loads of the routed blocks, [E] or stacked [layers, E]; count the step."""
         if self.bias_E is not None:
             self.bias_E[...] = routers.balanced_bias(self.bias_E[...], observed["load"], self.config.bias_rate)
@@ -339,7 +353,7 @@ class Fusion(nnx.Module):
         return y_BTD + mixed.reshape(y_BTD.shape)
 
 
-class MoHD(nnx.Module):
+class MoHD(Residual):
     """Residual connection whose sublayer sees a routed part of the stream; see `MoHDConfig`."""
 
     def __init__(self, config: MoHDConfig, ctx: BuildContext, norm: NormConfig, rngs: nnx.Rngs, *, routes: bool):
@@ -381,7 +395,15 @@ class MoHD(nnx.Module):
             aux = aux.averaged(second)
         return (read, written), aux._replace(observed=observed)
 
-    def after_step(self, observed: dict[str, dict[str, jax.Array]]) -> None:
+    def active_share(self) -> float | None:
+        """Share of the width that the sublayer's maps compute; None: all of it."""
+        return self.config.delta if self.config.grouped else None
+
+    def maps(self) -> tuple[nnx.Module, ...]:
+        """Its routers and its fusion."""
+        return tuple(part for part in (self.router, self.output_router, self.fusion) if part is not None)
+
+    def after_step(self, observed: Observed) -> None:
         """Let the routers move what is no parameter; values are single or stacked as their variables are."""
         for name, values in observed.items():
             getattr(self, name).after_step(values)
@@ -394,7 +416,7 @@ def routed_blocks(hidden_BTD: jax.Array, config: MoHDConfig) -> jax.Array:
     return jax.lax.top_k(used_BTE.astype(jnp.float32), config.routed)[1] + config.shared
 
 
-class RoutedHead(nnx.Module):
+class RoutedHead(Head):
     """The part of the final state that the output projection reads, chosen by a router of its own."""
 
     def __init__(self, config: MoHDConfig, ctx: BuildContext, rngs: nnx.Rngs):
@@ -420,6 +442,10 @@ class RoutedHead(nnx.Module):
         routed_BTK, form = routed_blocks(hidden_BTD, config), config.implementation
         return from_blocks(hidden_BTD, routed_BTK, weight_DV, config.cut, dtype=dtype, implementation=form)
 
-    def after_step(self, observed: dict[str, jax.Array]) -> None:
+    def maps(self) -> tuple[nnx.Module, ...]:
+        """Its router."""
+        return (self.router,)
+
+    def after_step(self, observed: Observed) -> None:
         """Let the router move what is no parameter."""
         self.router.after_step(observed)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import jax
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.common import BuildContext, CallContext
+from sparsezoo_jax.models.contract import (
+    Extra,
+    Joined,
+    Residual,
+    ResidualKind,
+    Sublayer,
+    SublayerName,
+    register_residual,
+)
 from sparsezoo_jax.models.norms import NormConfig
 
-Extra = TypeVar("Extra")
-SublayerName = Literal["attention", "ffn"]
-Sublayer = Callable[[jax.Array, CallContext], tuple[jax.Array, Extra]]
 
-
-class Joined(NamedTuple, Generic[Extra]):
-    """What a residual connection around a sublayer returns."""
-
-    stream_BTD: jax.Array
-    """The stream after the sublayer."""
-    extra: Extra
-    """Whatever the sublayer returned beside its output."""
-    aux: LayerAux = LayerAux()
-    """Losses, statistics and observations of the connection itself."""
-    routing: Any = None
-    """What the next connection of the same layer finds as `CallContext.routing`."""
-
-
+@register_residual
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PreNormConfig:
+class PreNormConfig(ResidualKind):
     """`x + scale * sublayer(norm(x))`, optionally with a norm after the sublayer too (Gemma 2)."""
 
     kind: Literal["pre_norm"] = "pre_norm"
@@ -41,33 +33,11 @@ class PreNormConfig:
     scale: float = 1.0
     """Factor on what is added (MiniCPM: 1.4 / sqrt(layers))."""
 
-    def check(self, d_model: int, attention: Any, ffn: Any) -> None:
-        """Raise `ConfigError` for a decoder that this can't be the residual connection of: there is none."""
-
-    def fan_in(self, d_model: int) -> int:
-        """Dimensions by which sublayers scale the initial weights that read the stream."""
-        return d_model
-
-    def active_width(self, d_model: int, sublayer: SublayerName | Literal["head"]) -> int:
-        """Dimensions of the stream that a token's sublayer (or the output projection) reads or writes."""
-        return d_model
-
-    def weights(self, d_model: int, sublayer: SublayerName | Literal["head"]) -> float:
-        """Matrix weights of the connection that one token needs."""
-        return 0
-
-    def dense_twin(self) -> PreNormConfig:
-        """The connection whose sublayers see all of the stream: this one."""
-        return self
-
     def build(self, ctx: BuildContext, norm: NormConfig, rngs: nnx.Rngs, sublayer: SublayerName) -> PreNorm:
         return PreNorm(self, ctx, norm)
 
-    def build_head(self, ctx: BuildContext, rngs: nnx.Rngs) -> None:
-        """What chooses the part of the final state that the output projection reads: nothing, it reads all."""
 
-
-class PreNorm(nnx.Module):
+class PreNorm(Residual):
     """Residual connection around one sublayer; see `PreNormConfig`."""
 
     def __init__(self, config: PreNormConfig, ctx: BuildContext, norm: NormConfig):

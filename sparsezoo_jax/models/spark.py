@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.attention import GQAConfig, Projections, check_heads, projection_flops, projection_weights
 from sparsezoo_jax.models.cache import LayerCache
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.contract import FFN, Attention, AttentionKind, FFNKind, register_attention, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig, density, or_target
 from sparsezoo_jax.models.records import (
     ATTENTION_SCORES,
@@ -31,8 +32,9 @@ from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, predicted_k
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
 
 
+@register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SparkFFNConfig:
+class SparkFFNConfig(FFNKind):
     """`V [GELU(StatTop_k(K1^T x[:r])) * (K2^T x[r:])]`; 1.5 times the width of a gated FFN of equal parameters."""
 
     kind: Literal["spark"] = "spark"
@@ -66,9 +68,9 @@ class SparkFFNConfig:
         require(self.ddof in (0, 1), f"{field}.ddof", self.ddof, "must be 0 or 1")
         require(self.huber_delta >= 0, f"{field}.huber_delta", self.huber_delta, "must be 0 or above")
 
-    def for_layer(self, layer: int, layers: int) -> SparkFFNConfig:
-        """The configuration of one layer: all are alike."""
-        return self
+    def check(self, d_model: int) -> None:
+        """Raise `ConfigError` where no input dimension is left beside the predictor's."""
+        require(self.r < d_model, "model.ffn.r", self.r, f"must be below model.d_model={d_model}")
 
     @property
     def target_active(self) -> float | None:
@@ -88,11 +90,10 @@ class SparkFFNConfig:
         return GatedFFNConfig(d_ff=self.d_ff // 3 * 2) if self.d_ff % 3 == 0 else None
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> SparkFFN:
-        require(self.r < ctx.d_model, "model.ffn.r", self.r, f"must be below model.d_model={ctx.d_model}")
         return SparkFFN(self, ctx, rngs)
 
 
-class SparkFFN(nnx.Module):
+class SparkFFN(FFN):
     """Feed-forward layer with a built-in predictor; see `SparkFFNConfig`."""
 
     def __init__(self, config: SparkFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
@@ -123,8 +124,9 @@ class SparkFFN(nnx.Module):
         return y, LayerAux(stats=stats, records=ctx.recorded(records))
 
 
+@register_attention
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SparkAttentionConfig:
+class SparkAttentionConfig(AttentionKind):
     """`V [softmax(StatTop_k^-inf(K1^T q[:r])) * softplus(K2^T q[r:])]` per head; no parameters beyond GQA's."""
 
     kind: Literal["spark"] = "spark"
@@ -242,12 +244,11 @@ def apply_split_rope(x_BTNH: jax.Array, positions_BT: jax.Array, r: int, base: f
     return jnp.concatenate([apply_rope(part, positions_BT, base, fraction) for part in parts], axis=-1)
 
 
-class SparkAttention(nnx.Module):
+class SparkAttention(Attention):
     """Attention over about `top_k` selected keys; see `SparkAttentionConfig`."""
 
     def __init__(self, config: SparkAttentionConfig, ctx: BuildContext, rngs: nnx.Rngs):
-        self.config = config
-        self.layer_type: LayerType = ctx.layer_type
+        super().__init__(config, ctx)
         self.projections = Projections(config, ctx, rngs)
 
     def __call__(

@@ -3,226 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
 from sparsezoo_jax.training.objectives import ObjectiveConfig
-
-MomentDType = Literal["float32", "bfloat16"]
-DecayShape = Literal["linear", "1-sqrt", "exponential", "cosine"]
-
-
-def steps_of(length: float, steps: int) -> int:
-    """Number of steps that `length` stands for: itself from 1 on, a fraction of `steps` below 1."""
-    return round(length * steps) if length < 1 else int(length)
-
-
-def _check_length(name: str, length: float) -> None:
-    require(
-        length >= 0 and (length < 1 or length == int(length)),
-        f"train.schedule.{name}",
-        length,
-        "must be a whole number of steps, or a fraction of train.steps between 0 and 1",
-    )
-
-
-def _check_rate(config: Cosine | WSD | WSDC | Constant) -> None:
-    require(config.learning_rate > 0, "train.schedule.learning_rate", config.learning_rate, "must be above 0")
-    _check_length("warmup_steps", config.warmup_steps)
-
-
-def _check_ratio(ratio: float) -> None:
-    require(0 <= ratio <= 1, "train.schedule.min_ratio", ratio, "must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Cosine:
-    """Linear warm-up, then half a cosine down to min_ratio * learning_rate at the last step."""
-
-    kind: Literal["cosine"] = "cosine"
-    """Schedule kind."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    warmup_steps: float = 0.02
-    """Length of the linear warm-up: a number of steps, or a fraction of train.steps when below 1."""
-    min_ratio: float = 0.1
-    """Final learning rate divided by the peak."""
-
-    def __post_init__(self):
-        _check_rate(self)
-        _check_ratio(self.min_ratio)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class WSD:
-    """Warm-up, stable, decay: the decay ends at min_ratio * learning_rate at the last step (arXiv 2404.06395)."""
-
-    kind: Literal["wsd"] = "wsd"
-    """Schedule kind."""
-    learning_rate: float = 3e-4
-    """Learning rate of the stable phase."""
-    warmup_steps: float = 0.02
-    """Length of the linear warm-up: a number of steps, or a fraction of train.steps when below 1."""
-    decay_steps: float = 0.2
-    """Length of the decay: a number of steps, or a fraction of train.steps when below 1."""
-    decay: DecayShape = "1-sqrt"
-    """Shape of the decay."""
-    min_ratio: float = 0.0
-    """Final learning rate divided by the peak; above 0 for the exponential decay."""
-
-    def __post_init__(self):
-        _check_rate(self)
-        _check_length("decay_steps", self.decay_steps)
-        _check_ratio(self.min_ratio)
-        if self.decay == "exponential":
-            require(
-                self.min_ratio > 0, "train.schedule.min_ratio", self.min_ratio, "must be above 0 to decay exponentially"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class WSDC:
-    """Warm-up, stable, decay, constant: after the decay the run goes on at min_ratio * learning_rate."""
-
-    kind: Literal["wsdc"] = "wsdc"
-    """Schedule kind."""
-    learning_rate: float = 3e-4
-    """Learning rate of the stable phase."""
-    warmup_steps: float = 0.02
-    """Length of the linear warm-up: a number of steps, or a fraction of train.steps when below 1."""
-    stable_steps: float = 0.6
-    """Length of the stable phase: a number of steps, or a fraction of train.steps when below 1."""
-    decay_steps: float = 0.2
-    """Length of the decay: a number of steps, or a fraction of train.steps when below 1."""
-    decay: DecayShape = "1-sqrt"
-    """Shape of the decay."""
-    min_ratio: float = 0.1
-    """Learning rate of the constant tail divided by the peak; above 0 for the exponential decay."""
-
-    def __post_init__(self):
-        _check_rate(self)
-        _check_length("stable_steps", self.stable_steps)
-        _check_length("decay_steps", self.decay_steps)
-        _check_ratio(self.min_ratio)
-        if self.decay == "exponential":
-            require(
-                self.min_ratio > 0, "train.schedule.min_ratio", self.min_ratio, "must be above 0 to decay exponentially"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Constant:
-    """Linear warm-up, then a constant learning rate; merge the last checkpoints instead of decaying (merging.py)."""
-
-    kind: Literal["constant"] = "constant"
-    """Schedule kind."""
-    learning_rate: float = 3e-4
-    """Learning rate after the warm-up."""
-    warmup_steps: float = 0.02
-    """Length of the linear warm-up: a number of steps, or a fraction of train.steps when below 1."""
-
-    def __post_init__(self):
-        _check_rate(self)
-
-
-def _check_adam(config: AdamW | Muon) -> None:
-    for name in ("b1", "b2"):
-        value = getattr(config, name)
-        require(0 <= value < 1, f"train.optimizer.{name}", value, "must be at least 0 and below 1")
-    require(config.eps > 0, "train.optimizer.eps", config.eps, "must be above 0")
-    require(config.weight_decay >= 0, "train.optimizer.weight_decay", config.weight_decay, "must be at least 0")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101); the decay is multiplied by the learning rate."""
-
-    kind: Literal["adamw"] = "adamw"
-    """Optimizer kind."""
-    b1: float = 0.9
-    """Decay rate of the first moment."""
-    b2: float = 0.95
-    """Decay rate of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors and scalars do not decay."""
-    decay_embeddings: bool = False
-    """Whether token embeddings and the output head decay, too."""
-    first_moment_dtype: MomentDType = "float32"
-    """Storage type of the first moment."""
-
-    def __post_init__(self):
-        _check_adam(self)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Muon:
-    """Muon for matrices (arXiv 2502.16982), AdamW at the same learning rate for embeddings, output head and vectors."""
-
-    kind: Literal["muon"] = "muon"
-    """Optimizer kind."""
-    momentum: float = 0.95
-    """Decay rate of Muon's Nesterov momentum."""
-    newton_schulz_steps: int = 5
-    """Newton-Schulz iterations of the orthogonalisation."""
-    update_rms: float = 0.2
-    """Root mean square of an update in units of the learning rate; 0.2 matches AdamW's, so its rates can be reused."""
-    b1: float = 0.9
-    """AdamW: decay rate of the first moment."""
-    b2: float = 0.95
-    """AdamW: decay rate of the second moment."""
-    eps: float = 1e-8
-    """AdamW: added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors and scalars do not decay."""
-    decay_embeddings: bool = False
-    """Whether token embeddings and the output head decay, too."""
-    first_moment_dtype: MomentDType = "float32"
-    """Storage type of both momenta."""
-
-    def __post_init__(self):
-        _check_adam(self)
-        require(0 <= self.momentum < 1, "train.optimizer.momentum", self.momentum, "must be at least 0 and below 1")
-        steps = self.newton_schulz_steps
-        require(steps > 0, "train.optimizer.newton_schulz_steps", steps, "must be above 0")
-        require(self.update_rms > 0, "train.optimizer.update_rms", self.update_rms, "must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Adafactor:
-    """Adafactor with factored second moments (arXiv 1804.04235) and an explicit learning rate."""
-
-    kind: Literal["adafactor"] = "adafactor"
-    """Optimizer kind."""
-    momentum: float | None = None
-    """Decay rate of the first moment; None keeps none."""
-    decay_exponent: float = 0.8
-    """The second moment decays at rate 1 - t^-decay_exponent."""
-    clip_threshold: float = 1.0
-    """Largest root mean square of a parameter's update, per layer."""
-    scale_by_parameter: bool = False
-    """Multiply each update by the root mean square of its parameter (then learning rates near 1e-2 are usual)."""
-    min_factored_size: int = 128
-    """Matrices with a side below this keep a full second moment."""
-    weight_decay: float = 0.0
-    """Decay of matrices; vectors and scalars do not decay."""
-    decay_embeddings: bool = False
-    """Whether token embeddings and the output head decay, too."""
-    first_moment_dtype: MomentDType = "float32"
-    """Storage type of the first moment."""
-
-    def __post_init__(self):
-        name = "train.optimizer"
-        if self.momentum is not None:
-            require(0 <= self.momentum < 1, f"{name}.momentum", self.momentum, "must be at least 0 and below 1")
-        require(self.decay_exponent > 0, f"{name}.decay_exponent", self.decay_exponent, "must be above 0")
-        require(self.clip_threshold > 0, f"{name}.clip_threshold", self.clip_threshold, "must be above 0")
-        require(self.min_factored_size > 0, f"{name}.min_factored_size", self.min_factored_size, "must be above 0")
-        require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "must be at least 0")
+from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
+from sparsezoo_jax.training.schedules import Cosine, ScheduleConfig, steps_of
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -248,10 +35,6 @@ class ParameterGroup:
         require(self.clip is None or self.clip > 0, "train.groups.clip", self.clip, "must be above 0 or None")
         decay = self.weight_decay
         require(decay is None or decay >= 0, "train.groups.weight_decay", decay, "must be at least 0 or None")
-
-
-OptimizerConfig = Annotated[AdamW | Muon | Adafactor, Field(discriminator="kind")]
-ScheduleConfig = Annotated[Cosine | WSD | WSDC | Constant, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -324,7 +107,6 @@ class TrainConfig:
         losses = [objective.loss for objective in self.objectives]
         for loss in losses:
             require(losses.count(loss) == 1, "train.objectives.loss", loss, "has more than one objective")
-        phases = [getattr(self.schedule, f"{phase}_steps", 0) for phase in ("warmup", "stable", "decay")]
-        total = sum(steps_of(length, self.steps) for length in phases)
+        total = sum(steps_of(length, self.steps) for length in self.schedule.phases())
         allowed = f"the schedule's phases take {total} steps; shorten them, or give them as fractions of train.steps"
         require(total <= self.steps, "train.steps", self.steps, allowed)

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
+from sparsezoo_jax.registry import Kind, Registry
 
 
-class Objective(Protocol):
+class Objective(Kind):
     """Turns one auxiliary loss of the model into a weighted term of the training objective.
 
     All three methods run inside the compiled train step; `step` is the int32 train step counter, 0 at the first step.
     The state is a pytree of arrays with fixed shapes; it is checkpointed with the rest of the train state.
     """
 
-    @property
-    def loss(self) -> str:
-        """Name of the entry of `out.losses` that this objective weights."""
-        ...
+    loss: str
+    """Name of the entry of `out.losses` that this objective weights."""
 
     def init(self) -> Any:
-        """State before the first step."""
-        ...
+        """State before the first step. Default: none."""
+        return {}
 
+    @abc.abstractmethod
     def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
         """Weight of the loss at this step, float32 scalar."""
-        ...
 
     def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
-        """State after a step.
+        """State after a step. Default: the same.
 
         Its metrics are `loss`, `z_loss`, `losses/<name>` (unweighted) and the model's statistics by name, float32 [L],
         NaN where a layer has no such statistic; all of the whole batch.
         """
-        ...
+        return state
 
 
+OBJECTIVES: Registry[Objective] = Registry("train.objectives", Objective)
+register_objective = OBJECTIVES.register
+ObjectiveConfig = Annotated[Objective, OBJECTIVES]
+
+
+@register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FixedObjective:
+class FixedObjective(Objective):
     """A constant weight."""
 
     kind: Literal["fixed"] = "fixed"
@@ -56,18 +61,13 @@ class FixedObjective:
     def __post_init__(self):
         require(self.weight >= 0, "train.objectives.weight", self.weight, "must be at least 0")
 
-    def init(self) -> dict[str, jax.Array]:
-        return {}
-
     def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
         return jnp.float32(self.weight)
 
-    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
-        return state
 
-
+@register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SineProgressive:
+class SineProgressive(Objective):
     """A weight that climbs from peak to peak along half sine waves (ProSparse, arXiv 2402.13516, section 3.2).
 
     With peaks l_1..l_S at steps T_1..T_S: l_1 up to T_1; l_{i-1} + eta * (l_i - l_{i-1}) on (T_{i-1}, T_i] with
@@ -96,9 +96,6 @@ class SineProgressive:
         rising = all(a < b for a, b in zip((-1, *self.steps), self.steps, strict=False))
         require(rising, f"{name}.steps", self.steps, "must be at least 0 and rise strictly")
 
-    def init(self) -> dict[str, jax.Array]:
-        return {}
-
     def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
         value = jnp.float32(self.peaks[0])
@@ -109,12 +106,10 @@ class SineProgressive:
             value = jnp.where(t > start, low + eta * (high - low), value)
         return value
 
-    def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
-        return state
 
-
+@register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdaptiveFactor:
+class AdaptiveFactor(Objective):
     """A weight multiplied every `interval` steps by how much its loss changed (BlockFFN, arXiv 2507.08771).
 
     With gamma = mean loss of the last `interval` steps / mean loss of the `interval` steps before them, the factor is
@@ -184,8 +179,9 @@ class AdaptiveFactor:
         }
 
 
+@register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DensityTarget:
+class DensityTarget(Objective):
     """A weight that grows while more of the FFN is active than wanted, and shrinks while less is (ReMoE).
 
     After each step it is multiplied by `factor` if the layers' mean `ffn_density`, in percent, exceeds
@@ -222,11 +218,6 @@ class DensityTarget:
         weight = state["weight"]
         less = jnp.maximum(weight / self.factor, self.weight)
         return {"weight": jnp.where(active > round(100 * self.target, 2), weight * self.factor, less)}
-
-
-ObjectiveConfig = Annotated[
-    FixedObjective | SineProgressive | AdaptiveFactor | DensityTarget, Field(discriminator="kind")
-]
 
 
 def check_objectives(objectives: Sequence[Objective], losses: Sequence[str]) -> None:

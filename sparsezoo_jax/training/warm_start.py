@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
-from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models import Decoder, DecoderConfig, FFNKind
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, flatten, map_with_path
 
@@ -115,11 +115,9 @@ def _converted(
 
 
 def _with_upcycled(
-    source: Any, target: Any, noise: float, own: Mapping[str, Any], given: Mapping[str, Any], key: jax.Array
+    source: FFNKind, target: FFNKind, noise: float, own: Mapping[str, Any], given: Mapping[str, Any], key: jax.Array
 ) -> tuple[dict[str, Any], set[str]]:
     """`given` with every FFN of the source made into one of the target, and what of the target's is not made so."""
-    if not hasattr(target, "upcycled"):
-        raise ConfigError(_FIELD, source.kind, f"an FFN of kind {target.kind} can't be made of another kind")
     layers: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {}
     for path, x in given.items():

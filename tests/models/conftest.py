@@ -1,6 +1,9 @@
-"""Small decoders of every kind, built once a session."""
+"""Small decoders of every kind, built once a session. A kind without one fails `test_decoder`."""
+
+import contextlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -10,6 +13,7 @@ from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.mohd import MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
@@ -66,6 +70,11 @@ CONFIGS = {
         norm=NormConfig(kind="layer", bias=True),
         learned_positions=True,
     ),
+    "moe": DecoderConfig(
+        **BASE,
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
+        ffn=MoEFFNConfig(experts=6, expert_width=8, k=3, router="deepseek", shared_experts=1, router_std=0.3),
+    ),
     "moex": DecoderConfig(
         **BASE,
         attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None),
@@ -97,7 +106,21 @@ def forward(model: Decoder):
     """The model's call, jitted over everything but its structure."""
     graphdef, state = nnx.split(model)
     call = jax.jit(lambda state, tokens, **kwargs: nnx.merge(graphdef, state)(tokens, **kwargs))
-    return lambda tokens, **kwargs: call(state, tokens, **kwargs)
+
+    def run(tokens, *, segment_ids=None, **kwargs):
+        # Given always, so that calls with and without them are one program.
+        segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        return call(state, tokens, segment_ids=segment_ids, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+    """Programs of these small models run for less time than it takes to optimise them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))

@@ -15,8 +15,10 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, copies, named, put
-from sparsezoo_jax.training.config import AdamW, Constant, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
+from sparsezoo_jax.training.optimizers import AdamW
+from sparsezoo_jax.training.schedules import Constant
 from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, state_shardings
 from sparsezoo_jax.training.step import build_train_step
 

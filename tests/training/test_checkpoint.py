@@ -12,8 +12,8 @@ import pytest
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.checkpoint_format import brief, describe
-from sparsezoo_jax.training.config import Muon
 from sparsezoo_jax.training.objectives import AdaptiveFactor
+from sparsezoo_jax.training.optimizers import Muon
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import flatten
 

@@ -2,19 +2,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.training.config import (
-    WSD,
-    WSDC,
-    Adafactor,
-    AdamW,
-    Constant,
-    Cosine,
-    Muon,
-    ParameterGroup,
-    TrainConfig,
-    steps_of,
-)
+from sparsezoo_jax.training.config import ParameterGroup, TrainConfig
 from sparsezoo_jax.training.objectives import FixedObjective, SineProgressive
+from sparsezoo_jax.training.optimizers import Adafactor, AdamW, Muon
+from sparsezoo_jax.training.schedules import WSD, WSDC, Constant, Cosine, steps_of
 
 
 @pytest.mark.parametrize(

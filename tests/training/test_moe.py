@@ -15,7 +15,7 @@ from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.routers import RouterName
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.objectives import DensityTarget, FixedObjective
-from sparsezoo_jax.training.optimizer import matrix_axes
+from sparsezoo_jax.training.optimizers import matrix_axes
 from sparsezoo_jax.training.state import ModelTemplate, flatten
 
 from .test_checkpoint import restore

@@ -5,8 +5,10 @@ import optax
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.training.config import Adafactor, AdamW, Constant, Muon, ParameterGroup
-from sparsezoo_jax.training.optimizer import build_optimizer, clip_gradients, is_matrix, matrix_axes
+from sparsezoo_jax.training.config import ParameterGroup
+from sparsezoo_jax.training.optimizer import build_optimizer, clip_gradients
+from sparsezoo_jax.training.optimizers import Adafactor, AdamW, Muon, is_matrix, matrix_axes
+from sparsezoo_jax.training.schedules import Constant
 from sparsezoo_jax.training.state import ModelTemplate, Variable, flatten
 
 from .toy import ToyModel, config

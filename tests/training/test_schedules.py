@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from sparsezoo_jax.training.config import WSD, WSDC, Constant, Cosine
-from sparsezoo_jax.training.schedules import build_schedule
+from sparsezoo_jax.training.schedules import WSD, WSDC, Constant, Cosine, build_schedule
 
 LR = 2.0
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsezoo_jax.training.config import AdamW, ParameterGroup
+from sparsezoo_jax.training.config import ParameterGroup
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.optimizer import build_optimizer
+from sparsezoo_jax.training.optimizers import AdamW
 from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, state_shardings
 from sparsezoo_jax.training.step import build_train_step
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsezoo_jax.training.config import Constant, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.schedules import Constant
 
 VOCAB, WIDTH, HIDDEN, LAYERS = 17, 8, 16, 2
 BATCH, LENGTH = 4, 6

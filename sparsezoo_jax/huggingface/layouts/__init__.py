@@ -17,23 +17,15 @@ from sparsezoo_jax.huggingface.fields import Fields
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
-from sparsezoo_jax.huggingface.layouts.rows import Entry, Layout
+from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
-from sparsezoo_jax.models.blockffn import BlockFFNConfig
-from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
-from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
-__all__ = ["LAYOUTS", "Entry", "Layout", "read_model", "write_model"]
+__all__ = ["LAYOUTS", "Entry", "Layout", "read_model", "register_layout", "write_model"]
 
-LAYOUTS = {layout.model_type: layout for layout in (GEMMA2, LLAMA, GPT2, MINICPM)}
-_KINDS: dict[str, Any] = {
-    "gqa": GQAConfig,
-    "mla": MLAConfig,
-    "gated": GatedFFNConfig,
-    "plain": PlainFFNConfig,
-    "blockffn": BlockFFNConfig,
-}
+for _layout in (LLAMA, GEMMA2, GPT2, MINICPM):
+    register_layout(_layout)
 
 
 def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, DecoderConfig]:
@@ -52,7 +44,10 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
     layout = dataclasses.replace(layout, entries=found.pop("entries", layout.entries))
     defaults = {"attention": layout.attention_kinds[0], "ffn": layout.ffn_kind}
     try:
-        parts = {part: _KINDS[found[part].get("kind", kind)](**found[part]) for part, kind in defaults.items()}
+        registries = {"attention": ATTENTION_KINDS, "ffn": FFN_KINDS}
+        parts = {
+            part: registries[part][found[part].get("kind", kind)](**found[part]) for part, kind in defaults.items()
+        }
         model = DecoderConfig(**{**found, **parts})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -87,12 +82,9 @@ def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str,
 
 
 def _layout_for(model: DecoderConfig) -> Layout:
-    """The only layout that could hold a decoder."""
-    if model.ffn.kind == MINICPM.ffn_kind:
-        return MINICPM
-    if model.learned_positions or model.norm.kind == "layer":
-        return GPT2
-    return GEMMA2 if model.residual.post_norm else LLAMA
+    """The layout that could hold a decoder, by its kinds and what goes with them."""
+    suiting = [layout for layout in reversed(LAYOUTS.values()) if layout.suits(model)]
+    return next((layout for layout in suiting if layout.ffn_kind == model.ffn.kind), suiting[0])
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -82,4 +82,5 @@ GPT2 = Layout(
     _write_gpt2,
     ("gqa",),
     "plain",
+    lambda model: model.learned_positions or model.norm.kind == "layer",
 )

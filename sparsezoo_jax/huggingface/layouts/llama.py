@@ -169,6 +169,7 @@ GEMMA2 = Layout(
     _write_gemma2,
     ("gqa",),
     "gated",
+    lambda model: isinstance(model.residual, PreNormConfig) and model.residual.post_norm,
 )
 LLAMA = Layout(
     "llama",
@@ -180,4 +181,5 @@ LLAMA = Layout(
     _write_llama,
     ("gqa",),
     "gated",
+    lambda model: True,
 )

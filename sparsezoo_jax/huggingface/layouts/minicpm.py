@@ -21,7 +21,8 @@ from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
-from sparsezoo_jax.training.config import WSD, TrainConfig
+from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.schedules import WSD
 
 _LATENT = (
     Entry("model.layers.{layer}.self_attn.q_a_proj.weight", ("attention/q_a_DR",), 1, True),
@@ -170,6 +171,7 @@ MINICPM = Layout(
     _write,
     ("mla", "gqa"),
     "blockffn",
+    lambda model: model.ffn.kind == "blockffn",
     not_stored=(
         "attention.kv_up_init_std",
         *(

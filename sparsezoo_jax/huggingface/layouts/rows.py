@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparsezoo_jax.huggingface.fields import ACTIVATIONS, Fields
+from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.training.config import TrainConfig
 
 
@@ -44,6 +45,8 @@ class Layout:
     """And back."""
     attention_kinds: tuple[str, ...]
     ffn_kind: str
+    suits: Callable[[DecoderConfig], bool]
+    """Whether this is the layout that a decoder of these kinds belongs in, going by its other parts."""
     not_stored: tuple[str, ...] = ()
     """Fields of the decoder, beside `NOT_STORED`, for which a checkpoint has no place."""
     arch: str = "dense"
@@ -58,6 +61,15 @@ class Layout:
     def is_ignored(self, key: str, *, tied: bool) -> bool:
         """Whether a tensor holds nothing to convert; with tied embeddings a stored head is a copy."""
         return re.fullmatch(self.ignored, key) is not None or (tied and key == "lm_head.weight")
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Make a layout known to `convert` by its model type. Of several that suit a decoder the last one is taken."""
+    LAYOUTS[layout.model_type] = layout
+    return layout
 
 
 def vector(name: str, path: str) -> Entry:

@@ -1,0 +1,214 @@
+"""The decoder's layers: one layer, and a run of equal ones that is compiled once and looped over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsezoo_jax.models.common import CallContext, LayerAux
+from sparsezoo_jax.models.contract import Attention, Observed, Sublayer
+from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
+from sparsezoo_jax.sharding import constrain
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
+
+STREAM = ("batch", "length", "embed")
+
+
+class LayerWatch:
+    """What a caller asked to see or to change of one layer's call: see `Decoder.__call__`, `record` and `edit`."""
+
+    def __init__(self, ctx: CallContext):
+        self.ctx = ctx
+        self.inputs: list[jax.Array] = []
+        self.records: dict[str, jax.Array] = {}
+
+    def attention(self, attention: Attention, cache: Any) -> Sublayer[tuple[LayerAux, Any]]:
+        """`attention` over `cache` as a residual connection calls it."""
+
+        def watched(h_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, tuple[LayerAux, Any]]:
+            self.inputs.append(h_BTD)
+            y_BTD, aux, updated = attention(h_BTD, ctx, cache)
+            return y_BTD, (aux, updated)
+
+        return watched
+
+    def ffn(self, ffn: Sublayer[LayerAux]) -> Sublayer[LayerAux]:
+        """`ffn` as a residual connection calls it."""
+
+        def watched(h_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+            self.inputs.append(h_BTD)
+            y_BTD, aux = ffn(h_BTD, ctx)
+            return self._seen(FFN_OUTPUT, self.ctx.edited(FFN_OUTPUT, y_BTD)), aux
+
+        return watched
+
+    def residual(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream after the layer."""
+        return self._seen(RESIDUAL, self.ctx.edited(RESIDUAL, x_BTD))
+
+    def recorded(self, aux: LayerAux, spec: LayerSpec) -> LayerAux:
+        """`aux` with what was seen among its records, or with the summary of all records that the caller wants."""
+        inputs = self.ctx.recorded({SUBLAYER_INPUT: lambda: jnp.stack(self.inputs)})
+        records = {**aux.records, **self.records, **inputs}
+        if self.ctx.summarise is not None:
+            records = self.ctx.summarise(records, spec, self.ctx)
+        return aux._replace(records=records)
+
+    def _seen(self, name: str, array: jax.Array) -> jax.Array:
+        self.records |= self.ctx.recorded({name: lambda: array})
+        return array
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a feed-forward network, each in a residual connection."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, rngs: nnx.Rngs):
+        ctx = config.build_context(spec.layer_type)
+        self.spec = spec
+        self.attention_residual = config.residual.build(ctx, config.norm, rngs, "attention")
+        self.attention = spec.attention.build(ctx, rngs)
+        self.ffn_residual = config.residual.build(ctx, config.norm, rngs, "ffn")
+        self.ffn = spec.ffn.build(ctx, rngs)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any) -> tuple[jax.Array, LayerAux, Any]:
+        watch = LayerWatch(ctx)
+        attended = self.attention_residual(x_BTD, ctx, watch.attention(self.attention, cache))
+        x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
+        fed = self.ffn_residual(x_BTD, replace(ctx, routing=attended.routing), watch.ffn(self.ffn))
+        x_BTD, ffn_aux = watch.residual(constrain(fed.stream_BTD, STREAM)), fed.extra
+        aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
+        parts = {
+            "attention_residual": attended.aux,
+            "attention": attention_aux,
+            "ffn_residual": fed.aux,
+            "ffn": ffn_aux,
+        }
+        observed = {name: part.observed for name, part in parts.items() if part.observed}
+        return x_BTD, watch.recorded(aux._replace(observed=observed), self.spec), cache
+
+    def after_step(self, observed: Observed) -> None:
+        """Let the parts that observed something move their variables; values are stacked as these are."""
+        for name, values in observed.items():
+            getattr(self, name).after_step(values)
+
+
+class Segment(nnx.Module):
+    """Equal periods of the layer pattern, one after another.
+
+    The blocks of one period hold the parameters of all repeats, stacked along a leading axis; in a segment that
+    `unstacked` made, those of its one layer as they are.
+    """
+
+    def __init__(self, blocks: Sequence[Block], spec: SegmentSpec, *, stacked: bool):
+        self.blocks = nnx.List(blocks)
+        self.spec, self.stacked = spec, stacked
+
+    @classmethod
+    def build(cls, config: DecoderConfig, spec: SegmentSpec, rngs: nnx.Rngs) -> Segment:
+        """The segment with new parameters, stacked."""
+
+        @nnx.split_rngs(splits=spec.repeats)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def build(rngs: nnx.Rngs) -> Segment:
+            return cls([Block(config, layer, rngs) for layer in spec.period], spec, stacked=True)
+
+        return build(rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, *, scan: bool, remat: str
+    ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
+        """The stream after all layers, the auxiliary results and (where `caches` are given) caches of each.
+
+        Args:
+          scan: compile one period and loop over it; without it, and for the one layer of an unstacked segment, layers
+            run one after another.
+          remat: as in `DecoderConfig`.
+        """
+        if scan and self.stacked:
+            return *self._scanned(x_BTD, ctx, remat), []
+        return self._unrolled(x_BTD, ctx, caches, remat)
+
+    def _period(
+        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None
+    ) -> tuple[jax.Array, tuple[LayerAux, ...], tuple[Any, ...]]:
+        """One period, of unstacked blocks."""
+        auxes, updated = [], []
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x_BTD, aux, cache = block(x_BTD, ctx.folded(i).of_layer(ctx.layer + i), cache)
+            auxes.append(aux)
+            updated.append(cache)
+        return x_BTD, tuple(auxes), tuple(updated)
+
+    def _scanned(self, x_BTD: jax.Array, ctx: CallContext, remat: str) -> tuple[jax.Array, list[LayerAux]]:
+        graphdef, state = nnx.split(self)
+
+        def body(x_BTD, inputs):
+            state, i = inputs
+            x_BTD, auxes, _ = nnx.merge(graphdef, state)._period(x_BTD, ctx.folded(i), None)
+            return x_BTD, auxes
+
+        repeats = self.spec.repeats
+        x_BTD, stacked = jax.lax.scan(_rematerialised(body, remat), x_BTD, (state, jnp.arange(repeats)))
+        return x_BTD, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
+
+    def _unrolled(
+        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, remat: str
+    ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
+        graphdef, state = nnx.split(self)
+        auxes: list[LayerAux] = []
+        after: list[Any] = []
+        width = len(self.spec.period)
+        for i in range(self.spec.repeats):
+            state_i = jax.tree.map(lambda leaf, i=i: leaf[i], state) if self.stacked else state
+            caches_i = None if caches is None else tuple(caches[i * width : (i + 1) * width])
+
+            def body(x_BTD, state, caches_i=caches_i, i=i):
+                placed = ctx.folded(i).of_layer(ctx.layer + i * width)
+                return nnx.merge(graphdef, state)._period(x_BTD, placed, caches_i)
+
+            x_BTD, aux, updated = _rematerialised(body, remat)(x_BTD, state_i)
+            auxes.extend(aux)
+            after.extend(cache for cache in updated if cache is not None)
+        return x_BTD, auxes, after
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.spec.period) * self.spec.repeats
+
+    def empty_caches(self, batch: int, length: int) -> list[Any]:
+        """An empty cache for each layer."""
+        return [block.attention.empty_cache(batch, length) for _ in range(self.spec.repeats) for block in self.blocks]
+
+    def after_step(self, observed: Sequence[Observed]) -> None:
+        """Let the layers move their variables by what each of them observed."""
+        width = len(self.spec.period)
+        for i, block in enumerate(self.blocks):
+            own = observed[i::width]
+            block.after_step(jax.tree.map(lambda *x: jnp.stack(x), *own) if self.stacked else own[0])
+
+    def unstacked(self) -> list[Segment]:
+        """A segment for each layer, with parameters of its own; FFNs derive there what decoding needs (`prepare`)."""
+        singles: list[Segment] = []
+        for i in range(self.spec.repeats):
+            for block, spec in zip(self.blocks, self.spec.period, strict=True):
+                graphdef, state = nnx.split(block)
+                single = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+                single.ffn.prepare()
+                singles.append(Segment([single], self.spec._replace(period=(spec,), repeats=1), stacked=False))
+        return singles
+
+
+def _rematerialised(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy)
