@@ -13,7 +13,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sparsezoo_jax import platforms  # noqa: F401  # before anything imports jax
+from sparsezoo_jax import (
+    platforms,  # noqa: F401  # before anything imports jax
+    plugins,
+)
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
@@ -51,9 +54,12 @@ def parse(
 ) -> Command:
     """Parse flags into a command's dataclass; exits with status 2 and suggestions on an unknown flag or bad value.
 
-    With `default`, its values are those of flags that are not given.
+    With `default`, its values are those of flags that are not given. Plugins that `--plugins` names are imported.
     """
     name = f"python -m sparsezoo_jax.{prog}"
+    args, named = _split_plugins(args)
+    plugins.load_named(named)
+    description += "\n\n--plugins MODULE ...: modules to import first, which register kinds of yours (docs/kinds.md)."
     if default is None:
         return tyro.cli(command, args=list(args), prog=name, description=description)
     # Members of unions are as in `default`, not subcommands.
@@ -73,6 +79,8 @@ def parse_with_preset(
       ConfigError: no such architecture, size or kind, or an impossible combination of values.
     """
     asks_help = any(arg in ("-h", "--help") for arg in args)
+    plugins.load_installed()
+    plugins.load_named(_split_plugins(args)[1])
     arch = value_of(args, "--arch")
     if arch is None and not asks_help:
         raise ConfigError("--arch", "", f"is needed: one of {', '.join(PRESETS)}")
@@ -110,6 +118,24 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
         if arg.startswith(f"{flag}="):
             return arg.partition("=")[2]
     return None
+
+
+def _split_plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`args` without `--plugins` and its values, and these values."""
+    rest: list[str] = []
+    named: list[str] = []
+    reads = False
+    for arg in args:
+        flag, given, value = arg.partition("=")
+        if flag == "--plugins":
+            reads = not given
+            named += [value] if given else []
+        elif reads and not arg.startswith("-"):
+            named.append(arg)
+        else:
+            reads = False
+            rest.append(arg)
+    return rest, named
 
 
 def _needed_value_of(args: Sequence[str], flag: str) -> str:

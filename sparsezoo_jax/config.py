@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from sparsezoo_jax import plugins
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.errors import STRICT, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
@@ -37,6 +38,8 @@ class RunConfig:
     """Evaluation during and after training."""
     mesh: MeshConfig = MeshConfig()
     """Arrangement of devices. A run may go on with another one."""
+    plugins: tuple[str, ...] = ()
+    """Modules that register kinds of yours (docs/kinds.md); they are imported before anything else is read."""
 
     def __post_init__(self):
         require(
@@ -67,6 +70,7 @@ class RunConfig:
 
 #: Fields that may change when a run goes on: they alter neither the parameters' path nor the data's order.
 FREE_ON_RESUME = (
+    "plugins",
     "train.stop_at",
     "train.log_every",
     "train.eval_every",
@@ -96,17 +100,35 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(text: str, source: Path | str = "config") -> RunConfig:
-    """Read what `to_json` wrote.
+    """Read what `to_json` wrote; plugins that it names are imported if they are installed as such (see `plugins`).
 
     Raises:
-      UserError: not JSON, or fields that are unknown, missing or of the wrong type, all in one message.
+      UserError: not JSON, a plugin that is neither loaded nor installed, or fields that are unknown, missing or of the
+        wrong type, all in one message.
     """
     try:
-        return _ADAPTER.validate_python(as_python(json.loads(text)))
+        values = json.loads(text)
+        if isinstance(values, dict):
+            plugins.load_stored(values.get("plugins", ()), source)
+        return _ADAPTER.validate_python(as_python(values))
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: not a configuration ({error})") from None
     except ValidationError as error:
         raise UserError(f"{source}: {faults(error)}") from None
+
+
+def restorable(config: RunConfig) -> RunConfig:
+    """`config` with all plugins that it needs, if its JSON gives the same configuration again.
+
+    Raises:
+      UserError: parts of other classes than those that JSON would give, or kinds that no plugin defines.
+    """
+    config = dataclasses.replace(config, plugins=plugins.needed(config, config.plugins))
+    again = from_json(to_json(config))
+    if again != config:
+        changed = ", ".join(differences(again, config, ignored=())) or "a part of it is of a class of its own"
+        raise UserError(f"the configuration can't be restored from its JSON: {changed}")
+    return config
 
 
 def read_config(path: Path) -> RunConfig:
@@ -124,14 +146,15 @@ def read_config(path: Path) -> RunConfig:
         raise StorageError(f"{path}: {error.strerror}") from None
 
 
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+def differences(
+    old: RunConfig, new: RunConfig, ignored: tuple[str, ...] = FREE_ON_RESUME
+) -> dict[str, tuple[Any, Any]]:
     """Dotted fields that differ and would change what a resumed run computes: name to (old, new)."""
     a, b = flatten(old), flatten(new)
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-        and not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
+        if a.get(name) != b.get(name) and not any(name == free or name.startswith(f"{free}.") for free in ignored)
     }
 
 

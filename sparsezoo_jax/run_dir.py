@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsezoo_jax.config import RunConfig, differences, read_config, to_json
+from sparsezoo_jax import plugins as kinds
+from sparsezoo_jax.config import RunConfig, differences, read_config, restorable, to_json
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.models import Decoder
@@ -25,7 +27,7 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1) -> Loaded:
+def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1, plugins: Sequence[str] = ()) -> Loaded:
     """Load a run for evaluation or decoding: the model with its parameters, the configuration and the tokenizer.
 
     Args:
@@ -33,6 +35,8 @@ def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1)
       step: the checkpoint's step; None is the newest.
       merge_last: average this many newest checkpoints with the weights of a 1-sqrt decay (see `training.merging`)
         instead of taking one; not together with `step`.
+      plugins: modules to import first, which register kinds that the run is made of. Those of installed packages are
+        found without.
 
     Returns:
       `(model, config, tokenizer)`; the tokenizer is None for a converted checkpoint that ships none.
@@ -41,6 +45,7 @@ def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1)
       UserError: no run there, or no such step. StorageError: its checkpoints are damaged.
     """
     directory = Path(directory)
+    kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
     tokenizer = find_tokenizer(directory)
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
@@ -85,8 +90,10 @@ def write_config(directory: Path, config: RunConfig) -> None:
     """Store the configuration, whole or not at all.
 
     Raises:
+      UserError: it could not be read again as it is.
       StorageError: it can't be written.
     """
+    config = restorable(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / f".{CONFIG}.partial"

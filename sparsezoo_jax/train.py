@@ -18,7 +18,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.config import RunConfig, flatten, read_config
+from sparsezoo_jax.config import RunConfig, flatten, read_config, restorable
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
 from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here, undivided
 
@@ -90,6 +90,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.training.loop import fit
 
+    config = restorable(config)
     # ------------------------------------------------------------------------------------------------------- Devices
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
