@@ -191,8 +191,8 @@ def partitioned_by_compiler() -> bool:
     return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
-def splits_per_device() -> bool:
-    """Whether `per_device` has anything to split: a mesh of `AXES` is active, outside of a per-device function."""
+def mesh_is_active() -> bool:
+    """Whether there is a mesh of `AXES` over which `per_device` shards arrays: not within a per-device function."""
     return _active_mesh() is not None
 
 

@@ -1,44 +1,41 @@
-"""Choice of an operation's implementation: `None` for the platform's default, or one by name.
+"""Which implementation of an operation runs: the one that was named, or each platform's default.
 
-Names, the same for all operations; each operation's docstring says which of them it has:
+An operation lists its implementations and calls what `dispatch` returns. Their names, the same for all operations (each
+operation's docstring says which of them it has):
 
 - "xla": plain JAX, partitioned and fused by the compiler. Every platform.
 - "pallas_tpu": a Pallas kernel for TPUs. jax raises if it is lowered for another platform, or if its arguments are
-  split over devices outside of a per-device function (`sharding.per_device`).
+  sharded outside of `sharding.shard_map`.
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
 - "native": C++ for CPUs (`sparsezoo_jax.native`), for operations on a few rows. Not differentiable; jax raises if it is
   lowered for another platform.
 
-`None` is decided when the program is lowered, not when it is traced, so that compiling for a TPU from a machine without
-one gets the TPU's program. `without_kernels` makes it plain JAX everywhere.
+With `implementation=None` the choice falls when the program is lowered, not when it is traced, so that compiling for a
+TPU from a machine without one gives the TPU's program. `without_kernels` makes it plain JAX everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.sharding import partitioned_by_compiler, splits_per_device
+from sparsezoo_jax.sharding import mesh_is_active, partitioned_by_compiler
 
-T = TypeVar("T")
+R = TypeVar("R")
+
+Platform = Literal["cpu", "tpu", "cuda"]
 
 XLA = "xla"
-PALLAS_TPU = "pallas_tpu"
-PALLAS_TPU_INTERPRET = "pallas_tpu_interpret"
-PALLAS_GPU = "pallas_gpu"
-PALLAS_GPU_INTERPRET = "pallas_gpu_interpret"
 NATIVE = "native"
-
-#: Not names to ask for, and followed by platforms: their kernels where the program is lowered for them, else plain JAX.
-BY_PLATFORM = "by platform: "
 
 #: Whether `None` may be a kernel. A part of the keys of jax's caches: functions are traced again when it changes.
 _KERNELS: Any = jax.make_user_context(default_value=True)
@@ -49,211 +46,194 @@ def without_kernels() -> Iterator[None]:
     """`implementation=None` is plain JAX in what is called or traced within, for every platform it is lowered for.
 
     That leaves out the kernels for TPUs and GPUs, those of libraries (megablox) and native code for CPUs, so that a
-    whole model or train step can be compared with itself. Implementations that are asked for by name stay. A gradient
-    has the form of its forward pass, wherever it is taken.
+    whole model or train step can be compared with itself. Implementations that are asked for by name stay. The backward
+    pass uses the implementation of its forward pass, wherever the gradient is taken.
     """
     with _KERNELS(False):
         yield
 
 
-def kernels_allowed() -> bool:
-    """Whether `None` may be a kernel here: not within `without_kernels`."""
-    return _KERNELS.value
+@dataclasses.dataclass(frozen=True)
+class CustomVJP(Generic[R]):
+    """A function with its own gradient, as two functions like those of `jax.custom_vjp`.
 
-
-def choose(operation: str, implementation: str | None, available: Mapping[str, T], default: str) -> T:
-    """Return the implementation called `implementation`, or `default` when it is None.
-
-    Raises:
-      ConfigError: no implementation of that name exists for the operation.
+    Its arguments are residuals in any case, and not results of `fwd`: as results of a choice by platform they would be
+    other arrays to jax, and a scan over layers would stack copies of the weights.
     """
-    name = implementation or default
-    if name not in available:
-        raise ConfigError(f"{operation}.implementation", name, f"must be one of {', '.join(sorted(available))}")
-    return available[name]
+
+    fwd: Callable[..., tuple[R, Any]]
+    """From the arguments to the result and the other residuals."""
+    bwd: Callable[..., tuple[Any, ...]]
+    """From the tuple of arguments, the other residuals and the result's cotangent to each argument's cotangent."""
 
 
-def settle(
+@dataclasses.dataclass(frozen=True)
+class Implementation(Generic[R]):
+    """One way to compute an operation."""
+
+    name: str
+    call: Callable[..., R] | CustomVJP[R]
+    """Takes the operation's arrays. `CustomVJP`s of one operation have residuals of the same structure; where a plain
+    function is among them, they have none but the arrays."""
+    platform: Platform | None = None
+    """The platform for which it may be the default; None: those for which no other is."""
+    refusal: Callable[[], str | None] = lambda: None
+    """Says why it can't take the arguments at hand; None if it can."""
+    default: bool = True
+    """Whether `implementation=None` means it, on its platform and for arguments that it can take."""
+    kernel: bool = False
+    """Whether the compiler can't see into it: it then can't partition it over a mesh, and `without_kernels` applies."""
+    sharded: bool = False
+    """Whether a kernel calls `sharding.shard_map` itself, and so runs on a mesh all the same."""
+
+
+def plain(call: Callable[..., R] | CustomVJP[R]) -> Implementation[R]:
+    """The implementation "xla", in plain JAX."""
+    return Implementation(XLA, call)
+
+
+def pallas(
+    platform: Literal["tpu", "cuda"],
+    call: Callable[..., R] | CustomVJP[R],
+    refusal: Callable[[bool], str | None],
+    *,
+    default: bool = True,
+    sharded: bool = False,
+) -> tuple[Implementation[R], Implementation[R]]:
+    """A Pallas kernel, compiled for its platform and interpreted on any.
+
+    Args:
+      platform: the one it is written for; "cuda" are NVIDIA GPUs.
+      call: takes the operation's arrays and the keyword `interpret`, as both functions of a `CustomVJP` do.
+      refusal: given whether it is interpreted, says why the kernel can't take the arguments at hand.
+      default, sharded: as in `Implementation`, of the compiled kernel.
+    """
+
+    def interpreted(interpret: bool) -> Callable[..., R] | CustomVJP[R]:
+        if isinstance(call, CustomVJP):
+            return CustomVJP(partial(call.fwd, interpret=interpret), partial(call.bwd, interpret=interpret))
+        return partial(call, interpret=interpret)
+
+    name = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
+    compiled = Implementation(
+        name, interpreted(False), platform, partial(refusal, False), default, kernel=True, sharded=sharded
+    )
+    return compiled, Implementation(
+        f"{name}_interpret", interpreted(True), None, partial(refusal, True), default=False, kernel=True
+    )
+
+
+def native_cpu(call: Callable[..., R], refusal: str | None, *, default: bool = True) -> Implementation[R]:
+    """The implementation "native", in C++; `refusal` says why it can't take the arguments at hand, None if it can."""
+    return Implementation(NATIVE, call, "cpu", lambda: refusal, default, kernel=True)
+
+
+def dispatch(
     operation: str,
     implementation: str | None,
-    why_not: Callable[[bool], str | None],
+    implementations: Sequence[Implementation[R]],
     *,
-    kernel_by_default: bool,
-    splits: bool = False,
-    gpu_why_not: Callable[[bool], str | None] | None = None,
-    gpu_by_default: bool = False,
-) -> str:
-    """The form to use of an operation that has a kernel for TPUs, and with `gpu_why_not` one for GPUs.
+    recompute: bool = False,
+) -> Callable[..., R]:
+    """The function of the operation's arrays that computes it by the implementation called `implementation`.
+
+    With None it is a choice made when the program is lowered: on each platform the implementation that is its default,
+    if that can take the arguments; elsewhere the default without a platform. Kernels are left out within
+    `without_kernels`, and where the compiler partitions the program, unless they shard themselves.
 
     Args:
       operation: its name, for errors.
       implementation: what the caller asked for.
-      why_not: why the TPU kernel can't take these arguments, or None if it can; called with whether it is interpreted.
-      kernel_by_default: whether the kernel is the better choice on a TPU. Even so None means plain JAX for arguments
-        that the kernel can't take, and where the compiler partitions: it can't partition kernels.
-      splits: whether the operation itself calls its kernel by `sharding.per_device`.
-      gpu_why_not, gpu_by_default: the same of the GPU kernel; None: there is none.
+      implementations: all there are. Exactly one without a platform is a default.
+      recompute: differentiate a choice between plain functions by computing the chosen one again in the backward pass,
+        as is done beside a `CustomVJP`. Otherwise the intermediate results of every one become residuals.
 
     Raises:
-      ConfigError: no implementation of that name, or a kernel that can't take the arguments.
+      ConfigError: no implementation has that name, it can't take the arguments, or the native library is missing.
     """
-    refusals = {PALLAS_TPU: why_not} | ({} if gpu_why_not is None else {PALLAS_GPU: gpu_why_not})
-    names = {XLA: (XLA, False)}
-    for kernel in refusals:
-        names |= {kernel: (kernel, False), f"{kernel}_interpret": (kernel, True)}
-    kernel, interpreted = choose(operation, implementation, names, XLA)
-    if implementation is None:
-        if not kernels_allowed():
-            return XLA
-        wanted = {PALLAS_TPU: ("tpu", kernel_by_default), PALLAS_GPU: ("cuda", gpu_by_default)}
-        whole = not partitioned_by_compiler() or (splits and splits_per_device())
-        found = [
-            platform
-            for kernel, (platform, by_default) in wanted.items()
-            if by_default and whole and kernel in refusals and refusals[kernel](False) is None
-        ]
-        return BY_PLATFORM + " ".join(found) if found else XLA
-    if kernel != XLA and (why := refusals[kernel](interpreted)) is not None:
-        raise ConfigError(f"{operation}.implementation", implementation, f'{why}; use "xla"')
-    return implementation
+    if implementation is not None:
+        return _differentiable({None: _named(operation, implementation, implementations).call})
+    (fallback,) = (found for found in implementations if found.platform is None and found.default)
+    chosen = [fallback, *(found for found in implementations if found.platform is not None and _is_default(found))]
+    calls = {found.platform: found.call for found in chosen}
+    if len(chosen) > 1 and (recompute or any(isinstance(call, CustomVJP) for call in calls.values())):
+        calls = {key: call if isinstance(call, CustomVJP) else recomputed(call) for key, call in calls.items()}
+    return _differentiable(calls)
 
 
-def run(
-    form: str, xla: Callable[..., Any], kernel: Callable[..., Any], *arrays: Any, gpu: Callable[..., Any] | None = None
-) -> Any:
-    """Call the form that `settle` returned: `xla(*arrays)` or `kernel(*arrays, interpret=...)`; results alike.
+def _named(operation: str, name: str, implementations: Sequence[Implementation[R]]) -> Implementation[R]:
+    field, by_name = f"{operation}.implementation", {found.name: found for found in implementations}
+    if name not in by_name:
+        raise ConfigError(field, name, f"must be one of {', '.join(sorted(by_name))}")
+    if name == NATIVE and (missing := native.why_missing()) is not None:
+        raise ConfigError(field, name, f"{missing}; {native.HOW_TO_GET}")
+    if (refusal := by_name[name].refusal()) is not None:
+        raise ConfigError(field, name, f'{refusal}; use "{XLA}"')
+    return by_name[name]
 
-    `kernel` is the one for TPUs, `gpu` that for GPUs.
-    """
-    kernels = {"tpu": (PALLAS_TPU, kernel), "cuda": (PALLAS_GPU, gpu)}
-    if form == XLA:
-        return xla(*arrays)
-    if not form.startswith(BY_PLATFORM):
-        (chosen,) = (kernel for name, kernel in kernels.values() if form in (name, f"{name}_interpret"))
-        assert chosen is not None, "settled on a kernel that the operation does not have"
-        return chosen(*arrays, interpret=form.endswith("_interpret"))
-    chosen = {
-        platform: partial(kernels[platform][1], interpret=False)  # pyright: ignore[reportArgumentType]
-        for platform in form.removeprefix(BY_PLATFORM).split()
+
+def _is_default(found: Implementation[Any]) -> bool:
+    """Whether it is used on its platform where no implementation is named."""
+    if not found.default:
+        return False
+    if found.kernel:
+        partitioned = partitioned_by_compiler() and not (found.sharded and mesh_is_active())
+        if partitioned or not _KERNELS.value:
+            return False
+    if found.refusal() is not None:
+        return False
+    if found.name == NATIVE and not native.available():
+        if jax.default_backend() == "cpu":
+            native.warn_missing()
+        return False
+    return True
+
+
+def _differentiable(calls: Mapping[Platform | None, Callable[..., R] | CustomVJP[R]]) -> Callable[..., R]:
+    """The function that calls the one of its platform (None: of all others) in both passes; all are of one kind."""
+    functions: dict[Platform | None, Callable[..., R]] = {
+        platform: call for platform, call in calls.items() if not isinstance(call, CustomVJP)
     }
-    return jax.lax.platform_dependent(*arrays, **chosen, default=xla)
+    if functions:
+        return _by_platform(functions)
+    rules: dict[Platform | None, Any] = dict(calls)
+    fwd = _by_platform({platform: rule.fwd for platform, rule in rules.items()})
+    bwd = _by_platform({platform: rule.bwd for platform, rule in rules.items()})
+    allowed = _KERNELS.value
+
+    def forward(*arrays):
+        result, residuals = fwd(*arrays)
+        return result, (arrays, residuals)
+
+    def backward(saved, cotangent):
+        with _KERNELS(allowed):  # what is traced only now belongs to the forward pass
+            return bwd(*saved, cotangent)
+
+    function = jax.custom_vjp(lambda *arrays: fwd(*arrays)[0])
+    function.defvjp(forward, backward)
+    return function
 
 
-def loop_or_ragged(loop: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any) -> Any:
-    """`loop(*arrays)` where the program is lowered for a CPU, `ragged(*arrays)` elsewhere; floats are differentiable.
-
-    The backward pass computes the chosen form again: derivatives of a choice would keep the intermediate results of
-    both, and those of a grouped FFN are the largest arrays of its layer.
-    """
-    leaves, tree = jax.tree.flatten(arrays)
-    kernels = kernels_allowed()
-    floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-    def of_leaves(form: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *leaves: form(*jax.tree.unflatten(tree, leaves))
-
-    def pullback(form: Callable[..., Any]) -> Callable[..., Any]:
-        def pulled(leaves, g):
-            def of_floats(*some):
-                mixed = list(leaves)
-                for i, leaf in zip(floats, some, strict=True):
-                    mixed[i] = leaf
-                return of_leaves(form)(*mixed)
-
-            with _KERNELS(kernels):  # the forward pass's, which is traced again here
-                return jax.vjp(of_floats, *(leaves[i] for i in floats))[1](g)
-
-        return pulled
-
-    @jax.custom_vjp
-    def call(*leaves):
-        return jax.lax.platform_dependent(*leaves, cpu=of_leaves(loop), default=of_leaves(ragged))
-
-    def backward(leaves, g):
-        found = jax.lax.platform_dependent(leaves, g, cpu=pullback(loop), default=pullback(ragged))
-        gradients: list[Any] = [None] * len(leaves)
-        for i, gradient in zip(floats, found, strict=True):
-            gradients[i] = gradient
-        return tuple(gradients)
-
-    call.defvjp(lambda *leaves: (call(*leaves), leaves), backward)
-    return call(*leaves)
+def _by_platform(calls: Mapping[Platform | None, Callable[..., R]]) -> Callable[..., R]:
+    others: Any = {platform: call for platform, call in calls.items() if platform is not None}
+    return partial(jax.lax.platform_dependent, default=calls[None], **others) if others else calls[None]
 
 
-def settle_native(
-    operation: str,
-    implementation: str | None,
-    why_not: str | None,
-    *,
-    native_by_default: bool,
-    gpu_why_not: Callable[[], str | None] | None = None,
-    tpu_why_not: Callable[[bool], str | None] | None = None,
-    tpu_by_default: bool = True,
-) -> str:
-    """The form to use of an operation that has "xla" and "native", and with `gpu_why_not` a kernel for GPUs.
+def recomputed(function: Callable[..., R]) -> CustomVJP[R]:
+    """`function`, which the backward pass computes again; integers among its arguments have no gradient."""
 
-    Args:
-      operation: its name, for errors.
-      implementation: what the caller asked for.
-      why_not: why the native form can't take these arguments, or None if it can.
-      native_by_default: whether it is the faster one for them. None means plain JAX where the native form can't take
-        the arguments, where the compiler partitions, and, with a warning, where the library is missing.
-      gpu_why_not: why the GPU kernel can't take them, or None if it can, and then it is the default on a GPU. None:
-        there is none.
-      tpu_why_not: likewise the TPU kernel, called with whether it is interpreted.
-      tpu_by_default: whether it is the faster one for these arguments on a TPU.
+    def bwd(arrays, residuals, cotangent):
+        del residuals
+        leaves, tree = jax.tree.flatten(arrays)
+        is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-    Raises:
-      ConfigError: no implementation of that name, or one that is missing or can't take the arguments.
-    """
-    refusals: dict[str, Callable[[], str | None]] = {XLA: lambda: None, NATIVE: lambda: why_not}
-    if gpu_why_not is not None:
-        refusals |= {PALLAS_GPU: gpu_why_not, PALLAS_GPU_INTERPRET: gpu_why_not}
-    if tpu_why_not is not None:
-        refusals |= {PALLAS_TPU: partial(tpu_why_not, False), PALLAS_TPU_INTERPRET: partial(tpu_why_not, True)}
-    refusal = choose(operation, implementation, refusals, XLA)
-    if implementation is None:
-        if not kernels_allowed() or partitioned_by_compiler():
-            return XLA
-        found = []
-        if native_by_default and why_not is None:
-            if native.available():
-                found.append("cpu")
-            elif jax.default_backend() == "cpu":
-                native.warn_missing()
-        if gpu_why_not is not None and gpu_why_not() is None:
-            found.append("cuda")
-        if tpu_why_not is not None and tpu_by_default and tpu_why_not(False) is None:
-            found.append("tpu")
-        return BY_PLATFORM + " ".join(found) if found else XLA
-    if implementation == NATIVE and (missing := native.why_missing()) is not None:
-        raise ConfigError(f"{operation}.implementation", implementation, f"{missing}; {native.HOW_TO_GET}")
-    if (why := refusal()) is not None:
-        raise ConfigError(f"{operation}.implementation", implementation, f'{why}; use "xla"')
-    return implementation
+        def of_floats(*floats):
+            remaining = iter(floats)
+            mixed = [next(remaining) if own else leaf for leaf, own in zip(leaves, is_float, strict=True)]
+            return function(*jax.tree.unflatten(tree, mixed))
 
+        floats = [leaf for leaf, own in zip(leaves, is_float, strict=True) if own]
+        gradients = iter(jax.vjp(of_floats, *floats)[1](cotangent))
+        return jax.tree.unflatten(tree, [next(gradients) if own else None for own in is_float])
 
-def run_native(
-    form: str,
-    xla: Callable[..., Any],
-    kernel: Callable[..., Any],
-    *arrays: Any,
-    gpu: Callable[..., Any] | None = None,
-    tpu: Callable[..., Any] | None = None,
-) -> Any:
-    """Call the form that `settle_native` returned: `xla(*arrays)`, `kernel(*arrays)`, or a device's kernel.
-
-    Those are called with `interpret` besides. Results are alike.
-    """
-    if form == XLA:
-        return xla(*arrays)
-    if form == NATIVE:
-        return kernel(*arrays)
-    devices = {"cuda": gpu, "tpu": tpu}
-    if not form.startswith(BY_PLATFORM):
-        chosen = devices["tpu" if form.startswith(PALLAS_TPU) else "cuda"]
-        assert chosen is not None, "settled on a kernel that the operation does not have"
-        return chosen(*arrays, interpret=form.endswith("_interpret"))
-    by_platform = {"cpu": kernel} | {name: partial(f, interpret=False) for name, f in devices.items() if f is not None}
-    wanted: Any = {platform: by_platform[platform] for platform in form.removeprefix(BY_PLATFORM).split()}
-    return jax.lax.platform_dependent(*arrays, **wanted, default=xla)
+    return CustomVJP(lambda *arrays: (function(*arrays), ()), bwd)

@@ -7,12 +7,11 @@ all rows for every group, E times the work; megablox' `tgmm` does it group by gr
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.dispatch import kernels_allowed
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, plain
 
 
 def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -27,41 +26,43 @@ def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype
     Returns:
       [A, O].
     """
-    y: Any = _ragged_matmul(x, w, sizes, dtype, kernels_allowed())
-    return y
+
+    def refusal() -> str | None:
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"takes bfloat16 or float32, not {x.dtype}"
+        return None if x.size else "needs at least one row"
+
+    forward = partial(_forward, dtype=dtype)
+    implementations = [
+        plain(CustomVJP(forward, partial(_backward, dense_weight_gradient))),
+        Implementation(
+            "megablox", CustomVJP(forward, partial(_backward, megablox_weight_gradient)), "tpu", refusal, kernel=True
+        ),
+    ]
+    return dispatch("ragged_matmul", None, implementations)(x, w, sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _ragged_matmul(x, w, sizes, dtype, kernels):
-    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
+def _forward(x, w, sizes, *, dtype):
+    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype), ()
 
 
-def _forward(x, w, sizes, dtype, kernels):
-    return _ragged_matmul(x, w, sizes, dtype, kernels), (x, w, sizes)
-
-
-def _backward(dtype, kernels, residuals, g):
-    x, w, sizes = residuals
+def _backward(weight_gradient, arrays, residuals, g):
+    del residuals
+    x, w, sizes = arrays
     g = g.astype(x.dtype)
     dx = jax.lax.ragged_dot(g, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=x.dtype)
-    if not kernels or x.dtype not in (jnp.bfloat16, jnp.float32) or not x.size:
-        return dx, dense_weight_gradient(x, g, sizes), None
-    grouped = jax.lax.platform_dependent(x, g, sizes, tpu=megablox_weight_gradient, default=dense_weight_gradient)
-    return dx, grouped, None
-
-
-_ragged_matmul.defvjp(_forward, _backward)
+    return dx, weight_gradient(x, g, sizes), None
 
 
 def dense_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The same by `ragged_dot`, which may multiply all rows for each group."""
+    """`x_e^T g_e` of the rows of each group by `ragged_dot`, which may multiply all rows for each group."""
     rows = (((0,), (0,)), ((), ()))
     numbers = jax.lax.RaggedDotDimensionNumbers(rows, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     return jax.lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=x.dtype)
 
 
 def megablox_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
-    """`x_e^T g_e` of the rows of each group by megablox, for x [A, I] and g [A, O]; a kernel for TPUs."""
+    """The same by megablox, for x [A, I] and g [A, O]; a kernel for TPUs."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # importing it takes a second
 
     side = 1024 if x.dtype == jnp.bfloat16 else 512  # sums and blocks then fit into the 16 MiB of v5e and v5p

@@ -40,7 +40,7 @@ def check_weights(
         require(scale is None, f"{operation}.{name}'s scale", scale is None or scale.shape, "is for int8 weights only")
 
 
-def why_not_native(**tokens: jax.Array) -> str | None:
+def native_refusal(**tokens: jax.Array) -> str | None:
     """Why the native form can't take these arrays of tokens (float32 or bfloat16 it must be); None if it can."""
     for name, x in tokens.items():
         if x.dtype not in TOKENS:

@@ -52,7 +52,7 @@ def _padded(x: jax.Array, to: int, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def why_not(groups: int, part: int, *rows: jax.Array, factors: bool = False, interpret: bool) -> str | None:
+def refusal(groups: int, part: int, *rows: jax.Array, factors: bool = False, interpret: bool) -> str | None:
     """Why the kernel can't take so many queries of a head, A = `part`, such rows and factors, or None if it can."""
     count, widths = rows[0].shape[-2], [part, *(array.shape[-1] for array in rows)]
     if not interpret and any(width % _LANES for width in widths):

@@ -12,6 +12,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention import tpu as attention
 from sparsezoo_jax.pallas_kernels.spark_attention import tpu_backward as attention_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles
 from sparsezoo_jax.pallas_kernels.statistical_topk import tpu as statistical_topk
+from sparsezoo_jax.pallas_kernels.statistical_topk.reference import Problem
 from tests.kernels.simulator import races
 
 
@@ -35,14 +36,14 @@ def test_the_simulator_sees_a_race():
 
 def test_statistical_topk():
     x, g = jax.random.normal(jax.random.key(0), (2, 40, 130))
-    where = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape)
+    where, p = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape), Problem(k=9.0, ddof=1, huber_delta=0.0)
     for mask in (None, where):
-        y, kept = statistical_topk.forward(x, mask, 9.0, 1, 0.0, interpret=True)
+        y, kept = statistical_topk.forward(x, mask, p, interpret=True)
 
         def both(interpret, mask=mask, kept=kept):
             return (
-                statistical_topk.forward(x, mask, 9.0, 1, 0.0, interpret=interpret)[0],
-                statistical_topk.backward(x, mask, kept, g, 9.0, 1, 0.0, interpret=interpret),
+                statistical_topk.forward(x, mask, p, interpret=interpret)[0],
+                statistical_topk.backward(x, mask, kept, g, p, interpret=interpret),
             )
 
         assert not races(both)

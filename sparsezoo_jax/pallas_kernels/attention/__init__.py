@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
-from sparsezoo_jax.pallas_kernels.rows import TOKENS, check_shapes, result, why_not_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
+from sparsezoo_jax.pallas_kernels.rows import TOKENS, check_shapes, native_refusal, result
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, softcapped
 
 __all__ = ["attention_rows", "check_cache", "head_products", "reference"]
@@ -48,7 +48,6 @@ def attention_rows(
     check_cache("attention_rows", q, mask, k=k, v=v)
     check_shapes("attention_rows", {name: (a.shape[-1:], q.shape[-1:]) for name, a in (("k", k), ("v", v))})
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    form = settle_native("attention_rows", implementation, why_not_native(q=q), native_by_default=True)
 
     def xla(q, k, v, mask):
         scores = softcapped(head_products(factor * q.astype(jnp.float32), k), softcap)
@@ -56,12 +55,13 @@ def attention_rows(
         weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1), 0)
         return head_mixture(weights, v).astype(q.dtype)
 
-    def kernel(q, k, v, mask):
+    def cpp(q, k, v, mask):
         attributes: dict[str, Any] = {"scale": float(factor), "softcap": float(softcap or 0)}
         none = jnp.zeros(0, jnp.float32)
         return native.call("attention", result((q.shape, q.dtype)), q, k, v, mask, none, **attributes)[0]
 
-    return run_native(form, xla, kernel, q, k, v, mask)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(q=q))]
+    return dispatch("attention_rows", implementation, implementations)(q, k, v, mask)
 
 
 def check_cache(operation: str, q: jax.Array, mask: jax.Array, **caches: jax.Array) -> None:

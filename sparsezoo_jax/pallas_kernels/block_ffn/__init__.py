@@ -6,7 +6,6 @@ Expert e of width W owns columns e*W .. (e+1)*W - 1 of the input matrices and th
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.block_ffn import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import union_of_experts
-from sparsezoo_jax.pallas_kernels.dispatch import XLA, choose, run, settle
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, dispatch, pallas, plain, recomputed
 
 __all__ = ["block_ffn", "block_ffn_union", "union_of_experts"]
 
@@ -51,8 +50,8 @@ def block_ffn(
     Source: BlockFFN (arXiv 2507.08771), section 3.1.
     """
     _check("block_ffn", x, scores, up, down, gate, expert_width)
-    apply = choose("block_ffn", implementation, {"xla": reference.block_ffn}, "xla")
-    return apply(x, scores, up, down, gate, expert_width=expert_width)
+    apply = dispatch("block_ffn", implementation, [plain(partial(reference.block_ffn, expert_width=expert_width))])
+    return apply(x, scores, up, down, gate)
 
 
 def block_ffn_union(
@@ -98,50 +97,23 @@ def block_ffn_union(
     total = scores.shape[-1]
     capacity = total if capacity is None else capacity
     require(0 < capacity <= total, "block_ffn_union.capacity", capacity, f"must be between 1 and {total} experts")
-    form = settle(
-        "block_ffn_union",
-        implementation,
-        lambda interpret: tpu.why_not(x, up, gate, expert_width),
-        kernel_by_default=True,
-        gpu_why_not=lambda interpret: gpu.why_not(x, up),
-        gpu_by_default=True,
-    )
-    experts = union_of_experts(scores, capacity) if experts is None else experts
+    xla = partial(reference.block_ffn_union, expert_width=expert_width)
 
-    if form == XLA:
-        return reference.block_ffn_union(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
-    y: Any = _union(x, scores, up, down, gate, experts, expert_width, form)
-    return y
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _union(x, scores, up, down, gate, experts, expert_width: int, form: str):
-    def xla(x, scores, up, down, gate, experts):
-        return reference.block_ffn_union(x, scores, up, down, gate, experts=experts, expert_width=expert_width)
-
-    def checked(union):
-        def kernel(x, scores, up, down, gate, experts, *, interpret):
+    def with_gradient_of_xla(union):
+        def fwd(x, scores, up, down, gate, experts, *, interpret):
             y = union(x, scores, up, down, gate, experts, expert_width, interpret)
-            return jnp.where(reference.misses_an_expert(scores, experts), jnp.nan, y)
+            y = jnp.where(reference.misses_an_expert(scores, experts), jnp.nan, y)
+            return y, ()
 
-        return kernel
+        return CustomVJP(fwd, lambda *residuals_and_cotangent, interpret: recomputed(xla).bwd(*residuals_and_cotangent))
 
-    return run(form, xla, checked(tpu.union), x, scores, up, down, gate, experts, gpu=checked(gpu.union))
-
-
-def _union_forward(x, scores, up, down, gate, experts, expert_width, form):
-    arrays = (x, scores, up, down, gate)
-    return _union(*arrays, experts, expert_width, form), (arrays, experts)
-
-
-def _union_backward(expert_width, form, residuals, g):
-    del form
-    arrays, experts = residuals
-    plain = partial(reference.block_ffn_union, experts=experts, expert_width=expert_width)
-    return (*jax.vjp(plain, *arrays)[1](g), None)
-
-
-_union.defvjp(_union_forward, _union_backward)
+    implementations = [
+        plain(xla),
+        *pallas("tpu", with_gradient_of_xla(tpu.union), lambda interpret: tpu.refusal(x, up, gate, expert_width)),
+        *pallas("cuda", with_gradient_of_xla(gpu.union), lambda interpret: gpu.refusal(x, up)),
+    ]
+    experts = union_of_experts(scores, capacity) if experts is None else experts
+    return dispatch("block_ffn_union", implementation, implementations)(x, scores, up, down, gate, experts)
 
 
 def _check(operation: str, x, scores, up, down, gate, expert_width: int) -> None:

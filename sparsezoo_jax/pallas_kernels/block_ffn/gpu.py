@@ -22,7 +22,7 @@ from sparsezoo_jax.pallas_kernels.tuning import launch_of
 _MOST_TOKENS = 128
 
 
-def why_not(x: jax.Array, up: jax.Array) -> str | None:
+def refusal(x: jax.Array, up: jax.Array) -> str | None:
     """Why the kernels can't take these arrays, or None if they can."""
     if {x.dtype, up.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         return f"takes bfloat16 or float32 throughout, not {x.dtype} and {up.dtype}"

@@ -44,7 +44,7 @@ def misses_an_expert(scores_NE: jax.Array, experts: jax.Array) -> jax.Array:
     return jnp.any(jnp.any(scores_NE != 0, axis=0) & ~covered)
 
 
-def block_ffn_union(x, scores, up, down, gate, *, experts: jax.Array, expert_width: int) -> jax.Array:
+def block_ffn_union(x, scores, up, down, gate, experts: jax.Array, *, expert_width: int) -> jax.Array:
     """The sum over `experts` only; NaN if an active one is not among them."""
     d, total = x.shape[-1], scores.shape[-1]
 

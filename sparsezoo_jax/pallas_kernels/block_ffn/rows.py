@@ -15,18 +15,18 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
     combination,
     dequantised,
+    native_refusal,
     or_none,
     product,
     result,
     sum_over_active,
-    why_not_native,
 )
 
 Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
@@ -84,22 +84,11 @@ def block_ffn_rows(
             check_weights("block_ffn_rows", name, w, scale, shape[:2])
     allowed = ", ".join(ACTIVATIONS)
     require(activation in ACTIVATIONS, "block_ffn_rows.activation", activation, f"must be one of {allowed}")
-    few, act = m <= MOST_ROWS, ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
 
     def flat(up, down, gate):
         arrays = [up, down] if gate is None else [gate, up, down]
         return [array.reshape(1, -1, d) for array in arrays]
-
-    why_not = why_not_native(x=x, scores=scores)
-    form = settle_native(
-        "block_ffn_rows",
-        implementation,
-        why_not,
-        native_by_default=few,
-        gpu_why_not=lambda: rows_gpu.why_not(x, scores, activation),
-        tpu_why_not=lambda interpret: why_not or _why_not_tpu(m, activation, flat(up, down, gate), interpret),
-        tpu_by_default=few,
-    )
 
     def xla(x, scores, up, down, gate, scales):
         def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
@@ -122,7 +111,7 @@ def block_ffn_rows(
         y, count = sum_over_active(active, 1, nothing, add, (up, down, gate))
         return y.astype(x.dtype), count
 
-    def kernel(x, scores, up, down, gate, scales):
+    def cpp(x, scores, up, down, gate, scales):
         gates = jnp.zeros(0, up.dtype) if gate is None else gate
         factors = (or_none(scales[2]), or_none(scales[0]), or_none(scales[1]))
         results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
@@ -148,15 +137,25 @@ def block_ffn_rows(
         )
         return y[0].astype(x.dtype), count[0]
 
-    y, count = run_native(form, xla, kernel, x, scores, up, down, gate, scales, gpu=gpu, tpu=tpu)
+    def tpu_refusal(interpret):
+        return native_refusal(x=x, scores=scores) or _tpu_refusal(m, activation, flat(up, down, gate), interpret)
+
+    few = m <= MOST_ROWS
+    implementations = [
+        plain(xla),
+        native_cpu(cpp, native_refusal(x=x, scores=scores), default=few),
+        *pallas("cuda", gpu, lambda interpret: rows_gpu.refusal(x, scores, activation)),
+        *pallas("tpu", tpu, tpu_refusal, default=few),
+    ]
+    y, count = dispatch("block_ffn_rows", implementation, implementations)(x, scores, up, down, gate, scales)
     return (y, count) if return_active else y
 
 
-def _why_not_tpu(m: int, activation: str, rows: list[jax.Array], interpret: bool) -> str | None:
+def _tpu_refusal(m: int, activation: str, rows: list[jax.Array], interpret: bool) -> str | None:
     if activation == "gelu" and not interpret:
         return "has no error function for gelu"
     factors = any(array.dtype == jnp.int8 for array in rows)
-    return weighted_rows.why_not(m, rows[-1].shape[-1], *rows, factors=factors, interpret=interpret)
+    return weighted_rows.refusal(m, rows[-1].shape[-1], *rows, factors=factors, interpret=interpret)
 
 
 def reference(

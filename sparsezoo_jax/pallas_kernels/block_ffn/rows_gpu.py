@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sparsezoo_jax.pallas_kernels.rows import why_not_native
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
@@ -22,13 +22,13 @@ from sparsezoo_jax.pallas_kernels.tuning import launch_of
 MOST_TOKENS = 16
 
 
-def why_not(x: jax.Array, scores: jax.Array, activation: str) -> str | None:
+def refusal(x: jax.Array, scores: jax.Array, activation: str) -> str | None:
     """Why the kernels can't take these tokens [M, D], scores and activation, or None if they can."""
     if x.shape[0] > MOST_TOKENS:
         return f"takes up to {MOST_TOKENS} tokens, not {x.shape[0]}"
     if activation == "gelu":
         return "has no error function for gelu"
-    return why_not_native(x=x, scores=scores)
+    return native_refusal(x=x, scores=scores)
 
 
 def _hidden_kernel(

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 _VMEM = 12 * 2**20
 
 
-def why_not(x: jax.Array, up: jax.Array, gate: jax.Array | None, expert_width: int) -> str | None:
+def refusal(x: jax.Array, up: jax.Array, gate: jax.Array | None, expert_width: int) -> str | None:
     """Why the kernel can't take these arrays, or None if it can."""
     if {x.dtype, up.dtype} not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)}):
         return f"takes bfloat16 or float32 throughout, not {x.dtype} and {up.dtype}"

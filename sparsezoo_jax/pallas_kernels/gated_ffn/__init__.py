@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
     combination,
     dequantised,
+    native_refusal,
     or_none,
     product,
     result,
-    why_not_native,
 )
 
 __all__ = ["gated_ffn_rows", "reference"]
@@ -57,20 +57,19 @@ def gated_ffn_rows(
         check_weights("gated_ffn_rows", name, w, scale, shape[:1])
     allowed = ", ".join(ACTIVATIONS)
     require(activation in ACTIVATIONS, "gated_ffn_rows.activation", activation, f"must be one of {allowed}")
-    few = x.shape[0] <= MOST_ROWS
-    form = settle_native("gated_ffn_rows", implementation, why_not_native(x=x), native_by_default=few)
     act = ACTIVATIONS[activation]
 
     def xla(x, gate, up, down, scales):
         hidden = act(product(x, gate, scales[0])) * product(x, up, scales[1])
         return combination(hidden, down, scales[2]).astype(x.dtype)
 
-    def kernel(x, gate, up, down, scales):
+    def cpp(x, gate, up, down, scales):
         factors = [or_none(scale) for scale in scales]
         code = native.ACTIVATIONS[activation]
         return native.call("gated_ffn", result((x.shape, x.dtype)), x, gate, up, down, *factors, activation=code)[0]
 
-    return run_native(form, xla, kernel, x, gate, up, down, scales)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
+    return dispatch("gated_ffn_rows", implementation, implementations)(x, gate, up, down, scales)
 
 
 def reference(x, gate, up, down, *, activation: str = "gelu_tanh", scales: Scales = (None, None, None)) -> jax.Array:

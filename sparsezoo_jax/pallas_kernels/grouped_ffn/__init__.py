@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import jax
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose, loop_or_ragged
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
 from sparsezoo_jax.sharding import per_device
@@ -65,25 +64,21 @@ def grouped_ffn(
         experts.shape,
         f"must be that of weights {weights.shape}, and but for its end that of x {x.shape}",
     )
-    available: dict[str, Callable] = {
-        "dense": reference.grouped_ffn,
-        "ragged": by_expert.ragged,
-        "loop": by_expert.loop,
-    }
-    apply = choose("grouped_ffn", implementation, available, "loop")
-    if apply is reference.grouped_ffn:
-        y, active = apply(x, experts, weights, up, down, gate, activation)
+    implementations = [
+        Implementation("dense", partial(reference.grouped_ffn, activation=activation), default=False),
+        Implementation("ragged", partial(by_expert.ragged, activation=activation)),
+        Implementation("loop", partial(by_expert.loop, activation=activation), "cpu"),
+    ]
+    # The hidden units are the largest arrays of the layer: a choice between two must not keep those of both.
+    apply = dispatch("grouped_ffn", implementation, implementations, recompute=True)
+    if implementation == "dense":
+        y, active = apply(x, experts, weights, up, down, gate)
         return (y, active) if return_active else y
 
     def on_pieces(x, experts, weights, up, down, *rest):
         k, d = experts.shape[-1], x.shape[-1]
         gate = rest[0] if len(rest) == 2 else None
-        flat = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
-        if implementation is None:
-            forms = (partial(form, activation=activation) for form in (by_expert.loop, by_expert.ragged))
-            y, active = loop_or_ragged(*forms, *flat, up, down, gate)
-        else:
-            y, active = apply(*flat, up, down, gate, activation)
+        y, active = apply(x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k), up, down, gate)
         return y.reshape(x.shape), active.reshape(experts.shape)
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import choose, loop_or_ragged
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
 from sparsezoo_jax.sharding import per_device
@@ -54,16 +53,17 @@ def from_blocks(
     Source: the input side of MoHD (arXiv 2412.05644).
     """
     _check("from_blocks", x, routed, w.shape[0], w.shape[0], blocks)
-    available = {
-        "dense": reference.from_blocks, "ragged": by_block.ragged_from_blocks, "loop": by_block.loop_from_blocks
-    }  # fmt: skip
-    apply = choose("from_blocks", implementation, available, "loop")
-    if apply is reference.from_blocks:
-        return apply(x, routed, w, blocks, dtype)
+    implementations = [
+        Implementation("dense", partial(reference.from_blocks, blocks=blocks, dtype=dtype), default=False),
+        Implementation("ragged", partial(by_block.ragged_from_blocks, blocks=blocks, dtype=dtype)),
+        Implementation("loop", partial(by_block.loop_from_blocks, blocks=blocks, dtype=dtype), "cpu"),
+    ]
+    apply = dispatch("from_blocks", implementation, implementations, recompute=True)
+    if implementation == "dense":
+        return apply(x, routed, w)
 
     def on_pieces(x, routed, w, split):
-        y = _applied(apply, implementation, available, blocks, dtype, *_flat(x, routed), w)
-        return y.reshape(*x.shape[:-1], w.shape[1])
+        return apply(*_flat(x, routed), w).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
     return per_device(on_pieces, [x, routed, w], [(*leading, None), (*leading, None), (None, "ffn")], (*leading, "ffn"))
@@ -93,14 +93,17 @@ def to_blocks(
     Source: the output side of MoHD (arXiv 2412.05644).
     """
     _check("to_blocks", x, routed, w.shape[0], w.shape[1], blocks)
-    available = {"dense": reference.to_blocks, "ragged": by_block.ragged_to_blocks, "loop": by_block.loop_to_blocks}
-    apply = choose("to_blocks", implementation, available, "loop")
-    if apply is reference.to_blocks:
-        return apply(x, routed, w, blocks, dtype)
+    implementations = [
+        Implementation("dense", partial(reference.to_blocks, blocks=blocks, dtype=dtype), default=False),
+        Implementation("ragged", partial(by_block.ragged_to_blocks, blocks=blocks, dtype=dtype)),
+        Implementation("loop", partial(by_block.loop_to_blocks, blocks=blocks, dtype=dtype), "cpu"),
+    ]
+    apply = dispatch("to_blocks", implementation, implementations, recompute=True)
+    if implementation == "dense":
+        return apply(x, routed, w)
 
     def on_pieces(x, routed, w, split):
-        y = _applied(apply, implementation, available, blocks, dtype, *_flat(x, routed), w)
-        return jax.lax.psum(y, split["ffn"]).reshape(*x.shape[:-1], w.shape[1])
+        return jax.lax.psum(apply(*_flat(x, routed), w), split["ffn"]).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
     return per_device(on_pieces, [x, routed, w], [(*leading, "ffn"), (*leading, None), ("ffn", None)], (*leading, None))
@@ -113,13 +116,6 @@ def _flat(x: jax.Array, routed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _leading(x: jax.Array) -> tuple[str | None, ...]:
     return (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3))
-
-
-def _applied(apply, implementation: str | None, available: dict[str, Callable], blocks: Blocks, dtype, *arrays):
-    if implementation is not None:
-        return apply(*arrays, blocks, dtype)
-    forms = (partial(available[name], blocks=blocks, dtype=dtype) for name in ("loop", "ragged"))
-    return loop_or_ragged(*forms, *arrays)
 
 
 def _check(name: str, x: jax.Array, routed: jax.Array, inputs: int, width: int, blocks: Blocks) -> None:

@@ -5,23 +5,25 @@ Shapes: M tokens, D the width that is cut into blocks, I inputs and O outputs of
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
     combination,
+    native_refusal,
     or_none,
     product,
     result,
     sum_over_active,
-    why_not_native,
 )
 
 
@@ -54,7 +56,7 @@ def from_blocks_rows(
 
     Source: the input side of MoHD (arXiv 2412.05644).
     """
-    form = _checked("from_blocks_rows", x, routed, w, blocks, scale, x.shape[1], 0, implementation)
+    _check("from_blocks_rows", x, routed, w, blocks, scale, axis=0)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     size = w.shape[0] // blocks.count
 
@@ -70,10 +72,11 @@ def from_blocks_rows(
         zeros = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
         return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
-    def kernel(x, routed, w, scale):
+    def cpp(x, routed, w, scale):
         return _native("from_blocks", result(((x.shape[0], w.shape[1]), out)), x, routed, w, scale, blocks)
 
-    return run_native(form, xla, kernel, x, routed, w, scale)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
+    return dispatch("from_blocks_rows", implementation, implementations)(x, routed, w, scale)
 
 
 def to_blocks_rows(
@@ -100,7 +103,7 @@ def to_blocks_rows(
 
     Source: the output side of MoHD (arXiv 2412.05644).
     """
-    form = _checked("to_blocks_rows", x, routed, w, blocks, scale, x.shape[1], 1, implementation)
+    _check("to_blocks_rows", x, routed, w, blocks, scale, axis=1)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     size = w.shape[0] // blocks.count
 
@@ -115,10 +118,11 @@ def to_blocks_rows(
         zeros = jnp.zeros((x.shape[0], w.shape[0]), jnp.float32)
         return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
-    def kernel(x, routed, w, scale):
+    def cpp(x, routed, w, scale):
         return _native("to_blocks", result(((x.shape[0], w.shape[0]), out)), x, routed, w, scale, blocks)
 
-    return run_native(form, xla, kernel, x, routed, w, scale)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
+    return dispatch("to_blocks_rows", implementation, implementations)(x, routed, w, scale)
 
 
 def _slab(w: jax.Array, scale: jax.Array | None, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array | None]:
@@ -131,22 +135,11 @@ def _native(operation, results, x, routed, w, scale, blocks: Blocks) -> jax.Arra
     return native.call(operation, results, *arrays, count=blocks.count, shared=blocks.shared)[0]
 
 
-def _checked(
-    name: str,
-    x: jax.Array,
-    routed: jax.Array,
-    w: jax.Array,
-    blocks: Blocks,
-    scale: jax.Array | None,
-    inputs: int,
-    axis: int,
-    implementation: str | None,
-) -> str:
-    require(w.shape[axis] == inputs, f"{name}.w", w.shape, f"must have {inputs} inputs, for x")
+def _check(name: str, x: jax.Array, routed: jax.Array, w: jax.Array, blocks: Blocks, scale: Any, *, axis: int) -> None:
+    """Raise `ConfigError` unless the arguments fit each other; `axis` is that of the inputs in w."""
+    require(w.shape[axis] == x.shape[1], f"{name}.w", w.shape, f"must have {x.shape[1]} inputs, for x")
     require(w.shape[0] % blocks.count == 0, f"{name}.blocks", blocks.count, f"must divide the width of {w.shape[0]}")
     shared = f"must be from 0 to {blocks.count} blocks"
     require(0 <= blocks.shared <= blocks.count, f"{name}.shared", blocks.shared, shared)
     check_shapes(name, {"routed": (routed.shape[:-1], x.shape[:-1])})
     check_weights(name, "w", w, scale, w.shape[:1])
-    few = x.shape[0] <= MOST_ROWS
-    return settle_native(name, implementation, why_not_native(x=x), native_by_default=few)

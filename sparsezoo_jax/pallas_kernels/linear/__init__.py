@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax import native
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
+    native_refusal,
     or_none,
     product,
     result,
-    why_not_native,
 )
 
 __all__ = ["linear"]
@@ -46,13 +46,12 @@ def linear(
     check_shapes("linear", {"x": (x.shape, (x.shape[0], w.shape[-1])), "w": (w.shape, (w.shape[0], w.shape[-1]))})
     check_weights("linear", "w", w, scale, (w.shape[0],))
     out = jnp.dtype(x.dtype if dtype is None else dtype)
-    few = x.shape[0] <= MOST_ROWS
-    form = settle_native("linear", implementation, why_not_native(x=x), native_by_default=few)
 
     def xla(x, w, scale):
         return product(x, w, scale).astype(out)
 
-    def kernel(x, w, scale):
+    def cpp(x, w, scale):
         return native.call("linear", result(((x.shape[0], w.shape[0]), out)), x, w, or_none(scale))[0]
 
-    return run_native(form, xla, kernel, x, w, scale)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
+    return dispatch("linear", implementation, implementations)(x, w, scale)

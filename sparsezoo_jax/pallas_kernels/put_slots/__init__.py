@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
-from sparsezoo_jax.pallas_kernels.rows import why_not_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 
 __all__ = ["put_slots"]
 
@@ -39,7 +39,6 @@ def put_slots(
     require(new.shape[axis] <= kept.shape[axis], "put_slots.new", new.shape, f"must be no longer than {kept.shape}")
     new, slot = new.astype(kept.dtype), jnp.asarray(slot, jnp.int32)
     narrow = kept.dtype == jnp.bfloat16
-    form = settle_native("put_slots", implementation, why_not_native(kept=kept, new=new), native_by_default=narrow)
 
     def xla(kept, new, slot):
         start = [slot if i == axis else 0 for i in range(kept.ndim)]
@@ -56,10 +55,11 @@ def put_slots(
         # On other devices moving bits would copy the whole array twice.
         return jax.lax.platform_dependent(kept, new, cpu=update_bits, default=update)
 
-    def kernel(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    def cpp(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
         same = [jax.ShapeDtypeStruct(kept.shape, kept.dtype)]
         outer, inner = math.prod(kept.shape[:axis]), math.prod(kept.shape[axis + 1 :])
         aliases = {0: 0}
         return native.call("put_slots", same, kept, new, slot, aliases=aliases, outer=outer, inner=inner)[0]
 
-    return run_native(form, xla, kernel, kept, new, slot)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(kept=kept, new=new), default=narrow)]
+    return dispatch("put_slots", implementation, implementations)(kept, new, slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import run, settle
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, pallas, plain
 from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, reference, tpu, tpu_backward
 from sparsezoo_jax.pallas_kernels.spark_attention.common import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
@@ -96,15 +97,6 @@ def spark_attention(
         k.shape,
         f"its head count must divide the queries' {q.shape[2]}",
     )
-    form = settle(
-        "spark_attention",
-        implementation,
-        lambda interpret: tpu.why_not(q, k, v, mask, selection, interpret=interpret),
-        kernel_by_default=q.shape[1] >= _FEWEST_QUERIES,
-        splits=True,
-        gpu_why_not=lambda interpret: gpu.why_not(q, k, v, mask, selection, interpret=interpret),
-        gpu_by_default=q.shape[1] >= _FEWEST_QUERIES,
-    )
     problem = Problem(
         r=r,
         top_k=top_k,
@@ -125,7 +117,17 @@ def spark_attention(
     def kernel(q, k, v, mask, *, platform, interpret):
         return _on_devices(q, k, v, mask, problem, platform, interpret)
 
-    return run(form, xla, partial(kernel, platform="tpu"), q, k, v, mask, gpu=partial(kernel, platform="gpu"))
+    def implementation_for(platform: Literal["tpu", "cuda"], refusal: Callable[..., str | None]):
+        call, default = partial(kernel, platform=platform), q.shape[1] >= _FEWEST_QUERIES
+        why = lambda interpret: refusal(q, k, v, mask, selection, interpret=interpret)  # noqa: E731
+        return pallas(platform, call, why, default=default, sharded=True)
+
+    implementations = [
+        plain(xla),
+        *implementation_for("tpu", tpu.refusal),
+        *implementation_for("cuda", gpu.refusal),
+    ]
+    return dispatch("spark_attention", implementation, implementations)(q, k, v, mask)
 
 
 def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str, interpret):
@@ -142,7 +144,7 @@ def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str
             wanted = (first + jnp.arange(served) * (here // served)) // group
             k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
         own = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
-        tiles = gpu.TILES if platform == "gpu" else tpu.tiles_for(q, k)
+        tiles = gpu.TILES if platform == "cuda" else tpu.tiles_for(q, k)
         return _attend(q, k, v, own, problem._replace(tiles=tiles), platform, interpret)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
@@ -160,7 +162,7 @@ def _attend(q, k, v, visibility, problem, platform, interpret):
 
 
 def _attend_forward(q, k, v, visibility, problem, platform, interpret):
-    if platform == "gpu":
+    if platform == "cuda":
         y, attended, kept = gpu.forward(q, k, v, visibility, problem, interpret)
     else:
         run_forward = partial(tpu.forward, p=problem, interpret=interpret)
@@ -169,7 +171,7 @@ def _attend_forward(q, k, v, visibility, problem, platform, interpret):
 
 
 def _attend_backward(problem, platform, interpret, residuals, g):
-    if platform == "gpu":
+    if platform == "cuda":
         q, k, v, visibility, y, kept = residuals
         return (*gpu_backward.backward(q, k, v, visibility, y, kept, g[0], problem, interpret), None)
     run_backward = partial(tpu_backward.backward, p=problem, interpret=interpret)

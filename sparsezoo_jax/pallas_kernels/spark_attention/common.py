@@ -41,7 +41,7 @@ class Problem(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name not in ("window", "tiles")}
 
 
-def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool) -> str | None:
+def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool) -> str | None:
     """Why no kernel can take these arrays, or None if one might."""
     allowed = [jnp.bfloat16, jnp.float32] + [jnp.float64] * interpret
     if q.dtype not in allowed or {k.dtype, v.dtype} != {q.dtype}:

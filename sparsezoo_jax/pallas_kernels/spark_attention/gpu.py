@@ -236,10 +236,10 @@ def launch_for(kernel: str, q: jax.Array, queries: Sequence[jax.Array], keys: Se
     return fits
 
 
-def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
+def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these arrays, or None if they can."""
-    if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
-        return why
+    if (shared := common.refusal(q, k, v, visibility, selection, interpret=interpret)) is not None:
+        return shared
     width = max(q.shape[-1], v.shape[-1])
     if width > WIDEST:
         return f"holds whole heads in registers, and {width} columns are too many"

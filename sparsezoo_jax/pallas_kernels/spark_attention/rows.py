@@ -15,8 +15,8 @@ from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
-from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, result, why_not_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, pallas, plain
+from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, native_refusal, result
 from sparsezoo_jax.pallas_kernels.spark_attention import rows_gpu
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
@@ -76,17 +76,6 @@ def spark_attention_rows(
     require(top_k > 0, "spark_attention_rows.top_k", top_k, "must be above 0")
     predictor_factor = r**-0.5 if predictor_scale is None else predictor_scale
     value_factor = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
-    why_not = 'selection="exact" has no native form' if selection == "exact" else why_not_native(q=q)
-    form = settle_native(
-        "spark_attention_rows",
-        implementation,
-        why_not,
-        native_by_default=True,
-        gpu_why_not=lambda: rows_gpu.why_not(q),
-        tpu_why_not=lambda interpret: (
-            why_not_native(q=q) or weighted_rows.why_not(heads // k1.shape[1], width - r, rest, interpret=interpret)
-        ),
-    )
 
     def selecting(mixture, q, k1, rest, mask):
         wide = q.astype(jnp.float32)
@@ -105,7 +94,7 @@ def spark_attention_rows(
     def on_device(mixture, *arrays, interpret):
         return selecting(partial(mixture, interpret=interpret), *arrays)
 
-    def kernel(q, k1, rest, mask):
+    def cpp(q, k1, rest, mask):
         return native.call(
             "spark_attention",
             result((q.shape, q.dtype), ((batch, heads), jnp.int32)),
@@ -119,8 +108,18 @@ def spark_attention_rows(
             softplus=weighting == "softplus",
         )
 
-    devices = {"gpu": partial(on_device, rows_gpu.mixture), "tpu": partial(on_device, _on_tpu)}
-    return run_native(form, partial(selecting, _gathered), kernel, q, k1, rest, mask, **devices)
+    def tpu_refusal(interpret):
+        group = heads // k1.shape[1]
+        return native_refusal(q=q) or weighted_rows.refusal(group, width - r, rest, interpret=interpret)
+
+    cpp_refusal = 'selection="exact" has no native form' if selection == "exact" else native_refusal(q=q)
+    implementations = [
+        plain(partial(selecting, _gathered)),
+        native_cpu(cpp, cpp_refusal),
+        *pallas("cuda", partial(on_device, rows_gpu.mixture), lambda interpret: rows_gpu.refusal(q)),
+        *pallas("tpu", partial(on_device, _on_tpu), tpu_refusal),
+    ]
+    return dispatch("spark_attention_rows", implementation, implementations)(q, k1, rest, mask)
 
 
 def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret):

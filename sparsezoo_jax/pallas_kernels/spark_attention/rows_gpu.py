@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sparsezoo_jax.pallas_kernels.rows import why_not_native
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import softcapped, softplus
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
@@ -23,11 +23,11 @@ from sparsezoo_jax.pallas_kernels.tuning import launch_of
 WIDEST = 256
 
 
-def why_not(q: jax.Array) -> str | None:
+def refusal(q: jax.Array) -> str | None:
     """Why the kernel can't take these queries [B, N, H], or None if it can."""
     if q.shape[-1] > WIDEST:
         return f"takes heads up to {WIDEST} wide, not {q.shape[-1]}"
-    return why_not_native(q=q)
+    return native_refusal(q=q)
 
 
 def _kernel(

@@ -368,10 +368,10 @@ def tiles_for(q: jax.Array, k: jax.Array) -> Tiles:
     return Tiles(*(min(most, -(-x.shape[1] // 128) * 128) for most, x in zip(largest, (q, k), strict=True)))
 
 
-def why_not(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
+def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these arrays, or None if they can."""
-    if (why := common.why_not(q, k, v, visibility, selection, interpret=interpret)) is not None:
-        return why
+    if (shared := common.refusal(q, k, v, visibility, selection, interpret=interpret)) is not None:
+        return shared
     tiles = tiles_for(q, k)
     steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
     return None if steps <= STEPS else f"walks over {steps} tiles of a head, more than {STEPS}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import XLA, choose
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.spark_ffn import reference
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
 from sparsezoo_jax.sharding import pieces
@@ -47,9 +47,8 @@ def select_neurons(
     with its threshold.
     """
     if selection == "statistical":
-        implementation = implementation or XLA
         options = {"ddof": ddof, "huber_delta": huber_delta, "shift": shift}
-        return statistical_topk(scores, k, **options, implementation=implementation)
+        return statistical_topk(scores, k, **options, implementation=implementation or "xla")
     if selection in ("exact", "approximate"):
         return exact_topk(scores, round(k), approximate=selection == "approximate")
     return jax.nn.relu(scores) if selection == "relu" else scores
@@ -104,16 +103,18 @@ def spark_ffn(
         v.shape,
         f"must be {(width, x.shape[-1])} for x and k1",
     )
-    worth_it = width >= 16 * reference.SAMPLE * pieces("ffn", width)
-    default = "one_pass" if selection == "statistical" and worth_it else XLA
-    name = choose("spark_ffn", implementation, {name: name for name in (XLA, "one_pass")}, default)
-    require(
-        name == XLA or selection == "statistical",
-        "spark_ffn.implementation",
-        name,
-        f'is for selection "statistical", not "{selection}"; use "xla"',
-    )
-    shift = reference.sampled_mean(x, k1) if name == "one_pass" and top_k < width else None
-    select = partial(select_neurons, k=top_k, selection=selection, ddof=ddof, huber_delta=huber_delta, shift=shift)
-    y, gate = reference.spark_ffn(x, k1, k2, v, select=select)
+
+    def apply(x, k1, k2, v, *, one_pass: bool):
+        shift = reference.sampled_mean(x, k1) if one_pass and top_k < width else None
+        select = partial(select_neurons, k=top_k, selection=selection, ddof=ddof, huber_delta=huber_delta, shift=shift)
+        return reference.spark_ffn(x, k1, k2, v, select=select)
+
+    statistical = selection == "statistical"
+    refusal = None if statistical else f'is for selection "statistical", not "{selection}"'
+    one_pass = statistical and width >= 16 * reference.SAMPLE * pieces("ffn", width)
+    implementations = [
+        Implementation("xla", partial(apply, one_pass=False), default=not one_pass),
+        Implementation("one_pass", partial(apply, one_pass=True), None, lambda: refusal, default=one_pass),
+    ]
+    y, gate = dispatch("spark_ffn", implementation, implementations)(x, k1, k2, v)
     return (y, gate) if return_gate else y

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
-from sparsezoo_jax.pallas_kernels.dispatch import run_native, settle_native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
     combination,
     dequantised,
+    native_refusal,
     or_none,
     product,
     result,
     sum_over_active,
-    why_not_native,
 )
 from sparsezoo_jax.pallas_kernels.spark_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import normal_quantile, row_statistics, shrink
@@ -72,16 +72,6 @@ def spark_ffn_rows(
     check_weights("spark_ffn_rows", "rows", rows, scales[1], (neurons, 2))
     require(0 < top_k < neurons, "spark_ffn_rows.top_k", top_k, f"must be above 0 and below the {neurons} neurons")
     require(huber_delta >= 0, "spark_ffn_rows.huber_delta", huber_delta, "must be 0 or above")
-    few = m <= MOST_ROWS
-    form = settle_native(
-        "spark_ffn_rows",
-        implementation,
-        why_not_native(x=x),
-        native_by_default=few,
-        gpu_why_not=lambda: rows_gpu.why_not(x),
-        tpu_why_not=lambda interpret: why_not_native(x=x) or weighted_rows.why_not(m, d - r, rows, interpret=interpret),
-        tpu_by_default=few,
-    )
 
     def xla(x, k1, rows, scales):
         gate = _gate(product(x[:, :r], k1, scales[0]), top_k, ddof, huber_delta)
@@ -98,7 +88,7 @@ def spark_ffn_rows(
         y = sum_over_active(jnp.any(active, axis=0), GROUP, jnp.zeros((m, d), jnp.float32), add, rows)
         return y.astype(x.dtype), jnp.sum(active, axis=-1, dtype=jnp.int32)
 
-    def kernel(x, k1, rows, scales):
+    def cpp(x, k1, rows, scales):
         results = result((x.shape, x.dtype), ((m,), jnp.int32))
         attributes = {"ddof": ddof, "top_k": float(top_k), "huber_delta": float(huber_delta)}
         quantile = normal_quantile(1 - top_k / neurons)
@@ -123,7 +113,17 @@ def spark_ffn_rows(
         )
         return y[0].astype(x.dtype), jnp.sum(gate != 0, axis=-1, dtype=jnp.int32)
 
-    return run_native(form, xla, kernel, x, k1, rows, scales, gpu=gpu, tpu=tpu)
+    def tpu_refusal(interpret):
+        return native_refusal(x=x) or weighted_rows.refusal(m, d - r, rows, interpret=interpret)
+
+    few = m <= MOST_ROWS
+    implementations = [
+        plain(xla),
+        native_cpu(cpp, native_refusal(x=x), default=few),
+        *pallas("cuda", gpu, lambda interpret: rows_gpu.refusal(x)),
+        *pallas("tpu", tpu, tpu_refusal, default=few),
+    ]
+    return dispatch("spark_ffn_rows", implementation, implementations)(x, k1, rows, scales)
 
 
 def _gate(scores: jax.Array, top_k: float, ddof: int, huber_delta: float) -> jax.Array:

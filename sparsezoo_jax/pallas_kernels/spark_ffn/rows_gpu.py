@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sparsezoo_jax.pallas_kernels.rows import why_not_native
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
@@ -21,11 +21,11 @@ from sparsezoo_jax.pallas_kernels.tuning import launch_of
 MOST_TOKENS = 16
 
 
-def why_not(x: jax.Array) -> str | None:
+def refusal(x: jax.Array) -> str | None:
     """Why the kernels can't take these tokens [M, D], or None if they can."""
     if x.shape[0] > MOST_TOKENS:
         return f"takes up to {MOST_TOKENS} tokens, not {x.shape[0]}"
-    return why_not_native(x=x)
+    return native_refusal(x=x)
 
 
 def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int, neurons: int, tiles: tuple[int, ...]):

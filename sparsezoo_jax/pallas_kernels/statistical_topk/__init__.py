@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import run, settle
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, dispatch, pallas, plain
 from sparsezoo_jax.pallas_kernels.statistical_topk import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
+    Problem,
     RowStatistics,
     normal_quantile,
     row_length,
@@ -76,97 +76,85 @@ def statistical_topk(
     if shift is not None:
         shift = jnp.moveaxis(shift, axis, -1)
     x = jnp.moveaxis(x, axis, -1)
-    form = settle(
-        "statistical_topk",
-        implementation,
-        lambda interpret: tpu.why_not(x, where, interpret=interpret),
-        # A mask has to exist in memory for the kernel, where XLA computes it in passing.
-        kernel_by_default=where is None and shift is None,
-        gpu_why_not=lambda interpret: gpu.why_not(x, split_over, interpret=interpret),
-        gpu_by_default=where is None and shift is None,
-    )
+    p = Problem(float(k), ddof, float(huber_delta), split_over)
+    # A mask has to exist in memory for a kernel, where XLA computes it in passing.
+    default = where is None and shift is None
+    implementations = [
+        plain(CustomVJP(partial(_forward, p), partial(_backward, p))),
+        *pallas(
+            "tpu",
+            CustomVJP(partial(_forward_on_tpu, p), partial(_backward_on_tpu, p)),
+            lambda interpret: tpu.refusal(x, where, interpret=interpret),
+            default=default,
+        ),
+        *pallas(
+            "cuda",
+            CustomVJP(partial(_forward_on_gpu, p), partial(_backward_on_gpu, p)),
+            lambda interpret: gpu.refusal(x, split_over, interpret=interpret),
+            default=default,
+        ),
+    ]
+    apply = dispatch("statistical_topk", implementation, implementations)
     if where is None and k >= row_length(x, split_over):
         return jnp.moveaxis(x, -1, axis)
-    return jnp.moveaxis(_topk(x, where, shift, _Call(float(k), ddof, float(huber_delta), split_over, form)), -1, axis)
+    return jnp.moveaxis(apply(x, where, shift), -1, axis)
 
 
-class _Call(NamedTuple):
-    """What a call is besides its arrays."""
-
-    k: float
-    ddof: int
-    huber_delta: float
-    split_over: tuple[str, ...]
-    form: str
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _topk(x, where, shift, call):
-    return _topk_forward(x, where, shift, call)[0]
+def _forward(p: Problem, x, where, shift, statistics: RowStatistics | None = None):
+    """Residuals are mean and deviation or, with a mask, all of `RowStatistics`."""
+    if statistics is None:
+        statistics = row_statistics(x, p.k, ddof=p.ddof, where=where, shift=shift, split_over=p.split_over)
+    y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, p.huber_delta)
+    if where is not None:
+        y = jnp.where(where, jnp.where(statistics.count > p.k, y, x), 0)
+    # The count and quantile of unmasked rows are numbers, not arrays: they are made again in the backward pass.
+    return y.astype(x.dtype), (statistics.mean, statistics.std) if where is None else tuple(statistics)
 
 
-def _topk_forward(x, where, shift, call):
-    k, ddof, huber_delta, split_over, form = call
-
-    def xla(x, where, shift, statistics=None):
-        if statistics is None:
-            statistics = row_statistics(x, k, ddof=ddof, where=where, shift=shift, split_over=split_over)
-        y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, huber_delta)
-        if where is not None:
-            y = jnp.where(where, jnp.where(statistics.count > k, y, x), 0)
-        # The count and quantile of unmasked rows are numbers, not arrays: they are made again in the backward pass.
-        kept = (statistics.mean, statistics.std) if where is None else tuple(statistics)
-        return y.astype(x.dtype), kept
-
-    def kernel(x, where, shift, *, interpret):
-        if split_over:
-            return xla(x, where, shift, tpu.split_statistics(x, where, k, ddof, split_over, interpret=interpret))
-        return tpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
-
-    def on_gpu(x, where, shift, *, interpret):
-        return gpu.forward(x, where, k, ddof, huber_delta, interpret=interpret)
-
-    y, kept = run(form, xla, kernel, x, where, shift, gpu=on_gpu)
-    return y, (x, where, kept)
-
-
-def _topk_backward(call, residuals, g):
+def _backward(p: Problem, arrays, statistics, g):
     """`g_i m_i - G (1/n + z (x_i - mean) / ((n - ddof) std))` with `G = sum_i g_i m_i` (m: slope)."""
-    k, ddof, huber_delta, split_over, form = call
-
-    def xla(x, where, kept, g):
-        if where is None:
-            d = row_length(x, split_over)
-            mean, std = kept
-            statistics = RowStatistics(d, mean, std, normal_quantile(1 - k / d))
-        else:
-            statistics = RowStatistics(*kept)
-        count, mean, std, z = statistics
-        g = g.astype(mean.dtype)
-        wide_x = x.astype(mean.dtype)
-        s = wide_x - statistics.threshold
-        slope = (s > 0).astype(mean.dtype) if huber_delta == 0 else jnp.clip(s / huber_delta, 0, 1)
-        if where is not None:
-            slope = jnp.where(where, slope, 0)
-        direct = g * slope
-        total = row_sum(direct, split_over)
-        # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
-        inverse_std = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 0)
-        a = total * z * inverse_std / jnp.maximum(count - ddof, 1)
-        grad = direct - (total / jnp.maximum(count, 1) - a * mean) - a * wide_x
-        if where is not None:
-            grad = jnp.where(where, jnp.where(count > k, grad, g), 0)
-        return grad.astype(x.dtype)
-
-    def kernel(x, where, kept, g, *, interpret):
-        if split_over:
-            return xla(x, where, kept, g)
-        return tpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
-
-    def on_gpu(x, where, kept, g, *, interpret):
-        return gpu.backward(x, where, kept, g, k, ddof, huber_delta, interpret=interpret)
-
-    return run(form, xla, kernel, *residuals, g, gpu=on_gpu), None, None
+    x, where, _ = arrays
+    if where is None:
+        d = row_length(x, p.split_over)
+        mean, std = statistics
+        s = RowStatistics(d, mean, std, normal_quantile(1 - p.k / d))
+    else:
+        s = RowStatistics(*statistics)
+    dtype = s.mean.dtype
+    g, x_upcast = g.astype(dtype), x.astype(dtype)
+    above = x_upcast - s.threshold
+    slope = (above > 0).astype(dtype) if p.huber_delta == 0 else jnp.clip(above / p.huber_delta, 0, 1)
+    if where is not None:
+        slope = jnp.where(where, slope, 0)
+    direct = g * slope
+    total = row_sum(direct, p.split_over)
+    # A constant row has no direction in which its deviation grows: std = 0 gets the zero subgradient, not a NaN.
+    inverse_std = jnp.where(s.std > 0, 1 / jnp.where(s.std > 0, s.std, 1), 0)
+    a = total * s.quantile * inverse_std / jnp.maximum(s.count - p.ddof, 1)
+    grad = direct - (total / jnp.maximum(s.count, 1) - a * s.mean) - a * x_upcast
+    if where is not None:
+        grad = jnp.where(where, jnp.where(s.count > p.k, grad, g), 0)
+    return grad.astype(x.dtype), None, None
 
 
-_topk.defvjp(_topk_forward, _topk_backward)
+def _forward_on_tpu(p: Problem, x, where, shift, *, interpret):
+    if p.split_over:
+        statistics = tpu.split_statistics(x, where, p, interpret=interpret)
+        return _forward(p, x, where, shift, statistics)
+    return tpu.forward(x, where, p, interpret=interpret)
+
+
+def _backward_on_tpu(p: Problem, arrays, statistics, g, *, interpret):
+    if p.split_over:
+        return _backward(p, arrays, statistics, g)
+    x, where, _ = arrays
+    return tpu.backward(x, where, statistics, g, p, interpret=interpret), None, None
+
+
+def _forward_on_gpu(p: Problem, x, where, shift, *, interpret):
+    return gpu.forward(x, where, p, interpret=interpret)
+
+
+def _backward_on_gpu(p: Problem, arrays, statistics, g, *, interpret):
+    x, where, _ = arrays
+    return gpu.backward(x, where, statistics, g, p, interpret=interpret), None, None

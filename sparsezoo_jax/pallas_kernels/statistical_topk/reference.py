@@ -16,6 +16,15 @@ import jax.numpy as jnp
 MeshAxes = tuple[str, ...]
 
 
+class Problem(NamedTuple):
+    """The arguments of `statistical_topk` that are known when it is traced."""
+
+    k: float
+    ddof: int
+    huber_delta: float
+    split_over: MeshAxes = ()
+
+
 class RowStatistics(NamedTuple):
     """Statistics along the last axis, kept as size 1; float32, or float64 for float64 input."""
 

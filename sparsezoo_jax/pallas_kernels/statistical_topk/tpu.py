@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sparsezoo_jax.pallas_kernels.statistical_topk.quantile import normal_quantile_of
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
-    MeshAxes,
+    Problem,
     RowStatistics,
     normal_quantile,
     row_length,
@@ -48,16 +48,6 @@ class Tiles(NamedTuple):
     """Bytes; None: the compiler's default."""
 
 
-class Problem(NamedTuple):
-    """What the kernels know of the call when they are compiled."""
-
-    d: int
-    k: float
-    ddof: int
-    huber_delta: float
-    masked: bool
-
-
 def _tiles(rows: int, d: int, arrays: list[Any]) -> Tiles | None:
     """Tiles for blocks of `arrays`, those read or written whole; None if rows are too long for VMEM."""
     masked = any(a.dtype == jnp.int8 for a in arrays)
@@ -77,7 +67,7 @@ def _tiles(rows: int, d: int, arrays: list[Any]) -> Tiles | None:
     return Tiles(max(sub, min(fitting, wanted, 256)), sub, chunk, limit)
 
 
-def why_not(x: jax.Array, where: jax.Array | None, *, interpret: bool = False) -> str | None:
+def refusal(x: jax.Array, where: jax.Array | None, *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these rows [..., d], or None if they can."""
     allowed = [jnp.bfloat16, jnp.float32] + [jnp.float64] * interpret
     if x.dtype not in allowed:
@@ -133,27 +123,28 @@ def _total(d: int, tiles: Tiles, term: Callable[[Any], jax.Array], dtype: Any) -
     return total
 
 
-def _moments(p: Problem, tiles: Tiles, rows, read, seen) -> tuple[Any, jax.Array, jax.Array]:
+def _moments(tiles: Tiles, rows, x_ref, mask_ref) -> tuple[Any, jax.Array, jax.Array]:
     """Count, mean and sum of squared distances from it, [sub, 1] each (the count a number without a mask)."""
+    d, read, visible = x_ref.shape[-1], _reader(x_ref), _mask_reader(mask_ref)
     dtype = read(rows, pl.ds(0, 1)).dtype
-    if p.masked:
-        count = _total(p.d, tiles, lambda c: seen(rows, c).astype(dtype), dtype)
-        divisor = jnp.maximum(count, 1)
+    if visible is None:
+        count = divisor = d
     else:
-        count = divisor = p.d
+        count = _total(d, tiles, lambda c: visible(rows, c).astype(dtype), dtype)
+        divisor = jnp.maximum(count, 1)
 
-    def of_seen(values, columns):
-        return jnp.where(seen(rows, columns), values, 0) if p.masked else values
+    def of_visible(values, columns):
+        return values if visible is None else jnp.where(visible(rows, columns), values, 0)
 
-    mean = _total(p.d, tiles, lambda c: of_seen(read(rows, c), c), dtype) / divisor
-    squares = _total(p.d, tiles, lambda c: of_seen(jnp.square(read(rows, c) - mean), c), dtype)
+    mean = _total(d, tiles, lambda c: of_visible(read(rows, c), c), dtype) / divisor
+    squares = _total(d, tiles, lambda c: of_visible(jnp.square(read(rows, c) - mean), c), dtype)
     return count, mean, squares
 
 
-def _statistics(p: Problem, tiles: Tiles, rows, read, seen) -> RowStatistics:
-    count, mean, squares = _moments(p, tiles, rows, read, seen)
-    if not p.masked:
-        return RowStatistics(count, mean, jnp.sqrt(squares / max(p.d - p.ddof, 1)), normal_quantile(1 - p.k / p.d))
+def _statistics(p: Problem, tiles: Tiles, rows, x_ref, mask_ref) -> RowStatistics:
+    count, mean, squares = _moments(tiles, rows, x_ref, mask_ref)
+    if mask_ref is None:
+        return RowStatistics(count, mean, jnp.sqrt(squares / max(count - p.ddof, 1)), normal_quantile(1 - p.k / count))
     std = jnp.sqrt(squares / jnp.maximum(count - p.ddof, 1))
     fraction = jnp.clip(p.k / jnp.maximum(count, 1), 1e-6, 1 - 1e-6)
     return RowStatistics(count, mean, std, jnp.where(count > p.k, -normal_quantile_of(fraction), 0))
@@ -164,14 +155,9 @@ def _reader(x_ref) -> Callable[[Any, Any], jax.Array]:
     return lambda rows, columns: x_ref[rows, columns].astype(wide)
 
 
-def _seen(mask_ref) -> Callable[[Any, Any], jax.Array]:
+def _mask_reader(mask_ref) -> Callable[[Any, Any], jax.Array] | None:
     # Not every generation compares 8-bit integers.
-    return lambda rows, columns: mask_ref[rows, columns].astype(jnp.int32) != 0
-
-
-def _with_mask(refs: tuple[Any, ...], place: int, p: Problem) -> tuple[Any, ...]:
-    """References with None in the place of the mask where there is none."""
-    return refs if p.masked else (*refs[:place], None, *refs[place:])
+    return None if mask_ref is None else lambda rows, columns: mask_ref[rows, columns].astype(jnp.int32) != 0
 
 
 def _store_columns(ref, rows, columns) -> None:
@@ -179,50 +165,49 @@ def _store_columns(ref, rows, columns) -> None:
         ref[rows, pl.ds(i, 1)] = column
 
 
-def _forward_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, mask_ref, y_ref, statistics_ref = _with_mask(refs, 1, p)
-    read, seen = _reader(x_ref), _seen(mask_ref)
+def _forward_kernel(x_ref, mask_ref, y_ref, statistics_ref, *, p: Problem, tiles: Tiles):
+    read, visible = _reader(x_ref), _mask_reader(mask_ref)
 
     def work(rows):
-        s = _statistics(p, tiles, rows, read, seen)
+        s = _statistics(p, tiles, rows, x_ref, mask_ref)
         threshold = s.threshold
 
         def write(columns, carry):
             x = read(rows, columns)
             y = shrink(x, threshold, p.huber_delta)
-            if p.masked:
-                y = jnp.where(seen(rows, columns), jnp.where(s.count > p.k, y, x), 0)
+            if visible is not None:
+                y = jnp.where(visible(rows, columns), jnp.where(s.count > p.k, y, x), 0)
             y_ref[rows, columns] = y.astype(y_ref.dtype)
             return carry
 
-        _over_chunks(p.d, tiles.chunk, write, 0)
-        _store_columns(statistics_ref, rows, s if p.masked else (s.mean, s.std))
+        _over_chunks(x_ref.shape[-1], tiles.chunk, write, 0)
+        _store_columns(statistics_ref, rows, (s.mean, s.std) if visible is None else s)
 
     _over_rows(tiles, work)
 
 
-def _moments_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, mask_ref, out_ref = _with_mask(refs, 1, p)
+def _moments_kernel(x_ref, mask_ref, out_ref, *, p: Problem, tiles: Tiles):
+    del p  # moments are the same for every call
 
     def work(rows):
-        count, mean, squares = _moments(p, tiles, rows, _reader(x_ref), _seen(mask_ref))
-        _store_columns(out_ref, rows, (mean, squares, count) if p.masked else (mean, squares))
+        count, mean, squares = _moments(tiles, rows, x_ref, mask_ref)
+        _store_columns(out_ref, rows, (mean, squares) if mask_ref is None else (mean, squares, count))
 
     _over_rows(tiles, work)
 
 
-def _backward_kernel(*refs, p: Problem, tiles: Tiles):
-    x_ref, g_ref, mask_ref, statistics_ref, dx_ref = _with_mask(refs, 2, p)
-    read, incoming, seen = _reader(x_ref), _reader(g_ref), _seen(mask_ref)
+def _backward_kernel(x_ref, g_ref, mask_ref, statistics_ref, dx_ref, *, p: Problem, tiles: Tiles):
+    read, incoming, visible = _reader(x_ref), _reader(g_ref), _mask_reader(mask_ref)
+    d = x_ref.shape[-1]
 
     def work(rows):
-        if p.masked:
+        if mask_ref is not None:
             s = RowStatistics(*(statistics_ref[rows, pl.ds(i, 1)] for i in range(4)))
             divisor, free = jnp.maximum(s.count, 1), jnp.maximum(s.count - p.ddof, 1)
         else:
             mean, std = (statistics_ref[rows, pl.ds(i, 1)] for i in range(2))
-            s = RowStatistics(p.d, mean, std, normal_quantile(1 - p.k / p.d))
-            divisor, free = p.d, max(p.d - p.ddof, 1)
+            s = RowStatistics(d, mean, std, normal_quantile(1 - p.k / d))
+            divisor, free = d, max(d - p.ddof, 1)
         threshold = s.threshold
 
         def direct(columns):
@@ -233,31 +218,31 @@ def _backward_kernel(*refs, p: Problem, tiles: Tiles):
             else:
                 # As a product, for a gradient that is not a number must show even where the slope is 0.
                 g = g * (above > 0).astype(g.dtype)
-            return jnp.where(seen(rows, columns), g, 0) if p.masked else g
+            return g if visible is None else jnp.where(visible(rows, columns), g, 0)
 
-        total = _total(p.d, tiles, direct, s.mean.dtype)
+        total = _total(d, tiles, direct, s.mean.dtype)
         a = total * s.quantile * jnp.where(s.std > 0, 1 / jnp.where(s.std > 0, s.std, 1), 0) / free
         offset = total / divisor - a * s.mean
 
         def write(columns, carry):
             grad = direct(columns) - offset - a * read(rows, columns)
-            if p.masked:
+            if visible is not None:
                 passed = jnp.where(s.count > p.k, grad, incoming(rows, columns))
-                grad = jnp.where(seen(rows, columns), passed, 0)
+                grad = jnp.where(visible(rows, columns), passed, 0)
             dx_ref[rows, columns] = grad.astype(dx_ref.dtype)
             return carry
 
-        _over_chunks(p.d, tiles.chunk, write, 0)
+        _over_chunks(d, tiles.chunk, write, 0)
 
     _over_rows(tiles, work)
 
 
-def _call(kernel, inputs: list[jax.Array], outputs: list[Any], p: Problem, passes: int, interpret: Any):
-    """Run `kernel` over blocks of rows of all arrays; one output, or a tuple."""
-    rows = inputs[0].shape[0]
-    whole = [a for a in (*inputs, *outputs) if a.shape[-1] == p.d]
-    tiles = _tiles(rows, p.d, whole)
-    assert tiles is not None, "why_not was not asked"
+def _call(kernel, inputs: list[jax.Array | None], outputs: list[Any], p: Problem, passes: int, interpret: Any):
+    """Run `kernel` over blocks of rows of all arrays (the first of them rows [M, d]); returns a list of outputs."""
+    rows, d = jax.tree.leaves(inputs)[0].shape
+    arrays = jax.tree.leaves((inputs, outputs))
+    tiles = _tiles(rows, d, [a for a in arrays if a.shape[-1] == d])
+    assert tiles is not None, "`refusal` was not asked"
 
     def spec(a):
         return pl.BlockSpec((tiles.block, a.shape[-1]), lambda i: (i, 0))
@@ -265,14 +250,14 @@ def _call(kernel, inputs: list[jax.Array], outputs: list[Any], p: Problem, passe
     return pl.pallas_call(
         partial(kernel, p=p, tiles=tiles),
         grid=(-(-rows // tiles.block),),
-        in_specs=[spec(a) for a in inputs],
+        in_specs=jax.tree.map(spec, inputs),
         out_specs=[spec(a) for a in outputs],
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit),
         cost_estimate=pl.CostEstimate(
-            flops=passes * rows * p.d,
+            flops=passes * rows * d,
             transcendentals=0,
-            bytes_accessed=sum(rows * a.shape[-1] * a.dtype.itemsize for a in (*inputs, *outputs)),
+            bytes_accessed=sum(rows * a.shape[-1] * a.dtype.itemsize for a in arrays),
         ),
         interpret=interpret,
         name=f"statistical_topk{kernel.__name__.removesuffix('_kernel')}",
@@ -283,48 +268,45 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _inputs(arrays: list[jax.Array], where: jax.Array | None) -> list[jax.Array]:
-    return [_flat(a) for a in arrays] + ([] if where is None else [_flat(where).astype(jnp.int8)])
+def _flat_mask(where: jax.Array | None) -> jax.Array | None:
+    return None if where is None else _flat(where).astype(jnp.int8)
 
 
-def _wide(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _statistics_of(x: jax.Array, columns: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.size // x.shape[-1], columns), jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _columns(statistics: jax.Array, leading: tuple[int, ...]) -> tuple[jax.Array, ...]:
     return tuple(statistics[:, i].reshape(*leading, 1) for i in range(statistics.shape[-1]))
 
 
-def forward(x, where, k: float, ddof: int, huber_delta: float, *, interpret: Any = False):
+def forward(x, where, p: Problem, *, interpret: Any = False) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`statistical_topk` of rows [..., d], and the statistics that `backward` wants, [..., 1] each."""
-    p = Problem(x.shape[-1], k, ddof, huber_delta, where is not None)
-    inputs = _inputs([x], where)
-    rows = inputs[0].shape[0]
-    outputs = [jax.ShapeDtypeStruct((rows, p.d), x.dtype), jax.ShapeDtypeStruct((rows, 4 if p.masked else 2), _wide(x))]
-    y, statistics = _call(_forward_kernel, inputs, outputs, p, 7, interpret)
+    flat = _flat(x)
+    outputs = [jax.ShapeDtypeStruct(flat.shape, x.dtype), _statistics_of(x, 2 if where is None else 4)]
+    y, statistics = _call(_forward_kernel, [flat, _flat_mask(where)], outputs, p, 7, interpret)
     return y.reshape(x.shape), _columns(statistics, x.shape[:-1])
 
 
-def backward(x, where, kept, g, k: float, ddof: int, huber_delta: float, *, interpret: Any = False) -> jax.Array:
+def backward(x, where, statistics, g, p: Problem, *, interpret: Any = False) -> jax.Array:
     """Gradient at `x` from the gradient `g` of the result and the statistics that `forward` returned."""
-    p = Problem(x.shape[-1], k, ddof, huber_delta, where is not None)
-    inputs = [*_inputs([x, g], where), _flat(jnp.concatenate(kept, axis=-1))]
-    (dx,) = _call(_backward_kernel, inputs, [jax.ShapeDtypeStruct(inputs[0].shape, x.dtype)], p, 8, interpret)
+    flat = _flat(x)
+    inputs = [flat, _flat(g), _flat_mask(where), _flat(jnp.concatenate(statistics, axis=-1))]
+    (dx,) = _call(_backward_kernel, inputs, [jax.ShapeDtypeStruct(flat.shape, x.dtype)], p, 8, interpret)
     return dx.reshape(x.shape)
 
 
-def split_statistics(x, where, k: float, ddof: int, over: MeshAxes, *, interpret: Any = False) -> RowStatistics:
+def split_statistics(x, where, p: Problem, *, interpret: Any = False) -> RowStatistics:
     """Statistics of whole rows of which each device holds a piece [..., d]: one read, and sums over the devices.
 
     Each device takes the moments of its piece in two passes; the distances between the pieces' means are added to the
     squares, so that nothing cancels. (Chan, Golub and LeVeque, The American Statistician 37, 1983.)
     """
-    p = Problem(x.shape[-1], k, ddof, 0.0, where is not None)
-    inputs = _inputs([x], where)
-    outputs = [jax.ShapeDtypeStruct((inputs[0].shape[0], 3 if p.masked else 2), _wide(x))]
-    (found,) = _call(_moments_kernel, inputs, outputs, p, 5, interpret)
+    outputs = [_statistics_of(x, 2 if where is None else 3)]
+    (found,) = _call(_moments_kernel, [_flat(x), _flat_mask(where)], outputs, p, 5, interpret)
     mean, squares, *counts = _columns(found, x.shape[:-1])
-    here = counts[0] if counts else p.d
+    k, ddof, over = p.k, p.ddof, p.split_over
+    here = counts[0] if counts else x.shape[-1]
     d = row_length(x, over)
     count = jax.lax.psum(here, over) if counts else d
     total_mean = jax.lax.psum(here * mean, over) / jnp.maximum(count, 1)
