@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     # The width of the model (in the Spark FFN also the slice of it that the predictor reads): fully sharded parameters.
-    # In activations these mesh axes already split batch and length, so the width stays whole there.
+    # In activations these mesh axes already split batch and length, so the width is not split there.
     "embed": ("fsdp", "expert", "context"),
     "predictor": ("fsdp", "expert", "context"),
     # Latents of attention: by whatever the other dimension of the matrix, width or heads, leaves over.
@@ -120,8 +120,8 @@ def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """Over which mesh axes each dimension of an array is split.
+def partition_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """How an array is split: for each of its dimensions the mesh axes over which it is.
 
     A dimension takes the leading axes of its rule whose product divides it; `undivided` tells where that is not all.
 
@@ -163,14 +163,14 @@ def undivided(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> dict[str, t
     return missing
 
 
-def named(mesh: Mesh) -> Callable[[LogicalAxes, Sequence[int]], NamedSharding]:
+def named_sharding(mesh: Mesh) -> Callable[[LogicalAxes, Sequence[int]], NamedSharding]:
     """The function from an array's logical axes and shape to its sharding on `mesh`."""
-    return lambda axes, shape: NamedSharding(mesh, partition(axes, shape, mesh))
+    return lambda axes, shape: NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
 @contextlib.contextmanager
-def activated(mesh: Mesh | None) -> Iterator[None]:
-    """Make `mesh` the one that `constrain` and `per_device` see while functions are traced; None: no mesh."""
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Make `mesh` the one that `constrain` and `shard_map` see while functions are traced; None: no mesh."""
     if mesh is None or mesh.size == 1:
         yield
         return
@@ -180,24 +180,24 @@ def activated(mesh: Mesh | None) -> Iterator[None]:
 
 def _active_mesh() -> Any:
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside a per-device function the axes are manual: arrays are one device's pieces there.
+    # Within a shard_map the axes are manual: arrays are one device's shards there.
     usable = not mesh.empty and mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if usable and mesh.size > 1 else None
 
 
 def partitioned_by_compiler() -> bool:
-    """Whether the compiler splits what is traced now over devices: not without a mesh, nor in a per-device function."""
+    """Whether the compiler splits what is traced now over devices: not without a mesh, nor within a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def mesh_is_active() -> bool:
-    """Whether there is a mesh of `AXES` over which `per_device` shards arrays: not within a per-device function."""
+    """Whether there is a mesh of `AXES` over which `shard_map` splits arrays: not within another shard_map."""
     return _active_mesh() is not None
 
 
-def pieces(name: str, size: int) -> int:
-    """Into how many pieces the compiler splits a dimension of this name and size; 1 without a mesh."""
+def num_shards(name: str, size: int) -> int:
+    """Into how many shards the compiler splits a dimension of this name and size; 1 without a mesh."""
     mesh = _active_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _assigned((name,), (size,), mesh)[0])
 
@@ -208,25 +208,27 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     Left to itself the compiler may as well gather activations where it should gather weights.
     """
     mesh = _active_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """`x` in full on every device."""
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` with all of it on every device."""
     return constrain(x, (None,) * x.ndim)
 
 
-def per_device(
+def shard_map(
     function: Callable[..., Any],
     arrays: Sequence[jax.Array],
     in_axes: Sequence[LogicalAxes],
     out_axes: Any,
 ) -> Any:
-    """Call `function` on each device's pieces of `arrays`, as a kernel that the compiler can't partition needs it.
+    """Call `function` on each device's shards of `arrays`, as a kernel that the compiler can't partition needs it.
+
+    `jax.shard_map` by the names of dimensions, on the active mesh; without a mesh there is one shard.
 
     Args:
-      function: called as `function(*pieces, split)`; `split` maps the name of every dimension to the mesh axes that
-        split it, as `jax.lax.psum` takes them (an empty tuple where it is whole, over which psum does nothing).
+      function: called as `function(*shards, split)`; `split` maps the name of every dimension to the mesh axes that
+        split it, as `jax.lax.psum` takes them (an empty tuple where it is not split, over which psum does nothing).
       in_axes: names of the dimensions of each array. An unnamed dimension is gathered.
       out_axes: names for the result, in its structure (a tuple of names for a single array).
 
@@ -248,7 +250,7 @@ def per_device(
 
     out_specs = jax.tree.map(spec, out_axes, is_leaf=_is_axes)
     return jax.shard_map(
-        lambda *pieces: function(*pieces, split),
+        lambda *shards: function(*shards, split),
         in_specs=tuple(spec(axes) for axes in in_axes),
         out_specs=out_specs,
         check_vma=False,  # the abstract results of kernels don't say over which axes they vary
@@ -269,7 +271,7 @@ def check_batch(shape: Sequence[int], mesh: Mesh, *, accumulation: int = 1) -> N
     require(shape[1] % context == 0, "data.seq_len", shape[1], f"must be a multiple of mesh.context={context}")
 
 
-def rows_here(sharding: Sharding, shape: Sequence[int]) -> range:
+def addressable_rows(sharding: Sharding, shape: Sequence[int]) -> range:
     """The rows (first dimension) of a global array of this shape that the devices of this process hold.
 
     Raises:
@@ -279,15 +281,17 @@ def rows_here(sharding: Sharding, shape: Sequence[int]) -> range:
     blocks = {index[0].indices(shape[0])[:2] for index in indices if index is not None}
     first, end = min(start for start, _ in blocks), max(stop for _, stop in blocks)
     size = end - first
-    whole = sum(stop - start for start, stop in blocks) == size and shape[0] % size == 0 and first % size == 0
-    require(whole, "mesh", sharding, "leaves this process with scattered rows of the batch; let data and fsdp lead")
+    contiguous = sum(stop - start for start, stop in blocks) == size and shape[0] % size == 0 and first % size == 0
+    require(
+        contiguous, "mesh", sharding, "leaves this process with scattered rows of the batch; let data and fsdp lead"
+    )
     return range(first, end)
 
 
-def put(
+def device_put(
     batch: Mapping[str, np.ndarray], sharding: Sharding, shape: Sequence[int], first_row: int = 0
 ) -> dict[str, Any]:
-    """Arrays on the devices from the rows, `first_row` on, that this process has of global arrays of this shape."""
+    """Global arrays of this shape on the devices, made from the rows of them, `first_row` on, that this process has."""
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
 
@@ -302,7 +306,7 @@ def put(
     }
 
 
-def copies(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> int:
-    """How many devices of one model copy (all mesh axes but `data`) hold the same piece of an array."""
-    pieces = math.prod(mesh.shape[axis] for names in _assigned(axes, shape, mesh) for axis in names if axis != "data")
-    return mesh.size // mesh.shape["data"] // pieces
+def num_replicas(axes: LogicalAxes, shape: Sequence[int], mesh: Any) -> int:
+    """How many devices of one copy of the model (all mesh axes but `data`) hold the same shard of an array."""
+    shards = math.prod(mesh.shape[axis] for names in _assigned(axes, shape, mesh) for axis in names if axis != "data")
+    return mesh.size // mesh.shape["data"] // shards

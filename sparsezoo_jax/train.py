@@ -20,7 +20,15 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig, flatten, read_config, restorable
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
-from sparsezoo_jax.sharding import activated, build_mesh, check_batch, named, put, rows_here, undivided
+from sparsezoo_jax.sharding import (
+    addressable_rows,
+    build_mesh,
+    check_batch,
+    device_put,
+    named_sharding,
+    undivided,
+    use_mesh,
+)
 
 _STARTED = time.monotonic()
 
@@ -96,9 +104,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
     warn_of_repetition(Decoder, config, mesh)
-    place = named(mesh) if mesh.size > 1 else None
-    batch_sharding = named(mesh)(("batch", "length"), batch_shape)
-    rows = rows_here(batch_sharding, batch_shape)
+    place = named_sharding(mesh) if mesh.size > 1 else None
+    batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
+    rows = addressable_rows(batch_sharding, batch_shape)
     # This process feeds the rows that its devices hold: one of several equal parts of a batch.
     part, parts = rows.start // len(rows), batch_shape[0] // len(rows)
     is_main = jax.process_index() == 0
@@ -135,7 +143,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
             shown,
             bytes_per_token,
             loss_chunk=config.train.loss_chunk,
-            to_device=lambda batch: put(batch, batch_sharding, batch_shape),
+            to_device=lambda batch: device_put(batch, batch_sharding, batch_shape),
         )
 
     def write_run_files() -> None:
@@ -147,7 +155,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     # --------------------------------------------------------------------------------------------------------- Train
     setup_seconds = time.monotonic() - _STARTED
-    with activated(mesh):
+    with use_mesh(mesh):
         try:
             result = fit(
                 config.train,

@@ -18,7 +18,7 @@ from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Sampling
 from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.models import Decoder, flops_per_token
-from sparsezoo_jax.sharding import RULES, activated, check_batch, named
+from sparsezoo_jax.sharding import RULES, check_batch, named_sharding, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 
 StepName = Literal["train", "decode", "prefill"]
@@ -56,7 +56,9 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
     if step == "train":
         batch_shape = (config.data.batch_size, config.data.seq_len)
         check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
-        prepared = prepare_step(config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named(mesh))
+        prepared = prepare_step(
+            config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named_sharding(mesh)
+        )
         function, arguments = prepared.train_step, (prepared.abstract, prepared.batch)
         parts = {
             "parameters": prepared.abstract.params,
@@ -69,7 +71,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         new = context if step == "prefill" else 1
         function, arguments, parts = _inference(config, mesh, new, context)
         length, position, passes = context, "last" if step == "decode" else "mean", 1
-    with activated(mesh):
+    with use_mesh(mesh):
         traced = function.trace(*arguments)
         lowered = traced.lower()
     every_token = step != "prefill"
@@ -93,7 +95,7 @@ def _limit(config: RunConfig) -> str:
 
 
 def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    place, batch = named(mesh), config.data.batch_size
+    place, batch = named_sharding(mesh), config.data.batch_size
     rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     require(batch % rows == 0, "data.batch_size", batch, f"must be a multiple of {rows}, the devices that split it")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)).unstacked()))

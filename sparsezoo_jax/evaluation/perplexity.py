@@ -14,7 +14,7 @@ from flax import nnx
 
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.cross_entropy import Batch, model_loss
-from sparsezoo_jax.sharding import whole
+from sparsezoo_jax.sharding import replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evaluation:
 def _eval_step(graphdef: nnx.GraphDef, loss_chunk: int | None, state: Any, batch: Batch):
     sums, out = model_loss(nnx.merge(graphdef, state), batch, loss_chunk)
     # Every process reads the results, so they are not to be split.
-    return jax.tree.map(whole, (sums.cross_entropy_sum, sums.count, out.stats))
+    return jax.tree.map(replicate, (sums.cross_entropy_sum, sums.count, out.stats))
 
 
 def evaluate_model(

@@ -24,7 +24,7 @@ from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GA
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, hidden_units, pre_activations
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.sharding import whole
+from sparsezoo_jax.sharding import replicate
 
 ExpertGate = Literal["sparsity", "switch"]
 
@@ -242,7 +242,7 @@ def gate_statistics(up_EDW: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and (biased) variance over the W neurons of each expert's weights from each input, float32 [E, D] each."""
     wide_EDW = up_EDW.astype(jnp.promote_types(up_EDW.dtype, jnp.float32))
     mean_ED = jnp.mean(wide_EDW, axis=-1)
-    return whole(mean_ED), whole(jnp.mean(jnp.square(wide_EDW - mean_ED[..., None]), axis=-1))
+    return replicate(mean_ED), replicate(jnp.mean(jnp.square(wide_EDW - mean_ED[..., None]), axis=-1))
 
 
 def sparsity_scores(

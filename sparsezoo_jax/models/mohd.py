@@ -39,7 +39,7 @@ from sparsezoo_jax.models.routers import RouterBias, Routing
 from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, Grouping, from_blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.sharding import whole
+from sparsezoo_jax.sharding import replicate
 
 WIDTH_BALANCE = "width_balance"
 
@@ -234,7 +234,7 @@ class BlockRouter(nnx.Module):
             none_BTK = jnp.zeros((*shape, 0), jnp.int32)
             return Chosen(active_BTN * self._factor(config.active), active_BTN, none_BTK), LayerAux()
         # Every device routes its own tokens over all blocks: centroids, split in storage, are gathered.
-        centroids_DN = whole(self.centroids_DN[...].astype(self.dtype))
+        centroids_DN = replicate(self.centroids_DN[...].astype(self.dtype))
         scores_BTN = matmul(u_BTD, centroids_DN, jnp.dtype(jnp.float32))
         if config.router == "random":
             scores_BTN = jax.lax.stop_gradient(scores_BTN)
@@ -347,9 +347,9 @@ class Fusion(nnx.Module):
     def __call__(self, y_BTD: jax.Array) -> jax.Array:
         groups, size, _ = self.within_PQQ.shape
         mixed = y_BTD.reshape(*y_BTD.shape[:-1], groups, size)
-        mixed = jnp.einsum("btpq,pjq->btpj", mixed, whole(self.within_PQQ[...].astype(self.dtype)))
+        mixed = jnp.einsum("btpq,pjq->btpj", mixed, replicate(self.within_PQQ[...].astype(self.dtype)))
         if self.across_QPP is not None:
-            mixed = jnp.einsum("btpj,jip->btij", mixed, whole(self.across_QPP[...].astype(self.dtype)))
+            mixed = jnp.einsum("btpj,jip->btij", mixed, replicate(self.across_QPP[...].astype(self.dtype)))
         return y_BTD + mixed.reshape(y_BTD.shape)
 
 

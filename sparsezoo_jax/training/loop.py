@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from sparsezoo_jax.data import BatchIterator
 from sparsezoo_jax.errors import StorageError
-from sparsezoo_jax.sharding import put, rows_here
+from sparsezoo_jax.sharding import addressable_rows, device_put
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.config import TrainConfig
@@ -108,7 +108,7 @@ def fit(
     prepared = prepare_step(config, build, batch_shape, place)
     template, shardings, train_step = prepared.template, prepared.shardings, prepared.train_step
     batch_sharding = prepared.batch["tokens"].sharding
-    rows = rows_here(batch_sharding, batch_shape)
+    rows = addressable_rows(batch_sharding, batch_shape)
 
     # ------------------------------------------------------------------------------------------ Initialise or restore
     if jax.process_count() > 1:  # no process writes while another one still looks at what is there
@@ -290,7 +290,7 @@ def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Shardi
     local, found = (len(rows), shape[1]), batch["tokens"].shape
     if found != local:
         raise ValueError(f"a batch of this process has shape {found}, not {local}")
-    return put(batch, sharding, shape, rows.start)
+    return device_put(batch, sharding, shape, rows.start)
 
 
 def _usual_writers(workdir: Path, last: int, first: int) -> tuple[MetricWriter, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsezoo_jax.pallas_kernels import linear, spark_ffn_rows
-from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named, per_device
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, shard_map, use_mesh
 
 
 def main() -> None:
@@ -44,10 +44,10 @@ def main() -> None:
         return spark_ffn_rows(x, k1, rows, top_k=9, implementation="pallas_tpu_interpret")
 
     mesh = build_mesh(MeshConfig(data=8))
-    with activated(mesh):
+    with use_mesh(mesh):
         axes, out = (("batch", None), (None, None), (None, None)), (("batch", None), ("batch",))
-        placed = jax.device_put(x, named(mesh)(axes[0], x.shape))
-        y, active = jax.jit(lambda *arrays: per_device(kernel, arrays, axes, out))(placed, k1, rows)
+        placed = jax.device_put(x, named_sharding(mesh)(axes[0], x.shape))
+        y, active = jax.jit(lambda *arrays: shard_map(kernel, arrays, axes, out))(placed, k1, rows)
     expected = spark_ffn_rows(x, k1, rows, top_k=9, implementation="xla")
     same = np.allclose(y, expected[0], atol=1e-4) and np.array_equal(active, expected[1])
     found["a kernel on each device's tokens"] = bool(same) and len({str(s.index) for s in y.addressable_shards}) == 8

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, from_blocks, to_blocks
-from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
 
 BLOCKS = Blocks(count=8, shared=3)
 
@@ -19,7 +19,7 @@ def main():
     w = jnp.asarray(rng.normal(size=(32, 16)), jnp.float32)
     v = jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)
     mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    place = named(mesh)
+    place = named_sharding(mesh)
     report = {}
     for implementation in ("loop", "ragged"):
 
@@ -33,7 +33,7 @@ def main():
             jax.device_put(w, place(("embed", "ffn"), w.shape)),
             jax.device_put(v, place(("ffn", "embed"), v.shape)),
         )
-        with activated(mesh):
+        with use_mesh(mesh):
             found = jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*placed))
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
         # Of the loss's size is what it sums: as many sines as x has entries. Compilers differ in how exact these are.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_attention
-from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
 
 MESHES = {
     "tensor 8, fewer key heads": ({"tensor": 8}, 8, 4),
@@ -35,8 +35,8 @@ def main():
         run = jax.jit(both, static_argnums=4)
         expected = run(q, k, v, segments, "xla")
         mesh = build_mesh(MeshConfig(**axes))
-        place = named(mesh)
-        with activated(mesh):
+        place = named_sharding(mesh)
+        with use_mesh(mesh):
             names = ("batch", "length", "heads", "head_dim")
             placed = [jax.device_put(x, place((*names[:2], kind, names[3]), x.shape)) for x, kind in
                       ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))]  # fmt: skip

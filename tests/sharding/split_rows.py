@@ -1,4 +1,4 @@
-"""Statistical top-k of rows split over devices, by `per_device`; prints its distance from whole rows as JSON.
+"""Statistical top-k of rows split over devices, by `shard_map`; prints its distance from whole rows as JSON.
 
 Its argument is the implementation.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
-from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, named, per_device
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, shard_map, use_mesh
 
 AXES = ("batch", "length", "ffn")
 
@@ -32,14 +32,14 @@ def main():
             return statistical_topk(x, 20, where=mask, split_over=over, implementation=sys.argv[1])
 
         arrays = (x,) if where is None else (x, where)
-        return per_device(kernel, arrays, (AXES,) * len(arrays), AXES)
+        return shard_map(kernel, arrays, (AXES,) * len(arrays), AXES)
 
     report = {}
     for name, mask in (("plain", None), ("masked", where)):
         expected, pull = jax.vjp(lambda x, mask=mask: statistical_topk(x, 20, where=mask), x)
-        placed = jax.device_put(x, named(mesh)(AXES, x.shape))
+        placed = jax.device_put(x, named_sharding(mesh)(AXES, x.shape))
         for whole_rows in (True, False):
-            with activated(mesh):
+            with use_mesh(mesh):
                 function = jax.jit(partial(split, whole_rows=whole_rows))
                 found = function(placed, mask)
                 gradient = jax.jit(jax.grad(lambda x, mask=mask, f=function: jnp.sum(f(x, mask) * g)))(placed)

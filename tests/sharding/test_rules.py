@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from sparsezoo_jax.configs import PRESETS
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.sharding import AXES, MeshConfig, check_batch, constrain, copies, partition, undivided
+from sparsezoo_jax.sharding import AXES, MeshConfig, check_batch, constrain, num_replicas, partition_spec, undivided
 from sparsezoo_jax.training.state import ModelTemplate
 
 
@@ -35,7 +35,7 @@ def mesh(**sizes):
     ],
 )  # fmt: skip
 def test_partition(axes, shape, sizes, expected):
-    assert partition(axes, shape, mesh(**sizes)) == PartitionSpec(*expected)
+    assert partition_spec(axes, shape, mesh(**sizes)) == PartitionSpec(*expected)
 
 
 def test_undivided_names_the_dimension_and_the_axes_left():
@@ -45,7 +45,7 @@ def test_undivided_names_the_dimension_and_the_axes_left():
 
 def test_unknown_names_are_errors():
     with pytest.raises(ConfigError, match="logical axis=width"):
-        partition(("width",), (8,), mesh())
+        partition_spec(("width",), (8,), mesh())
 
 
 LARGE = 2**17
@@ -78,7 +78,7 @@ def parameters_of():
 @pytest.mark.parametrize(("arch", "size"), PRESET_NAMES)
 def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch, size, sizes):
     repeated = {
-        name: copies(variable.full_axes, variable.shape, mesh(**sizes))
+        name: num_replicas(variable.full_axes, variable.shape, mesh(**sizes))
         for name, variable in parameters_of(arch, size).items()
         if math.prod(one_layer(variable)) >= LARGE
     }
@@ -92,7 +92,7 @@ def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch,
 
 
 def test_a_parameter_without_names_would_be_found():
-    assert copies((None, None), (512, 512), mesh(fsdp=8)) == 8
+    assert num_replicas((None, None), (512, 512), mesh(fsdp=8)) == 8
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.sharding import MeshConfig, activated, build_mesh, copies, named, put
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, device_put, named_sharding, num_replicas, use_mesh
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.optimizers import AdamW
@@ -110,7 +110,7 @@ def train(config, mesh):
 
     template = ModelTemplate(build)
     optimizer = build_optimizer(settings, template.parameters)
-    place = named(mesh)
+    place = named_sharding(mesh)
 
     def initialise(key):
         return initial_state(template, build, optimizer, (), key)
@@ -122,18 +122,18 @@ def train(config, mesh):
         sums, _ = model_loss(template.merge(params, model_state), batch)
         return sums.cross_entropy_sum / sums.count
 
-    with activated(mesh):
+    with use_mesh(mesh):
         state = jax.jit(initialise, out_shardings=shardings)(key)
-        first = put(next(batches()), place(("batch", "length"), SHAPE), SHAPE)
+        first = device_put(next(batches()), place(("batch", "length"), SHAPE), SHAPE)
         gradients = flatten(jax.device_get(jax.jit(jax.grad(loss))(state.params, state.model_state, first)))
         step = jax.jit(
             build_train_step(settings, template, optimizer), out_shardings=(shardings, place((), ())), donate_argnums=0
         )
         rows = []
         for batch in batches():
-            state, metrics = step(state, put(batch, place(("batch", "length"), SHAPE), SHAPE))
+            state, metrics = step(state, device_put(batch, place(("batch", "length"), SHAPE), SHAPE))
             rows.append({name: float(metrics[name]) for name in ("loss", "grad_norm")})
-    held = {name: copies(v.full_axes, v.shape, mesh) for name, v in template.parameters.items()}
+    held = {name: num_replicas(v.full_axes, v.shape, mesh) for name, v in template.parameters.items()}
     found = {
         name: round(x.size / max(shard.data.size for shard in x.addressable_shards))
         for name, x in flatten(state.params).items()

@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
-from sparsezoo_jax.sharding import per_device
+from sparsezoo_jax.sharding import shard_map
 
 Dispatch = Literal["dense", "ragged", "loop"]
 
@@ -75,7 +75,7 @@ def grouped_ffn(
         y, active = apply(x, experts, weights, up, down, gate)
         return (y, active) if return_active else y
 
-    def on_pieces(x, experts, weights, up, down, *rest):
+    def on_shards(x, experts, weights, up, down, *rest):
         k, d = experts.shape[-1], x.shape[-1]
         gate = rest[0] if len(rest) == 2 else None
         y, active = apply(x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k), up, down, gate)
@@ -83,8 +83,8 @@ def grouped_ffn(
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
     arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
-    whole = [(None, None, None)] * (len(arrays) - 3)
-    y, active = per_device(on_pieces, arrays, [names] * 3 + whole, (names, names))
+    gathered = [(None, None, None)] * (len(arrays) - 3)
+    y, active = shard_map(on_shards, arrays, [names] * 3 + gathered, (names, names))
     return (y, active) if return_active else y
 
 

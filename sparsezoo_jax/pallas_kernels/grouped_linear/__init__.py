@@ -12,7 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
-from sparsezoo_jax.sharding import per_device
+from sparsezoo_jax.sharding import shard_map
 
 Grouping = Literal["dense", "ragged", "loop"]
 
@@ -62,11 +62,11 @@ def from_blocks(
     if implementation == "dense":
         return apply(x, routed, w)
 
-    def on_pieces(x, routed, w, split):
+    def on_shards(x, routed, w, split):
         return apply(*_flat(x, routed), w).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
-    return per_device(on_pieces, [x, routed, w], [(*leading, None), (*leading, None), (None, "ffn")], (*leading, "ffn"))
+    return shard_map(on_shards, [x, routed, w], [(*leading, None), (*leading, None), (None, "ffn")], (*leading, "ffn"))
 
 
 def to_blocks(
@@ -102,11 +102,11 @@ def to_blocks(
     if implementation == "dense":
         return apply(x, routed, w)
 
-    def on_pieces(x, routed, w, split):
+    def on_shards(x, routed, w, split):
         return jax.lax.psum(apply(*_flat(x, routed), w), split["ffn"]).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
-    return per_device(on_pieces, [x, routed, w], [(*leading, "ffn"), (*leading, None), ("ffn", None)], (*leading, None))
+    return shard_map(on_shards, [x, routed, w], [(*leading, "ffn"), (*leading, None), ("ffn", None)], (*leading, None))
 
 
 def _flat(x: jax.Array, routed: jax.Array) -> tuple[jax.Array, jax.Array]:

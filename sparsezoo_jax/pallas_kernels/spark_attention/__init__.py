@@ -22,7 +22,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softcapped,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, mask_of
-from sparsezoo_jax.sharding import per_device
+from sparsezoo_jax.sharding import shard_map
 
 __all__ = [
     "NEGATIVE",
@@ -134,7 +134,7 @@ def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str
     """The kernel on each device's sequences, queries and heads; keys are whole."""
     group = q.shape[2] // k.shape[2]
 
-    def on_pieces(q, k, v, *rest):
+    def on_shards(q, k, v, *rest):
         *arrays, split = rest
         if split["heads"] != split["kv_heads"]:
             # The mesh divides the queries' heads but not the keys': those that serve the heads that are here.
@@ -148,8 +148,8 @@ def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str
         return _attend(q, k, v, own, problem._replace(tiles=tiles), platform, interpret)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-    return per_device(
-        on_pieces,
+    return shard_map(
+        on_shards,
         [q, k, v, *visibility.arrays],
         [queries, keys, keys, ("batch", "length"), ("batch", None), ("batch", "length"), ("batch", None)],
         (queries, queries[:3]),

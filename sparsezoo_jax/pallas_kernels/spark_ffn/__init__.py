@@ -12,7 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.spark_ffn import reference
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
-from sparsezoo_jax.sharding import pieces
+from sparsezoo_jax.sharding import num_shards
 
 Selection = Literal["statistical", "exact", "approximate", "relu", "none"]
 
@@ -111,7 +111,7 @@ def spark_ffn(
 
     statistical = selection == "statistical"
     refusal = None if statistical else f'is for selection "statistical", not "{selection}"'
-    one_pass = statistical and width >= 16 * reference.SAMPLE * pieces("ffn", width)
+    one_pass = statistical and width >= 16 * reference.SAMPLE * num_shards("ffn", width)
     implementations = [
         Implementation("xla", partial(apply, one_pass=False), default=not one_pass),
         Implementation("one_pass", partial(apply, one_pass=True), None, lambda: refusal, default=one_pass),

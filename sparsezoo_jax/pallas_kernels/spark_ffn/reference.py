@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.sharding import constrain, pieces
+from sparsezoo_jax.sharding import constrain, num_shards
 
 SAMPLE = 128
 """Neurons of each device whose scores `sampled_mean` averages: the lanes of a tile."""
@@ -32,8 +32,8 @@ def spark_ffn(
 def sampled_mean(x: jax.Array, k1: jax.Array) -> jax.Array:
     """Mean score of some neurons, float32 [..., 1]: the first `SAMPLE` of each device, which have to move nowhere."""
     r, width = k1.shape
-    split = pieces("ffn", width)
-    some = k1.reshape(r, split, width // split)[:, :, :SAMPLE].reshape(r, -1)
+    shards = num_shards("ffn", width)
+    some = k1.reshape(r, shards, width // shards)[:, :, :SAMPLE].reshape(r, -1)
     scores = constrain(
         jnp.matmul(x[..., :r], some, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)), _names(x)
     )

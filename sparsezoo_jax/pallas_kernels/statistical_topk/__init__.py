@@ -52,12 +52,12 @@ def statistical_topk(
         read, and can do so while it makes the row. Rounding grows with the squared distance from the mean over the
         variance: for the mean of n of the d entries that is less than d / n, whatever the data. It has no gradient,
         and can't be combined with `where`.
-      split_over: inside a per-device function (`sharding.per_device`), the mesh axes over which `axis` is split; mean
+      split_over: within a `sharding.shard_map`, the mesh axes over which `axis` is split; mean
         and deviation are then those of whole rows, and d is their length.
       implementation: "xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "pallas_gpu_interpret" (see
         `dispatch`), or None: the kernel on TPUs and GPUs, but for rows with a mask or a shift, of other dtypes than
         bfloat16 and float32 or too long for VMEM or registers, and for arrays that the compiler partitions; "xla"
-        elsewhere. With `split_over` the TPU kernel takes the statistics of the pieces in one read, and XLA does the
+        elsewhere. With `split_over` the TPU kernel takes the statistics of the shards in one read, and XLA does the
         rest: the result and the gradient must wait for sums over the devices. On GPUs XLA does all of that.
 
     Returns:

@@ -30,7 +30,7 @@ _LONGEST = 32_768
 def refusal(x: jax.Array, split_over: MeshAxes = (), *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these rows [..., d], or None if they can."""
     if split_over:
-        return "takes whole rows, not the pieces of several devices"
+        return "takes whole rows, not the shards of several devices"
     allowed = [jnp.bfloat16, jnp.float32] + [jnp.float64] * interpret
     if x.dtype not in allowed:
         return f"takes bfloat16 and float32, not {x.dtype}"

@@ -44,13 +44,13 @@ def normal_quantile(p: float) -> float:
 
 
 def row_sum(x: jax.Array, split_over: MeshAxes = ()) -> jax.Array:
-    """Sum along the last axis, kept as size 1; over all devices that hold a piece of the rows."""
+    """Sum along the last axis, kept as size 1; over all devices that hold a shard of the rows."""
     total = jnp.sum(x, axis=-1, keepdims=True)
     return jax.lax.psum(total, split_over) if split_over else total
 
 
 def row_length(x: jax.Array, split_over: MeshAxes = ()) -> int:
-    """Length of whole rows of which `x` holds this device's piece."""
+    """Length of whole rows of which `x` is this device's shard."""
     return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in split_over)
 
 
@@ -70,7 +70,7 @@ def row_statistics(
     With `where` [..., d], only true entries count, and the quantile follows each row's own number of them. Rows with
     no more than `k` visible entries get a quantile of 0, which their caller overrides (nothing is to be dropped there).
 
-    Inside a per-device function whose rows are split over mesh axes, `split_over` names them, and the statistics are
+    Within a `sharding.shard_map` that splits the rows over mesh axes, `split_over` names these, and the statistics are
     those of the whole rows.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

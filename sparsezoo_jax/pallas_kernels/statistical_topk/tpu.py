@@ -297,9 +297,9 @@ def backward(x, where, statistics, g, p: Problem, *, interpret: Any = False) -> 
 
 
 def split_statistics(x, where, p: Problem, *, interpret: Any = False) -> RowStatistics:
-    """Statistics of whole rows of which each device holds a piece [..., d]: one read, and sums over the devices.
+    """Statistics of whole rows of which each device holds a shard [..., d]: one read, and sums over the devices.
 
-    Each device takes the moments of its piece in two passes; the distances between the pieces' means are added to the
+    Each device takes the moments of its shard in two passes; the distances between the shards' means are added to the
     squares, so that nothing cancels. (Chan, Golub and LeVeque, The American Statistician 37, 1983.)
     """
     outputs = [_statistics_of(x, 2 if where is None else 3)]

@@ -1,9 +1,9 @@
-"""Functions that run on each device's own piece of an array."""
+"""Functions that run on each device's own shard of an array."""
 
 import jax.numpy as jnp
 import pytest
 
-from sparsezoo_jax.sharding import per_device
+from sparsezoo_jax.sharding import shard_map
 from tests.kernels.few_rows import implementation
 
 
@@ -35,7 +35,7 @@ def test_without_a_mesh_the_function_gets_the_arrays_and_nothing_is_split():
         seen.append(split)
         return x * 2
 
-    assert jnp.array_equal(per_device(function, (x,), (("batch", "ffn"),), ("batch", "ffn")), x * 2)
+    assert jnp.array_equal(shard_map(function, (x,), (("batch", "ffn"),), ("batch", "ffn")), x * 2)
     assert seen == [{"batch": (), "ffn": ()}]
 
 
