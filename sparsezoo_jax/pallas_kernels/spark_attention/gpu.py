@@ -232,7 +232,7 @@ def launch_for(kernel: str, q: jax.Array, queries: Sequence[jax.Array], keys: Se
     launch = launch_of(f"spark_attention_{kernel}", itemsize=q.dtype.itemsize, columns=q.shape[-1])
     row = [sum(x.shape[-1] * x.dtype.itemsize for x in arrays) for arrays in (queries, keys)]
     fits = fitting(launch, *row, own=1 if kernel == "keys" else 0)
-    assert fits is not None, "`why_not` refuses heads for which no tiles fit"
+    assert fits is not None, "`refusal` refuses heads for which no tiles fit"
     return fits
 
 
