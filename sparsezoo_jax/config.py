@@ -12,10 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import plugins
 from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.errors import STRICT, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.overrides import as_python, faults
+from sparsezoo_jax.registry import kinds_of
 from sparsezoo_jax.sharding import MeshConfig
 from sparsezoo_jax.training.config import TrainConfig
 
@@ -49,7 +51,7 @@ class RunConfig:
             f"must be at most model.max_seq_len={self.model.max_seq_len}",
         )
         require(
-            not self.data.trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,
+            self.data.tokenizer_name is not None or self.data.bpe_vocab_size <= self.model.vocab_size,
             "data.bpe_vocab_size",
             self.data.bpe_vocab_size,
             f"must be at most model.vocab_size={self.model.vocab_size}",
@@ -123,12 +125,18 @@ def restorable(config: RunConfig) -> RunConfig:
     Raises:
       UserError: parts of other classes than those that JSON would give, or kinds that no plugin defines.
     """
-    config = dataclasses.replace(config, plugins=plugins.needed(config, config.plugins))
+    corpora = [(f"data.dataset={name}", CORPORA[name]) for name in _corpora(config.data) if name in CORPORA]
+    kinds = [(f"kind {kind.kind!r}", type(kind)) for kind in kinds_of(config)]
+    config = dataclasses.replace(config, plugins=plugins.needed([*kinds, *corpora], config.plugins))
     again = from_json(to_json(config))
     if again != config:
         changed = ", ".join(differences(again, config, ignored=())) or "a part of it is of a class of its own"
         raise UserError(f"the configuration can't be restored from its JSON: {changed}")
     return config
+
+
+def _corpora(data: DataConfig) -> tuple[str, ...]:
+    return tuple(name for name in (data.dataset, data.validation_dataset) if name is not None)
 
 
 def read_config(path: Path) -> RunConfig:

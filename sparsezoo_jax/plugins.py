@@ -15,7 +15,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from sparsezoo_jax.errors import SparsezooWarning, UserError
-from sparsezoo_jax.registry import kinds_of
 
 GROUP = "sparsezoo_jax.kinds"
 
@@ -70,23 +69,27 @@ def load_stored(names: Any, source: object) -> None:
         load_named([name])
 
 
-def needed(config: Any, named: Iterable[str]) -> tuple[str, ...]:
-    """The plugins that a configuration needs to be read again: those named, and installed ones whose kinds it holds.
+def needed(parts: Iterable[tuple[str, type]], named: Iterable[str]) -> tuple[str, ...]:
+    """The plugins that a configuration needs to be read again: those named, and installed ones that define its parts.
+
+    Args:
+      parts: what the configuration holds of open sets, as it is called in messages, and its class.
+      named: modules that the user named.
 
     Raises:
-      UserError: a kind of another module, which nobody could find again.
+      UserError: a part of another module, which nobody could find again.
     """
     own = __name__.partition(".")[0]
     plugins = list(dict.fromkeys(named))
-    for kind in kinds_of(config):
-        module = type(kind).__module__
+    for part, defined in parts:
+        module = defined.__module__
         package = module.partition(".")[0]
         if package == own or any(package == name.partition(".")[0] for name in plugins):
             continue
         found = next((name for name in installed() if name.partition(".")[0] == package), None)
         if found is None:
             raise UserError(
-                f"kind {kind.kind!r} is defined in module {module}, which is no plugin: a run with it could not be "
+                f"{part} is defined in module {module}, which is no plugin: a run with it could not be "
                 f"loaded; name the module (--plugins {module}), or make it an entry point of {GROUP}"
             )
         plugins.append(found)

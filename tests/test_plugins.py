@@ -12,10 +12,10 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 import sparsezoo_jax
-from sparsezoo_jax import plugins, train
+from sparsezoo_jax import data, plugins, train
 from sparsezoo_jax.config import from_json, restorable, to_json
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.errors import STRICT, ConfigError, UserError
+from sparsezoo_jax.errors import STRICT, ConfigError, DataError, UserError
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.registry import Kind, Registry
@@ -165,6 +165,41 @@ def test_what_could_not_be_restored_is_refused():
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, norm=OtherNorm()))
     with pytest.raises(UserError, match="can't be restored from its JSON"):
         restorable(other)
+
+
+class Counting(data.Corpus):
+    """Documents without a file."""
+
+    packing = "blocks"
+
+    def open(self, config, split):
+        class Documents(list):
+            fingerprint = f"counting-{split}"
+
+        return Documents(data.Document(str(i), "one two three") for i in range(3 if split == "train" else 0))
+
+
+def test_a_corpus_of_a_plugin(monkeypatch):
+    with pytest.raises(ConfigError, match=r"data.dataset=sotu: is taken by sparsezoo_jax\.data\.corpora\.SotuCorpus"):
+        data.register_corpus("sotu")(Counting)
+    monkeypatch.setitem(data.CORPORA, "counting", Counting)
+    config = dataclasses.replace(preset("dense"), data=data.DataConfig(dataset="counting"))
+    assert config.data.in_blocks
+    assert [document.text for document in data.open_documents(config.data, "train")] == ["one two three"] * 3
+    with pytest.raises(DataError, match=r"data\.dataset=counting: the validation split has no documents"):
+        data.open_documents(config.data, "validation")
+    with pytest.raises(UserError, match=r"data.dataset=counting is defined in module tests\.test_plugins"):
+        restorable(config)
+
+
+def test_a_tokenizer_of_a_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "TOKENIZER_FILES", dict(data.tokenizer.TOKENIZER_FILES))
+    with pytest.raises(ConfigError, match=r"data.tokenizer=other.json: has the suffix of tokenizer\.json"):
+        data.register_tokenizer("other.json", lambda path, content: content)
+    data.register_tokenizer("tokenizer.vocab", lambda path, content: content.decode())
+    (tmp_path / "tokenizer.vocab").write_text("theirs")
+    assert data.find_tokenizer(tmp_path) == "theirs"
+    assert data.load_tokenizer(tmp_path / "tokenizer.vocab") == "theirs"
 
 
 class Base(Kind):

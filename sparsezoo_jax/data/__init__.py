@@ -7,6 +7,7 @@ Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are im
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
+from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Document, Documents
 from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
 from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
@@ -20,13 +21,16 @@ from sparsezoo_jax.data.tokenizer import (
     build_tokenizer,
     find_tokenizer,
     load_tokenizer,
+    register_tokenizer,
     train_bpe,
 )
 
 __all__ = [
+    "CORPORA",
     "Batch",
     "BatchIterator",
     "BigramEntropy",
+    "Corpus",
     "DataConfig",
     "Document",
     "Documents",
@@ -50,6 +54,8 @@ __all__ = [
     "open_documents",
     "prepare",
     "prepared_batches",
+    "register_corpus",
+    "register_tokenizer",
     "streaming_batches",
     "train_bpe",
     "unigram_entropy",

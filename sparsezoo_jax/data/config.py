@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.chess.config import ChessConfig
+from sparsezoo_jax.data.corpus import CORPORA, Corpus
 from sparsezoo_jax.errors import STRICT, require
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
@@ -114,19 +115,22 @@ class DataConfig:
         require(0 <= self.workers <= 256, "data.workers", self.workers, "must be from 0 to 256")
 
     @property
-    def holds_games(self) -> bool:
-        """Whether the corpus is named as one of chess games. A directory of .pgn files is not."""
-        return self.dataset == "chess" or Path(self.dataset).suffix == ".pgn"
+    def corpus(self) -> type[Corpus] | None:
+        """The registered corpus whose habits this one has. Games in a .pgn file are those of chess; a directory of such
+        files has a name of its own, and none.
+        """
+        return CORPORA.get("chess" if Path(self.dataset).suffix == ".pgn" else self.dataset)
 
     @property
     def in_blocks(self) -> bool:
         """Whether sequences begin with documents."""
-        return self.packing == "blocks" or (self.packing is None and self.holds_games)
+        packing = self.corpus.packing if self.packing is None and self.corpus is not None else self.packing
+        return packing == "blocks"
 
     @property
-    def trains_tokenizer(self) -> bool:
-        """Whether a byte-level BPE is trained on the corpus."""
-        return self.tokenizer is None and not self.holds_games
+    def tokenizer_name(self) -> str | None:
+        """`tokenizer`, or else what the corpus has in its place; None: a byte-level BPE is trained on the corpus."""
+        return self.corpus.tokenizer if self.tokenizer is None and self.corpus is not None else self.tokenizer
 
 
 def cache_directory(config: DataConfig) -> Path:

@@ -1,4 +1,4 @@
-"""From the name of a corpus to its documents: local files or a TFDS dataset."""
+"""From the name of a corpus to its documents: one that is registered, local files, or a TFDS dataset."""
 
 from __future__ import annotations
 
@@ -6,36 +6,62 @@ import glob
 from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Documents, Split
 from sparsezoo_jax.data.local_files import EXTENSIONS, open_local
-from sparsezoo_jax.data.tfds_source import OWN, open_tfds
+from sparsezoo_jax.data.tfds_source import open_tfds
 from sparsezoo_jax.errors import DataError
 
 
 def open_documents(config: DataConfig, split: Split) -> Documents:
     """Opens the training or validation documents that `config` names.
 
-    Local files are chosen when `dataset` is an existing path or looks like one (glob, leading '.', '/' or '~', or a
-    known extension); any other name is a TFDS dataset. Raises `DataError` for a corpus that is missing, empty or not
-    readable.
+    A registered corpus comes first (`register_corpus`). Local files are chosen when `dataset` is an existing path or
+    looks like one (glob, leading '.', '/' or '~', or a known extension); any other name is a TFDS dataset. Raises
+    `DataError` for a corpus that is missing, empty or not readable.
     """
     if split not in ("train", "validation"):
         raise DataError(f"split={split}: must be 'train' or 'validation'")
     own_corpus = split == "validation" and config.validation_dataset is not None
     name = config.validation_dataset if own_corpus else config.dataset
     assert name is not None
-    if is_local(name):
+    if name in CORPORA:
+        documents = CORPORA[name]().open(config, split)
+    elif is_local(name):
         documents = open_local(config, name, split, whole=own_corpus)
     else:
-        documents = open_tfds(config, name, config.train_split if split == "train" else config.validation_split)
+        documents = open_tfds(config, name, _split_name(config, split))
     if len(documents) == 0:
         raise DataError(f"data.dataset={name}: the {split} split has no documents")
     return documents
 
 
+@register_corpus("sotu")
+class SotuCorpus(Corpus):
+    """The embedded State of the Union addresses."""
+
+    def open(self, config: DataConfig, split: Split) -> Documents:
+        return open_tfds(config, "sotu", _split_name(config, split))
+
+
+@register_corpus("chess")
+class ChessCorpus(Corpus):
+    """Games that Stockfish plays."""
+
+    packing = "blocks"
+    tokenizer = "chess"
+
+    def open(self, config: DataConfig, split: Split) -> Documents:
+        return open_tfds(config, "chess", _split_name(config, split))
+
+
+def _split_name(config: DataConfig, split: Split) -> str:
+    return config.train_split if split == "train" else config.validation_split
+
+
 def is_local(name: str) -> bool:
     """Whether a dataset name means files on this machine rather than a TFDS dataset."""
-    if name in OWN:
+    if name in CORPORA:
         return False
     looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in EXTENSIONS
     return looks_like_path or glob.has_magic(name) or Path(name).exists()

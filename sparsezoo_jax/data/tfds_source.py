@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.data.documents import Document, digest
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 
-#: The datasets that this package brings along.
+#: The TFDS builders that this package brings along; `corpora` registers them as corpora.
 OWN = ("sotu", "chess")
 
 
@@ -124,7 +125,7 @@ def _without_warnings() -> Iterator[None]:
 def _suggestion(name: str) -> str:
     from tensorflow_datasets.core import registered
 
-    known = [*registered.list_imported_builders(), *OWN]
+    known = [*registered.list_imported_builders(), *CORPORA]
     close = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"neither a file on this machine nor a TFDS dataset{hint}"

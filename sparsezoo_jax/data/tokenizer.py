@@ -8,14 +8,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest
-from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 
 HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 #: Names the tokenizer of chess games in `data.tokenizer`.
@@ -254,7 +254,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 def find_tokenizer(run_dir: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer in a directory, or None if it holds none; raises `DataError` for a damaged one."""
-    for name in (HF_FILE, SENTENCEPIECE_FILE):
+    for name in TOKENIZER_FILES:
         if (Path(run_dir) / name).is_file():
             return load_tokenizer(Path(run_dir) / name)
     return None
@@ -269,16 +269,32 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.is_dir():
         tokenizer = find_tokenizer(path)
         if tokenizer is None:
-            raise DataError(f"{path}: holds neither {HF_FILE} nor {SENTENCEPIECE_FILE}")
+            raise DataError(f"{path}: holds neither {' nor '.join(TOKENIZER_FILES)}")
         return tokenizer
-    if path.suffix not in (".json", ".model"):
+    load = next((load for name, load in TOKENIZER_FILES.items() if Path(name).suffix == path.suffix), None)
+    if load is None:
         raise DataError(f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, or a directory with one")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: can't read the tokenizer: {error.strerror}") from error
-    if path.suffix == ".json":
-        return _load_hf(path, content)
+    return load(path, content)
+
+
+def register_tokenizer(name: str, load: Callable[[Path, bytes], Tokenizer]) -> None:
+    """Make another kind of tokenizer known by the file that it is stored in; files of its suffix are read by `load`.
+
+    Args:
+      name: of the file that its `save` writes into a run directory ("tokenizer.vocab"); its suffix must be its own.
+      load: makes the tokenizer of a path and its content; raises `DataError` for a damaged one.
+    """
+    taken = [known for known in TOKENIZER_FILES if known != name and Path(known).suffix == Path(name).suffix]
+    if taken:
+        raise ConfigError("data.tokenizer", name, f"has the suffix of {taken[0]}")
+    TOKENIZER_FILES[name] = load
+
+
+def _load_sentencepiece(path: Path, content: bytes) -> SentencePieceTokenizer:
     import sentencepiece
 
     try:
@@ -308,15 +324,20 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
     return HFTokenizer(tokenizer, {k: v for k, v in entries.items() if k in ("pad_token", "bos_token", "eos_token")})
 
 
+TOKENIZER_FILES: dict[str, Callable[[Path, bytes], Tokenizer]] = {
+    HF_FILE: _load_hf,
+    SENTENCEPIECE_FILE: _load_sentencepiece,
+}
+
+
 def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
     """The tokenizer that `config` names, that of chess games for a corpus of them, or else a byte-level BPE trained on
     `documents` (the training split).
     """
-    if config.tokenizer == CHESS or (config.tokenizer is None and config.holds_games):
-        return character_tokenizer(CHARACTERS)
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    return train_bpe(documents, config.bpe_vocab_size, cache_directory(config))
+    name = config.tokenizer_name
+    if name is None:
+        return train_bpe(documents, config.bpe_vocab_size, cache_directory(config))
+    return character_tokenizer(CHARACTERS) if name == CHESS else load_tokenizer(name)
 
 
 def character_tokenizer(characters: str) -> HFTokenizer:

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.errors import ConfigError, SparsezooWarning
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restore
 from sparsezoo_jax.inference.attention import PackedGQA, PackedMLA, PackedSparkAttention
 from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.experts import PackedBlockFFN, PackedMoEFFN, PackedMoEXFFN
 from sparsezoo_jax.inference.ffn import MappedGatedFFN, MappedPlainFFN, PackedGatedFFN, PackedSparkFFN
 from sparsezoo_jax.inference.matrices import Rows
-from sparsezoo_jax.models import Sparsity, bytes_per_token
+from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
+from sparsezoo_jax.models.spark import SparkFFN
 from tests.models.conftest import CONFIGS, forward
 
 GREEDY = Sampling(temperature=0)
@@ -118,6 +119,21 @@ def decoded(model, tokens, chunks):
 
 def joined(outputs, name):
     return jnp.concatenate([getattr(out, name) for out in outputs], axis=1)
+
+
+def test_every_kind_has_a_sample():
+    """By the kinds of layers that are laid out here: a new one belongs into `LAID_OUT`."""
+    for registry, part in ((FFN_KINDS, "ffn"), (ATTENTION_KINDS, "attention")):
+        sampled = {getattr(KINDS[name], part).kind for name in LAID_OUT}
+        own = {name for name, kind in registry.members().items() if kind.__module__.startswith("sparsezoo_jax")}
+        assert sampled == own
+
+
+def test_a_kind_without_a_layout_is_named(tokens):
+    config = dataclasses.replace(CONFIGS["spark"], layers=2)
+    config = dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, selection="exact"))
+    with pytest.warns(SparsezooWarning, match="model.ffn.kind=spark: no layout for decoding, 2 layers stay as trained"):
+        assert type(packed(drawn(config)).segments[0].blocks[0].ffn) is SparkFFN
 
 
 def test_modules_get_their_layout(kind, laid_out):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder, DecoderConfig
-from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.attention import GQA, GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS, RESIDUAL_KINDS
 from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.ffn import GatedFFNConfig
@@ -214,3 +214,40 @@ def test_decoder_is_deterministic_in_its_seed():
     same = jax.tree.map(lambda x, y: bool((x == y).all()), nnx.state(a, nnx.Param), nnx.state(b, nnx.Param))
     assert all(jax.tree.leaves(same))
     assert not np.array_equal(a.embedding_VD[...], c.embedding_VD[...])
+
+
+class Seen(nnx.Variable):
+    """Keys that queries saw, summed over train steps: no parameter."""
+
+
+class CountingAttention(GQA):
+    """Attention that observes something."""
+
+    def __init__(self, config, ctx, rngs):
+        super().__init__(config, ctx, rngs)
+        self.seen = Seen(jnp.zeros(()))
+
+    def __call__(self, x_BTD, ctx, cache=None):
+        y, aux, cache = super().__call__(x_BTD, ctx, cache)
+        return y, aux._replace(observed={"keys": aux.stats["attended_keys"]}), cache
+
+    def after_step(self, observed):
+        self.seen[...] += observed["keys"]
+
+
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_what_attention_observes_reaches_it(monkeypatch, tokens, unstacked):
+    monkeypatch.setattr(GQAConfig, "build", lambda self, ctx, rngs: CountingAttention(self, ctx, rngs))
+    model = build(dataclasses.replace(CONFIGS["llama"], layers=2))
+    model = model.unstacked() if unstacked else model
+    observed = model(tokens).observed
+    model.after_step(observed)
+    model.after_step(observed)
+    seen = [segment.blocks[0].attention.seen[...] for segment in model.segments]
+    # Query t of 30 sees t + 1 keys.
+    np.testing.assert_allclose(jnp.stack(seen).ravel(), [2 * 15.5] * 2, rtol=1e-6)
+
+
+def test_a_module_that_observes_must_use_it():
+    with pytest.raises(NotImplementedError, match="PlainFFN observes load and defines no after_step"):
+        build(CONFIGS["gpt2"]).segments[0].blocks[0].ffn.after_step({"load": jnp.zeros(3)})
