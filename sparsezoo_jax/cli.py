@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sparsezoo_jax import (
     platforms,  # noqa: F401  # before anything imports jax
@@ -20,6 +21,7 @@ from sparsezoo_jax import (
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
+from sparsezoo_jax.untrusted import printable
 
 Command = TypeVar("Command")
 
@@ -33,7 +35,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, SparsezooWarning):
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {printable(message)}", file=sys.stderr)
         else:
             show(message, category, *where)
 
@@ -41,7 +43,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except BrokenPipeError:
         # The reader of stdout (head, say) left: not an error, and nobody is left to print one for.
@@ -160,11 +162,12 @@ def _without(args: Sequence[str], flag: str) -> list[str]:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], file: IO[str] | None = None) -> None:
     """Print a table to `file` (None: stdout), first column left, others right."""
-    table = Table(title=title, title_justify="left")
+    # As Text, for rich takes brackets in a string for its markup, and names come from files.
+    table = Table(title=Text(printable(title)), title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(Text(printable(name)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(file=file).print(table)
 
 
