@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import plugins
-from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpus import CORPORA
-from sparsezoo_jax.errors import STRICT, StorageError, UserError, require
+from sparsezoo_jax.errors import STRICT, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
 from sparsezoo_jax.models import DecoderConfig
-from sparsezoo_jax.overrides import as_python, faults
+from sparsezoo_jax.overrides import as_python, faults, local_fields, with_values
 from sparsezoo_jax.registry import kinds_of
 from sparsezoo_jax.sharding import MeshConfig
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, parse_json, read_bytes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -50,8 +52,9 @@ class RunConfig:
             self.data.seq_len,
             f"must be at most model.max_seq_len={self.model.max_seq_len}",
         )
+        trains_tokenizer = self.data.dataset is not None and self.data.tokenizer_name is None
         require(
-            self.data.tokenizer_name is not None or self.data.bpe_vocab_size <= self.model.vocab_size,
+            not trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,
             "data.bpe_vocab_size",
             self.data.bpe_vocab_size,
             f"must be at most model.vocab_size={self.model.vocab_size}",
@@ -101,7 +104,7 @@ def to_json(config: RunConfig) -> str:
     return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
 
 
-def from_json(text: str, source: Path | str = "config") -> RunConfig:
+def from_json(text: str | bytes, source: Path | str = "config") -> RunConfig:
     """Read what `to_json` wrote; plugins that it names are imported if they are installed as such (see `plugins`).
 
     Raises:
@@ -109,14 +112,14 @@ def from_json(text: str, source: Path | str = "config") -> RunConfig:
         wrong type, all in one message.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text, max_bytes=MAX_CONFIG_BYTES, finite=True)
         if isinstance(values, dict):
             plugins.load_stored(values.get("plugins", ()), source)
         return _ADAPTER.validate_python(as_python(values))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: not a configuration ({error})") from None
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError, too
         raise UserError(f"{source}: {faults(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: not a configuration ({error})") from None
 
 
 def restorable(config: RunConfig) -> RunConfig:
@@ -140,18 +143,60 @@ def _corpora(data: DataConfig) -> tuple[str, ...]:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration stored in a run's `config.json`.
+    """The configuration stored in a run's `config.json`, fit for use on this machine.
+
+    Unless this user wrote it here (see `remember`), fields marked `untrusted.Local` come without their values, with a
+    warning that names them: a corpus must then be named, and the tokenizer is that of the run's directory.
 
     Raises:
       UserError: there is no such file, or it holds no valid configuration.
       StorageError: it can't be read.
     """
+    content, config = _stored(path)
+    found = {} if _note(content).exists() else local_fields(config)
+    if not found:
+        return config
+    listed = ", ".join(f"{name}={value}" for name, value in found.items())
+    why = f"{path}: ignored, for it was not written by you on this machine: {listed}"
+    warnings.warn(why, SparsezooWarning, stacklevel=2)
+    instead = {"data.tokenizer": str(path.parent)}
+    return with_values(config, {name: instead.get(name) for name in reversed(found)})
+
+
+def stored_config(path: Path) -> RunConfig:
+    """The configuration in a run's `config.json` with every value, to compare with; nothing in it may be opened.
+
+    Raises:
+      UserError, StorageError: as `read_config`.
+    """
+    return _stored(path)[1]
+
+
+def _stored(path: Path) -> tuple[bytes, RunConfig]:
     try:
-        return from_json(path.read_text(encoding="utf-8"), path)
+        content = read_bytes(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no run here ({path.name} is missing)") from None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a configuration ({error})") from None
+    return content, from_json(content, path)
+
+
+def remember(text: str) -> None:
+    """Note in the cache that this user wrote a configuration with this text, so that its places are known as his own.
+
+    Raises:
+      OSError: it can't be noted.
+    """
+    note = _note(text.encode())
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.touch()
+
+
+def _note(content: bytes) -> Path:
+    return cache_directory(DataConfig()) / "own_configs" / hashlib.sha256(content).hexdigest()
 
 
 def differences(

@@ -8,7 +8,6 @@ With --weights, --predictor or --head: also the loss of the model packed in thes
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from sparsezoo_jax import cli
+from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(WeightFormats):
+class Evaluate(WeightFormats, CorpusFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -40,8 +40,6 @@ class Evaluate(WeightFormats):
     """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate)."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""
-    dataset: str | None = None
-    """Another corpus, named as in --data.dataset of training; its split of that name is read."""
     batch_size: int | None = None
     """Sequences in a batch; none is the run's."""
     batches: int | None = None
@@ -124,10 +122,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
-    data_config = config.data
-    if command.dataset is not None:
-        data_config = dataclasses.replace(data_config, dataset=command.dataset)
-    prepared = data.prepare(data_config, command.split, tokenizer)
+    prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)
     batch_size = command.batch_size or config.data.batch_size
     batches = data.evaluation_batches(prepared, batch_size, command.batches)
     result = evaluate_model(model, batches, prepared.num_bytes / prepared.num_targets)
@@ -181,7 +176,7 @@ def evaluate_chess(command: Evaluate) -> dict[str, Any]:
         model = Decoder(config.model, rngs=nnx.Rngs(chess.seed))
     layer = default_layer(config.model.layers) if chess.layer is None else chess.layer
     features = ffn_features(model, layer, field="chess.layer")
-    train, test = games_for(config.data, chess.games, chess.count)
+    train, test = games_for(command.corpus(config.data), chess.games, chess.count)
     scores = score_features(features, tokenizer, train, test, properties=chess.properties, batch_size=chess.batch_size)
     return {"layer": layer, "random_weights": chess.random_weights, **scores.as_dict()}
 
@@ -207,7 +202,7 @@ def interpret(command: Evaluate) -> dict[str, Any]:
     model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
-    prepared = data.prepare(config.data, command.split, tokenizer)
+    prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)
 
     def batches(most: int | None = None) -> Any:
         return data.evaluation_batches(prepared, command.batch_size or config.data.batch_size, most)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from sparsezoo_jax.errors import ConfigError, require
 from sparsezoo_jax.registry import Registry
+from sparsezoo_jax.untrusted import Local, parse_json
 
 
 def faults(error: ValidationError) -> str:
@@ -64,6 +64,39 @@ def list_fields(config: Any) -> dict[str, Any]:
     return {path: hint for path, hint in _hints(config).items() if _is_list_of_objects(_plain(hint))}
 
 
+def integers(config: Any, prefix: str = "") -> dict[str, int]:
+    """Dotted fields that hold integers, nested dataclasses and lists of them opened up."""
+    found: dict[str, int] = {}
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        for item in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(item):
+                found |= integers(item, f"{path}.")
+            elif isinstance(item, int) and abs(item) > abs(found.get(path, 0)):
+                found[path] = item
+    return found
+
+
+def local_fields(config: Any) -> dict[str, Any]:
+    """Dotted fields marked `Local` and their values, those left out that are not given or name nothing here."""
+    found = {}
+    for path, hint in _hints(config).items():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Local) and value is not None and value not in mark.harmless:
+                found[path] = value
+    return found
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """`config` with other values of some dotted fields, replaced in this order."""
+    for path, value in values.items():
+        config = _replace_at(config, path, lambda holder, name, v=value: dataclasses.replace(holder, **{name: v}))
+    return config
+
+
 def _hints(config: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(type(config), include_extras=True).items():
@@ -100,11 +133,11 @@ def with_list(config: Any, path: str, text: str) -> Any:
       ConfigError: not JSON, or objects that are not what the field holds.
     """
     try:
-        value = TypeAdapter(list_fields(config)[path]).validate_python(as_python(json.loads(text)))
-    except json.JSONDecodeError as error:
-        raise ConfigError(path, text, f"must be a JSON list of objects ({error})") from None
-    except ValidationError as error:
+        value = TypeAdapter(list_fields(config)[path]).validate_python(as_python(parse_json(text)))
+    except ValidationError as error:  # a ValueError, too
         raise ConfigError(path, text, faults(error)) from None
+    except ValueError as error:
+        raise ConfigError(path, text, f"must be a JSON list of objects ({error})") from None
     return _replace_at(config, path, lambda holder, name: dataclasses.replace(holder, **{name: value}))
 
 

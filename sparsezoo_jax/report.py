@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sparsezoo_jax import cli
+from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(CorpusFlags):
     """Flags of the command."""
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -65,12 +66,12 @@ def report(command: Report) -> Path:
     elif not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
     names = _names(directories)
-    runs = [figures(d, name, command.batches, command.contexts) for d, name in zip(directories, names, strict=True)]
+    runs = [figures(d, name, command) for d, name in zip(directories, names, strict=True)]
     write_report(output, runs)
     return output
 
 
-def figures(directory: Path, name: str, batches: int, contexts: Sequence[int]) -> RunFigures:
+def figures(directory: Path, name: str, command: Report) -> RunFigures:
     """What a report shows of the run in `directory`.
 
     Raises:
@@ -83,9 +84,9 @@ def figures(directory: Path, name: str, batches: int, contexts: Sequence[int]) -
     model, config, tokenizer = run_dir.load(directory)
     if tokenizer is None:
         raise UserError(f"{directory}: has no tokenizer, so no text can be read")
-    prepared = data.prepare(config.data, "validation", tokenizer)
-    shown = data.evaluation_batches(prepared, config.data.batch_size, batches)
-    return run_figures(directory, name, flatten(config), config.model, model, shown, contexts)
+    prepared = data.prepare(command.corpus(config.data), "validation", tokenizer)
+    shown = data.evaluation_batches(prepared, config.data.batch_size, command.batches)
+    return run_figures(directory, name, flatten(config), config.model, model, shown, command.contexts)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsezoo_jax import plugins as kinds
-from sparsezoo_jax.config import RunConfig, differences, read_config, restorable, to_json
+from sparsezoo_jax.config import RunConfig, differences, read_config, remember, restorable, stored_config, to_json
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
+from sparsezoo_jax.data.tokenizer import write_atomic
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.training.merging import merge_params
@@ -78,7 +79,7 @@ def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> boo
         raise UserError(f"--fresh: {directory} is not empty ({', '.join(entries[:4])}); name another --workdir")
     if CONFIG not in entries:
         raise UserError(f"--workdir={directory}: holds files but no run ({', '.join(entries[:4])}); name another")
-    changed = differences(read_config(directory / CONFIG), config)
+    changed = differences(stored_config(directory / CONFIG), config)
     if changed:
         listed = "; ".join(f"{name} is {old} there, {new} here" for name, (old, new) in list(changed.items())[:6])
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
@@ -93,11 +94,10 @@ def write_config(directory: Path, config: RunConfig) -> None:
       UserError: it could not be read again as it is.
       StorageError: it can't be written.
     """
-    config = restorable(config)
+    text = to_json(restorable(config))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".{CONFIG}.partial"
-        partial.write_text(to_json(config), encoding="utf-8")
-        partial.replace(directory / CONFIG)
+        remember(text)
     except OSError as error:
-        raise StorageError(f"{directory / CONFIG}: {error.strerror}") from None
+        raise StorageError(f"{error.filename or directory}: {error.strerror}") from None
+    write_atomic(directory / CONFIG, text.encode())

@@ -24,6 +24,7 @@ from sparsezoo_jax.autoencoders.config import (
     StandardSAE,
     TopKSAE,
 )
+from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import StorageError, UserError, require
 
 KINDS: dict[str, Any] = {
@@ -36,7 +37,7 @@ KINDS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSAE:
+class TrainSAE(CorpusFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -113,7 +114,8 @@ def train(command: TrainSAE) -> dict[str, Any]:
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir={workdir}: is not empty; name another")
 
-    prepared = data.prepare(config.data, "train", tokenizer)
+    corpus = command.corpus(config.data)
+    prepared = data.prepare(corpus, "train", tokenizer)
     batches = data.prepared_batches(prepared, batch_size=config.data.batch_size, seed=settings.seed)
     read = reader(model, layer, settings.site)
     rows: list[dict[str, Any]] = []
@@ -129,7 +131,7 @@ def train(command: TrainSAE) -> dict[str, Any]:
                 break
     finally:
         batches.close()
-    validation = data.prepare(config.data, "validation", tokenizer)
+    validation = data.prepare(corpus, "validation", tokenizer)
     shown = data.evaluation_batches(validation, config.data.batch_size, command.batches)
     run = SAERun(source=str(command.directory), step=command.step, sae=command.sae, train=settings)
     result = fidelity(trainer.autoencoder, model, shown, layer, settings.site)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 import sparsezoo_jax
-from sparsezoo_jax import cli, evaluate, generate, inference, report, train
+from sparsezoo_jax import cli, evaluate, generate, inference, report, sae, train
 
 SMALL = {
     "model.vocab-size": 320,
@@ -140,6 +141,40 @@ def test_evaluate(trained, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "bits per byte" in table
     assert "attended keys" in table
+
+
+def test_a_run_from_elsewhere(trained, tmp_path, small_corpus, monkeypatch, capsys):
+    """Its configuration runs nothing, and neither reads nor writes where it says."""
+    run, ran, cache = tmp_path / "run", tmp_path / "ran", tmp_path / "cache"
+    shutil.copytree(trained, run)
+    program = tmp_path / "stockfish"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    values = json.loads((run / "config.json").read_text())
+    values["data"] |= {"dataset": "chess", "cache_dir": str(cache)}
+    values["data"]["chess"]["stockfish"] = str(program)
+    (run / "config.json").write_text(json.dumps(values))
+    short = ["--batches", 1, "--no-meters", "--json"]
+    warnings.simplefilter("always")  # one process shows a warning once
+    for command, args in (
+        (evaluate, [run, *short]),
+        (evaluate, [run, "--chess"]),
+        (evaluate, [run, "--interpret"]),
+        (report, [run]),
+        (sae, [run]),
+    ):
+        assert call(command, args, monkeypatch) == 2
+        warning, error = capsys.readouterr().err.splitlines()
+        assert warning.startswith(f"warning: {run}/config.json: ignored, for it was not written by you")
+        assert str(program) in warning
+        assert error.startswith("error: data.dataset=None: must be named: --dataset")
+    assert call(evaluate, [run, *short, "--dataset", small_corpus], monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert call(evaluate, [trained, *short], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == figures["loss"]
+    assert call(generate, [run, "--prompt", "The", "--max-new-tokens", 2], monkeypatch) == 0
+    assert not ran.exists()
+    assert not cache.exists()
 
 
 def test_number_formats_of_weights(trained, monkeypatch, capsys):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
 MIN_BPE_VOCAB_SIZE = 259
@@ -23,9 +24,10 @@ class DataConfig:
     Raises `ConfigError` that names the field for a value that is not allowed.
     """
 
-    dataset: str = "sotu"
+    dataset: Annotated[str | None, Local(harmless=("sotu",))] = "sotu"
     """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', or a path,
-    directory or glob of local .txt, .jsonl, .parquet or .pgn files."""
+    directory or glob of local .txt, .jsonl, .parquet or .pgn files. None in the configuration of somebody else's run
+    whose corpus is not embedded: it has to be named here."""
 
     text_field: str = "text"
     """Field (TFDS feature, JSON key, Parquet column) that holds the text of a document."""
@@ -42,11 +44,11 @@ class DataConfig:
     """Share of the documents of local files to hold out for validation, when they have no validation files of their
     own."""
 
-    validation_dataset: str | None = None
+    validation_dataset: Annotated[str | None, Local(harmless=("sotu",))] = None
     """Another corpus to validate on, named as in `dataset` (a TFDS name is read at `validation_split`, local files
     whole)."""
 
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Local(harmless=("chess",))] = None
     """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; 'chess' is the 32 characters of chess
     games. None takes those for 'chess' and .pgn files, and trains a byte-level BPE on the training split of others."""
 
@@ -69,10 +71,10 @@ class DataConfig:
     seed: int = 0
     """Seed of the data order."""
 
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, Local()] = None
     """Where prepared corpora and trained tokenizers are kept; None is $SPARSEZOO_CACHE or ~/.cache/sparsezoo_jax."""
 
-    tfds_data_dir: str | None = None
+    tfds_data_dir: Annotated[str | None, Local()] = None
     """Directory of prepared TFDS data sets; None is TFDS's own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
 
     prefetch: int = 2
@@ -85,9 +87,13 @@ class DataConfig:
     """The games of the corpus 'chess'."""
 
     def __post_init__(self):
-        for name in ("dataset", "text_field", "train_split", "validation_split"):
+        for name in ("text_field", "train_split", "validation_split"):
             require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
-        for name in ("validation_dataset", "tokenizer", "cache_dir", "tfds_data_dir"):
+        for name in ("train_split", "validation_split"):
+            path = Path(getattr(self, name))
+            inside = not path.is_absolute() and ".." not in path.parts
+            require(inside, f"data.{name}", path, "must name a split, or a directory within the corpus")
+        for name in ("dataset", "validation_dataset", "tokenizer", "cache_dir", "tfds_data_dir"):
             value = getattr(self, name)
             require(value is None or bool(value.strip()), f"data.{name}", repr(value), "must not be empty")
         require(
@@ -110,6 +116,8 @@ class DataConfig:
         )
         require(1 <= self.seq_len <= 2**24, "data.seq_len", self.seq_len, f"must be from 1 to {2**24}")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "must be at least 1")
+        allowed = f"times data.seq_len={self.seq_len} must be at most {MAX_BATCH_TOKENS} tokens"
+        require(self.batch_size * self.seq_len <= MAX_BATCH_TOKENS, "data.batch_size", self.batch_size, allowed)
         require(0 <= self.seed < 2**32, "data.seed", self.seed, f"must be from 0 to {2**32 - 1}")
         require(0 <= self.prefetch <= 1024, "data.prefetch", self.prefetch, "must be from 0 to 1024")
         require(0 <= self.workers <= 256, "data.workers", self.workers, "must be from 0 to 256")
@@ -119,6 +127,8 @@ class DataConfig:
         """The registered corpus whose habits this one has. Games in a .pgn file are those of chess; a directory of such
         files has a name of its own, and none.
         """
+        if self.dataset is None:
+            return None
         return CORPORA.get("chess" if Path(self.dataset).suffix == ".pgn" else self.dataset)
 
     @property

@@ -10,7 +10,7 @@ from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Documents, Split
 from sparsezoo_jax.data.local_files import EXTENSIONS, open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
-from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.errors import DataError, require
 
 
 def open_documents(config: DataConfig, split: Split) -> Documents:
@@ -24,6 +24,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
         raise DataError(f"split={split}: must be 'train' or 'validation'")
     own_corpus = split == "validation" and config.validation_dataset is not None
     name = config.validation_dataset if own_corpus else config.dataset
+    require(name is not None, "data.dataset", None, "must be named: --dataset, for a run from elsewhere")
     assert name is not None
     if name in CORPORA:
         documents = CORPORA[name]().open(config, split)

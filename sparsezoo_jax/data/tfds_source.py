@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.data.documents import Document, digest
 from sparsezoo_jax.errors import DataError, StorageError, UserError
+from sparsezoo_jax.untrusted import read_json
 
 #: The TFDS builders that this package brings along; `corpora` registers them as corpora.
 OWN = ("sotu", "chess")
@@ -85,6 +87,9 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
 def _builder(config: DataConfig, name: str) -> Any:
     import tensorflow_datasets as tfds
 
+    if re.match(r"\w+:[A-Za-z_]", name):
+        raise DataError(f"data.dataset={name}: datasets of a community are code from elsewhere, which is not run")
+    _check_features(config, name)
     # TFDS imports its collections in a fixed order and stops at the first that lacks an optional dependency, which
     # hides the text datasets (c4, wiki40b, ...) behind e.g. a missing pydub. So import the ones with text in them one
     # by one.
@@ -108,6 +113,28 @@ def _builder(config: DataConfig, name: str) -> Any:
         ) from error
     except Exception as error:  # an unknown config or version, a malformed name, no network: TFDS has many types
         raise DataError(f"data.dataset={name}: {_one_line(error)}") from error
+
+
+def _check_features(config: DataConfig, name: str) -> None:
+    """TFDS imports any module that a prepared data set names as the home of its features; only its own are let pass."""
+    if config.tfds_data_dir is None:
+        return
+    folder = Path(config.tfds_data_dir).expanduser() / re.split(r"[/:]", name)[0]
+    for path in sorted(folder.rglob("features.json")):
+        try:
+            foreign = [home for home in _classes(read_json(path)) if not home.startswith("tensorflow_datasets.")]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: can't be read ({error})") from None
+        if foreign:
+            raise DataError(f"{path}: names {foreign[0]}, which is no feature of TFDS; code from elsewhere is not run")
+
+
+def _classes(value: Any) -> Iterator[str]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if key in ("type", "pythonClassName", "python_class_name") and isinstance(item, str):
+            yield item
+        yield from _classes(item)
 
 
 @contextlib.contextmanager

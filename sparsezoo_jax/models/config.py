@@ -13,6 +13,8 @@ from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerTy
 from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
+from sparsezoo_jax.overrides import integers
+from sparsezoo_jax.untrusted import MAX_LAYERS, MAX_SIZE
 
 
 class LayerSpec(NamedTuple):
@@ -74,6 +76,9 @@ class DecoderConfig:
     """What the backward pass computes again: nothing, all but matrix products, everything between layers."""
 
     def __post_init__(self):
+        for name, size in integers(self, "model.").items():
+            require(abs(size) <= MAX_SIZE, name, size, f"must be at most {MAX_SIZE}")
+        require(self.layers <= MAX_LAYERS, "model.layers", self.layers, f"must be at most {MAX_LAYERS}")
         for name in ("vocab_size", "d_model", "layers", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be above 0")
         require(self.logit_divisor > 0, "model.logit_divisor", self.logit_divisor, "must be above 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from sparsezoo_jax.errors import STRICT, ConfigError, require
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
 from sparsezoo_jax.training.schedules import Cosine, ScheduleConfig, steps_of
+from sparsezoo_jax.untrusted import Local
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,10 +59,10 @@ class TrainConfig:
     """Keep the checkpoint with the lowest validation loss, too (and evaluate whenever a checkpoint is saved)."""
     seed: int = 0
     """Seed of the initialisation and of every random stream of the model."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Local()] = None
     """Run directory whose parameters this run starts from: of the same architecture, or of a dense one whose FFNs
     become experts (upcycling). Its tokenizer is taken too, unless data.tokenizer names one. None: random parameters."""
-    init_step: int | None = None
+    init_step: Annotated[int | None, Local()] = None
     """Checkpoint of that run; None is the newest."""
     upcycle_noise: float = 0.02
     """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.untrusted import Local
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,7 +28,7 @@ class ChessConfig:
     """Share of games that begin with a line of the opening book."""
     max_moves: int = 200
     """Moves of each side after which a game ends unfinished."""
-    stockfish: str | None = None
+    stockfish: Annotated[str | None, Local()] = None
     """Program of Stockfish; none looks for `stockfish` on PATH and in /usr/games."""
     processes: int | None = None
     """Processes that play; none takes all cores. The games are the same."""

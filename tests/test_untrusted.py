@@ -1,0 +1,165 @@
+"""What somebody else's files may not do: run programs, name places here, ask for unbounded work, forge lines."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from sparsezoo_jax.config import RunConfig, from_json, read_config, stored_config, to_json
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.data import DataConfig, open_documents
+from sparsezoo_jax.errors import DataError, SparsezooWarning, UserError
+from sparsezoo_jax.overrides import local_fields, with_values
+from sparsezoo_jax.run_dir import write_config
+from sparsezoo_jax.untrusted import Local, parse_json, printable, read_json
+
+#: Text fields that name nothing on a machine: keys of tables in this package, of a data set, or of parameters.
+NAMES = {
+    "arch",
+    "size",
+    "model.attention.implementation",
+    "model.ffn.implementation",
+    "data.text_field",
+    "data.train_split",
+    "data.validation_split",
+    "train.groups.pattern",
+    "train.objectives.loss",
+}
+
+
+def text_fields(hint, path, marks=()):
+    """Paths, of every member of every union, whose type takes a text or a path, with what the annotation says of it."""
+    if dataclasses.is_dataclass(hint):
+        for name, inner in typing.get_type_hints(hint, include_extras=True).items():
+            if name in hint.__dataclass_fields__:
+                yield from text_fields(inner, f"{path}.{name}" if path else name)
+    elif typing.get_origin(hint) is typing.Annotated:
+        yield from text_fields(hint.__origin__, path, (*marks, *hint.__metadata__))
+    elif typing.get_origin(hint) is not typing.Literal:
+        for inner in typing.get_args(hint):
+            yield from text_fields(inner, path, marks)
+        if (isinstance(hint, type) and issubclass(hint, str | bytes | Path)) or hint in (typing.Any, object):
+            yield path, any(isinstance(mark, Local) for mark in marks)
+
+
+def test_every_text_field_is_a_name_or_marked_as_local():
+    found = set(text_fields(RunConfig, ""))
+    assert {path for path, local in found if not local} == NAMES
+    local = {path for path, local in found if local}
+    assert {"data.dataset", "data.cache_dir", "data.tfds_data_dir", "data.chess.stockfish", "train.init_from"} < local
+    # Values are cleared in objects, not in lists of them.
+    config = with_values(preset("spark"), dict.fromkeys(sorted(local), "x"))
+    assert local_fields(config).keys() == local
+
+
+PLACES = {
+    "data.dataset": "/home/mallory/*.txt",
+    "data.validation_dataset": "c4/en",
+    "data.tokenizer": "/home/mallory",
+    "data.cache_dir": "/home/mallory/cache",
+    "data.tfds_data_dir": "/home/mallory/tfds",
+    "data.chess.stockfish": "/home/mallory/evil",
+    "train.init_from": "/home/mallory/run",
+    "train.init_step": 3,
+}
+
+
+def test_places_in_the_configuration_of_somebody_else(tmp_path, monkeypatch):
+    config = with_values(preset("spark"), PLACES)
+    write_config(tmp_path / "run", config)
+    path = tmp_path / "run" / "config.json"
+    assert read_config(path) == config  # this user gave them, on this machine
+    path.write_text(path.read_text() + "\n")
+    with pytest.warns(SparsezooWarning, match="ignored, for it was not written by you.*stockfish=/home/mallory/evil"):
+        foreign = read_config(path)
+    assert local_fields(foreign) == {"data.tokenizer": str(tmp_path / "run")}
+    assert with_values(foreign, PLACES) == config
+    assert stored_config(path) == config
+    with pytest.raises(UserError, match=r"data\.dataset=None: must be named"):
+        open_documents(foreign.data, "train")
+
+
+def test_what_is_harmless_is_taken(tmp_path, recwarn):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(preset("spark")))
+    assert read_config(path) == preset("spark")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("split", ["/etc", "../../private"])
+def test_splits_stay_within_the_corpus(split):
+    with pytest.raises(UserError, match=r"data\.validation_split=.*: must name a split, or a directory within"):
+        DataConfig(validation_split=split)
+
+
+def test_features_of_a_data_set_import_no_module(tmp_path, monkeypatch):
+    folder = tmp_path / "tfds" / "evil_corpus" / "1.0.0"
+    folder.mkdir(parents=True)
+    (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (folder / "features.json").write_text(json.dumps({"pythonClassName": "payload.Text", "text": {}}))
+    info = {"name": "evil_corpus", "version": "1.0.0", "splits": [], "fileFormat": "array_record"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    config = DataConfig(dataset="evil_corpus", tfds_data_dir=str(tmp_path / "tfds"))
+    with pytest.raises(DataError, match=r"names payload\.Text, which is no feature of TFDS"):
+        open_documents(config, "train")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(DataError, match="code from elsewhere, which is not run"):
+        open_documents(DataConfig(dataset="kaggle:evil"), "train")
+
+
+HOSTILE = {
+    "deep": ("[" * 100_000, "more than 64 objects and lists"),
+    "deep objects": ('{"a":' * 100_000, "more than 64 objects and lists"),
+    "digits": ("9" * 5000, "an integer of more than 100 digits"),
+    "long": (" " * (5 << 20), "longer than 4,194,304 bytes"),
+    "no text": (b"\xff\xfe", "can't decode"),
+    "infinity": ('{"a": 1e999}', "1e999 is no finite number"),
+    "open string": ('"' + '\\"[' * 1_000_000, "Unterminated|longer"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_json_within_bounds(name, tmp_path):
+    text, message = HOSTILE[name]
+    path = tmp_path / "x.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        read_json(path, finite=True)
+    with pytest.raises(UserError, match="not a configuration"):
+        from_json(path.read_bytes())
+
+
+def test_json_in_strings_is_no_structure():
+    assert parse_json(json.dumps(["[" * 1000, '\\"[' * 1000])) == ["[" * 1000, '\\"[' * 1000]
+    assert parse_json("[" * 64 + "]" * 64) is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layers", 2_000_000_000, "model.layers=2000000000: must be at most"),
+        ("layers", 1_000_000, "model.layers=1000000: must be at most 4096"),
+        ("vocab_size", 2**40, "model.vocab_size=1099511627776: must be at most"),
+        ("ffn.d_ff", 10**30, "d_ff"),
+        ("logit_divisor", float("nan"), "NaN is no finite number"),
+    ],
+)
+def test_sizes_in_a_configuration(field, value, message):
+    values = json.loads(to_json(preset("dense")))
+    *parents, name = field.split(".")
+    holder = values["model"]
+    for parent in parents:
+        holder = holder[parent]
+    holder[name] = value
+    with pytest.raises(UserError, match=message):
+        from_json(json.dumps(values))
+
+
+def test_printable():
+    assert printable("ä 漢 👍 e\u0301 क्‍ष") == "ä 漢 👍 e\u0301 क्‍ष"
+    assert printable("a\nerror: b\x1b[31m\r\x9b\u202e\u2028\ud800") == r"a\nerror: b\x1b[31m\r\x9b\u202e\u2028\ud800"
+    assert printable("a\tb\n\x07", keep="\t\n") == "a\tb\n\\x07"
+    assert printable("x" * 5000) == "x" * 4000 + "..."
