@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsezoo_jax import cli
+from sparsezoo_jax.untrusted import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> None:
     else:
         made, place = huggingface.to_hf(command.directory, command.destination), command.destination
     for note in made.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     tokenizer = "with its tokenizer" if made.tokenizer else "no tokenizer"
     print(f"{place}: {made.model_type}, {made.parameters:,} parameters in {made.dtype}, {tokenizer}")
 

@@ -15,6 +15,7 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
 
 
@@ -73,20 +74,26 @@ def main(args: Sequence[str]) -> None:
         stop=stop,
         drafts=command.drafts,
     )
+    # A model may have learned, or been made, to write what steers a terminal; a file gets its text as it is.
+    shown = _on_terminal if sys.stdout.isatty() else str
     if len(command.prompt) == 1:
         text = tokenizer.stream_decoder()
         print(command.prompt[0], end="", flush=True)
         for (new,) in generation:
             for token in new:
-                print(text.push(token), end="", flush=True)
-        print(text.flush())
+                print(shown(text.push(token)), end="", flush=True)
+        print(shown(text.flush()))
     else:
         for _ in generation:
             pass
         for prompt, row in zip(command.prompt, generation.rows, strict=True):
-            print(f"{prompt}{tokenizer.decode(row)}\n")
+            print(f"{prompt}{shown(tokenizer.decode(row))}\n")
     if command.stats:
         print_stats(model, generation.stats)
+
+
+def _on_terminal(text: str) -> str:
+    return printable(text, keep="\n\t", limit=None)
 
 
 def print_stats(model: Any, stats: Any) -> None:

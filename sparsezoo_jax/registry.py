@@ -105,10 +105,12 @@ class Registry(Generic[K]):
         def validated(value: Any) -> K:
             if not isinstance(value, dict):
                 return self.checked(value)
-            if "kind" not in value:
-                raise ConfigError(f"{self.field}.kind", "", f"must be one of {', '.join(self._kinds)}")
+            if not isinstance(value.get("kind"), str):
+                raise ConfigError(
+                    f"{self.field}.kind", value.get("kind", ""), f"must be one of {', '.join(self._kinds)}"
+                )
             # A ValidationError from here is taken up by pydantic with the field's place in front.
-            return _adapter(self[value["kind"]]).validate_python(value)
+            return _adapter(self[name]).validate_python(value)
 
         def plain(value: K) -> Any:
             return _adapter(type(value)).dump_python(value, mode="json")

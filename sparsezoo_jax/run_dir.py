@@ -10,7 +10,7 @@ from sparsezoo_jax import plugins as kinds
 from sparsezoo_jax.config import RunConfig, differences, read_config, remember, restorable, stored_config, to_json
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.tokenizer import write_atomic
-from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.errors import StorageError, UserError, require
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
@@ -49,6 +49,9 @@ def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1,
     kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
     tokenizer = find_tokenizer(directory)
+    if tokenizer is not None:
+        allowed = f"must be at least the tokenizer's {tokenizer.vocab_size}"
+        require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, allowed)
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
     if merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")

@@ -12,6 +12,7 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data import DataConfig, open_documents
 from sparsezoo_jax.errors import DataError, SparsezooWarning, UserError
 from sparsezoo_jax.overrides import local_fields, with_values
+from sparsezoo_jax.registry import Registry
 from sparsezoo_jax.run_dir import write_config
 from sparsezoo_jax.untrusted import Local, parse_json, printable, read_json
 
@@ -35,6 +36,9 @@ def text_fields(hint, path, marks=()):
         for name, inner in typing.get_type_hints(hint, include_extras=True).items():
             if name in hint.__dataclass_fields__:
                 yield from text_fields(inner, f"{path}.{name}" if path else name)
+    elif typing.get_origin(hint) is typing.Annotated and isinstance(hint.__metadata__[0], Registry):
+        for kind in hint.__metadata__[0].members().values():
+            yield from text_fields(kind, path, marks)
     elif typing.get_origin(hint) is typing.Annotated:
         yield from text_fields(hint.__origin__, path, (*marks, *hint.__metadata__))
     elif typing.get_origin(hint) is not typing.Literal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import STRICT, StorageError, UserError
 from sparsezoo_jax.overrides import as_python, faults
 from sparsezoo_jax.training.parameters import restore_params, save_params
+from sparsezoo_jax.untrusted import read_json
 
 CONFIG, CHECKPOINTS = "sae.json", "checkpoints"
 
@@ -66,16 +66,15 @@ def load_sae(directory: Path | str) -> LoadedSAE:
     """
     directory = Path(directory)
     try:
-        text = (directory / CONFIG).read_text(encoding="utf-8")
-        run = TypeAdapter(SAERun).validate_python(as_python(json.loads(text)))
+        run = TypeAdapter(SAERun).validate_python(as_python(read_json(directory / CONFIG, finite=True)))
     except FileNotFoundError:
         raise UserError(f"{directory}: no autoencoder here ({CONFIG} is missing)") from None
     except OSError as error:
         raise StorageError(f"{directory / CONFIG}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{directory / CONFIG}: not a configuration ({error})") from None
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError, too
         raise UserError(f"{directory / CONFIG}: {faults(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG}: not a configuration ({error})") from None
     found, _ = restore_params(directory / CHECKPOINTS)
     arrays: dict[str, Any] = {name: {k: jnp.asarray(v) for k, v in part.items()} for name, part in found.items()}
     return LoadedSAE(SparseAutoencoder(run.sae, arrays["params"], arrays["state"]), run)

@@ -17,6 +17,7 @@ from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import Document, Documents, Split, digest
 from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.untrusted import parse_json
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet", ".pgn")
 
@@ -226,9 +227,11 @@ class _JsonLinesFile:
         start = self._starts[index]
         line = _decode(_read(self._path, start, self._sizes[index]), self._path, start)
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON that is read: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(self._text_field), str):
             has = f"has {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else "is no object"
             raise DataError(f"{where}: needs a string in '{self._text_field}' (data.text_field); the line {has}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,6 +26,7 @@ from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.untrusted import read_json
 
 #: Changes whenever `prepare` would write other records for the same corpus and tokenizer.
 RECIPE, BLOCK_RECIPE = "pack-1", "blocks-1"
@@ -108,8 +110,11 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedSplit:
     """Reads the description of a prepared split; raises `StorageError` if its files are missing or damaged."""
     path = Path(path)
     try:
-        meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-        prepared = PreparedSplit(path=str(path), **meta)
+        prepared = PreparedSplit(path=str(path), **read_json(path / META_FILE))
+        for field in dataclasses.fields(prepared):
+            value = getattr(prepared, field.name)
+            if not (isinstance(value, str) if field.type == "str" else type(value) is int and 0 <= value < 2**63):
+                raise ValueError(f"{field.name} is {value!r}")
         size = (path / RECORDS_FILE).stat().st_size
     except (OSError, ValueError, TypeError) as error:
         raise StorageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
+from sparsezoo_jax.untrusted import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH, parse_json, read_bytes, read_json
 
 HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 #: Names the tokenizer of chess games in `data.tokenizer`.
@@ -275,9 +277,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if load is None:
         raise DataError(f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, or a directory with one")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: can't read the tokenizer: {error.strerror}") from error
+        content = read_bytes(path, MAX_TOKENIZER_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't read the tokenizer: {getattr(error, 'strerror', None) or error}") from error
     return load(path, content)
 
 
@@ -310,18 +312,32 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        rules = [parse_json(part.__getstate__()) for part in (tokenizer.normalizer, tokenizer.decoder) if part]
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"{path}: not a Hugging Face tokenizer, or damaged: {error}") from error
+    growth = max(map(_growth, rules), default=1)
+    if growth > MAX_TOKENIZER_GROWTH:
+        raise DataError(f"{path}: its rules may make {growth} characters of one; at most {MAX_TOKENIZER_GROWTH}")
     config_path = path.with_name(HF_CONFIG_FILE)
     if not config_path.is_file():
         return HFTokenizer(tokenizer)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path)
         # A special token is a string or, in older files, an object that describes one.
         entries = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
     except (ValueError, AttributeError, OSError) as error:
         raise DataError(f"{config_path}: damaged: {error}") from error
     return HFTokenizer(tokenizer, {k: v for k, v in entries.items() if k in ("pad_token", "bos_token", "eos_token")})
+
+
+def _growth(rule: dict[str, Any]) -> int:
+    """Characters that a normalizer or decoder may make of one."""
+    growth = math.prod(map(_growth, rule.get("normalizers") or rule.get("decoders") or ()))
+    if rule["type"] == "Replace":
+        text = rule["pattern"].get("String")
+        # A regular expression may match nothing at all, before every character.
+        growth *= len(rule["content"]) + 1 if not text else max(1, -(-len(rule["content"]) // len(text)))
+    return growth
 
 
 TOKENIZER_FILES: dict[str, Callable[[Path, bytes], Tokenizer]] = {

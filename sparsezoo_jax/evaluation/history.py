@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.untrusted import parse_json
 
+#: Bytes of a row of metrics, and lists within each other there; a thousand layers are 20 kB for each statistic.
+MAX_ROW_BYTES, MAX_ROW_DEPTH = 1 << 22, 4
 METRICS = "metrics.jsonl"
 PER_LAYER = ("ffn_density", "attended_keys")
 
@@ -45,19 +47,27 @@ def read_history(directory: Path) -> History:
       StorageError: the file can't be read.
     """
     path = directory / METRICS
+    lines, rows = 0, []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        with path.open("rb") as file:
+            # A line without an end is read in pieces, none of which is a row.
+            while line := file.readline(MAX_ROW_BYTES):
+                lines += bool(line.strip())
+                row = _row(line)
+                if row is not None:
+                    rows.append(row)
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
-    rows = [row for line in lines if (row := _row(line)) is not None]
     train, evaluation = ([row for row in rows if ("split" in row) == evaluated] for evaluated in (False, True))
-    return History(_course(train), _course(evaluation), len([line for line in lines if line.strip()]) - len(rows))
+    return History(_course(train), _course(evaluation), lines - len(rows))
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line, max_depth=MAX_ROW_DEPTH)
+    except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 

@@ -25,6 +25,7 @@ from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
 from sparsezoo_jax.training.parameters import read_params, save_params
 from sparsezoo_jax.training.state import ModelTemplate
+from sparsezoo_jax.untrusted import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -299,7 +300,7 @@ def _check_vocabulary(source: Path, tokenizer: Tokenizer | None, model: DecoderC
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, finite=True)
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no checkpoint here ({path.name} is missing)") from None
     except OSError as error:
@@ -321,9 +322,13 @@ def _require_empty(directory: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, destination: Path) -> None:
+    # A link to anywhere would copy a file of this machine into what may be given away; the hub's cache has its links.
+    homes = (source.resolve(), source.resolve().parent.parent / "blobs")
     try:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
+                if (source / name).resolve().parent not in homes:
+                    raise UserError(f"{source / name}: is a link out of its directory; put the file there")
                 shutil.copyfile(source / name, destination / name)
     except OSError as error:
         raise StorageError(f"{destination}: {error.strerror}") from error

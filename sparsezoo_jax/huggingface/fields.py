@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparsezoo_jax.untrusted import MAX_SIZE
+
 #: Hugging Face's names of the non-linearities; the first one of each value is the one written.
 ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -29,9 +31,10 @@ class Fields:
         self.values = values
         self.problems: list[str] = []
 
-    def integer(self, name: str, default: Any = _NEEDED) -> int:
-        """A positive integer; null counts as absent."""
-        return self._number(name, default, "a positive integer", lambda v: isinstance(v, int) and v > 0, 1)
+    def integer(self, name: str, default: Any = _NEEDED, most: int = MAX_SIZE) -> int:
+        """A positive integer, at most `most`; null counts as absent."""
+        wanted = f"an integer from 1 to {most}"
+        return self._number(name, default, wanted, lambda v: isinstance(v, int) and 0 < v <= most, 1)
 
     def number(self, name: str, default: Any = _NEEDED) -> float:
         """A positive number; null counts as absent."""
@@ -61,7 +64,7 @@ class Fields:
         """The non-linearity that the first of `names` with a value gives, by our name."""
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         value = self.values.get(name, default) or default
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             self.problems.append(f"{name}={value}: must be one of {', '.join(ACTIVATIONS)}")
             value = default
         return ACTIVATIONS[value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface import torch_files
+from sparsezoo_jax.untrusted import MAX_INDEX_BYTES, MAX_SHARDS, MAX_TENSORS, read_json
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,12 +81,35 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
     with contextlib.ExitStack() as stack:
         handles: dict[str, Any] = {}
         for path in paths:
+            _check_header(path)
             try:
                 handle = stack.enter_context(safetensors.safe_open(path, framework="np"))
             except Exception as error:  # SafetensorError, OSError
                 raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
             handles.update(dict.fromkeys(handle.keys(), handle))
+            check_count(path, len(handles))
         yield SafetensorFiles(handles)
+
+
+def _check_header(path: Path) -> None:
+    """The library reads a header of up to 100 MB at once."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    if size > MAX_INDEX_BYTES:
+        raise UserError(f"{path}: has a header of {size:,} bytes; at most {MAX_INDEX_BYTES:,} are read")
+
+
+def check_count(path: Path, count: int) -> None:
+    """Check the number of tensors in a checkpoint's files up to `path`.
+
+    Raises:
+      UserError: there are too many.
+    """
+    if count > MAX_TENSORS:
+        raise UserError(f"{path}: there are {count:,} tensors and more; at most {MAX_TENSORS:,} are read")
 
 
 def _files(directory: Path) -> tuple[str, list[Path]]:
@@ -101,13 +126,18 @@ def _files(directory: Path) -> tuple[str, list[Path]]:
 
 def _indexed(directory: Path, index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = read_json(index, max_bytes=MAX_INDEX_BYTES)["weight_map"].values()
+        check_count(index, len(files))
+        names = sorted(set(files))
         foreign = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise StorageError(f"{index}: damaged: {error!r}") from error
-    missing = foreign + [name for name in names if not (directory / name).is_file()]
+    if len(names) > MAX_SHARDS:
+        raise UserError(f"{index}: names {len(names):,} files; at most {MAX_SHARDS:,} are read")
+    missing = foreign + [name for name in names if not os.path.isfile(directory / name)]
     if missing:
-        raise UserError(f"{directory}: files that {index.name} names are missing: {', '.join(dict.fromkeys(missing))}")
+        listed = ", ".join(list(dict.fromkeys(missing))[:20])
+        raise UserError(f"{directory}: files that {index.name} names are missing: {listed}")
     return [directory / name for name in names]
 
 

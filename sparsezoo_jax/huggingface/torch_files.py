@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.untrusted import MAX_INDEX_BYTES, MAX_SHARING, MAX_TENSORS, check_expansion
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -25,6 +27,26 @@ def library() -> Any:
         return importlib.import_module("torch")
     except ImportError:
         raise UserError(f"torch is not installed, which {SINGLE} needs: pip install -e '.[hf]'") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Torch stores what is in its archives as it is. What is compressed could become any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        raise StorageError(f"{path}: damaged, or of torch before 1.6 and not to be mapped") from None
+    if len(entries) > MAX_TENSORS + 10:
+        raise UserError(f"{path}: holds {len(entries):,} files; at most {MAX_TENSORS:,} tensors are read")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: {entry.filename} is compressed, which torch never does")
+        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_INDEX_BYTES:
+            raise UserError(
+                f"{path}: {entry.filename} has {entry.file_size:,} bytes; at most {MAX_INDEX_BYTES:,} are read"
+            )
 
 
 class TorchFiles:
@@ -42,6 +64,7 @@ class TorchFiles:
         torch = library()
         self._tensors: dict[str, Any] = {}
         for path in paths:
+            _check_archive(path)
             try:
                 found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # UnpicklingError, RuntimeError, OSError, EOFError
@@ -52,7 +75,17 @@ class TorchFiles:
             foreign = [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]
             if foreign:
                 raise UserError(f"{path}: holds more than tensors: {', '.join(foreign[:20])}")
+            if not all(isinstance(name, str) for name in found):
+                raise UserError(f"{path}: holds tensors whose names are no text")
             self._tensors |= found
+            if len(self._tensors) > MAX_TENSORS:
+                raise UserError(f"{path}: there are {len(self._tensors):,} tensors; at most {MAX_TENSORS:,} are read")
+            # Several names may share what is stored, and a step of 0 repeats it.
+            sizes = {name: tensor.nelement() * tensor.element_size() for name, tensor in found.items()}
+            try:
+                check_expansion(sizes, path.stat().st_size, most=MAX_SHARING)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
         names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {

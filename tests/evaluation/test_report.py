@@ -233,14 +233,23 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_text()
     assert before == render([run()])
     with pytest.raises(StorageError, match=r"report\.html"):
-        write_report(tmp_path / "missing" / "report.html", [run()])
+        write_report(path / "report.html", [run()])
 
-    def full(self, *args, **kwargs):
-        self.write_bytes(b"<!DOC")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         write_report(path, [run("other")])
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_links_in_a_directory_are_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("report.html", ".report.html.partial"):
+        (tmp_path / name).symlink_to(precious)
+    write_report(tmp_path / "report.html", [run()])
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "report.html").is_symlink()

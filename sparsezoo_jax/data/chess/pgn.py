@@ -104,7 +104,8 @@ def moves_of(game: str) -> list[str]:
 def _moves(text: str, where: str) -> Iterator[str]:
     depth = position = 0
     ended = False
-    while text[position:].strip():
+    text = text.rstrip()
+    while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
             raise DataError(f"{where}: {_excerpt(text[position:])} is no move in algebraic notation")

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.evaluation.interpretability.windows import Window
+from sparsezoo_jax.untrusted import parse_json
+
+#: Bytes of an answer that are read: one sentence, or some numbers, and what servers add to them.
+MAX_ANSWER_BYTES = 1 << 22
 
 _EXPLAIN = """You study one feature of a language model. Below are passages in which it is active; the tokens that \
 activate it stand between << and >>. Say in one short sentence what the feature responds to: its content, its role in \
@@ -84,7 +88,8 @@ class EndpointJudge:
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"])
+                    answer = parse_json(response.read(MAX_ANSWER_BYTES), max_bytes=MAX_ANSWER_BYTES)
+                    return str(answer["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 # Overloaded and broken servers may recover; a refused request will not.
                 why, temporary = f"{error.code} {error.reason}", error.code == 429 or error.code >= 500

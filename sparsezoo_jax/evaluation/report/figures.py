@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sparsezoo_jax.evaluation.cost import CONTEXTS, Cost, cost_table
 from sparsezoo_jax.evaluation.history import History, read_history
 from sparsezoo_jax.evaluation.meters import LayerMeters, Meters, measure
 from sparsezoo_jax.models import DecoderConfig, count_parameters
+from sparsezoo_jax.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RunFigures:
 
         def final(name: str, form: str) -> str:
             value = figures.get(name)
-            return format(value, form) if isinstance(value, (int, float)) else "–"
+            return format(value, form) if isinstance(value, int if form == ",d" else (int, float)) else "–"
 
         layers = self.meters.layers
         neurons = sum(layer.ffn.neurons for layer in layers if layer.ffn)
@@ -137,7 +137,7 @@ def _shown(value: float | None, form: str) -> str:
 def _final_figures(path: Path) -> dict[str, Any]:
     """What training wrote at its end; nothing for a run that has not ended or was converted."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.data.tokenizer import write_atomic
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.plots import comparison_plots, run_plots
+from sparsezoo_jax.evaluation.report.svg import escape
 
 # The palette of Okabe and Ito, which the common forms of colour blindness keep apart, lightened where it is dark.
 STYLE = """
@@ -67,14 +67,7 @@ def write_report(path: Path, runs: Sequence[RunFigures]) -> None:
     Raises:
       StorageError: it can't be written.
     """
-    text, partial = render(runs), path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, render(runs).encode("utf-8", "backslashreplace"))
 
 
 def _headlines(runs: Sequence[RunFigures]) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from html import escape
+from html import escape as html_escape
+
+from sparsezoo_jax.untrusted import printable
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
@@ -16,6 +18,11 @@ COLOURS = 8
 """Distinguishable colours; more series share a ramp instead."""
 TOOLTIPS = 40
 """Most points of a series that carry a tooltip."""
+
+
+def escape(text: str) -> str:
+    """`text` for HTML, in elements and in quoted attributes; what would hide or turn its characters is escaped, too."""
+    return html_escape(printable(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +213,7 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle", turn
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:
-    label = escape(title, quote=True)
+    label = escape(title)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sparsezoo_jax.huggingface.fields import Fields
 from sparsezoo_jax.huggingface.layouts.rows import HEAD, Entry, Layout, activation_name, vector
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.untrusted import MAX_LAYERS
 
 _QKV = ("q", "k", "v")
 _GPT2 = (
@@ -44,7 +45,7 @@ def _read_gpt2(f: Fields) -> dict[str, Any]:
     return {
         "vocab_size": f.integer("vocab_size"),
         "d_model": width,
-        "layers": f.integer("n_layer"),
+        "layers": f.integer("n_layer", most=MAX_LAYERS),
         "max_seq_len": f.integer("n_positions", f.integer("n_ctx", 1024)),
         "tie_embeddings": f.flag("tie_word_embeddings", True),
         "attention": {"heads": heads, "kv_heads": heads, "head_dim": width // heads, "rope": None, "bias": True},

@@ -22,6 +22,7 @@ from sparsezoo_jax.models.common import LayerType
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
+from sparsezoo_jax.untrusted import MAX_LAYERS
 
 _COMMON = (
     *EMBEDDING_AND_NORMS,
@@ -37,7 +38,7 @@ def _sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
     return {
         "vocab_size": f.integer("vocab_size"),
         "d_model": f.integer("hidden_size"),
-        "layers": f.integer("num_hidden_layers"),
+        "layers": f.integer("num_hidden_layers", most=MAX_LAYERS),
         "max_seq_len": f.integer("max_position_embeddings", max_seq_len),
         "tie_embeddings": f.flag("tie_word_embeddings", tied),
     }
@@ -95,8 +96,9 @@ def _read_layer_types(f: Fields) -> tuple[LayerType, ...]:
     names = f.values.get("layer_types")
     if names is None:
         return ("local", "global")
-    if not isinstance(names, list) or not all(name in _LAYER_TYPES for name in names):
-        f.problems.append(f"layer_types={names}: must list {' and '.join(_LAYER_TYPES)}")
+    known = isinstance(names, list) and all(isinstance(name, str) and name in _LAYER_TYPES for name in names)
+    if not known or len(names) > MAX_LAYERS:
+        f.problems.append(f"layer_types={names}: must list at most {MAX_LAYERS} {' and '.join(_LAYER_TYPES)}")
         return ("local", "global")
     if len(names) != f.values.get("num_hidden_layers"):
         f.problems.append(f"layer_types=<{len(names)} values>: must have one for each of num_hidden_layers")

@@ -23,6 +23,7 @@ from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.schedules import WSD
+from sparsezoo_jax.untrusted import MAX_LAYERS
 
 _LATENT = (
     Entry("model.layers.{layer}.self_attn.q_a_proj.weight", ("attention/q_a_DR",), 1, True),
@@ -51,7 +52,8 @@ KV_UP_INIT_STD = 0.02
 
 
 def _read(f: Fields) -> dict[str, Any]:
-    width, layers, heads = f.integer("hidden_size"), f.integer("num_hidden_layers"), f.integer("num_attention_heads")
+    width, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
+    layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
     eps = f.number("rms_norm_eps", 1e-6)
     stored = f.choice("ffn_type", tuple(_EXPERTS))
     f.require("expert_gated", False)
