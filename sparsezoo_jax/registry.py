@@ -105,10 +105,9 @@ class Registry(Generic[K]):
         def validated(value: Any) -> K:
             if not isinstance(value, dict):
                 return self.checked(value)
-            if not isinstance(value.get("kind"), str):
-                raise ConfigError(
-                    f"{self.field}.kind", value.get("kind", ""), f"must be one of {', '.join(self._kinds)}"
-                )
+            name = value.get("kind", "")
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"{self.field}.kind", name, f"must be one of {', '.join(self._kinds)}")
             # A ValidationError from here is taken up by pydantic with the field's place in front.
             return _adapter(self[name]).validate_python(value)
 

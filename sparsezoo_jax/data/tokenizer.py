@@ -324,10 +324,14 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
     try:
         config = read_json(config_path)
         # A special token is a string or, in older files, an object that describes one.
-        entries = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-    except (ValueError, AttributeError, OSError) as error:
+        named = {name: config[name] for name in ("pad_token", "bos_token", "eos_token") if name in config}
+        specials = {name: v.get("content") if isinstance(v, dict) else v for name, v in named.items()}
+    except (ValueError, TypeError, OSError) as error:
         raise DataError(f"{config_path}: damaged: {error}") from error
-    return HFTokenizer(tokenizer, {k: v for k, v in entries.items() if k in ("pad_token", "bos_token", "eos_token")})
+    for name, value in specials.items():
+        if not isinstance(value, str | None):
+            raise DataError(f"{config_path}: damaged: {name} is {value!r}, no text")
+    return HFTokenizer(tokenizer, specials)
 
 
 def _growth(rule: dict[str, Any]) -> int:
