@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sparsezoo_jax import data, run_dir
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.records import EXPERT_SCORES
@@ -15,6 +14,8 @@ from sparsezoo_jax.models.records import EXPERT_SCORES
 
 def validation_text(directory: Path, rows: int) -> tuple[Decoder, np.ndarray, np.ndarray]:
     """The model of a run, and tokens and segment ids [rows, T] of its validation split."""
+    from sparsezoo_jax import data, run_dir  # what needs no run needs no tokenizer or corpus either
+
     model, config, tokenizer = run_dir.load(directory)
     if tokenizer is None:
         raise UserError(f"{directory}: has no tokenizer, so no text can be read")

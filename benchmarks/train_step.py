@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -32,7 +32,7 @@ from sparsezoo_jax.pallas_kernels.statistical_topk import reference
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
-from sparsezoo_jax.training.state import ModelTemplate, initial_state
+from sparsezoo_jax.training.state import ModelTemplate, TrainState, initial_state
 from sparsezoo_jax.training.step import build_train_step
 
 
@@ -45,17 +45,22 @@ def dense_attention_of(config: DecoderConfig) -> GQAConfig:
     )
 
 
-def step_of(config: DecoderConfig, batch: dict[str, np.ndarray], objectives: tuple[ObjectiveConfig, ...] = ()):
-    """A function that makes one train step and returns its metrics."""
-    train = TrainConfig(objectives=objectives)
+def compiled_step(config: DecoderConfig, batch: Mapping[str, Any], train: TrainConfig) -> tuple[Any, TrainState]:
+    """The compiled train step, which takes (state, batch) and donates the state, and the state to begin with."""
 
     def build(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config, rngs=rngs)
 
     template = ModelTemplate(build)
     optimizer = build_optimizer(train, template.parameters)
-    state = jax.jit(lambda key: initial_state(template, build, optimizer, objectives, key))(jax.random.key(0))
-    compiled = jax.jit(build_train_step(train, template, optimizer), donate_argnums=0).lower(state, batch).compile()
+    state = jax.jit(lambda key: initial_state(template, build, optimizer, train.objectives, key))(jax.random.key(0))
+    step = jax.jit(build_train_step(train, template, optimizer), donate_argnums=0)
+    return step.lower(state, batch).compile(), state
+
+
+def step_of(config: DecoderConfig, batch: dict[str, np.ndarray], objectives: tuple[ObjectiveConfig, ...] = ()):
+    """A function that makes one train step and returns its metrics."""
+    compiled, state = compiled_step(config, batch, TrainConfig(objectives=objectives))
     held = [state]
 
     def run():

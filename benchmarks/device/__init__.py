@@ -1,0 +1,1 @@
+"""What this machine's accelerator computes, and how fast: `python -m benchmarks.device` (docs/device.md)."""
