@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import math
 import os
+import queue
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from sparsezoo_jax.errors import StorageError
 
@@ -25,7 +31,10 @@ class MetricWriter(Protocol):
     """A destination of metrics. Scalars are floats; per-layer statistics are arrays [L], NaN where there is none."""
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
-        """One row; `split` is None for a training step and the name of the data split for an evaluation."""
+        """One row; `split` is None for a training step and the name of the data split for an evaluation.
+
+        An exception is reported and does not stop the run (see `Writers`).
+        """
         ...
 
     def close(self) -> None:
@@ -44,79 +53,211 @@ def _finite_or_none(value: Any) -> Any:
 
 
 class JsonlWriter:
-    """One JSON object a line, flushed: `step`, `split` for evaluations, metrics; arrays as lists, non-finite as null.
+    """One JSON object a line: `step`, `split` for evaluations, metrics; arrays as lists, non-finite as null.
 
-    On opening, rows after `resume_step` (and a last line cut short by a crash) are dropped, so no step appears twice.
+    On opening, rows after `resume_step` are dropped, so that no step appears twice, and so is what is no row: a line
+    cut short by a crash, or damaged; how many of those is reported on stderr.
+
+    Rows that can't be written (a full disk) stay in memory, the newest `HELD_BYTES` of them, and are written in order
+    once there is space: the file is always a beginning of what it should be, or has a gap that is counted.
     """
+
+    HELD_BYTES = 1 << 26
 
     def __init__(self, path: Path | str, *, resume_step: int = 0):
         self.path = Path(path)
+        self.last_step = 0
+        """Last training step of the rows found on opening, dropped ones included."""
+        self.dropped = 0
+        """Rows that were never written."""
+        self._held: collections.deque[bytes] = collections.deque()
+        self._held_bytes, self._torn = 0, b""
+        self._descriptor: int | None = None
         try:
             self._drop_rows_after(resume_step)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._open()
         except OSError as error:
             raise StorageError(f"writing {self.path} failed: {error.strerror}") from error
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        return self._descriptor
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`.
+
+        Raises:
+          OSError: they could not be dropped.
+        """
+        self.flush()
+        self._drop_rows_after(step)
+        self._close_descriptor()  # of a file that was replaced
+
+    def _close_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _drop_rows_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
+        later = bad = 0
         # The old file stays whole until the new one is.
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with self.path.open("rb") as old, temporary.open("wb") as new:
+            for line in old:
+                found = step_of(line)
+                if found is None:
+                    bad += bool(line.strip())
+                    continue
+                number, split = found
+                self.last_step = max(self.last_step, number if split is None else 0)
+                if number <= step:
+                    new.write(line if line.endswith(b"\n") else line + b"\n")
+                else:
+                    later += 1
+        if later or bad:
+            os.replace(temporary, self.path)
+        else:
+            temporary.unlink()
+        if bad:
+            print(f"warning: {self.path}: {bad} lines are no metrics and were dropped", file=sys.stderr)
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
+        """Append a row, after those that are held back.
+
+        Raises:
+          OSError: it could not be written; it is held back.
+        """
         row: dict[str, Any] = {"step": step} if split is None else {"step": step, "split": split}
         row |= {name: _finite_or_none(value) for name, value in metrics.items()}
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._held.append(line)
+        self._held_bytes += len(line)
+        while self._held_bytes > self.HELD_BYTES and len(self._held) > 1:
+            self._held_bytes -= len(self._held.popleft())
+            self.dropped += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back.
+
+        Raises:
+          OSError: it could not be written.
+        """
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"writing {self.path} failed: {error.strerror}") from error
+            while self._torn or self._held:
+                if not self._torn:
+                    self._torn = self._held.popleft()
+                    self._held_bytes -= len(self._torn)
+                # A write that fails may have written a part: it goes on there.
+                self._torn = self._torn[os.write(self._open(), self._torn) :]
+        except OSError:
+            self._close_descriptor()  # it may be the reason: a file server that came back
+            raise
 
     def close(self) -> None:
-        self._file.close()
+        """Write what is held back and close the file.
+
+        Raises:
+          OSError: rows could not be written; they are counted in `dropped`.
+        """
+        try:
+            self.flush()
+        except OSError:
+            self.dropped += len(self._held) + bool(self._torn)
+            raise
+        finally:
+            self._close_descriptor()
+
+
+def step_of(line: bytes) -> tuple[int, str | None] | None:
+    """Step and split of a line of metrics.jsonl; None if it is none."""
+    try:
+        row = json.loads(line)
+        step, split = row["step"], row.get("split")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    is_row = type(step) is int and step >= 0 and (split is None or isinstance(split, str))
+    return (step, split) if is_row else None
+
+
+def has_steps(path: Path) -> bool:
+    """Whether a metrics.jsonl has a row of a training step.
+
+    Raises:
+      StorageError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return any(found is not None and found[1] is None for found in map(step_of, file))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 class TensorBoardWriter:
     """TensorBoard events: scalars as '<split>/<name>', per-layer statistics as their mean and one scalar a layer.
 
-    Values that are not finite leave a gap in the curve.
+    Values that are not finite leave a gap in the curve. After a failure the next row goes to a new file: readers stop
+    at a record that is cut short.
     """
 
     def __init__(self, directory: Path | str, *, resume_step: int = 0):
-        # purge_step hides what an interrupted run wrote after the checkpoint.
-        purge_step = resume_step + 1 if resume_step else None
-        try:
-            self._writer = SummaryWriter(str(directory), purge_step=purge_step)
-        except OSError as error:
-            raise StorageError(f"writing {directory} failed: {error.strerror}") from error
+        self._directory, self._files = str(directory), 0
+        # What an interrupted run wrote after the checkpoint is hidden from this step on.
+        self._purge_step = resume_step + 1 if resume_step else None
+        self._events: EventsWriter | None = None
+
+    def _open(self) -> EventsWriter:
+        # SummaryWriter's thread dies of its first failed write, and whoever adds to its full queue then waits for ever.
+        if self._events is None:
+            os.makedirs(self._directory, exist_ok=True)
+            self._files += 1
+            # File names have a time in seconds.
+            self._events = EventsWriter(os.path.join(self._directory, "events"), f".{os.getpid()}.{self._files}")
+            if self._purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=start))
+                self._purge_step = None
+        return self._events
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
+        """Write and flush the events of a row.
+
+        Raises:
+          OSError: they could not be written.
+        """
         prefix = split or "train"
+        scalars: dict[str, float] = {}
         for name, value in metrics.items():
             if np.ndim(value) == 0:
-                if not math.isfinite(value):
-                    continue
-                self._writer.add_scalar(f"{prefix}/{name}", float(value), step)
+                scalars[f"{prefix}/{name}"] = float(value)
                 continue
             layers = np.asarray(value, np.float64)
-            present = np.isfinite(layers)
-            if present.any():
-                self._writer.add_scalar(f"{prefix}/{name}", float(layers[present].mean()), step)
-            for layer in np.flatnonzero(present):
-                self._writer.add_scalar(f"{prefix}_layers/{name}/{layer:03d}", float(layers[layer]), step)
+            if np.isfinite(layers).any():
+                scalars[f"{prefix}/{name}"] = float(layers[np.isfinite(layers)].mean())
+            scalars |= {f"{prefix}_layers/{name}/{layer:03d}": float(x) for layer, x in enumerate(layers)}
+        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items() if math.isfinite(x)]
+        try:
+            events = self._open()
+            events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            events.flush()
+        except Exception:
+            self._events = None
+            raise
+
+    def rewind(self, step: int) -> None:
+        """Hide what was written after `step`."""
+        self._purge_step, self._events = step + 1, None
 
     def close(self) -> None:
-        self._writer.close()
+        """Close the file."""
+        if self._events is not None:
+            self._events.close()
 
 
 def _density(metrics: Row) -> float | None:
@@ -178,15 +319,109 @@ class ProgressWriter:
 
 
 class Writers:
-    """Several writers as one."""
+    """Several writers as one that never blocks its caller and never raises.
+
+    Each has a thread and a queue of rows. What a writer can't write is reported once, and again only after it worked in
+    between; rows that do not fit into the queue of a writer that hangs are dropped and counted.
+    """
+
+    QUEUE = 1000
+    """Rows that may wait for a writer."""
 
     def __init__(self, writers: Sequence[MetricWriter]):
-        self._writers = tuple(writers)
+        self._workers = tuple(_Worker(writer, self.QUEUE) for writer in writers)
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
-        for writer in self._writers:
-            writer.write(step, metrics, split)
+        """Hand a row to every writer."""
+        for worker in self._workers:
+            worker.put((step, dict(metrics), split))
 
-    def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+    def rewind(self, step: int) -> None:
+        """Take back the rows after `step`, where a writer can: its steps will be made again."""
+        for worker in self._workers:
+            worker.put(step)
+
+    def flush(self, timeout: float = 10.0) -> None:
+        """Wait until the rows handed over are written, but no longer than `timeout` seconds."""
+        for worker in self._workers:
+            worker.flush(timeout)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Write what waits, but no longer than `timeout` seconds a writer, and close."""
+        for worker in self._workers:
+            worker.close(timeout)
+
+
+class _Worker:
+    """A writer, its thread and its queue."""
+
+    def __init__(self, writer: MetricWriter, size: int):
+        self._writer = writer
+        self._queue: queue.Queue[tuple[int, Row, str | None] | int | threading.Event | None] = queue.Queue(size)
+        self._dropped, self._failing, self._hanging = 0, False, False
+        self._thread = threading.Thread(target=self._run, name=f"write {type(writer).__name__}", daemon=True)
+        self._thread.start()
+
+    def put(self, row: tuple[int, Row, str | None] | int) -> None:
+        try:
+            self._queue.put_nowait(row)
+        except queue.Full:
+            self._dropped += 1
+            if not self._hanging:
+                self._hanging = True
+                self._warn("hangs; rows are dropped until it goes on")
+
+    def flush(self, timeout: float) -> None:
+        if self._hanging and self._queue.full():  # it was waited for once
+            return
+        done = threading.Event()
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(queue.Full):
+            self._queue.put(done, timeout=timeout)
+            if done.wait(max(deadline - time.monotonic(), 0.0)):
+                self._hanging = False
+                return
+        self._hanging = True
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + (0.0 if self._hanging else timeout)
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.001))
+            self._thread.join(max(deadline - time.monotonic(), 0.001))
+        dropped = self._dropped + getattr(self._writer, "dropped", 0)
+        if self._thread.is_alive():
+            self._warn(f"hangs; {dropped + self._queue.qsize()} rows or more were not written")
+        elif dropped:
+            self._warn(f"{dropped} rows were not written")
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                self._attempt(self._writer.close)
+                return
+            if isinstance(item, threading.Event):
+                if isinstance(self._writer, JsonlWriter):
+                    self._attempt(self._writer.flush)  # rows held back are tried again
+                item.set()
+            elif isinstance(item, int):
+                if isinstance(self._writer, (JsonlWriter, TensorBoardWriter)):
+                    self._attempt(self._writer.rewind, item)
+            else:
+                self._attempt(self._writer.write, *item)
+
+    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:
+            if not self._failing:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                self._warn(f"writing failed ({reason}); the run goes on without it until it works again")
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            name = getattr(self._writer, "name", type(self._writer).__name__)
+            print(f"warning: {name}: {text}", file=sys.stderr, flush=True)

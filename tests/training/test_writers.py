@@ -1,12 +1,18 @@
+import errno
 import io
 import json
+import os
 import sys
+import threading
+import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from sparsezoo_jax.errors import StorageError
-from sparsezoo_jax.training.writers import JsonlWriter, ProgressWriter, TensorBoardWriter
+from sparsezoo_jax.training.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writers
 
 
 def rows(path):
@@ -53,13 +59,26 @@ def test_an_unwritable_file_is_a_storage_error(tmp_path):
         JsonlWriter(tmp_path / "absent" / "metrics.jsonl")
 
 
-def test_tensorboard_gets_mean_and_layers(tmp_path, monkeypatch):
-    written = {}
+def events(directory):
+    """Events of all files of a directory, in order."""
+    found = []
+    for path in sorted(directory.glob("events*"), key=lambda path: path.name.rpartition(".")[2]):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_mean_and_layers(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    monkeypatch.setattr(writer._writer, "add_scalar", lambda name, value, step: written.update({name: (value, step)}))
     writer.write(7, {"loss": 2.0, "ffn_density": np.array([0.5, np.nan, 1.0])})
     writer.write(7, {"loss": 3.0}, split="validation")
     writer.close()
+    found = events(tmp_path)
+    written = {value.tag: (value.simple_value, event.step) for event in found for value in event.summary.value}
+
     assert written == {
         "train/loss": (2.0, 7),
         "train/ffn_density": (0.75, 7),
@@ -67,7 +86,6 @@ def test_tensorboard_gets_mean_and_layers(tmp_path, monkeypatch):
         "train_layers/ffn_density/002": (1.0, 7),
         "validation/loss": (3.0, 7),
     }
-    assert list(tmp_path.glob("events*"))
 
 
 def test_progress_prints_lines_without_a_terminal():
@@ -100,3 +118,128 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     assert "loss 1.2500" in stream.getvalue()
     assert "FFN density 10.0%" in stream.getvalue()
     assert sys.stderr is not stream
+
+
+class FullDisk:
+    """os.write that fails once `room` bytes are written, until there is room again."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self._write = room, os.write
+        monkeypatch.setattr(os, "write", self)
+
+    def __call__(self, descriptor, data):
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._write(descriptor, data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_rows_that_do_not_fit_are_written_in_order_once_they_do(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.jsonl"
+    disk = FullDisk(monkeypatch, room=70)  # two rows and a part of the third
+    writer = Writers([JsonlWriter(path)])
+    for step in range(1, 8):
+        writer.write(step, {"loss": float(step)})
+    writer.flush()
+    assert path.stat().st_size == 70
+    disk.room = 10_000
+    writer.flush()
+    assert [row["step"] for row in rows(path)] == list(range(1, 8))
+    writer.write(8, {"loss": 8.0})
+    writer.close()
+    assert [row["step"] for row in rows(path)] == list(range(1, 9))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1, "once for one full disk"
+    assert "JsonlWriter: writing failed (No space left on device); the run goes on" in warnings[0]
+
+
+def test_rows_beyond_what_memory_may_hold_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(JsonlWriter, "HELD_BYTES", 80)
+    FullDisk(monkeypatch, room=0)
+    writer = Writers([JsonlWriter(tmp_path / "metrics.jsonl")])
+    for step in range(1, 11):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert "JsonlWriter: 10 rows were not written" in capsys.readouterr().err
+
+
+def test_a_writer_that_hangs_holds_up_nobody(capsys):
+    hangs, entered = threading.Event(), threading.Event()
+
+    class Stuck:
+        def write(self, step, metrics, split=None):
+            entered.set()
+            hangs.wait()
+
+        def close(self):
+            pass
+
+    class Good(Stuck):
+        rows: ClassVar[list] = []
+
+        def write(self, step, metrics, split=None):
+            self.rows.append(step)
+
+    writer = Writers([Stuck(), Good()])
+    writer.write(0, {})
+    entered.wait()
+    for step in range(1, Writers.QUEUE + 4):
+        writer.write(step, {})
+        while len(Good.rows) < step:
+            time.sleep(0.0001)
+    started = time.monotonic()
+    writer.flush(timeout=0.05)
+    writer.close(timeout=0.05)
+    assert time.monotonic() - started < 5
+    assert Good.rows == list(range(Writers.QUEUE + 4))
+    error = capsys.readouterr().err
+    assert error.count("Stuck: hangs; rows are dropped until it goes on") == 1
+    assert "rows or more were not written" in error
+    hangs.set()
+
+
+def test_tensorboard_goes_on_in_a_new_file_after_a_failure(tmp_path, monkeypatch, capsys):
+    tensorboard = TensorBoardWriter(tmp_path)
+    writer = Writers([tensorboard])
+    writer.write(1, {"loss": 1.0})
+    writer.flush()
+
+    def full(event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorboard._events, "write_event", full)
+    writer.write(2, {"loss": 2.0})
+    for step in range(3, 30):  # more than the queue of tensorboardX's own thread holds
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    assert len(list(tmp_path.glob("events*"))) == 2
+    assert [event.step for event in events(tmp_path) if event.summary.value] == [1, *range(3, 30)]
+    assert capsys.readouterr().err.count("warning: TensorBoardWriter: writing failed (No space left on device)") == 1
+
+
+BAD_LINES = [
+    b"\xff\xfe{", b"\0\0\0", b"[]", b"7", b'{"loss": 1}', b'{"step": "3"}', b'{"step": 1.5}', b'{"step": -1}',
+    b'{"step": true}', b'{"step": 2, "split": 3}', b"[" * 100_000, b'{"step": 9' + b"0" * 5000 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_damaged_lines_never_block_resuming(tmp_path, bad, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + bad + b'\n{"step": 2, "loss": 2.0}\n')
+    JsonlWriter(path, resume_step=5).close()
+    assert [row["step"] for row in rows(path)] == [1, 2]
+    assert "1 lines are no metrics" in capsys.readouterr().err
+
+
+def test_rows_are_taken_back_for_steps_that_will_be_made_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = Writers([JsonlWriter(path), TensorBoardWriter(tmp_path)])
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 1.0})
+    writer.rewind(1)
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    assert [(row["step"], row["loss"]) for row in rows(path)] == [(1, 1.0), (2, 2.0)]
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [2]
