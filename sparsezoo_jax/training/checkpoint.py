@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,31 @@ from sparsezoo_jax.training.checkpoint_format import (
     nested,
     read_arrays,
     read_meta,
+    verify,
+    write_meta,
 )
+from sparsezoo_jax.training.processes import barrier, from_first, in_all
 from sparsezoo_jax.training.state import PureDict, TrainState, flatten
 
 MODEL_FIELDS = ("params", "model_state")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has been through over all its starts, kept with its checkpoints."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase."""
+    lost_steps: int = 0
+    """Steps made again because a process ended before a checkpoint."""
+    starts: int = 1
+    """Number of times that a process took the run up."""
+    passed_over: int = 0
+    """Batches that were read and not trained on, because a rewind passed over them."""
+    rewinds: int = 0
+    """Rewinds after a spike of the loss."""
+    losses: list[list[float]] = field(default_factory=list)
+    """Step and loss of the newest good steps, by which spikes are told."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Restored:
     state: TrainState
     data_state: dict[str, Any]
     """Position of the data iterator."""
+    record: RunRecord
+    """What the run has been through."""
 
 
 class Checkpointer:
@@ -56,7 +79,7 @@ class Checkpointer:
       StorageError: saving or reading failed, from the call that finds out: `save`, `check`, `wait` or `close`.
     """
 
-    def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True):
+    def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True, read_only: bool = False):
         self.directory = Path(directory).absolute()
         self._failed = False
         self._unchecked = False  # whether a save in the background may have failed without anybody knowing
@@ -73,7 +96,9 @@ class Checkpointer:
         with self._storage_errors("opening"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(
+                options=ocp.CheckpointManagerOptions(read_only=True)
+                if read_only
+                else ocp.CheckpointManagerOptions(
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                     cleanup_tmp_directories=True,
                 ),
@@ -84,12 +109,26 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, state: TrainState, data_state: dict[str, Any], validation_loss: float | None = None, *, step: int
+        self,
+        state: TrainState,
+        data_state: dict[str, Any],
+        validation_loss: float | None = None,
+        *,
+        step: int,
+        record: RunRecord | None = None,
     ) -> None:
         """Start saving `state` as `step`; `data_state` is JSON."""
         model, training = _split(state)
         items = {"model": nested(flatten(model)), "training": nested(flatten(training))}
-        meta = {"step": step, "data": data_state, "validation_loss": validation_loss, "arrays": describe(items)}
+        record = record or RunRecord()
+        content = {
+            "step": step,
+            "data": data_state,
+            "validation_loss": validation_loss,
+            "passed_over": record.passed_over,
+            "record": asdict(record),
+            "arrays": describe(items),
+        }
         # A validation loss that is not finite can't be the best one.
         ranked = validation_loss is not None and math.isfinite(validation_loss)
         with self._storage_errors("saving a checkpoint"):
@@ -98,7 +137,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(items["model"]),
                     training=ocp.args.StandardSave(items["training"]),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(write_meta(content)),
                 ),
                 metrics={"loss": validation_loss} if ranked else None,
             )
@@ -107,23 +146,24 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> Restored | None:
         """The newest step that can be read, on the shardings of `abstract`; None if there is no step at all.
 
-        A damaged step is reported on stderr and set aside as '<step>.damaged'.
+        A damaged step is reported on stderr and set aside as '<step>.damaged'. Several processes take the same step:
+        one that any of them finds damaged is damaged, and what one of them can't read stops all.
 
         Raises:
-          StorageError: there are steps, but none can be read.
+          StorageError: a step can't be read now (permission, network, memory), and nothing was changed; or there are
+            steps, but all are damaged.
           UserError: the newest step belongs to another model or optimizer.
         """
-        steps = self.steps()
+        steps = from_first(self.steps())
         reasons = []
         for step in reversed(steps):
             try:
-                restored = self._restore_step(step, abstract)
+                restored = self.restore_step(step, abstract)
             except DamagedCheckpointError as error:
                 reasons.append(f"step {step}: {error}")
-                print(
-                    f"warning: checkpoint {self.directory / str(step)} is damaged ({error}); trying the one before it",
-                    file=sys.stderr,
-                )
+                if jax.process_index() == 0:
+                    where = f"checkpoint {self.directory / str(step)}"
+                    print(f"warning: {where} is damaged ({error}); trying the one before it", file=sys.stderr)
                 continue
             self._set_aside([later for later in steps if later > step])
             return restored
@@ -131,19 +171,33 @@ class Checkpointer:
             raise StorageError(f"no checkpoint in {self.directory} can be read; {'; '.join(reasons)}")
         return None
 
-    def _restore_step(self, step: int, abstract: TrainState) -> Restored:
-        meta = read_meta(self._manager, step)
+    def restore_step(self, step: int, abstract: TrainState) -> Restored:
+        """A step on the shardings of `abstract`.
+
+        Raises:
+          DamagedCheckpointError, StorageError, UserError: it is damaged, can't be read, or is of another model.
+        """
         model, training = _split(abstract)
         wanted = {"model": flatten(model), "training": flatten(training)}
-        check_fits(self.directory / str(step), meta["arrays"], wanted)
-        items = read_arrays(self._manager, step, {name: nested(flat) for name, flat in wanted.items()}, meta["arrays"])
+
+        def described() -> dict[str, Any]:
+            meta = read_meta(self._manager, step)
+            check_fits(self.directory / str(step), meta["arrays"], wanted)
+            return meta
+
+        # Each part is agreed on before the next begins: verifying is a computation of all processes.
+        meta = in_all(described)
+        trees = {name: nested(flat) for name, flat in wanted.items()}
+        items = in_all(lambda: read_arrays(self._manager, step, trees))
+        in_all(lambda: verify(self._manager, step, items, meta["arrays"]))
         found = {f"{name}/{path}": leaf for name, tree in items.items() for path, leaf in flatten(tree).items()}
         treedefs = {"model": jax.tree.structure(model), "training": jax.tree.structure(training)}
         parts = {
             name: jax.tree.unflatten(treedefs[name], [found[f"{name}/{path}"] for path in flat])
             for name, flat in wanted.items()
         }
-        return Restored(TrainState(**parts["model"], **parts["training"]), meta["data"])
+        record = RunRecord(**meta.get("record", {}))
+        return Restored(TrainState(**parts["model"], **parts["training"]), meta["data"], record)
 
     def _set_aside(self, steps: list[int]) -> None:
         """Make room for the steps that will be made again."""
@@ -155,10 +209,7 @@ class Checkpointer:
                     target = self.directory / f"{step}.damaged"
                     shutil.rmtree(target, ignore_errors=True)
                     (self.directory / str(step)).rename(target)
-            if jax.process_count() > 1:
-                from jax.experimental import multihost_utils
-
-                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            barrier("damaged checkpoints set aside")
             self._manager.reload()
 
     def check(self) -> None:
@@ -172,6 +223,17 @@ class Checkpointer:
         with self._storage_errors("saving a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            # What ended the run is what its user has to know, not that closing failed as well.
+            with contextlib.suppress(StorageError):
+                self.close()
 
     def close(self) -> None:
         """Finish the save under way and release the directory."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
 import logging
 import math
 import os
 import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.training.processes import DamagedCheckpointError
 from sparsezoo_jax.training.state import PureDict, flatten
 
 # Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
@@ -21,8 +28,24 @@ from sparsezoo_jax.training.state import PureDict, flatten
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class DamagedCheckpointError(Exception):
-    """A step that can't be read back as it was written."""
+def _without_remains(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`report`, but for what Python can't raise any more when coroutines of a read or write that failed are deleted."""
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_remains(sys.unraisablehook)
+
+
+FORMAT = 2
+"""Format of the metadata. The first one, without a number and a checksum, can be read."""
+_FIRST_FORMAT = {"step", "data", "validation_loss", "arrays"}
 
 
 def nested(flat: dict[str, Any]) -> PureDict:
@@ -61,7 +84,7 @@ def _weighted_sum(bits: jax.Array, offset: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * (index + offset) + 1), dtype=jnp.uint32)
 
 
-def describe(items: PureDict) -> dict[str, list[Any]]:
+def describe(items: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Shape, type and fingerprint of every array by path."""
     arrays = flatten(items)
     # One program an array, for a program over all of them held a copy of them all; and one after another, for the
@@ -69,15 +92,110 @@ def describe(items: PureDict) -> dict[str, list[Any]]:
     return {path: [list(x.shape), str(x.dtype), int(_fingerprint(x))] for path, x in arrays.items()}
 
 
+def write_meta(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as it is stored: `content` with the format's number and a checksum over all of it."""
+    meta = {"format": FORMAT, **content}
+    return {**meta, "checksum": _checksum(meta)}
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    try:
+    """The metadata of a step, verified.
+
+    Raises:
+      DamagedCheckpointError: it is not what was written.
+      StorageError: it can't be read, which says nothing of what was written; or it is of a later version.
+    """
+    with reading(manager, step, "its metadata can't be read: "):
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        missing = {"step", "data", "arrays"} - set(meta)
-    except Exception as error:
-        raise DamagedCheckpointError(f"its meta data can't be read: {brief(error)}") from error
-    if missing:
-        raise DamagedCheckpointError(f"its meta data lacks {', '.join(sorted(missing))}")
+    if not isinstance(meta, dict):
+        raise DamagedCheckpointError("its metadata is no JSON object")
+    if meta.keys() == _FIRST_FORMAT:
+        # Steps of versions before the checksum. Any other set of names has to have one: a damaged name must not turn
+        # a step into one that nobody checks.
+        print(
+            f"warning: checkpoint {manager.directory / str(step)} is of a version whose metadata has no checksum: its "
+            "arrays are verified, its position in the data is taken as it is",
+            file=sys.stderr,
+        )
+    else:
+        checksum = meta.pop("checksum", None)
+        if checksum != _checksum(meta):
+            raise DamagedCheckpointError("its metadata is not what was saved")
+        if meta["format"] != FORMAT:
+            raise StorageError(
+                f"checkpoint {manager.directory / str(step)} has format {meta['format']}, of another version of this "
+                f"package; this one reads format {FORMAT}"
+            )
+    _check_meta(meta, step)
     return meta
+
+
+def _check_meta(meta: dict[str, Any], step: int) -> None:
+    """Raise `DamagedCheckpointError` unless types are right and numbers agree with each other."""
+    data, arrays = meta["data"], meta["arrays"]
+    if meta["step"] != step or not isinstance(data, dict) or not isinstance(arrays, dict):
+        raise DamagedCheckpointError(f"its metadata is not that of step {step}")
+    for path, entry in arrays.items():
+        match entry:
+            case [list(shape), str(), int()] if all(type(size) is int for size in shape):
+                pass
+            case _:
+                raise DamagedCheckpointError(f"its metadata describes {path} as {entry}")
+    # A batch is read for each step, but for those that a rewind passed over.
+    batch, expected = data.get("next_batch", step), step + meta.get("passed_over", 0)
+    if type(batch) is not int or batch != expected:
+        raise DamagedCheckpointError(f"its position in the data is batch {batch}, not {expected}")
+
+
+@contextlib.contextmanager
+def reading(manager: ocp.CheckpointManager, step: int, prefix: str = "") -> Iterator[None]:
+    """Tell what was not written as it is read back from what can't be read now.
+
+    Raises:
+      DamagedCheckpointError: the former; StorageError: the latter.
+    """
+    directory = Path(manager.directory) / str(step)
+    try:
+        yield
+    except (DamagedCheckpointError, UserError):
+        raise
+    except Exception as error:
+        if _is_reading_error(error) or not directory.is_dir():
+            raise StorageError(f"checkpoint {directory} can't be read: {brief(error)}") from error
+        raise DamagedCheckpointError(f"{prefix}{brief(error)}") from error
+
+
+#: What files that are missing, empty, cut short or of another kind raise.
+_ERRNOS_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EBADMSG}
+_STATUS_OF_READING = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b"
+)
+
+
+def _is_reading_error(error: BaseException) -> bool:
+    """Whether an error is of the machine, the network or permissions; also one that caused `error`."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or found in seen:
+            continue
+        seen.append(found)
+        waiting += [found.__cause__, found.__context__]
+        if isinstance(found, BaseExceptionGroup):
+            waiting += found.exceptions
+        text = str(found)
+        number = re.search(r"os_error_code='(\d+)'", text)
+        code = int(number[1]) if number else found.errno if isinstance(found, OSError) else None
+        if code is not None and code not in _ERRNOS_OF_DAMAGE:
+            return True
+        if isinstance(found, (MemoryError, TimeoutError, ConnectionError)) or _STATUS_OF_READING.search(text):
+            return True
+    return False
 
 
 def check_fits(directory: Path, saved: dict[str, list[Any]], wanted: dict[str, dict[str, Any]]) -> None:
@@ -94,19 +212,30 @@ def check_fits(directory: Path, saved: dict[str, list[Any]], wanted: dict[str, d
         )
 
 
-def read_arrays(
-    manager: ocp.CheckpointManager, step: int, wanted: dict[str, PureDict], saved: dict[str, list[Any]]
-) -> dict[str, PureDict]:
-    try:
+def read_arrays(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str, PureDict]) -> dict[str, PureDict]:
+    """The arrays of a step's items, on the shardings of `wanted`; not yet verified.
+
+    Raises:
+      DamagedCheckpointError: they are not there as they were written. StorageError: they can't be read.
+    """
+    with reading(manager, step):
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         restored = manager.restore(step, args=ocp.args.Composite(**args))
-        items = {name: restored[name] for name in wanted}
-    except Exception as error:
-        raise DamagedCheckpointError(brief(error)) from error
-    for path, (_, _, fingerprint) in describe(items).items():
-        if fingerprint != saved[path][2]:
-            raise DamagedCheckpointError(f"{path} is not what was saved")
-    return items
+        return {name: restored[name] for name in wanted}
+
+
+def verify(
+    manager: ocp.CheckpointManager, step: int, items: Mapping[str, PureDict], saved: Mapping[str, list[Any]]
+) -> None:
+    """Compare shape, type and fingerprint of every array with what was saved; a computation of all processes.
+
+    Raises:
+      DamagedCheckpointError: one differs. StorageError: they can't be compared (out of memory).
+    """
+    with reading(manager, step):
+        for path, found in describe(items).items():
+            if found != saved[path]:
+                raise DamagedCheckpointError(f"{path} is not what was saved")
 
 
 def brief(error: BaseException) -> str:

@@ -21,6 +21,9 @@ from sparsezoo_jax.training.checkpoint_format import (
     nested,
     read_arrays,
     read_meta,
+    reading,
+    verify,
+    write_meta,
 )
 from sparsezoo_jax.training.state import PureDict
 
@@ -57,21 +60,28 @@ def restore_params(
     directory = Path(directory).absolute()
     chosen = _chosen(directory, step)
     try:
-        with _reader(directory) as manager:
-            meta = read_meta(manager, chosen)
-        model_arrays = {path: entry for path, entry in meta["arrays"].items() if path.startswith("model/")}
-        largest = max(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in model_arrays.values())
-        with _reader(directory, max(largest, READ_BYTES)) as manager:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            flat = {}
-            for path, (shape, dtype, _) in model_arrays.items():
-                name = path.removeprefix("model/")
-                sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
-                flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
-            model = read_arrays(manager, chosen, {"model": nested(flat)}, meta["arrays"])["model"]
+        return _restore_params(directory, chosen, sharding_of)
     except DamagedCheckpointError as error:
-        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
-    return model["params"], model.get("model_state", {})
+        raise _damaged(directory, chosen, error) from error
+
+
+def _restore_params(
+    directory: Path, step: int, sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None
+) -> tuple[PureDict, PureDict]:
+    with _reader(directory) as manager:
+        meta = read_meta(manager, step)
+    model_arrays = {path: entry for path, entry in meta["arrays"].items() if path.startswith("model/")}
+    largest = max(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in model_arrays.values())
+    with _reader(directory, max(largest, READ_BYTES)) as manager:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        flat = {}
+        for path, (shape, dtype, _) in model_arrays.items():
+            name = path.removeprefix("model/")
+            sharding = device if sharding_of is None else sharding_of(name, tuple(shape))
+            flat[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
+        items = read_arrays(manager, step, {"model": nested(flat)})
+        verify(manager, step, items, meta["arrays"])
+    return items["model"]["params"], items["model"].get("model_state", {})
 
 
 def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
@@ -88,21 +98,18 @@ def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
             arrays = read_meta(manager, chosen)["arrays"]
         with contextlib.closing(_manager(directory, model=ocp.PyTreeCheckpointHandler())) as manager:
             prefix = "model/params/"
-            for path, (shape, dtype, fingerprint) in arrays.items():
+            for path, (shape, dtype, _) in arrays.items():
                 if not path.startswith(prefix):
                     continue
                 item = nested({path.removeprefix("model/"): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))})
                 host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
                 args = ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
-                try:
+                with reading(manager, chosen):
                     (array,) = jax.tree.leaves(manager.restore(chosen, args=ocp.args.Composite(model=args))["model"])
-                except Exception as error:
-                    raise DamagedCheckpointError(brief(error)) from error
-                if describe({path: array})[path][2] != fingerprint:
-                    raise DamagedCheckpointError(f"{path} is not what was saved")
+                verify(manager, chosen, {path: array}, arrays)
                 yield path.removeprefix(prefix), array
     except DamagedCheckpointError as error:
-        raise StorageError(f"checkpoint {directory / str(chosen)} is damaged: {error}") from error
+        raise _damaged(directory, chosen, error) from error
 
 
 def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
@@ -139,13 +146,28 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
                 step,
                 args=ocp.args.Composite(
                     model=model,
-                    meta=ocp.args.JsonSave({"step": step, "data": {}, "validation_loss": None, "arrays": arrays}),
+                    meta=ocp.args.JsonSave(
+                        write_meta({"step": step, "data": {}, "validation_loss": None, "arrays": arrays})
+                    ),
                 ),
             )
             manager.wait_until_finished()
             manager.check_for_errors()
     except Exception as error:
         raise StorageError(f"saving a checkpoint in {directory} failed: {brief(error)}") from error
+
+
+def _damaged(directory: Path, step: int, error: Exception) -> StorageError:
+    """What to say of a damaged step: also which one before it is whole."""
+    remedy = "no step before it can be read"
+    for earlier in reversed([number for number in saved_steps(directory) if number < step]):
+        try:
+            _restore_params(directory, earlier)
+        except (DamagedCheckpointError, StorageError):
+            continue
+        remedy = f"step {earlier} can be read: --step {earlier}"
+        break
+    return StorageError(f"checkpoint {directory / str(step)} is damaged: {error}; {remedy}")
 
 
 def _chosen(directory: Path, step: int | None) -> int:

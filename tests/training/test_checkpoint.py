@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -7,11 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.training import checkpoint_format
 from sparsezoo_jax.training.checkpoint import Checkpointer
-from sparsezoo_jax.training.checkpoint_format import brief, describe
+from sparsezoo_jax.training.checkpoint_format import brief, describe, write_meta
 from sparsezoo_jax.training.objectives import AdaptiveFactor
 from sparsezoo_jax.training.optimizers import Muon
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
@@ -38,7 +41,7 @@ def saved(states, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
     checkpointer = Checkpointer(directory, keep_last=3)
     for number, state in enumerate(states, 1):
-        checkpointer.save(state, {"n": number}, step=number)
+        checkpointer.save(state, {"next_batch": number}, step=number)
     checkpointer.close()
     return directory
 
@@ -66,7 +69,7 @@ def test_restores_everything_exactly(directory, states):
     restored, _ = restore(directory, states[0])
     assert_equal(restored.state, states[2])
     assert jax.tree.structure(restored.state) == jax.tree.structure(states[2])
-    assert restored.data_state == {"n": 3}
+    assert restored.data_state == {"next_batch": 3}
 
 
 def test_an_empty_directory_restores_nothing(tmp_path, states):
@@ -123,29 +126,162 @@ def garble_meta(directory, step):
         path.write_text("{")
 
 
-def change_number(directory, step):
-    """As a flipped bit that the file format does not notice."""
-    (path,) = [path for path in files_of(directory, step, "meta") if '"arrays"' in path.read_text(errors="replace")]
-    meta = json.loads(path.read_text())
-    meta["arrays"]["model/params/up"][2] ^= 1
-    path.write_text(json.dumps(meta))
+def change_meta(change):
+    """As damage that the file format does not notice."""
+
+    def damage(directory, step):
+        (path,) = [path for path in files_of(directory, step, "meta") if '"arrays"' in path.read_text(errors="replace")]
+        meta = json.loads(path.read_text())
+        change(meta)
+        path.write_text(json.dumps(meta))
+
+    return damage
 
 
-@pytest.mark.parametrize("damage", [truncate_data, drop_training, garble_meta, change_number])
+def flip_fingerprint(path):
+    def change(meta):
+        meta["arrays"][path][2] ^= 1
+
+    return change
+
+
+def rewritten(change):
+    """Metadata with a right checksum and a wrong content: a mistake of a program, not of a disk."""
+
+    def changed(meta):
+        del meta["checksum"], meta["format"]
+        change(meta)
+        meta.update(write_meta({**meta}))
+
+    return changed
+
+
+DAMAGES = {
+    "cut": truncate_data,
+    "no training": drop_training,
+    "no JSON": garble_meta,
+    "fingerprint of a parameter": change_meta(flip_fingerprint("model/params/up")),
+    "fingerprint of the optimizer": change_meta(flip_fingerprint("training/opt_state/0/mu/up")),
+    "fingerprint of a counter": change_meta(flip_fingerprint("training/skipped")),
+    "next batch": change_meta(lambda meta: meta["data"].update(next_batch=4)),
+    "next batch of another step": change_meta(rewritten(lambda meta: meta["data"].update(next_batch=4))),
+    "NaN as next batch": change_meta(rewritten(lambda meta: meta["data"].update(next_batch=float("nan")))),
+    "step": change_meta(rewritten(lambda meta: meta.update(step=2))),
+    "record": change_meta(lambda meta: meta["record"].update(lost_steps=1)),
+    "no data": change_meta(lambda meta: meta.pop("data")),
+    "no checksum": change_meta(lambda meta: meta.pop("checksum")),
+    "no format": change_meta(lambda meta: meta.pop("format")),
+    "another name for the format": change_meta(lambda meta: meta.update(formad=meta.pop("format"))),
+    "a list": lambda directory, step: replace_meta(directory, step, "[]"),
+    "null": lambda directory, step: replace_meta(directory, step, "null"),
+    "nested": lambda directory, step: replace_meta(directory, step, "[" * 100_000),
+    "arrays as a list": change_meta(rewritten(lambda meta: meta.update(arrays=[]))),
+    "array as a number": change_meta(rewritten(lambda meta: meta["arrays"].update({"model/params/up": 7}))),
+    "shape of words": change_meta(rewritten(lambda meta: meta["arrays"]["model/params/up"].__setitem__(0, ["a"]))),
+}
+
+
+def replace_meta(directory, step, text):
+    for path in files_of(directory, step, "meta"):
+        if '"arrays"' in path.read_text(errors="replace"):
+            path.write_text(text)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_newest_step_is_reported_and_the_one_before_used(directory, states, damage, capsys):
     damage(directory, 3)
     restored, steps = restore(directory, states[0])
     assert_equal(restored.state, states[1])
-    assert restored.data_state == {"n": 2}
+    assert restored.data_state == {"next_batch": 2}
     message = capsys.readouterr().err
     assert f"{directory}/3 is damaged" in message
+    assert message.count("\n") == 1
     assert steps == [1, 2]
-    # The step can be made and saved again.
+    assert (directory / "3.damaged").is_dir()
+
+
+def test_a_step_that_was_damaged_can_be_saved_again(directory, states):
+    garble_meta(directory, 3)
+    restore(directory, states[0])
     checkpointer = Checkpointer(directory, keep_last=3)
-    checkpointer.save(states[2], {"n": 3}, step=3)
+    checkpointer.save(states[2], {"next_batch": 3}, step=3)
     checkpointer.close()
     assert saved_steps(directory) == [1, 2, 3]
-    assert (directory / "3.damaged").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content)), None],
+    ids=["empty", "half", "zeros", "gone"],
+)
+def test_damage_of_any_small_file_is_noticed_or_harmless(directory, states, change):
+    """Files of the libraries beneath, too: their own indices, and the losses by which the best step is kept."""
+    names = [path.relative_to(directory / "3") for path in (directory / "3").rglob("*") if path.is_file()]
+    small = [name for name in names if "/d/" not in str(name)]
+    assert len(small) >= 8
+    for name in small:
+        copy = directory.with_name(f"copy {str(name).replace('/', ' ')}")
+        shutil.copytree(directory, copy)
+        content = (copy / "3" / name).read_bytes()
+        (copy / "3" / name).unlink() if change is None else (copy / "3" / name).write_bytes(change(content))
+        restored, _ = restore(copy, states[0])
+        assert_equal(restored.state, states[restored.data_state["next_batch"] - 1])
+        assert restored.data_state["next_batch"] >= 2, name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        TimeoutError(),
+        ValueError("UNAVAILABLE: the server went away"),
+        ValueError("Error reading local file [os_error_code='13']"),
+        ExceptionGroup("several", [ValueError("x"), OSError(errno.EIO, "Input/output error")]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("item", ["meta", "model"])
+def test_what_cannot_be_read_now_is_not_called_damage(directory, states, error, item, monkeypatch, capsys):
+    real = ocp.CheckpointManager.restore
+
+    def failing(manager, step, args):
+        if step == 3 and item in args:
+            raise error
+        return real(manager, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(StorageError, match=f"checkpoint {directory}/3 can't be read: "):
+        restore(directory, states[0])
+    assert sorted(directory.rglob("*")) == before
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_step_of_the_first_format_is_read_with_a_warning(directory, states, capsys):
+    change_meta(lambda meta: [meta.pop(name) for name in ("format", "checksum", "record", "passed_over")])(directory, 3)
+    restored, _ = restore(directory, states[0])
+    assert restored.data_state == {"next_batch": 3}
+    assert "3 is of a version whose metadata has no checksum" in capsys.readouterr().err
+
+
+def test_a_step_of_a_later_format_is_refused_not_set_aside(directory, states):
+    def later(meta):
+        del meta["checksum"]
+        meta["format"] = 3
+        meta["checksum"] = checkpoint_format._checksum(meta)
+
+    change_meta(later)(directory, 3)
+    with pytest.raises(StorageError, match="has format 3, of another version of this package; this one reads format 2"):
+        restore(directory, states[0])
+
+
+def test_another_type_is_refused(directory, states):
+    changed = jax.tree.map(lambda x: x, states[0])
+    changed.params["up"] = changed.params["up"].astype(jnp.bfloat16)
+    with pytest.raises(UserError, match=r"model/params/up is float32\[2, 8, 16\] there, bfloat16\[2, 8, 16\] here"):
+        restore(directory, changed)
 
 
 def test_nothing_but_damaged_steps_is_an_error(directory, states):
@@ -213,7 +349,10 @@ def test_a_step_that_is_not_there_lists_those_that_are(directory, tmp_path):
 def test_reading_does_not_write(directory):
     garble_meta(directory, 3)
     before = sorted(directory.rglob("*"))
-    with pytest.raises(StorageError, match="3 is damaged"):
+    with pytest.raises(StorageError, match=r"3 is damaged: .*; step 2 can be read: --step 2"):
+        restore_params(directory)
+    garble_meta(directory, 2)
+    with pytest.raises(StorageError, match="step 1 can be read: --step 1"):
         restore_params(directory)
     assert sorted(directory.rglob("*")) == before
 
