@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        # At once: threads that save or prepare would keep the process.
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader of stdout (head, say) left: not an error, and nobody is left to print one for.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.tokenizer import write_atomic
 from sparsezoo_jax.errors import StorageError, UserError, require
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.training.lease import LEASE
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.state import ModelTemplate
@@ -73,7 +74,9 @@ def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> boo
     try:
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--workdir={directory}: is a file; name a directory")
-        entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+        found = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+        # What a run killed in its first moments may leave; there is no run yet.
+        entries = [name for name in found if not name.startswith((f".{CONFIG}", LEASE))]
     except OSError as error:
         raise StorageError(f"--workdir={directory}: {error.strerror}") from None
     if not entries:

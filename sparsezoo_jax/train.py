@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig, flatten, read_config, restorable
-from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, require
+from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.sharding import (
     addressable_rows,
     build_mesh,
@@ -31,6 +31,15 @@ from sparsezoo_jax.sharding import (
 )
 
 _STARTED = time.monotonic()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Debug:
+    """Ways to look into a run."""
+
+    replay: str | None = None
+    """A:B makes steps A to B of the run again, from the newest checkpoint before A, and writes their metrics and the
+    norms of every layer to replay-A-B.jsonl; the run itself stays as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -50,6 +59,8 @@ class Train(RunConfig):
     """Number of processes; with `coordinator`."""
     process_id: int | None = None
     """Number of this process, from 0; with `coordinator`."""
+    debug: Debug = Debug()
+    """Instead of training."""
 
     def config(self) -> RunConfig:
         return RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
@@ -59,7 +70,21 @@ def main(args: Sequence[str]) -> None:
     """Train, evaluate on the validation split, and print what came out and a sample."""
     command = cli.parse_with_preset(Train, args, prog="train", description=(__doc__ or "").strip())
     join_processes(command)
-    train(command.config(), command.workdir or Path("runs") / f"{command.arch}-{command.size}", fresh=command.fresh)
+    workdir = command.workdir or Path("runs") / f"{command.arch}-{command.size}"
+    try:
+        if command.debug.replay is None:
+            train(command.config(), workdir, fresh=command.fresh)
+        else:
+            replay(command.config(), workdir, command.debug.replay)
+    except UserError as error:
+        import jax
+
+        if jax.process_count() == 1:
+            raise
+        # An ordinary exit would wait for processes that wait for this one.
+        from sparsezoo_jax.training.phases import end_process
+
+        end_process(str(error), status=error.exit_status)
 
 
 def join_processes(command: Train) -> None:
@@ -74,10 +99,10 @@ def join_processes(command: Train) -> None:
     if not command.distributed:
         require(len(missing) == 3, "--coordinator", command.coordinator, "works together with --distributed only")
         return
-    import jax
+    from sparsezoo_jax.training.peers import join
 
     try:
-        jax.distributed.initialize(command.coordinator, command.processes, command.process_id)
+        join(command.coordinator, command.processes, command.process_id, command.train.hang_timeout)
     except (ValueError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise ConfigError("--distributed", True, f"the processes can't be joined ({why})") from None
@@ -93,10 +118,14 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     import jax
 
     from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.evaluation import evaluate_model
+    from sparsezoo_jax.evaluation import evaluate_model, measure
     from sparsezoo_jax.evaluation.report import run_figures, write_report
     from sparsezoo_jax.models import Decoder
-    from sparsezoo_jax.training.loop import fit
+    from sparsezoo_jax.training.interrupts import Requests
+    from sparsezoo_jax.training.loop import EvaluationInterrupted, fit
+    from sparsezoo_jax.training.parameters import saved_steps
+    from sparsezoo_jax.training.peers import Peers
+    from sparsezoo_jax.training.phases import Phases, Watchdog
 
     config = restorable(config)
     # ------------------------------------------------------------------------------------------------------- Devices
@@ -107,13 +136,14 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     place = named_sharding(mesh) if mesh.size > 1 else None
     batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
     rows = addressable_rows(batch_sharding, batch_shape)
-    # This process feeds the rows that its devices hold: one of several equal parts of a batch.
-    part, parts = rows.start // len(rows), batch_shape[0] // len(rows)
     is_main = jax.process_index() == 0
+    meters = config.eval.meter_batches
+    require(meters == 0 or jax.process_count() == 1, "eval.meter_batches", meters, "must be 0 with several processes")
 
     # ------------------------------------------------------------------------------------------- Directory and corpus
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
-    warm_start = None if resumes else open_source(config)
+    # A run that was killed before its first checkpoint starts from the other run again.
+    warm_start = None if resumes and saved_steps(workdir / run_dir.CHECKPOINTS) else open_source(config)
     tokenizer = data.find_tokenizer(workdir) if resumes else None
     if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
         tokenizer = data.find_tokenizer(config.train.init_from)  # what embeddings mean is the other run's
@@ -126,27 +156,33 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         f"must be at least the tokenizer's {tokenizer.vocab_size}",
     )
     validation = data.prepare(config.data, "validation", tokenizer)
-    if config.data.mode == "prepared":
-        prepared = data.prepare(config.data, "train", tokenizer)
-        batches = data.prepared_batches(
-            prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
-        )
-    else:
-        prepared = None
-        batches = data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
+    prepared, batches = training_batches(config, tokenizer, rows)
     bytes_per_token = validation.num_bytes / validation.num_targets
 
-    def evaluate(model, max_batches: int | None):
-        shown = data.evaluation_batches(validation, config.data.batch_size, max_batches)
+    def evaluate(model, max_batches: int | None, between: Callable[[], None]):
+        def shown() -> Iterator[data.Batch]:
+            for batch in data.evaluation_batches(validation, config.data.batch_size, max_batches):
+                between()
+                yield batch
+
         return evaluate_model(
             model,
-            shown,
+            shown(),
             bytes_per_token,
             loss_chunk=config.train.loss_chunk,
             to_device=lambda batch: device_put(batch, batch_sharding, batch_shape),
         )
 
+    def evaluate_in_training(model: Any, between: Callable[[], None]) -> dict[str, Any]:
+        figures = evaluate(model, config.eval.batches, between).as_arrays()
+        if config.eval.meter_batches == 0:
+            return figures
+        shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.meter_batches)
+        return {**figures, **measure(model, config.model, shown).dead()}
+
     def write_run_files() -> None:
+        if not resumes:  # another process may have begun a run meanwhile
+            run_dir.open_for_training(workdir, config, fresh=fresh)
         run_dir.write_config(workdir, config)
         try:
             tokenizer.save(workdir)
@@ -155,7 +191,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     # --------------------------------------------------------------------------------------------------------- Train
     setup_seconds = time.monotonic() - _STARTED
-    with use_mesh(mesh):
+    phases = Phases()
+    peers = Peers(phases, config.train.hang_timeout)
+    with use_mesh(mesh), Watchdog(phases, config.train.hang_timeout, peers.explain), peers:
         try:
             result = fit(
                 config.train,
@@ -163,16 +201,29 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                 data=batches,
                 batch_shape=batch_shape,
                 workdir=workdir,
-                evaluate=lambda model: evaluate(model, config.eval.batches).as_arrays(),
+                evaluate=evaluate_in_training,
                 place=place,
                 warm_start=warm_start,
                 before_writing=write_run_files,
+                phases=phases,
             )
         finally:
             batches.close()
         if not result.finished:
             return {}
-        final = evaluate(result.model, config.eval.final_batches)
+        with phases("evaluation"), Requests() as requests:
+
+            def between_batches() -> None:
+                phases.beat()
+                if requests.agreed().stop:
+                    raise EvaluationInterrupted
+
+            try:
+                final = evaluate(result.model, config.eval.final_batches, between_batches)
+            except EvaluationInterrupted:
+                if is_main:
+                    print(f"stopped in the final evaluation; the same command on {workdir} repeats it", file=sys.stderr)
+                return {}
 
     # ------------------------------------------------------------------------------------------------- Final figures
     figures: dict[str, Any] = {
@@ -202,6 +253,71 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         write_report(workdir / "report.html", [run])
         print(f"\nReport: {workdir / 'report.html'}")
     return figures
+
+
+def replay(config: RunConfig, workdir: Path, window: str) -> None:
+    """Make steps of the run in `workdir` again, and print each beside what the log says.
+
+    Raises:
+      UserError: no such steps, or a directory without a run of this configuration.
+      StorageError: reading or writing failed.
+    """
+    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax.models import Decoder
+    from sparsezoo_jax.training import replay as replaying
+    from sparsezoo_jax.training.checkpoint_format import DamagedCheckpointError
+    from sparsezoo_jax.training.loop import first_device
+
+    steps = replaying.parse_window(window)
+    config = restorable(config)
+    require(run_dir.open_for_training(workdir, config, fresh=False), "--workdir", workdir, "holds no run to replay")
+    mesh = build_mesh(config.mesh)
+    batch_shape = (config.data.batch_size, config.data.seq_len)
+    check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
+    place = named_sharding(mesh) if mesh.size > 1 else first_device
+    batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
+    tokenizer = data.find_tokenizer(workdir)
+    require(tokenizer is not None, "--workdir", workdir, "has no tokenizer")
+    rows = addressable_rows(batch_sharding, batch_shape)
+    _, batches = training_batches(config, tokenizer, rows)
+
+    def report(found: replaying.Replayed) -> None:
+        verdict = {True: "as logged", False: f"NOT as logged: {found.logged}", None: "not in the log"}[found.is_same]
+        loss, norm = found.metrics["loss"], found.metrics["grad_norm"]
+        print(f"step {found.step}  loss {loss:.6f}  gradient norm {norm:.6f}  {verdict}")
+
+    with use_mesh(mesh):
+        try:
+            path = replaying.replay(
+                config.train,
+                steps,
+                build=lambda rngs: Decoder(config.model, rngs=rngs),
+                data=batches,
+                batch_shape=batch_shape,
+                workdir=workdir,
+                place=place,
+                to_device=lambda batch: device_put(batch, batch_sharding, batch_shape, rows.start),
+                report=report,
+            )
+        except DamagedCheckpointError as error:
+            raise StorageError(f"{workdir}: the checkpoint before step {steps[0]} is damaged: {error}") from None
+        finally:
+            batches.close()
+    print(path)
+
+
+def training_batches(config: RunConfig, tokenizer: Any, rows: range) -> tuple[Any, Any]:
+    """The prepared training split (None when streaming), and batches: the rows of each that this process feeds."""
+    from sparsezoo_jax import data
+
+    # One of several equal parts of a batch.
+    part, parts = rows.start // len(rows), config.data.batch_size // len(rows)
+    if config.data.mode == "prepared":
+        prepared = data.prepare(config.data, "train", tokenizer)
+        return prepared, data.prepared_batches(
+            prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
+        )
+    return None, data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
 
 
 def open_source(config: RunConfig) -> Any:

@@ -37,6 +37,7 @@ SMALL = {
     "train.checkpoint-every": 3,
     "train.keep-last": 5,
     "eval.batches": 2,
+    "eval.meter-batches": 1,
 }
 
 
@@ -79,7 +80,12 @@ def test_run_directory(trained):
     for row in steps:  # 6 of 64 neurons and about 8 keys are aimed at, and stay the aim while the model trains
         assert all(0.05 < density < 0.14 for density in row["ffn_density"])
         assert all(keys <= 1.1 * 8 for keys in row["attended_keys"])
-    assert [row["step"] for row in rows(trained) if row.get("split") == "validation"] == [3, 6, 8]
+    evaluations = [row for row in rows(trained) if row.get("split") == "validation"]
+    assert [row["step"] for row in evaluations] == [3, 6, 8]
+    for row in evaluations:
+        assert len(row["dead_neurons"]) == 2
+        assert all(0 <= dead < 64 for dead in row["dead_neurons"])
+        assert "dead_experts" not in row
     final = json.loads((trained / "evaluation.json").read_text())
     assert final["step"] == 8
     assert 0 < final["bigram_entropy"] < final["unigram_entropy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -42,7 +43,8 @@ class RecordReader:
 
     def close(self) -> None:
         """Closes the file."""
-        self._reader.close()
+        with contextlib.suppress(RuntimeError):  # raised for a damaged file, which reading reports
+            self._reader.close()
 
 
 class PreparedBatches:

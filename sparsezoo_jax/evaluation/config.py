@@ -15,7 +15,9 @@ class EvalConfig:
     """Batches of an evaluation during training; None reads the whole split."""
     final_batches: int | None = None
     """Batches of the evaluation at the end; None reads the whole split."""
-
+    meter_batches: int = 0
+    """Batches of each evaluation during training on which neurons and experts that are never active are counted, for
+    the metrics dead_neurons and dead_experts of each layer; 0 counts none. In one process only."""
     report: bool = True
     """Write report.html at the end of training."""
 
@@ -23,3 +25,4 @@ class EvalConfig:
         for name in ("batches", "final_batches"):
             value = getattr(self, name)
             require(value is None or value > 0, f"eval.{name}", value, "must be above 0, or none for all")
+        require(self.meter_batches >= 0, "eval.meter_batches", self.meter_batches, "must be at least 0")

@@ -7,6 +7,7 @@ selection. `docs/evaluation.md` says how to read them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from statistics import NormalDist
@@ -126,6 +127,17 @@ class Meters:
     def as_dict(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
         return dataclasses.asdict(self)
+
+    def dead(self) -> dict[str, np.ndarray]:
+        """`dead_neurons` and `dead_experts`, float64 [layers]: how many no token made active; NaN where a layer has
+        none, absent where no layer has.
+        """
+        counts = {
+            "dead_neurons": [math.nan if layer.ffn is None else layer.ffn.dead for layer in self.layers],
+            "dead_experts": [math.nan if layer.experts is None else layer.experts.dead for layer in self.layers],
+        }
+        arrays = {name: np.asarray(values, np.float64) for name, values in counts.items()}
+        return {name: values for name, values in arrays.items() if not np.isnan(values).all()}
 
     def sparsity(self, config: DecoderConfig) -> Sparsity:
         """What was measured on a model of `config`, for `flops_per_token` and `bytes_per_token`."""

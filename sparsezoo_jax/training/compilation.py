@@ -50,15 +50,20 @@ class PreparedStep:
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes, dtypes and shardings of a global batch."""
     train_step: Any
-    """Jitted (state, batch) -> (state, metrics); the state is donated."""
+    """Jitted (state, batch, loss_limit=None) -> (state, metrics); the state is donated."""
+    detailed_step: Any = None
+    """Jitted (state, batch, loss_limit=None) -> metrics, norms by layer among them; None unless asked for."""
 
 
-def prepare_step(config: TrainConfig, build: Build, batch_shape: tuple[int, int], place: Placement) -> PreparedStep:
+def prepare_step(
+    config: TrainConfig, build: Build, batch_shape: tuple[int, int], place: Placement, *, by_layer: bool = False
+) -> PreparedStep:
     """Trace the model and place its state; the mesh, if any, has to be active when the step itself is traced.
 
     Args:
       batch_shape: (B, T) of a global batch.
       place: from the logical axes and shape of an array to its sharding.
+      by_layer: also prepare `detailed_step`.
 
     Raises:
       ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
@@ -80,7 +85,11 @@ def prepare_step(config: TrainConfig, build: Build, batch_shape: tuple[int, int]
     train_step = jax.jit(
         build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, place((), ()))
     )
-    return PreparedStep(template, initialise, abstract, shardings, batch, train_step)
+    detailed_step = None
+    if by_layer:
+        detailed = build_train_step(config, template, optimizer, by_layer=True)
+        detailed_step = jax.jit(lambda *args: detailed(*args)[1], out_shardings=place((), ()))
+    return PreparedStep(template, initialise, abstract, shardings, batch, train_step, detailed_step)
 
 
 def _check(config: TrainConfig, template: ModelTemplate, abstract: TrainState, batch_shape: tuple[int, int]) -> None:

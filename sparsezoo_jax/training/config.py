@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -40,6 +40,26 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class SpikeConfig:
+    """What is done about a step whose loss is far above those before it."""
+
+    mode: Literal["off", "skip", "rewind"] = "off"
+    """off: nothing. skip: the step changes no parameters. rewind: go back to the newest checkpoint and pass over the
+    batches from there to the spike."""
+    window: int = 128
+    """Good steps before a step that its loss is compared with."""
+    threshold: float = 8.0
+    """Spikes are losses above the window's median by more than this many robust standard deviations (1.4826 MAD)."""
+    max_rewinds: int = 10
+    """Number of rewinds after which the run stops instead."""
+
+    def __post_init__(self):
+        require(self.window >= 8, "train.spike.window", self.window, "must be at least 8")
+        require(self.threshold > 0, "train.spike.threshold", self.threshold, "must be above 0")
+        require(self.max_rewinds > 0, "train.spike.max_rewinds", self.max_rewinds, "must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """How a model is trained."""
 
@@ -53,6 +73,8 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 saves at the end only."""
+    checkpoint_every_minutes: float = 0.0
+    """Minutes after which a checkpoint is saved, besides those by steps; 0 is never."""
     keep_last: int = 2
     """Number of newest checkpoints kept."""
     keep_best: bool = True
@@ -76,6 +98,9 @@ class TrainConfig:
     """Coefficient of the mean squared log-partition of the output softmax; 0 is off."""
     max_skipped_steps: int = 10
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without progress, compilation not counted, after which the process ends with status 1 and the stacks of
+    its threads; the run goes on when it is started again. None or 0 waits for ever."""
     profile_start: int | None = None
     """Start a jax.profiler trace before this step (counted from 1), into workdir/profile; None traces nothing."""
     profile_steps: int = 5
@@ -86,17 +111,21 @@ class TrainConfig:
     """Learning rate over the steps."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameters with their own learning rate, clip or decay."""
+    spike: SpikeConfig = SpikeConfig()
+    """Guard against spikes of the loss."""
     objectives: tuple[ObjectiveConfig, ...] = ()
     """Weights of the model's auxiliary losses; a loss without an objective is logged, but does not train."""
 
     def __post_init__(self):
         for name in ("steps", "log_every", "keep_last", "accumulation", "max_skipped_steps", "profile_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
-        for name in ("eval_every", "checkpoint_every", "seed", "z_loss", "upcycle_noise"):
+        for name in ("eval_every", "checkpoint_every", "checkpoint_every_minutes", "seed", "z_loss", "upcycle_noise"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
         for name in ("stop_at", "grad_clip", "loss_chunk", "profile_start"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", value, "must be above 0 or None")
+        hang = self.hang_timeout
+        require(hang is None or hang >= 0, "train.hang_timeout", hang, "must be at least 0 or None")
         require(
             self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
         )

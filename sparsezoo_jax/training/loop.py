@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from sparsezoo_jax.data import BatchIterator
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.sharding import addressable_rows, device_put
-from sparsezoo_jax.training.checkpoint import Checkpointer
+from sparsezoo_jax.training.checkpoint import Checkpointer, RunRecord
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.config import TrainConfig
-from sparsezoo_jax.training.guards import stop_if_diverging
-from sparsezoo_jax.training.interrupts import StopRequest
+from sparsezoo_jax.training.goodput import Account
+from sparsezoo_jax.training.guards import SpikeGuard, stop_if_diverging, stop_if_rewound_too_often
+from sparsezoo_jax.training.interrupts import Requests
+from sparsezoo_jax.training.lease import Lease
+from sparsezoo_jax.training.phases import Phases
+from sparsezoo_jax.training.processes import barrier, in_all
 from sparsezoo_jax.training.speed import SpeedMeter
 from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
@@ -33,10 +37,21 @@ from sparsezoo_jax.training.writers import (
     ProgressWriter,
     TensorBoardWriter,
     Writers,
+    has_steps,
 )
 
-Evaluate = Callable[[Any], Mapping[str, float]]
-"""From the model (an nnx.Module) to metrics of the validation split, `loss` (nats a token) among them."""
+Evaluate = Callable[[Any, Callable[[], None]], Mapping[str, float]]
+"""From the model (an nnx.Module) to metrics of the validation split, `loss` (nats a token) among them.
+
+The second argument is to be called between batches: it says that the evaluation makes progress, and ends it with an
+exception when the run was asked to stop."""
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+class EvaluationInterrupted(Exception):  # noqa: N818
+    """Raised between the batches of an evaluation when the run was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ def fit(
     warm_start: WarmStart | None = None,
     before_writing: Callable[[], None] | None = None,
     writers: Sequence[MetricWriter] | None = None,
+    phases: Phases | None = None,
 ) -> FitResult:
     """Train a model until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -91,136 +107,198 @@ def fit(
       warm_start: gives the parameters of a run that has no checkpoint yet. Default: those that `build` makes.
       before_writing: called once when the configuration has been checked, before the first file is written.
       writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
+      phases: tells a watchdog what the run is doing.
 
     Raises:
       ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
         that does not divide B.
       UserError: the checkpoint belongs to another model or optimizer.
-      StorageError: saving failed, or no checkpoint in `workdir` can be read.
-      TrainingDiverged: `max_skipped_steps` steps in a row were not finite.
+      RunInUseError: another process trains in `workdir`.
+      StorageError: saving failed, no checkpoint in `workdir` can be read, or there is a log of steps without any.
+      TrainingDiverged: `max_skipped_steps` steps in a row were not finite, or `spike.max_rewinds` rewinds did not help.
     """
     started = time.monotonic()
     workdir = Path(workdir)
     is_main = jax.process_index() == 0
+    phases = Phases() if phases is None else phases
 
     # ---------------------------------------------------------------------------------------------------------- Build
-    place = _first_device if place is None else place
+    place = first_device if place is None else place
     prepared = prepare_step(config, build, batch_shape, place)
     template, shardings, train_step = prepared.template, prepared.shardings, prepared.train_step
     batch_sharding = prepared.batch["tokens"].sharding
     rows = addressable_rows(batch_sharding, batch_shape)
 
-    # ------------------------------------------------------------------------------------------ Initialise or restore
-    if jax.process_count() > 1:  # no process writes while another one still looks at what is there
-        multihost_utils.sync_global_devices("before_writing")
-    if before_writing is not None and is_main:
-        before_writing()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"creating {workdir} failed: {error.strerror}") from error
-    checkpointer = Checkpointer(workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best)
-    # Order of restoring:
-    # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
-    # 2. the position in the data, saved with them;
-    # 3. the metrics files, cut back to that step (below, when they are opened).
-    # Without a checkpoint: initialise, from another run's parameters if there is one, and start at the first data.
-    restored = checkpointer.restore(prepared.abstract)
-    if restored is None:
-        state = jax.jit(prepared.initialise, out_shardings=shardings)(jax.random.key(config.seed))
-        if warm_start is not None:
-            # The optimizers' first states do not depend on the parameters' values.
-            state = dataclasses.replace(state, params=warm_start(state.params, shardings.params, place))
-        first = 0
-    else:
-        state = restored.state
-        data.set_state(restored.data_state)
-        first = int(state.step)
-    if is_main:
-        parameters = parameter_count(template)
-        origin = f"resuming from step {first} in {workdir}" if restored else f"training from step 0 in {workdir}"
-        print(f"{origin}: {parameters:,} parameters, {config.steps} steps", file=sys.stderr)
-
-    last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
-    if writers is None:
-        writers = _usual_writers(workdir, last, first) if is_main else ()
-    writer = Writers(writers)
-    pending = _Pending()
-    speed = SpeedMeter()
-    latest: dict[str, Any] = {}
-    evaluation: dict[str, float] = {}
-    time_to_first_step = float("nan")
-    interrupted = False
-    step = first
-
-    def finish_step() -> None:
-        """Wait for the step under way, count it, write its row when one is due, and stop a run that diverges."""
-        nonlocal latest
-        found = pending.pop()
-        if found is None:
-            return
-        done, latest = found
-        # The first step is mostly compilation; the clock starts when it is over.
-        if done == first + 1:
-            speed.start()
+    with contextlib.ExitStack() as resources:
+        # -------------------------------------------------------------------------------------- Initialise or restore
+        barrier("before_writing")  # no process writes while another one still looks at what is there
+        lease = Lease(workdir)
+        resources.callback(lease.release)
+        in_all(lambda: _take(lease, before_writing) if is_main else None)
+        _refuse_lost_checkpoints(workdir)
+        checkpointer = Checkpointer(workdir / CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
+        resources.enter_context(checkpointer)
+        # Order of restoring:
+        # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
+        # 2. the position in the data, saved with them;
+        # 3. the metrics files, cut back to that step (below, when they are opened).
+        # Without a checkpoint: initialise, from another run's parameters if there is one, and start at the first data.
+        restored = checkpointer.restore(prepared.abstract)
+        if restored is None:
+            state = jax.jit(prepared.initialise, out_shardings=shardings)(jax.random.key(config.seed))
+            if warm_start is not None:
+                # The optimizers' first states do not depend on the parameters' values.
+                state = dataclasses.replace(state, params=warm_start(state.params, shardings.params, place))
+            first, record = 0, RunRecord()
         else:
-            speed.add(latest["tokens"])
-        if done % config.log_every == 0 or done == last:
-            writer.write(done, {**latest, **speed.take()})
-        stop_if_diverging(done, latest, config.max_skipped_steps, checkpointer)
+            state = restored.state
+            data.set_state(restored.data_state)
+            first = int(state.step)
+            record = dataclasses.replace(restored.record, starts=restored.record.starts + 1)
+        if is_main:
+            parameters = parameter_count(template)
+            origin = f"resuming from step {first} in {workdir}" if restored else f"training from step 0 in {workdir}"
+            print(f"{origin}: {parameters:,} parameters, {config.steps} steps", file=sys.stderr)
 
-    with (
-        contextlib.closing(writer),
-        contextlib.closing(checkpointer),
-        StopRequest() as stop,
-        _Profiler(config, workdir) as profiler,
-    ):
+        last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
+        if writers is None and is_main:
+            writers, lost = _usual_writers(workdir, last, first)
+            record = dataclasses.replace(record, lost_steps=record.lost_steps + lost)
+        writer = Writers(writers or ())
+        resources.callback(writer.close)
+        account = Account(phases, record)
+        pending = _Pending()
+        speed = SpeedMeter()
+        guard = SpikeGuard(config.spike, record.losses)
+        latest: dict[str, Any] = {}
+        evaluation: dict[str, float] = {}
+        time_to_first_step = float("nan")
+        interrupted = False
+        saved_at = time.monotonic()
+        spiked: int | None = None
+        step = first
+
+        def finish_step() -> None:
+            """Wait for the step under way, count it, write its row when due, and look whether its loss is right."""
+            nonlocal latest, spiked
+            found = pending.pop()
+            if found is None:
+                return
+            done, latest = found
+            # The first step is mostly compilation; the clock starts when it is over.
+            if done == first + 1:
+                speed.start()
+            else:
+                speed.add(latest["tokens"])
+            if done % config.log_every == 0 or done == last:
+                writer.write(done, {**latest, **speed.take(), **account.take(done)})
+            stop_if_diverging(done, latest, config.max_skipped_steps, checkpointer)
+            if guard.is_spike(done, latest["loss"]) and config.spike.mode == "rewind":
+                spiked = done
+
+        profiler = resources.enter_context(_Profiler(config, workdir))
+        requests = resources.enter_context(Requests())
+
+        def between_batches() -> None:
+            """Called between the batches of an evaluation, which may take long."""
+            phases.beat()
+            # Whoever sends a signal may soon send a harder one: save first of all.
+            if requests.agreed().stop:
+                raise EvaluationInterrupted
+
         # ------------------------------------------------------------------------------------------------- Step loop
+        phases.enter("step")
         while step < last and not interrupted:
             profiler.before_step(step + 1)
-            batch = _to_device(next(data), batch_shape, batch_sharding, rows)
-            state, metrics = train_step(state, batch)
-            # The device works on this step while the host reads the metrics of the one before.
-            finish_step()
-            step += 1
-            pending.push(step, metrics)
-            if step == first + 1:
+            with phases("data"):
+                batch = _to_device(next(data), batch_shape, batch_sharding, rows)
+            with phases("compilation" if step == first else "step"):
+                limit = (jnp.float32(guard.limit(step + 1)),) if config.spike.mode == "skip" else ()
+                state, metrics = train_step(state, batch, *limit)
+                # The device works on this step while the host reads the metrics of the one before.
                 finish_step()
-                time_to_first_step = time.monotonic() - started
+                step += 1
+                pending.push(step, metrics)
+                if step == first + 1:
+                    finish_step()
+                    time_to_first_step = time.monotonic() - started
             profiler.after_step(step, state)
             # A save that failed is to be known now, not at the next one, which may be hours away.
             checkpointer.check()
+
+            # ------------------------------------------------------------------------------------ Requests, schedule
+            saves = step == last or _is_due(step, config.checkpoint_every)
             # With several processes, agreeing takes a collective, so it is done now and then.
             if jax.process_count() == 1 or step % config.log_every == 0:
-                interrupted = stop.agreed()
+                minutes = (time.monotonic() - saved_at) / 60
+                asked = requests.agreed(save=is_main and 0 < config.checkpoint_every_minutes <= minutes)
+                interrupted = asked.stop
+                saves = saves or asked.stop or asked.save
+            evaluates = step == config.steps or (saves and config.keep_best) or _is_due(step, config.eval_every)
+            if saves or evaluates:
+                finish_step()
+
+            # ------------------------------------------------------------------------------------------------ Rewind
+            if spiked is not None:
+                stop_if_rewound_too_often(spiked, account.record.rewinds, config.spike.max_rewinds, checkpointer)
+                pending.pop()
+                with phases("save"):
+                    checkpointer.wait()
+                    restored = checkpointer.restore(prepared.abstract)
+                if restored is None:
+                    print(f"warning: the loss spiked at step {spiked}; no checkpoint to go back to", file=sys.stderr)
+                else:
+                    state, back = restored.state, int(restored.state.step)
+                    data.set_state(restored.data_state)
+                    for _ in range(spiked - back):
+                        with phases("data"):
+                            next(data)
+                    if is_main:
+                        passed = f"passing over {spiked - back} batches"
+                        print(f"the loss spiked at step {spiked}: back to step {back}, {passed}", file=sys.stderr)
+                    account.rewound(restored.record, steps=step - back, batches=spiked - back)
+                    guard.forget_after(back)
+                    writer.rewind(back)
+                    step = back
+                spiked = None
+                continue
 
             # ---------------------------------------------------------------------------------------------- Evaluate
-            saves = step == last or interrupted or _is_due(step, config.checkpoint_every)
-            evaluates = step == config.steps or (saves and config.keep_best) or _is_due(step, config.eval_every)
             validation_loss = None
-            # Whoever sends a signal may soon send a harder one: save first of all.
             if evaluate is not None and evaluates and not interrupted:
-                finish_step()
-                with speed.paused():
-                    evaluation = dict(evaluate(template.merge(state.params, state.model_state)))
+                try:
+                    with phases("evaluation"), speed.paused():
+                        model = template.merge(state.params, state.model_state)
+                        evaluation = dict(evaluate(model, between_batches))
                     writer.write(step, evaluation, split="validation")
-                validation_loss = evaluation.get("loss")
+                    validation_loss = evaluation.get("loss")
+                except EvaluationInterrupted:
+                    interrupted = saves = True
 
             # -------------------------------------------------------------------------------------------- Checkpoint
             if saves:
-                finish_step()
-                with speed.paused():
-                    checkpointer.save(state, data.get_state(), validation_loss, step=step)
+                with phases("save"), speed.paused():
+                    if is_main:
+                        lease.check()
+                    # A checkpoint promises that the rows up to its step are in the log.
+                    writer.flush()
+                    current = account.snapshot(step, guard.state())
+                    checkpointer.save(state, data.get_state(), validation_loss, step=step, record=current)
+                    saved_at = time.monotonic()
 
         # ---------------------------------------------------------------------------------------------------- Finish
         finish_step()
-        checkpointer.wait()
-        signal_name = stop.signal.name if stop.signal else "the signal of another process"
+        with phases("save"):
+            checkpointer.wait()
+        phases.enter("other")
+        signal_name = requests.signal.name if requests.signal else "the signal of another process"
 
-    finished = step >= config.steps
+    finished = step >= config.steps and not interrupted
     if is_main and not finished:
         why = f"on {signal_name}" if interrupted else "at train.stop_at"
         print(f"stopped {why} after step {step}; run the same command on {workdir} to go on", file=sys.stderr)
+    if is_main and step > first:
+        print(account.summary(step), file=sys.stderr)
     return FitResult(
         model=template.merge(state.params, state.model_state),
         state=state,
@@ -282,7 +360,8 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """A placement that has everything on the first device."""
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -293,9 +372,27 @@ def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Shardi
     return device_put(batch, sharding, shape, rows.start)
 
 
-def _usual_writers(workdir: Path, last: int, first: int) -> tuple[MetricWriter, ...]:
-    return (
-        JsonlWriter(workdir / "metrics.jsonl", resume_step=first),
-        TensorBoardWriter(workdir / "tensorboard", resume_step=first),
-        ProgressWriter(last, start=first),
-    )
+def _take(lease: Lease, before_writing: Callable[[], None] | None) -> None:
+    lease.acquire()
+    if before_writing is not None:
+        before_writing()
+
+
+def _refuse_lost_checkpoints(workdir: Path) -> None:
+    """Raise `StorageError` where a log of steps lies beside no directory of checkpoints: as after a failed mount."""
+
+    def check() -> None:
+        if not (workdir / CHECKPOINTS).is_dir() and has_steps(workdir / METRICS):
+            raise StorageError(
+                f"{workdir / CHECKPOINTS} is missing, but {METRICS} has steps: is a file system not mounted? To start "
+                f"again from step 0, delete {workdir / METRICS}"
+            )
+
+    in_all(check)
+
+
+def _usual_writers(workdir: Path, last: int, first: int) -> tuple[tuple[MetricWriter, ...], int]:
+    """The writers, and how many steps after the checkpoint the log had: those are made again."""
+    log = JsonlWriter(workdir / METRICS, resume_step=first)
+    writers = (log, TensorBoardWriter(workdir / "tensorboard", resume_step=first), ProgressWriter(last, start=first))
+    return writers, max(log.last_step - first, 0)

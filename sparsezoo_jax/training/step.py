@@ -11,19 +11,24 @@ import optax
 
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
 from sparsezoo_jax.training.optimizer import clip_gradients
 from sparsezoo_jax.training.schedules import build_schedule
 from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def build_train_step(
-    config: TrainConfig, template: ModelTemplate, optimizer: optax.GradientTransformationExtraArgs
+    config: TrainConfig,
+    template: ModelTemplate,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    by_layer: bool = False,
 ) -> TrainStep:
-    """The function (state, batch) -> (state, metrics); pure, meant to be jitted with the state donated.
+    """The function (state, batch, loss_limit=None) -> (state, metrics); pure, meant to be jitted, the state donated.
 
     The batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int) and mask (bool); B is a multiple
     of `config.accumulation`. Gradients are those of
@@ -37,12 +42,14 @@ def build_train_step(
     The model is called in training mode (`model.train()`). What it returns as `observed` is averaged like statistics
     and given to its method `after_step`, which may change variables that are no parameters.
 
-    If loss or gradient norm is not finite, parameters, optimizer, objectives and model state stay as they are and the
-    step is counted in `skipped`.
+    If loss or gradient norm is not finite, or the loss above `loss_limit` (a scalar), parameters, optimizer, objectives
+    and model state stay as they are and the step is counted in `skipped`.
 
     Metrics are float32 scalars: `loss` (nats a target token), `z_loss` (mean log^2 Z), `losses/<name>` (unweighted),
     `coefficients/<name>`, `lr`, `grad_norm` (before clipping), `param_norm` (before the step), `tokens` (target
-    tokens), `skipped`, `consecutive_skipped`; and the model's statistics by name, [L].
+    tokens), `skipped`, `consecutive_skipped`; `grad_norms/<part>` (before clipping) and `update_ratios/<part>` (update
+    to parameters) for the parts of the model; and the model's statistics by name, [L]. With `by_layer`, norms of each
+    parameter's layers, too.
     """
     schedule = build_schedule(config.schedule, config.steps)
     count = config.accumulation
@@ -88,7 +95,7 @@ def build_train_step(
         )
         return grads, model_state, tokens, metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, loss_limit: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         coefficients = {
             objective.loss: objective.coefficient(objective_state, state.step)
             for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
@@ -101,6 +108,7 @@ def build_train_step(
             model = template.merge(state.params, model_state)
             model.after_step(jax.lax.stop_gradient(observed))
             _, model_state = template.split(model)
+        raw_grads = grads
         grads, grad_norm = clip_gradients(grads, config)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         objectives = tuple(
@@ -114,6 +122,14 @@ def build_train_step(
             *(coefficients[name] * metrics[f"losses/{name}"] for name in coefficients),
         ]
         good = jnp.all(jnp.isfinite(jnp.stack(trained)))
+        if loss_limit is not None:
+            good &= metrics["loss"] <= loss_limit
+        norms = norm_metrics(raw_grads, state.params, updates)
+        if by_layer:
+            stacked = {path: len(v.shape) - len(v.axes or v.shape) for path, v in template.parameters.items()}
+            norms |= norms_by_layer("grad_norms_by_layer", raw_grads, stacked)
+            norms |= norms_by_layer("param_norms_by_layer", state.params, stacked)
+            norms |= norms_by_layer("update_norms_by_layer", updates, stacked)
         new = (optax.apply_updates(state.params, updates), model_state, opt_state, objectives)
         old = (state.params, state.model_state, state.opt_state, state.objectives)
         params, model_state, opt_state, objectives = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
@@ -127,7 +143,7 @@ def build_train_step(
             skipped=state.skipped + bad,
             consecutive_skipped=(state.consecutive_skipped + bad) * bad,
         )
-        metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()}
+        metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()} | norms
         metrics |= {
             "lr": schedule(state.step),
             "grad_norm": grad_norm,

@@ -1,12 +1,15 @@
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -14,8 +17,9 @@ import pytest
 from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, StorageError
-from sparsezoo_jax.training.config import ParameterGroup
+from sparsezoo_jax.training.config import ParameterGroup, SpikeConfig
 from sparsezoo_jax.training.guards import TrainingDiverged
+from sparsezoo_jax.training.lease import Lease, RunInUseError
 from sparsezoo_jax.training.loop import fit
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
@@ -58,6 +62,10 @@ def rows(workdir):
     return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def is_time(name):
+    return name in ("tokens_per_second", "goodput") or name.startswith("seconds/")
+
+
 class NoisyModel(ToyModel):
     """Draws from a random stream of its own in every call."""
 
@@ -86,7 +94,7 @@ def test_resuming_is_bitwise_exact(tmp_path, build, capsys):
     assert "resuming from step 3" in capsys.readouterr().err
     assert_equal(second.state, whole.state)
     timeless = [
-        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(tmp_path / part)]
+        [{k: v for k, v in row.items() if not is_time(k)} for row in rows(tmp_path / part)]
         for part in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
@@ -134,7 +142,7 @@ def test_evaluates_when_due_and_keeps_the_best(tmp_path):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
     seen = []
 
-    def evaluate(model):
+    def evaluate(model, between):
         seen.append(int(model.tokens_seen[...]))
         return {"loss": next(losses), "bits_per_byte": 1.5}
 
@@ -152,7 +160,7 @@ def test_evaluates_seldom_without_keep_best(tmp_path):
     writer = Recorder()
     run(
         tmp_path,
-        evaluate=lambda model: {"loss": 1.0},
+        evaluate=lambda model, between: {"loss": 1.0},
         eval_every=4,
         checkpoint_every=1,
         keep_best=False,
@@ -178,9 +186,9 @@ def test_a_config_that_does_not_fit_the_model_writes_nothing(tmp_path, changes, 
 
 
 def test_before_writing_comes_before_the_first_file(tmp_path):
-    existed = []
-    run(tmp_path / "run", steps=1, before_writing=lambda: existed.append((tmp_path / "run").exists()))
-    assert existed == [False]
+    found = []
+    run(tmp_path / "run", steps=1, before_writing=lambda: found.extend((tmp_path / "run").iterdir()))
+    assert [path.name for path in found] == [".lease"]
 
 
 class PoisonModel(ToyModel):
@@ -234,7 +242,7 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_shows_no_half_written_one(tmp
     run(tmp_path, writers=[], stop_at=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_disk(model):
+    def fill_disk(model, between):
         # From here on no file can grow beyond 256 bytes.
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
         return {"loss": 1.0}
@@ -296,6 +304,184 @@ def test_a_second_signal_aborts(tmp_path):
         signal.signal(signal.SIGINT, previous)
 
 
+def test_a_second_signal_ends_the_command_at_once_without_a_traceback(tmp_path):
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from sparsezoo_jax import cli
+from training.test_loop import run
+from training.toy import ToyData
+class Impatient(ToyData):
+    def __next__(self):
+        if self.n == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return super().__next__()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(lambda args: run({str(tmp_path)!r}, data=Impatient(), steps=50, checkpoint_every=1, writers=[]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.stderr
+    assert run(tmp_path, steps=6).step == 6
+
+
+def test_a_signal_in_an_evaluation_saves_at_once(tmp_path, capsys):
+    batches = []
+
+    def evaluate(model, between):
+        for batch in range(100):
+            between()
+            batches.append(batch)
+            if batch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": 1.0}
+
+    result = run(tmp_path, evaluate=evaluate, steps=3)
+    assert (result.step, result.finished, batches) == (3, False, [0, 1, 2])
+    assert saved_steps(tmp_path / "checkpoints") == [3]
+    assert "stopped on SIGTERM after step 3; run the same command" in capsys.readouterr().err
+
+
+def test_sigusr1_asks_for_a_checkpoint(tmp_path):
+    class Asking(ToyData):
+        def __next__(self):
+            if self.n == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().__next__()
+
+    assert run(tmp_path, data=Asking(), writers=[]).finished
+    assert saved_steps(tmp_path / "checkpoints") == [3, 6]
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("sparsezoo_jax.training.loop.time.monotonic", lambda: now[0])
+
+    class Slow(ToyData):
+        def __next__(self):
+            now[0] += 60.0
+            return super().__next__()
+
+    run(tmp_path, data=Slow(), writers=[], steps=7, checkpoint_every_minutes=3, keep_last=9)
+    assert saved_steps(tmp_path / "checkpoints") == [3, 6, 7]
+
+
+def test_a_log_without_checkpoints_is_no_fresh_start(tmp_path):
+    run(tmp_path, stop_at=2)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(StorageError, match=r"checkpoints is missing, but metrics\.jsonl has steps: is a file system"):
+        run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "checkpoints").exists()
+    shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
+    assert run(tmp_path).resumed_from == 2
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    lease = Lease(tmp_path)
+    lease.acquire()
+    called = []
+    with pytest.raises(RunInUseError, match="trains there"):
+        run(tmp_path, before_writing=lambda: called.append(1))
+    assert not called
+    assert not (tmp_path / "checkpoints").exists()
+    lease.release()
+    assert run(tmp_path, steps=1).finished
+    assert not (tmp_path / ".lease").exists()
+
+
+def test_a_lost_lease_stops_before_the_next_save(tmp_path):
+    class Robbed(ToyData):
+        def __next__(self):
+            if self.n == 3:
+                (tmp_path / ".lease").unlink()
+            return super().__next__()
+
+    with pytest.raises(RunInUseError, match="lost the directory to somebody who removed the lease"):
+        run(tmp_path, data=Robbed(), writers=[], checkpoint_every=2)
+    assert saved_steps(tmp_path / "checkpoints") == [2]
+
+
+class SpikyData(ToyData):
+    """Batches in `bad` have targets that nothing predicts."""
+
+    bad: frozenset[int] = frozenset({40})
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.n in self.bad:
+            batch["mask"] = np.zeros_like(batch["mask"])
+            batch["mask"][0, 0] = True
+            batch["targets"] = np.zeros_like(batch["targets"])  # a token that no other batch has
+        return batch
+
+
+def spiky(workdir, mode, **changes):
+    spike = SpikeConfig(mode=mode, window=30, threshold=4.0)
+    base = {"steps": 50, "checkpoint_every": 16, "log_every": 1, "spike": spike, "data": SpikyData()}
+    return run(workdir, **{**base, **changes})
+
+
+def test_a_spike_is_skipped_and_counted(tmp_path):
+    whole = spiky(tmp_path / "whole", "skip")
+    logged = rows(tmp_path / "whole")
+    assert [row["step"] for row in logged if row["skipped"] == 0] == list(range(1, 40))
+    assert logged[39]["loss"] > 1.2 * logged[38]["loss"]
+    assert whole.metrics["skipped"] == 1
+    spiky(tmp_path / "parts", "skip", stop_at=39)
+    parts = spiky(tmp_path / "parts", "skip")
+    assert_equal(parts.state, whole.state)
+    assert "skipped" in spiky(tmp_path / "off", "off").metrics
+    assert rows(tmp_path / "off")[-1]["skipped"] == 0
+
+
+def test_a_rewind_passes_over_the_batches_before_a_spike(tmp_path, capsys):
+    class Data(SpikyData):
+        read: ClassVar[list] = []
+
+        def __next__(self):
+            self.read.append(self.n)
+            return super().__next__()
+
+    whole = spiky(tmp_path / "whole", "rewind", data=Data())
+    message = "the loss spiked at step 40: back to step 32, passing over 8 batches"
+    error = capsys.readouterr().err
+    assert message in error
+    assert "8 steps made again" in error or "9 steps made again" in error
+    assert [row["step"] for row in rows(tmp_path / "whole")] == list(range(1, 51))
+    assert Data.read[-18:] == list(range(40, 58)), "batches 32 to 39 belong to the steps 33 to 40"
+    assert max(row["loss"] for row in rows(tmp_path / "whole")[30:]) < 3.2
+    spiky(tmp_path / "parts", "rewind", stop_at=44)
+    assert message in capsys.readouterr().err
+    parts = spiky(tmp_path / "parts", "rewind")
+    assert_equal(parts.state, whole.state)
+
+
+def test_spikes_that_rewinds_do_not_help_end_the_run(tmp_path):
+    class Bad(SpikyData):
+        bad = frozenset(range(40, 100))
+
+    spike = SpikeConfig(mode="rewind", window=30, threshold=4.0, max_rewinds=2)
+    with pytest.raises(TrainingDiverged, match=r"again at step \d+ after 2 rewinds .*last checkpoint is step 32"):
+        spiky(tmp_path, "rewind", spike=spike, data=Bad(), writers=[])
+
+
+def test_where_the_time_goes_is_in_the_log_and_at_the_end(tmp_path, capsys):
+    run(tmp_path, stop_at=3, checkpoint_every=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 9.0}\n')  # a run killed after step 5
+    run(tmp_path)
+    logged = rows(tmp_path)
+    assert logged[0]["seconds/compilation"] > 0
+    assert all(0 <= row["goodput"] < 1 and row["seconds/step"] > 0 for row in logged[1:])
+    assert "seconds/save" in logged[2], "of the save at step 2"
+    error = capsys.readouterr().err
+    assert re.search(r"goodput \d+\.\d% in 2 starts: .*compilation .* s.*; 2 steps made again", error)
+
+
 def test_runs_outside_the_main_thread(tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(run(tmp_path, steps=2, writers=[])))
@@ -338,3 +524,16 @@ assert result.state.opt_state[0].mu["up"].addressable_shards[0].data.shape == (2
     eight, _ = restore_params(tmp_path / "eight" / "checkpoints")
     # Sums over devices are taken in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one.state.params)
+
+
+def test_norms_of_parts_are_logged(tmp_path):
+    result = run(tmp_path, steps=2)
+    row = rows(tmp_path)[0]
+    parts = {"embedding", "norm", "up", "router", "down"}
+    assert {name.partition("/")[2] for name in row if name.startswith("grad_norms/")} == parts
+    assert {name.partition("/")[2] for name in row if name.startswith("update_ratios/")} == parts
+    total = sum(row[f"grad_norms/{part}"] ** 2 for part in parts) ** 0.5
+    assert row["grad_norm"] == pytest.approx(total, rel=1e-5)
+    # Adam's first update of a parameter is as large as the learning rate.
+    norm = np.linalg.norm(result.state.params["up"])
+    assert row["update_ratios/up"] == pytest.approx(1e-2 * np.sqrt(result.state.params["up"].size) / norm, rel=0.1)

@@ -1,0 +1,82 @@
+"""One of two processes is lost: the other ends soon, with status 1 and a line that names it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsezoo_jax.training.parameters import saved_steps
+
+from .lost_process import TIMEOUT
+
+pytestmark = pytest.mark.slow
+
+
+def pair(workdir, victim, number):
+    """Exit status, output, errors, and when it ended, of both processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    processes = []
+    for i in (0, 1):
+        arguments = [str(i), str(port), str(workdir), str(victim), str(int(number))]
+        command = [sys.executable, "-m", "training.lost_process", *arguments]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+@pytest.mark.parametrize(("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_a_lost_process_is_named(tmp_path, victim, number):
+    name = ("process 0 (the coordinator) of 2", "process 1 of 2")[victim]
+    processes = pair(tmp_path, victim, number)
+    try:
+        if number == signal.SIGKILL:
+            processes[victim].wait(timeout=300)
+            lost = time.monotonic()
+        _, error = processes[1 - victim].communicate(timeout=300)
+        assert processes[1 - victim].returncode == 1, error
+        if number == signal.SIGKILL:
+            assert time.monotonic() - lost < TIMEOUT + 5
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert lines == [f"error: {name} stopped answering; start the run again to go on"], error
+        assert "Traceback" not in error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert saved_steps(tmp_path / "checkpoints")[-1] in (2, 4)
+
+
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
+    first, second = pair(tmp_path, 1, signal.SIGTERM)
+    (out, error), (_, other) = (process.communicate(timeout=300) for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0), error + other
+    assert "stopped on the signal of another process after step 5" in error
+    assert out.splitlines()[-1] == "ended after step 5"
+    assert saved_steps(tmp_path / "checkpoints")[-1] == 5
+
+
+def test_processes_that_never_come_are_waited_for_no_longer_than_the_timeout():
+    code = "from sparsezoo_jax.training.peers import join; join('127.0.0.1:{port}', 2, 0, 2.0)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        code = code.format(port=free.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: --distributed: not all 2 processes came to 127.0.0.1:" in done.stderr
+    assert "within 2 s" in done.stderr
