@@ -156,12 +156,17 @@ def test_rows_that_do_not_fit_are_written_in_order_once_they_do(tmp_path, monkey
 
 def test_rows_beyond_what_memory_may_hold_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(JsonlWriter, "HELD_BYTES", 80)
-    FullDisk(monkeypatch, room=0)
-    writer = Writers([JsonlWriter(tmp_path / "metrics.jsonl")])
+    path = tmp_path / "metrics.jsonl"
+    disk = FullDisk(monkeypatch, room=0)
+    writer = Writers([JsonlWriter(path)])
     for step in range(1, 11):
         writer.write(step, {"loss": 1.0})
+    writer.flush()
+    disk.room = 10_000
     writer.close()
-    assert "JsonlWriter: 10 rows were not written" in capsys.readouterr().err
+    kept = [row["step"] for row in rows(path)]
+    assert kept == [1, 8, 9, 10], "the row under way, and the newest that fit"
+    assert "JsonlWriter: 6 rows were not written" in capsys.readouterr().err
 
 
 def test_a_writer_that_hangs_holds_up_nobody(capsys):
