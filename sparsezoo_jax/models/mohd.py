@@ -128,6 +128,17 @@ class MoHDConfig(ResidualKind):
         """Blocks that the router adds for a token."""
         return self.active - self.shared
 
+    def routed_at(self, step: jax.Array) -> jax.Array:
+        """Blocks that the router adds after `step` train steps of a warm-up.
+
+        That is `routed + ceil((blocks - active) (1 - step / warmup_steps))`, and `routed` from its end on, exactly: a
+        rounded quotient can be a block off. int32 in the shape of `step`, integers of any shape.
+        """
+        free = self.blocks - self.active
+        # The step from which the j-th of the blocks that go is gone, in Python's integers, which don't overflow.
+        gone_from = jnp.asarray([-(-j * self.warmup_steps // free) for j in range(1, free + 1)], jnp.int32)
+        return self.routed + free - jnp.sum(jnp.expand_dims(step, -1) >= gone_from, axis=-1, dtype=jnp.int32)
+
     @property
     def grouped(self) -> bool:
         """Whether sublayers compute active blocks only, not the whole width between masks."""
@@ -246,8 +257,7 @@ class BlockRouter(nnx.Module):
         if self.steps is None:
             taken_BTE = jnp.any(best_BTK[..., None] == jnp.arange(config.blocks - config.shared), axis=-2)
         else:
-            left = jnp.maximum(1 - self.steps[...] / config.warmup_steps, 0)
-            routed = config.routed + jnp.ceil((config.blocks - config.active) * left).astype(jnp.int32)
+            routed = config.routed_at(self.steps[...])
             order_BTE = jnp.argsort(-jax.lax.stop_gradient(routable_BTE + bias_E), axis=-1)
             taken_BTE = jnp.argsort(order_BTE, axis=-1) < routed
             count = config.shared + routed

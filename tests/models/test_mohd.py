@@ -1,6 +1,8 @@
 """MoHD: routing, gates, fusion, the two forms of its maps, its limits (vanilla models), and its accounting."""
 
 import dataclasses
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +300,20 @@ def test_warmup_goes_from_all_blocks_to_the_active_ones():
         np.testing.assert_allclose(jnp.mean(chosen.gates_BTN, axis=-1), np.sqrt(count / 8), rtol=1e-5)
         router.after_step(aux.observed)
     assert counts == [8, 7, 6, 5, 4, 4]
+
+
+@pytest.mark.parametrize(("blocks", "active", "shared"), [(16, 6, 2), (16, 16, 3), (37, 1, 0), (8, 7, 7), (24, 14, 9)])
+def test_warmup_rounds_up_whole_numbers(blocks, active, shared):
+    rng = np.random.default_rng(0)
+    for warmup in (1, 10, 100, 999, 10**6, 2**31 - 2):
+        at = np.sort(np.append(rng.integers(0, warmup + 2, 1000), [warmup])) if warmup > 999 else np.arange(1001)
+        config = MoHDConfig(blocks=blocks, active=active, shared=shared, warmup_steps=warmup, implementation="dense")
+        left = [max(Fraction(warmup - int(step), warmup), 0) for step in at]
+        expected = [active - shared + math.ceil((blocks - active) * share) for share in left]
+        np.testing.assert_array_equal(config.routed_at(jnp.asarray(at, jnp.int32)), expected)
+        # As the router asks: float32 numbers of one step were rounded in other ways than those of many.
+        for step in range(12):
+            assert at[step] != step or config.routed_at(jnp.int32(step)) == expected[step]
 
 
 def test_a_random_router_does_not_learn(tokens):
