@@ -67,7 +67,12 @@ def kernels(command: Sequence[str]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         # newer compilers write a kernel only if it matches the expression
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=.*".strip()
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        environment = os.environ | {
+            "XLA_FLAGS": flags,
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            # While it writes so much down, LLVM names the functions of call stacks that nobody sees: most of the time.
+            "LLVM_DISABLE_SYMBOLIZATION": "1",
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the compiler ended with status {done.returncode}: {done.stderr.strip()[-200:]}")
