@@ -2,13 +2,48 @@
 
 import os
 import random
+import shutil
+import tempfile
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # for several test processes that compile for TPUs
+# Nearly all of the suite's time is XLA compiling small programs that then run for milliseconds.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Of what is left, MLIR's code for fusions and a module a processor take most.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+# Several tests, test processes and commands compile the same ones: they share a cache, which is gone after the run.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+_xla_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _xla_cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsezoo-xla-")
 
 WORDS = ["the", "state", "of", "union", "is", "strong", "and", "peace", "will", "follow", "where", "law", "congress"]
+
+
+def pytest_unconfigure():
+    """Remove what only this process, not one of its workers, made."""
+    if _xla_cache:
+        shutil.rmtree(_xla_cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """For tests of what a compiler makes of a program: all its optimisations, in commands too, and no persistent cache.
+
+    A compiler for a device that is not there can write to that cache, but not read from it.
+    """
+    import jax
+
+    plainly, cached = jax.config.read("jax_disable_most_optimizations"), jax.config.jax_enable_compilation_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_enable_compilation_cache", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", plainly)
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from sparsezoo_jax.compilation import memory, profile, topologies
 from tests.test_commands import SMALL
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.usefixtures("optimised")
 
 MODEL = {name: value for name, value in SMALL.items() if name.startswith("model.")} | {
     "data.seq-len": 64,

@@ -113,6 +113,7 @@ def test_no_module():
         parse("nothing")
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "h100:1x1x4"])
 def test_scanned_products_move_known_bytes(topology):
     """Three layers whose [1024, 1024] weights are split over four devices: each is gathered once, as are no others."""

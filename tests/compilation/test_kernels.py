@@ -46,6 +46,7 @@ def test_trips_of_loops_multiply_kernels_and_cycles():
     assert scheduled_cycles(module) == 3 * 70 + 5
 
 
+@pytest.mark.usefixtures("optimised")
 def test_kernels_of_a_scanned_program():
     pytest.importorskip("libtpu")
 
@@ -59,17 +60,12 @@ def test_kernels_of_a_scanned_program():
     def found():
         return find_kernels(parse(step.lower(*arguments).compile().as_text()))
 
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        kernels = {kernel.name: kernel for kernel in found()}
-        assert {name: kernel.count for name, kernel in kernels.items()} == {
-            "statistical_topk_forward": 7,
-            "statistical_topk_backward": 7,
-        }
-        array = 16 * 512 * 4
-        assert kernels["statistical_topk_forward"].bytes == 7 * (2 * array + 16 * 2 * 4)
-        with without_kernels():
-            assert not found()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+    kernels = {kernel.name: kernel for kernel in found()}
+    assert {name: kernel.count for name, kernel in kernels.items()} == {
+        "statistical_topk_forward": 7,
+        "statistical_topk_backward": 7,
+    }
+    array = 16 * 512 * 4
+    assert kernels["statistical_topk_forward"].bytes == 7 * (2 * array + 16 * 2 * 4)
+    with without_kernels():
+        assert not found()

@@ -53,14 +53,6 @@ LAID_OUT = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Programs of these small models run for less time than it takes to optimise them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", params=list(LAID_OUT))
 def kind(request):
     return request.param

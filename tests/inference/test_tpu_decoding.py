@@ -17,21 +17,19 @@ from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.pallas_kernels import without_kernels
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """Compile a function of abstract arrays, of which it may overwrite the second, for a chip of v6e."""
     sharding = SingleDeviceSharding(open_topology("v6e:1x1").devices[0])
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # a compiler without a device can't read from it
 
     def compile_for(function, *trees):
         at = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), trees)
         return jax.jit(function, donate_argnums=1).lower(*at).compile()
 
-    yield compile_for
-    jax.config.update("jax_enable_compilation_cache", before)
+    return compile_for
 
 
 def decode_step(arch, size, layers=2, context=4096):

@@ -25,17 +25,9 @@ from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 pytest.importorskip("jax_cuda12_plugin", reason="compiling for GPUs needs jax's CUDA plugin: 'sparsezoo-jax[aot]'")
+pytestmark = pytest.mark.usefixtures("optimised")
 
 TRITON = "__gpu$xla.gpu.triton"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_cache():
-    """A compiler without a device can write to the persistent cache, but not read from it."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
 
 
 def compiled(function, *arrays):

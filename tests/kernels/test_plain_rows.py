@@ -15,6 +15,8 @@ from sparsezoo_jax.pallas_kernels import (
 )
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def of(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -46,7 +48,8 @@ READ = {
 def test_bfloat16_weights_are_not_converted_as_a_whole(name):
     operation, arrays = OPERATIONS[name]
     call = jax.jit(partial(operation, implementation="xla"), backend="cpu")
-    text = call.lower(*arrays).compile().as_text()
+    # As users compile it: the tests have their own way (see the top conftest.py).
+    text = call.lower(*arrays).compile({"xla_cpu_use_fusion_emitters": True}).as_text()
     entry = text[text.index("\nENTRY") :]
     assert f"bf16[{READ[name]}]" in text
     assert f"f32[{READ[name]}]" not in entry

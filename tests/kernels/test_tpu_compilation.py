@@ -22,15 +22,7 @@ from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_cache():
-    """A compiler without a device can write to the persistent cache, but not read from it."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.fixture(scope="module", params=list(TPUS))

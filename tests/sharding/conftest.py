@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import with_devices
+
 
 @pytest.fixture(scope="session")
 def on_eight_devices(tmp_path_factory):
@@ -16,7 +18,7 @@ def on_eight_devices(tmp_path_factory):
     def run(module: str, *arguments: str) -> dict:
         done = subprocess.run(
             [sys.executable, "-m", f"tests.sharding.{module}", *arguments],
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "XLA_FLAGS": with_devices(8), "JAX_PLATFORMS": "cpu"},
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests.devices import with_devices
+
 pytestmark = pytest.mark.slow
 
 FLAGS = {
@@ -23,11 +25,7 @@ def start(corpus, workdir, devices, *more, **flags):
     command = [sys.executable, "-m", "sparsezoo_jax.train", "--arch", "spark", "--workdir", str(workdir)]
     command += ["--data.dataset", str(corpus), *more]
     command += [str(text) for name, value in {**FLAGS, **flags}.items() for text in (f"--{name}", value)]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(devices)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -23,6 +23,7 @@ from sparsezoo_jax.training.lease import Lease, RunInUseError
 from sparsezoo_jax.training.loop import fit
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
+from tests.devices import with_devices
 
 from .test_step import assert_equal
 from .toy import BATCH, LENGTH, ToyData, ToyModel, config
@@ -517,7 +518,7 @@ assert result.resumed_from == 3
 assert result.state.params["up"].addressable_shards[0].data.shape == (2, 8, 4)
 assert result.state.opt_state[0].mu["up"].addressable_shards[0].data.shape == (2, 8, 4)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     one = run(tmp_path / "one", accumulation=2, writers=[])
