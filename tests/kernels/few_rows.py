@@ -1,5 +1,9 @@
 """What the tests of operations on a few rows share: their implementations, and weights in all storage types."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +22,14 @@ def implementation(name: str) -> str:
             pytest.skip(str(error))
         pytest.fail(f"no native library: {native.why_missing()}; {native.HOW_TO_GET}")
     return name
+
+
+@cache
+def compiled(operation: Callable, form: str) -> Callable:
+    """The operation in one implementation, jitted once for all tests; its settings, but for scales, are static."""
+    settings = inspect.signature(operation).parameters.values()
+    static = [each.name for each in settings if each.kind is each.KEYWORD_ONLY and each.name != "scales"]
+    return jax.jit(partial(operation, implementation=form), static_argnames=static)
 
 
 STORAGE = ["float32", "bfloat16", "int8"]

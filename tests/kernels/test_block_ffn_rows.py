@@ -12,13 +12,16 @@ from sparsezoo_jax.pallas_kernels import block_ffn, block_ffn_rows
 from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import reference
 from sparsezoo_jax.pallas_kernels.triton import times_weights
-from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+from tests.covering import pairs
+from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation
 
 
 @pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
 def apply(request):
-    form = implementation(request.param)
-    return lambda *arrays, **kwargs: jax.jit(partial(block_ffn_rows, implementation=form, **kwargs))(*arrays)
+    return compiled(block_ffn_rows, implementation(request.param))
+
+
+definition = jax.jit(reference, static_argnames="activation")
 
 
 def layer(draw, experts, width, d, gated):
@@ -35,16 +38,14 @@ def scores_of(draw, m, experts, density):
     return jnp.asarray(scores, draw.tokens_dtype)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("m", [1, 3, 8])
-@pytest.mark.parametrize("density", [0.3, 1.0])
+# Of every implementation, any two of these.
+@pytest.mark.parametrize(("storage", "gated", "m", "density"), pairs(STORAGE, [False, True], [1, 3, 8], [0.3, 1.0]))
 def test_is_the_definition(apply, storage, gated, m, density):
     draw = Draw(storage)
     x, scores = draw.tokens(m + 1, 37), scores_of(draw, m + 1, 7, density)
     weights, scales = layer(draw, 7, 5, 37, gated)
     y = apply(x, scores, *weights, scales=scales)
-    close(y, reference(x, scores, *weights, scales=scales)[0])
+    close(y, definition(x, scores, *weights, scales=scales)[0])
     np.testing.assert_array_equal(y[-1], 0)
 
 
@@ -53,7 +54,7 @@ def test_odd_sizes(apply, experts, width, d):
     draw = Draw("bfloat16")
     x, scores = draw.tokens(2, d), scores_of(draw, 2, experts, 0.5).at[0, 0].set(1.0)
     weights, _ = layer(draw, experts, width, d, gated=True)
-    close(apply(x, scores, *weights), reference(x, scores, *weights)[0])
+    close(apply(x, scores, *weights), definition(x, scores, *weights)[0])
 
 
 def test_is_the_form_that_is_trained(apply):
@@ -71,7 +72,7 @@ def test_other_activations_and_their_active_units(apply, activation):
     x, scores = draw.tokens(4, 20), scores_of(draw, 4, 6, 0.5)
     weights, _ = layer(draw, 6, 40, 20, gated=False)
     y, active = apply(x, scores, *weights, activation=activation, return_active=True)
-    expected, units = reference(x, scores, *weights, activation=activation)
+    expected, units = definition(x, scores, *weights, activation=activation)
     close(y, expected)
     if activation != "gelu_tanh":  # far below 0 it may or may not be rounded to 0
         np.testing.assert_array_equal(active, units)
@@ -89,7 +90,7 @@ def test_rows_of_units_that_are_zero_are_not_read(form):
     call = jax.jit(partial(block_ffn_rows, activation="relu", implementation=implementation(form)))
     poisoned = call(x, scores, up, jnp.where(idle, jnp.nan, down))
     np.testing.assert_array_equal(poisoned, call(x, scores, up, down))
-    close(poisoned, reference(x, scores, up, down, activation="relu")[0])
+    close(poisoned, definition(x, scores, up, down, activation="relu")[0])
 
 
 @pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])  # a TPU's tiles: test_weighted_rows
@@ -126,7 +127,7 @@ def test_not_a_number_stays_in_its_row(apply):
     x, scores = draw.tokens(4, 12), scores_of(draw, 4, 6, 1.0)
     x, scores = x.at[1, 3].set(jnp.nan), scores.at[2, 0].set(jnp.nan)
     weights, _ = layer(draw, 6, 4, 12, gated=False)
-    close(apply(x, scores, *weights), reference(x, scores, *weights)[0])
+    close(apply(x, scores, *weights), definition(x, scores, *weights)[0])
 
 
 def test_a_token_without_experts_gets_nothing_of_its_numbers(apply):
@@ -134,7 +135,7 @@ def test_a_token_without_experts_gets_nothing_of_its_numbers(apply):
     x, scores = draw.tokens(4, 12).at[-1, ::2].set(jnp.inf), scores_of(draw, 4, 6, 0.5)
     weights, _ = layer(draw, 6, 20, 12, gated=True)
     y, active = apply(x, scores, *weights, activation="relu", return_active=True)
-    expected, units = reference(x[:-1], scores[:-1], *weights, activation="relu")
+    expected, units = definition(x[:-1], scores[:-1], *weights, activation="relu")
     close(y[:-1], expected)
     np.testing.assert_array_equal(y[-1], 0)
     np.testing.assert_array_equal(active, [*units, 0])
@@ -146,7 +147,7 @@ def test_weights_of_different_types(apply):
     types = enumerate(("int8", "float32", "bfloat16"))
     (up, up_scale), (down, _), (gate, _) = (Draw(name, seed).weights(6, 5, 12) for seed, name in types)
     y = apply(x, scores, up, down, gate, scales=(up_scale, None, None))
-    expected, _ = reference(x, scores, up, down, gate, scales=(up_scale, None, None))
+    expected, _ = definition(x, scores, up, down, gate, scales=(up_scale, None, None))
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2 * float(jnp.abs(expected).max()))
 
 
@@ -157,7 +158,7 @@ def test_most_tokens_of_the_kernel(m):
     weights, _ = layer(draw, 6, 4, 12, gated=False)
     call = partial(block_ffn_rows, x, scores, *weights, implementation="pallas_gpu_interpret")
     if m == 16:
-        close(call(), reference(x, scores, *weights)[0])
+        close(call(), definition(x, scores, *weights)[0])
         with pytest.raises(ConfigError, match='has no error function for gelu; use "xla"'):
             call(activation="gelu")
     else:

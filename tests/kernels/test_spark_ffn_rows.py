@@ -10,13 +10,17 @@ import pytest
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import spark_ffn, spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import reference
-from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+from tests.covering import pairs
+from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation
 
 
 @pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
 def apply(request):
-    form = implementation(request.param)
-    return lambda *arrays, **kwargs: jax.jit(partial(spark_ffn_rows, implementation=form, **kwargs))(*arrays)
+    return compiled(spark_ffn_rows, implementation(request.param))
+
+
+definition = jax.jit(reference, static_argnames="top_k")
+trained = jax.jit(partial(spark_ffn, return_gate=True), static_argnames=("top_k", "ddof", "huber_delta"))
 
 
 def layer(draw, d, r, neurons):
@@ -26,15 +30,16 @@ def layer(draw, d, r, neurons):
     return (k1, jnp.concatenate([k2, v], axis=1)), (k1_scale, rows_scale)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("m", [1, 3, 8])
-@pytest.mark.parametrize(("d", "r", "neurons", "top_k"), [(37, 13, 101, 15), (40, 32, 700, 30), (6, 5, 2, 1)])
-def test_is_the_definition(apply, storage, m, d, r, neurons, top_k):
-    draw = Draw(storage)
+# Of every implementation, any two of these; sizes are (d, r, neurons, top_k).
+@pytest.mark.parametrize(
+    ("storage", "m", "sizes"), pairs(STORAGE, [1, 3, 8], [(37, 13, 101, 15), (40, 32, 700, 30), (6, 5, 2, 1)])
+)
+def test_is_the_definition(apply, storage, m, sizes):
+    draw, (d, r, neurons, top_k) = Draw(storage), sizes
     x = draw.tokens(m, d)
     weights, scales = layer(draw, d, r, neurons)
     y, active = apply(x, *weights, top_k=top_k, scales=scales)
-    expected, expected_active = reference(x, *weights, top_k=top_k, scales=scales)
+    expected, expected_active = definition(x, *weights, top_k=top_k, scales=scales)
     close(y, expected)
     np.testing.assert_array_equal(active, expected_active)
 
@@ -47,7 +52,7 @@ def test_is_the_form_that_is_trained(apply, ddof, huber_delta):
     (k1, rows), _ = layer(draw, 24, 10, 60)
     options = {"top_k": 9, "ddof": ddof, "huber_delta": huber_delta}
     y, active = apply(x, k1, rows, **options)
-    expected, gate = spark_ffn(x, k1.T, rows[:, :14].T, rows[:, 14:], return_gate=True, **options)
+    expected, gate = trained(x, k1.T, rows[:, :14].T, rows[:, 14:], **options)
     close(y, expected)
     np.testing.assert_array_equal(active, (gate != 0).sum(-1))
 
@@ -57,7 +62,7 @@ def test_predictor_and_rows_of_different_types(apply):
     x, (k1, k1_scale) = draw.tokens(2, 30), Draw("int8").weights(80, 12)
     rows = draw.tokens(80, 18 + 30)
     y, active = apply(x, k1, rows, top_k=8, scales=(k1_scale, None))
-    expected, expected_active = reference(x, k1, rows, top_k=8, scales=(k1_scale, None))
+    expected, expected_active = definition(x, k1, rows, top_k=8, scales=(k1_scale, None))
     close(y, expected)
     np.testing.assert_array_equal(active, expected_active)
 
@@ -74,21 +79,20 @@ def test_rows_that_select_nothing_or_almost_everything(apply, m):
     high = jnp.where(jnp.arange(64) % 3 == 0, -1.0, 1.0)[:, None] * jnp.ones((64, 4))
     positive = jnp.abs(x)
     y, active = apply(positive, high, rows, top_k=40)
-    expected, expected_active = reference(positive, high, rows, top_k=40)
+    expected, expected_active = definition(positive, high, rows, top_k=40)
     close(y, expected)
     np.testing.assert_array_equal(active, expected_active)
     assert int(active.min()) == 42
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("place", [2, 20])
+@pytest.mark.parametrize(("bad", "place"), [(jnp.nan, 2), (jnp.inf, 2), (-jnp.inf, 20), (jnp.nan, 20)])
 def test_not_a_number_stays_in_its_row(apply, bad, place):
     draw = Draw("float32")
     x = draw.tokens(3, 24)
     (k1, rows), _ = layer(draw, 24, 10, 60)
     x = x.at[1, place].set(bad)
     y, _ = apply(x, k1, rows, top_k=9)
-    expected, _ = reference(x, k1, rows, top_k=9)
+    expected, _ = definition(x, k1, rows, top_k=9)
     assert not np.isfinite(expected[1]).any()
     assert not np.isfinite(y[1]).any()
     close(y[::2], expected[::2])
@@ -113,7 +117,7 @@ def test_only_active_rows_are_read(form):
     (k1, rows), _ = layer(draw, 24, 10, 200)
     call = jax.jit(partial(spark_ffn_rows, top_k=12, implementation=implementation(form)))
     expected, _ = call(x, k1, rows)
-    _, gate = spark_ffn(x, k1.T, rows[:, :14].T, rows[:, 14:], top_k=12, return_gate=True)
+    _, gate = trained(x, k1.T, rows[:, :14].T, rows[:, 14:], top_k=12)
     inactive = ~(gate != 0).any(axis=0)
     assert inactive.sum() > 150
     poisoned = jnp.where(inactive[:, None], jnp.nan, rows)
