@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sharding.train_on_meshes import MESHES, ROUTED
+from tests.sharding.train_on_meshes import COVERED
 
 pytestmark = pytest.mark.slow
 
@@ -12,7 +12,7 @@ def differences(on_eight_devices):
     return on_eight_devices("train_on_meshes")
 
 
-CASES = [(arch, mesh) for arch in ("dense", "spark", "blockffn", *ROUTED) for mesh in ROUTED.get(arch, MESHES)]
+CASES = [(arch, mesh) for arch, meshes in COVERED.items() for mesh in meshes]
 
 
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
