@@ -1,6 +1,6 @@
 """Small decoders of every kind, built once a session. A kind without one fails `test_decoder`."""
 
-import contextlib
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 
 BASE = {"vocab_size": 61, "d_model": 24, "layers": 5, "max_seq_len": 48}
+TWO = {**BASE, "layers": 2}  # where all layers are alike
 GEMMA = {
     "residual": PreNormConfig(post_norm=True),
     "norm": NormConfig(zero_centered=True),
@@ -38,13 +39,13 @@ CONFIGS = {
         ffn=GatedFFNConfig(d_ff=32),
     ),
     "spark": DecoderConfig(
-        **BASE,
+        **TWO,
         **GEMMA,
         attention=SparkAttentionConfig(heads=4, kv_heads=2, head_dim=8, window=12, softcap=50.0, r=4, top_k=6),
         ffn=SparkFFNConfig(d_ff=48, top_k=5, r=12),
     ),
     "blockffn": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=MLAConfig(
             heads=3, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
         ),
@@ -57,33 +58,33 @@ CONFIGS = {
         init=InitConfig(kind="fixed", scale=0.1, width_base=256, embedding_std=0.1, output_std=0.1),
     ),
     "llama": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=GQAConfig(heads=4, kv_heads=2, head_dim=8, qk_norm=True, rope=RopeConfig(fraction=0.5, base=5e5)),
         ffn=GatedFFNConfig(d_ff=32, activation="silu"),
         norm=NormConfig(eps=1e-5),
         tie_embeddings=False,
     ),
     "gpt2": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None, bias=True),
         ffn=PlainFFNConfig(d_ff=32, bias=True),
         norm=NormConfig(kind="layer", bias=True),
         learned_positions=True,
     ),
     "moe": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
         ffn=MoEFFNConfig(experts=6, expert_width=8, k=3, router="deepseek", shared_experts=1, router_std=0.3),
     ),
     "moex": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=GQAConfig(heads=4, kv_heads=4, head_dim=6, rope=None),
         ffn=MoEXFFNConfig(expert_width=12),
         norm=NormConfig(kind="layer"),
         learned_positions=True,
     ),
     "mohd": DecoderConfig(
-        **BASE,
+        **TWO,
         attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
         ffn=GatedFFNConfig(d_ff=32, activation="silu"),
         residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
@@ -98,8 +99,21 @@ CONFIGS = {
 }
 
 
+@cache
+def initialised(config: DecoderConfig):
+    return nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+
+
 def build(config: DecoderConfig) -> Decoder:
-    return Decoder(config, rngs=nnx.Rngs(0))
+    """A new decoder; its initial weights, which take longer to make than most calls of it, are made once."""
+    return nnx.merge(*initialised(config), copy=True)
+
+
+def with_weights_of(config: DecoderConfig, model: Decoder) -> Decoder:
+    """The decoder of another configuration with all variables of `model`."""
+    other = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    nnx.update(other, nnx.state(model))
+    return other
 
 
 def forward(model: Decoder):
@@ -113,14 +127,6 @@ def forward(model: Decoder):
         return call(state, tokens, segment_ids=segment_ids, **kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def compiled_quickly():
-    """Programs of these small models run for less time than it takes to optimise them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))

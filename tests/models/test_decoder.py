@@ -14,13 +14,7 @@ from sparsezoo_jax.models.attention import GQA, GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS, RESIDUAL_KINDS
 from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.ffn import GatedFFNConfig
-from tests.models.conftest import BASE, CONFIGS, build, compiled_quickly, forward
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with compiled_quickly():
-        yield
+from tests.models.conftest import BASE, CONFIGS, build, forward, with_weights_of
 
 
 @pytest.mark.parametrize(
@@ -40,9 +34,7 @@ def test_output(config, output, tokens):
 
 
 def test_scanned_layers_equal_unrolled_ones(config, model, tokens, output):
-    other = build(dataclasses.replace(config, scan_layers=False))
-    nnx.update(other, nnx.state(model))
-    unrolled = forward(other)(tokens)
+    unrolled = forward(with_weights_of(dataclasses.replace(config, scan_layers=False), model))(tokens)
     # Compiled differently, so the last bits differ; a layer in the wrong place would differ by its whole output.
     np.testing.assert_allclose(unrolled.logits, output.logits, rtol=1e-5, atol=2e-5)
     for name, value in output.stats.items():
@@ -140,9 +132,7 @@ def test_window_of_local_layers(tokens):
 
 
 def test_bfloat16_stays_close(config, model, tokens, output):
-    half = build(dataclasses.replace(config, dtype="bfloat16"))
-    nnx.update(half, nnx.state(model))
-    logits = forward(half)(tokens).logits
+    logits = forward(with_weights_of(dataclasses.replace(config, dtype="bfloat16"), model))(tokens).logits
     assert logits.dtype == jnp.float32
     error = jnp.linalg.norm(logits - output.logits) / jnp.linalg.norm(output.logits)
     # Rounding moves neurons, keys and blocks of the width across their thresholds, and each of these widths has few.
@@ -238,7 +228,7 @@ class CountingAttention(GQA):
 @pytest.mark.parametrize("unstacked", [False, True])
 def test_what_attention_observes_reaches_it(monkeypatch, tokens, unstacked):
     monkeypatch.setattr(GQAConfig, "build", lambda self, ctx, rngs: CountingAttention(self, ctx, rngs))
-    model = build(dataclasses.replace(CONFIGS["llama"], layers=2))
+    model = Decoder(CONFIGS["llama"], rngs=nnx.Rngs(0))
     model = model.unstacked() if unstacked else model
     observed = model(tokens).observed
     model.after_step(observed)
