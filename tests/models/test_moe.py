@@ -1,6 +1,7 @@
 """Mixture of experts as a layer of a decoder: dispatch, training with every router, state that is no parameter."""
 
 import dataclasses
+import itertools
 from typing import get_args
 
 import jax
@@ -122,6 +123,24 @@ def test_noise_is_the_same_scanned_and_unrolled(tokens):
         return logits_of(model, tokens)
 
     np.testing.assert_allclose(trained(True), trained(False), atol=1e-4)
+
+
+def test_no_two_layers_draw_the_same_experts(tokens):
+    """Four layers in periods of two whose router knows nothing: what they take is noise alone."""
+    model = build(dataclasses.replace(with_ffn(router="grin", router_std=0.0), layers=4))
+    model.train()
+    graphdef, state = nnx.split(model)
+    draw = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens, record=["expert_scores"]).records)
+    taken = [np.asarray(scores) != 0 for scores in draw(state)["expert_scores"]]
+    for one, other in itertools.combinations(taken, 2):
+        assert (one == other).all(axis=-1).mean() < 0.2, "4 of 8 experts: 70 ways"
+
+
+def test_initial_weights_of_experts():
+    model = build(dataclasses.replace(with_ffn(router="deepseek", expert_std=0.3, router_std=0.02), layers=1))
+    ffn = model.segments[0].blocks[0].ffn
+    stds = {name: float(jnp.std(getattr(ffn, name)[...])) for name in ("up_EDW", "down_EWD", "router_DE")}
+    assert stds == pytest.approx({"up_EDW": 0.3, "down_EWD": 0.3, "router_DE": 0.02}, rel=0.2)
 
 
 def test_every_layer_has_random_numbers_of_its_own():

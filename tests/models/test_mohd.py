@@ -302,6 +302,17 @@ def test_warmup_goes_from_all_blocks_to_the_active_ones():
     assert counts == [8, 7, 6, 5, 4, 4]
 
 
+def test_initial_weights_scale_by_the_active_inputs_or_all():
+    active, everything = (
+        nnx.to_flat_state(nnx.state(build(with_residual(ONE, init_fan_in=name)), nnx.Param))
+        for name in ("active", "all")
+    )
+    for (path, ours), (_, theirs) in zip(active, everything, strict=True):
+        reads_stream = path[-1] in ("q_DNH", "k_DKH", "v_DKH", "gate_DF", "up_DF")
+        factor = (4 / 8) ** 0.5 if reads_stream else 1
+        np.testing.assert_allclose(theirs[...], factor * ours[...], rtol=1e-6, err_msg=str(path))
+
+
 @pytest.mark.parametrize(("blocks", "active", "shared"), [(16, 6, 2), (16, 16, 3), (37, 1, 0), (8, 7, 7), (24, 14, 9)])
 def test_warmup_rounds_up_whole_numbers(blocks, active, shared):
     rng = np.random.default_rng(0)

@@ -125,6 +125,21 @@ def test_sparse_mixer_samples_in_proportion_and_halves_by_heuns_rule():
     np.testing.assert_allclose(grad[cut], np.broadcast_to([-0.2498, 0.2498, 0], grad[cut].shape), atol=5e-5)
 
 
+def test_sparse_mixer_draws_every_round_anew():
+    s = np.array([1.0, 0.98, 0.96, 0.94])
+    routing = jax.jit(lambda s: routers.sparse_mixer(s, 2, 0.1, jax.random.key(0)))(
+        jnp.broadcast_to(one(s), (1, 20_000, 4))
+    )
+    p = np.exp(s) / np.exp(s).sum()
+    (first, second), weights = np.asarray(routing.experts_BTK[0]).T, np.asarray(routing.weights_BTK[0]).T
+    whole = np.stack([weights[0] / p[first], weights[1] / (p[second] / (1 - p[first]))]) > 0.9
+    # Neither round took its best expert, 0: each weight is whole with probability 1/4, whatever the other's is.
+    sampled = (first != 0) & (second != 0)
+    assert sampled.mean() > 0.3
+    np.testing.assert_allclose(whole[:, sampled].mean(axis=1), 1 / 4, atol=0.02)
+    np.testing.assert_allclose(whole[:, sampled].all(axis=0).mean(), 1 / 16, atol=0.015)
+
+
 def test_sparse_mixer_is_finite_at_zero_and_negative_scores():
     for values in ([0.0, 0.0, 0.0], [-1.0, -1.05, -9.0], [0.0, -1e-30, 5e-39]):
         routing, grad = jax.value_and_grad(lambda s: routers.sparse_mixer(s, 2, 0.1, None).weights_BTE.sum())(

@@ -20,6 +20,8 @@ from sparsezoo_jax.training.optimizers import Muon
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import flatten
 
+from tests.devices import with_devices
+
 from .test_step import assert_equal, batch_number, setup
 
 CHANGES = {"objectives": (AdaptiveFactor(loss="activation", weight=0.1, start=2, interval=1),)}
@@ -305,6 +307,13 @@ def test_another_shape_is_named(directory, states):
         restore(directory, changed)
 
 
+def test_another_type_is_named(directory, states):
+    changed = jax.tree.map(lambda x: x, states[0])
+    changed.params["up"] = changed.params["up"].astype(jnp.bfloat16)
+    with pytest.raises(UserError, match=r"model/params/up is float32\[2, 8, 16\] there, bfloat16\[2, 8, 16\] here"):
+        restore(directory, changed)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "uint32", "float16"])
 def test_fingerprints_notice_any_flipped_bit_and_any_swap(dtype):
     values = jnp.asarray(np.arange(24).reshape(2, 3, 4) % 5, dtype)
@@ -377,7 +386,7 @@ assert len(four["up"].sharding.device_set) == 4 and four["up"].addressable_shard
 jax.tree.map(np.testing.assert_array_equal, one, four)
 print("same")
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(4), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "same", run.stderr
 

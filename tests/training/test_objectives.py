@@ -5,7 +5,7 @@ import pytest
 from scipy.special import log_softmax
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.evaluation.cross_entropy import token_loss
+from sparsezoo_jax.evaluation.cross_entropy import chunked_token_loss, token_loss
 from sparsezoo_jax.training.objectives import (
     AdaptiveFactor,
     FixedObjective,
@@ -24,6 +24,32 @@ def test_token_loss_matches_a_float64_reference():
     np.testing.assert_allclose(found.cross_entropy_sum, cross_entropy[mask].sum(), rtol=1e-5)
     np.testing.assert_allclose(found.z_sum, (log_z[mask] ** 2).sum(), rtol=1e-5)
     assert found.count == mask.sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 12])
+def test_the_loss_in_chunks_is_that_of_all_logits(chunk):
+    """Under a mask with a chunk of no targets, with logits that are not finite where there are none."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.float32(rng.normal(size=(2, 12, 5))).at[0, 4].set(jnp.nan)
+    weight = jnp.float32(rng.normal(size=(5, 7)))
+    targets = jnp.int32(rng.integers(0, 7, (2, 12)))
+    mask = jnp.asarray(rng.random((2, 12)) < 0.6).at[:, 4].set(False).at[:, 0].set(True).at[:, ::4].set(False)
+
+    def whole(hidden, weight):
+        return token_loss(hidden @ weight, targets, mask)
+
+    def chunked(hidden, weight):
+        return chunked_token_loss(lambda h: h @ weight, hidden, targets, mask, chunk)
+
+    def all_of(loss):
+        def weighed(*arrays):
+            found = loss(*arrays)
+            return found.cross_entropy_sum + 0.1 * found.z_sum, found
+
+        return jax.jit(jax.grad(weighed, argnums=(0, 1), has_aux=True))(hidden, weight)
+
+    for ours, theirs in zip(jax.tree.leaves(all_of(chunked)), jax.tree.leaves(all_of(whole)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_masked_positions_can_hold_anything():
@@ -100,6 +126,16 @@ def test_adaptive_factor_follows_the_reference_trace():
         2000: 0.2,
     }
     np.testing.assert_allclose([found[n - 1] for n in trace], list(trace.values()), rtol=1e-4)
+
+
+def test_adaptive_factor_keeps_to_its_own_bounds():
+    """The loss doubles once, then goes on rising by a hundredth at a time."""
+    objective = AdaptiveFactor(loss="cs", weight=0.5, start=2, interval=1, min_factor=1.2, max_ratio=3.0)
+    state, found = objective.init(), []
+    for step, loss in enumerate([1.0, 1.0, 2.0, 2.02, 2.04, 2.06, 2.08]):
+        found.append(float(objective.coefficient(state, jnp.int32(step))))
+        state = objective.update(state, {"losses/cs": jnp.float32(loss)}, jnp.int32(step))
+    np.testing.assert_allclose(found, [0.5, 0.5, 0.5, 1.0, 1.2, 1.44, 1.5], rtol=1e-6)
 
 
 def test_adaptive_factor_survives_a_loss_of_zero():

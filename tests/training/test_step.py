@@ -1,4 +1,5 @@
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,43 @@ def test_accumulation_equals_one_large_batch(count):
     a, b = flatten(state_one), flatten(state_many)
     for path in a:
         np.testing.assert_allclose(b[path], a[path], rtol=2e-4, atol=1e-7, err_msg=path)
+
+
+class Observed(nnx.Variable):
+    """Moved by `after_step`."""
+
+
+class ObservingModel(ToyModel):
+    """Reports its tokens' mean, and keeps the last one."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.seen = Observed(jnp.zeros(()))
+
+    def __call__(self, tokens_BT, *, segment_ids, positions):
+        out = super().__call__(tokens_BT, segment_ids=segment_ids, positions=positions)
+        real = segment_ids > 0
+        mean = jnp.sum(tokens_BT * real) / jnp.maximum(jnp.sum(real), 1)
+        return ObservingOutput(*out, {"mean": mean})
+
+    def after_step(self, observed):
+        self.seen[...] = observed["mean"]
+
+
+class ObservingOutput(NamedTuple):
+    logits: jax.Array
+    losses: dict
+    stats: dict
+    observed: dict
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_observed_is_a_mean_over_all_target_tokens(count):
+    batch = batch_number()
+    assert len(set(batch["mask"].sum(axis=1).tolist())) > 1, "equal micro-batches could not tell tokens from batches"
+    _, state, step = setup(ObservingModel, accumulation=count)
+    after, _ = step(state, batch)
+    np.testing.assert_allclose(after.model_state["seen"], batch["tokens"][batch["mask"]].mean(), rtol=1e-6)
 
 
 def test_loss_falls():
