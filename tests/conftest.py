@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -26,6 +27,12 @@ def pytest_unconfigure():
     """Remove what only this process, not one of its workers, made."""
     if _xla_cache:
         shutil.rmtree(_xla_cache, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, so that no long one is left to a single process at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from tests.covering import pairs
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -47,15 +48,21 @@ def both_passes(k, masked):
     return function
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("size", list(FFN_SCORES))
+FLOATS = [jnp.bfloat16, jnp.float32]
+
+
+# Every generation meets every shape, every type and every size, not every combination of these.
+@pytest.mark.parametrize(("compiled", "size", "dtype"), pairs(TPUS, FFN_SCORES, FLOATS), indirect=["compiled"])
 def test_statistical_topk(compiled, size, dtype):
     d, k = FFN_SCORES[size]
     assert compiled(both_passes(k, False), *[((256, d), dtype)] * 2).count("tpu_custom_call") >= 2
 
 
-@pytest.mark.parametrize("shape", [(1, 40), (3, 129), (37, 8192), (2, 60_000)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("compiled", "shape", "masked"),
+    pairs(TPUS, [(1, 40), (3, 129), (37, 8192), (2, 60_000)], [False, True]),
+    indirect=["compiled"],
+)
 def test_statistical_topk_of_odd_shapes(compiled, shape, masked):
     mask = [(shape, jnp.bool_)] * masked
     assert compiled(both_passes(20.0, masked), (shape, jnp.bfloat16), (shape, jnp.bfloat16), *mask)
@@ -90,8 +97,9 @@ def test_spark_attention(compiled, size, window):
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3
 
 
-@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("size", ["2b", "9b"])
+@pytest.mark.parametrize(
+    ("compiled", "size", "storage"), pairs(TPUS, ["2b", "9b"], [*FLOATS, jnp.int8]), indirect=["compiled"]
+)
 def test_spark_ffn_rows(compiled, size, storage):
     d, r, neurons, top_k = SPARK_FFN[size]
 

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsezoo_jax.pallas_kernels import weighted_rows
+from tests.covering import pairs
 from tests.kernels.few_rows import STORAGE
 from tests.kernels.simulator import races
 
@@ -40,12 +41,17 @@ def definition(q, weights, rows):
     return weights @ rows[..., part:]
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("part", [0, 128])
+# Any two of these; problems are (rows, share).
 @pytest.mark.parametrize(
-    ("rows", "share"), [(384, 0.2), (384, 1), (640, 0.9), (1000, 0.5), (1000, 1), (130, 0.5), (5, 0.5), (256, 0)]
+    ("storage", "part", "given"),
+    pairs(
+        STORAGE,
+        [0, 128],
+        [(384, 0.2), (384, 1), (640, 0.9), (1000, 0.5), (1000, 1), (130, 0.5), (5, 0.5), (256, 0)],
+    ),
 )
-def test_is_the_definition(storage, part, rows, share, monkeypatch):
+def test_is_the_definition(storage, part, given, monkeypatch):
+    rows, share = given
     monkeypatch.setattr(weighted_rows, "_ROWS", 256)
     monkeypatch.setattr(weighted_rows, "_TRANSFER", 15_000)  # so that some of these read all, and some do not
     q, weights, values, _ = problem(storage, rows, share, part=part)

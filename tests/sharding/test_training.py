@@ -2,6 +2,7 @@
 
 import pytest
 
+from sparsezoo_jax.configs import PRESETS
 from tests.sharding.train_on_meshes import COVERED
 
 pytestmark = pytest.mark.slow
@@ -13,6 +14,10 @@ def differences(on_eight_devices):
 
 
 CASES = [(arch, mesh) for arch, meshes in COVERED.items() for mesh in meshes]
+
+
+def test_every_architecture_trains_on_a_mesh():
+    assert set(COVERED) == set(PRESETS)
 
 
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
@@ -27,5 +32,6 @@ def test_meshes_agree_with_one_device(differences, arch, mesh):
 
 
 @pytest.mark.parametrize(("arch", "mesh"), CASES)
-def test_only_norm_scales_are_repeated_within_a_model_copy(differences, arch, mesh):
-    assert all(name.endswith("/scale") for name in differences[arch][mesh]["held"])
+def test_only_norm_scales_and_routers_are_repeated_within_a_model_copy(differences, arch, mesh):
+    """Each device routes its own tokens over all experts, so that columns of a mixture's router are not split."""
+    assert all(name.endswith(("/scale", "/router_DE")) for name in differences[arch][mesh]["held"])

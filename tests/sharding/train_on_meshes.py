@@ -36,6 +36,7 @@ COVERED = {
     "blockffn": ("fsdp 2, context 2, tensor 2", "data 2, expert 2, tensor 2", "fsdp 4, tensor 2"),
     "mohd": ("fsdp 2, context 2, tensor 2",),
     "moex": ("expert 2, tensor 4",),
+    "moe": ("data 2, expert 2, tensor 2",),
 }
 SHAPE = (8, 32)
 
@@ -63,6 +64,15 @@ def models():
         "blockffn",
         dataclasses.replace(
             model, vocab_size=512, d_model=64, attention=attention, ffn=ffn, scan_layers=True, remat="full"
+        ),
+    )
+
+    model = preset("moe", "tiny").model
+    ffn = dataclasses.replace(model.ffn, experts=8, expert_width=16, k=3, shared_experts=1)
+    yield (
+        "moe",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
         ),
     )
 
