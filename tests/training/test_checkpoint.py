@@ -19,7 +19,6 @@ from sparsezoo_jax.training.objectives import AdaptiveFactor
 from sparsezoo_jax.training.optimizers import Muon
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.state import flatten
-
 from tests.devices import with_devices
 
 from .test_step import assert_equal, batch_number, setup
@@ -304,13 +303,6 @@ def test_another_shape_is_named(directory, states):
     changed = jax.tree.map(lambda x: x, states[0])
     changed.params["up"] = jnp.zeros((2, 8, 32))
     with pytest.raises(UserError, match=r"model/params/up is float32\[2, 8, 16\] there, float32\[2, 8, 32\] here"):
-        restore(directory, changed)
-
-
-def test_another_type_is_named(directory, states):
-    changed = jax.tree.map(lambda x: x, states[0])
-    changed.params["up"] = changed.params["up"].astype(jnp.bfloat16)
-    with pytest.raises(UserError, match=r"model/params/up is float32\[2, 8, 16\] there, bfloat16\[2, 8, 16\] here"):
         restore(directory, changed)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsezoo_jax.training.parameters import saved_steps
+from tests.devices import with_devices
 
 from .lost_process import TIMEOUT
 
@@ -22,7 +23,7 @@ def pair(workdir, victim, number):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1)}
     processes = []
     for i in (0, 1):
         arguments = [str(i), str(port), str(workdir), str(victim), str(int(number))]
