@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,13 +101,25 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """A file's content.
 
     Raises:
-      OSError: it can't be read. ValueError: it is longer than `max_bytes`.
+      OSError: it can't be read. ValueError: it is longer than `max_bytes`, or no regular file.
     """
+    require_regular(path)
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"longer than {max_bytes:,} bytes")
     return content
+
+
+def require_regular(path: Path) -> None:
+    """Check that opening `path` can't wait for ever, as a pipe does. Of a directory the system says so itself.
+
+    Raises:
+      OSError: there is no such file. ValueError: it is a pipe or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError("is no regular file")
 
 
 # A string without an end is taken to the end of the text, so that no character is looked at twice.

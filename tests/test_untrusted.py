@@ -1,19 +1,30 @@
 """What somebody else's files may not do: run programs, name places here, ask for unbounded work, forge lines."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 
+import sparsezoo_jax
 from sparsezoo_jax.config import RunConfig, from_json, read_config, stored_config, to_json
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data import DataConfig, open_documents
-from sparsezoo_jax.errors import DataError, SparsezooWarning, UserError
+from sparsezoo_jax.data.chess.pgn import game_string
+from sparsezoo_jax.data.tokenizer import load_tokenizer
+from sparsezoo_jax.errors import DataError, SparsezooWarning, StorageError, UserError
+from sparsezoo_jax.evaluation.history import read_history
 from sparsezoo_jax.overrides import local_fields, with_values
 from sparsezoo_jax.registry import Registry
 from sparsezoo_jax.run_dir import write_config
+from sparsezoo_jax.training.checkpoint_format import write_meta
+from sparsezoo_jax.training.parameters import read_params, restore_params, save_params
 from sparsezoo_jax.untrusted import Local, parse_json, printable, read_json
 
 #: Text fields that name nothing on a machine: keys of tables in this package, of a data set, or of parameters.
@@ -162,6 +173,62 @@ def test_sizes_in_a_configuration(field, value, message):
     holder[name] = value
     with pytest.raises(UserError, match=message):
         from_json(json.dumps(values))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_config(tmp_path / "config.json")
+    with pytest.raises(StorageError, match="is no regular file"):
+        read_history(tmp_path)
+
+
+def test_arrays_without_bytes_do_not_fill_the_memory(tmp_path):
+    save_params(tmp_path, {"x": np.zeros((4, 4), np.float32)})
+    (meta,) = tmp_path.glob("0/meta/metadata")
+    for name in ("x", "y"):  # one that is there, with another shape, and one that is not
+        values = json.loads(meta.read_text())
+        values["arrays"][f"model/params/{name}"] = [[1 << 20, 1 << 20], "float32", 0]
+        values.pop("checksum")
+        meta.write_text(json.dumps(write_meta(values)))
+        with pytest.raises(StorageError, match=r"declares arrays of .* bytes in files of"):
+            restore_params(tmp_path)
+    with pytest.raises(StorageError, match="declares arrays of"):
+        next(read_params(tmp_path))
+
+
+def growing(factor, rules):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    made.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Replace("a", "a" * factor)] * rules)
+    return made
+
+
+def test_a_tokenizer_whose_rules_multiply(tmp_path):
+    growing(10, 9).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="its rules may make 1000000000 characters of one; at most 4096"):
+        load_tokenizer(tmp_path)
+    growing(2, 3).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a") == [0] * 8
+
+
+def test_numbers_of_tokens(tmp_path):
+    write_config(tmp_path, preset("dense"))
+    text = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 4321}, [])).to_str()
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.vocab_size=4096: must be at least the tokenizer's 4322"):
+        sparsezoo_jax.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text.replace("4321", "2147483648"))
+    with pytest.raises(DataError, match="numbers its tokens up to 2147483648; at most 16777216 tokens are read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["1e4", "1." + " 1" * 200_000, "{" * 200_000, "1. e4 " * 200_000], ids=lambda x: x[:6])
+def test_one_long_game_takes_no_quadratic_time(text):
+    started = time.process_time()
+    with contextlib.suppress(DataError):
+        game_string(text, "x.pgn:1")
+    assert time.process_time() - started < 10  # two seconds here; minutes when each move copied the rest of the game
 
 
 def test_printable():

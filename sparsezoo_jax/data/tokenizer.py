@@ -17,7 +17,14 @@ from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
-from sparsezoo_jax.untrusted import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH, parse_json, read_bytes, read_json
+from sparsezoo_jax.untrusted import (
+    MAX_SIZE,
+    MAX_TOKENIZER_BYTES,
+    MAX_TOKENIZER_GROWTH,
+    parse_json,
+    read_bytes,
+    read_json,
+)
 
 HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 #: Names the tokenizer of chess games in `data.tokenizer`.
@@ -312,9 +319,13 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        # The library writes a tokenizer by counting up to its last token, in memory for each.
+        tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         rules = [parse_json(part.__getstate__()) for part in (tokenizer.normalizer, tokenizer.decoder) if part]
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"{path}: not a Hugging Face tokenizer, or damaged: {error}") from error
+    if tokens > MAX_SIZE:
+        raise DataError(f"{path}: numbers its tokens up to {tokens - 1}; at most {MAX_SIZE} tokens are read")
     growth = max(map(_growth, rules), default=1)
     if growth > MAX_TOKENIZER_GROWTH:
         raise DataError(f"{path}: its rules may make {growth} characters of one; at most {MAX_TOKENIZER_GROWTH}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsezoo_jax.errors import StorageError
-from sparsezoo_jax.untrusted import parse_json
+from sparsezoo_jax.untrusted import parse_json, require_regular
 
 #: Bytes of a row of metrics, and lists within each other there; a thousand layers are 20 kB for each statistic.
 MAX_ROW_BYTES, MAX_ROW_DEPTH = 1 << 22, 4
@@ -49,6 +49,7 @@ def read_history(directory: Path) -> History:
     path = directory / METRICS
     lines, rows = 0, []
     try:
+        require_regular(path)
         with path.open("rb") as file:
             # A line without an end is read in pieces, none of which is a row.
             while line := file.readline(MAX_ROW_BYTES):
@@ -58,8 +59,8 @@ def read_history(directory: Path) -> History:
                     rows.append(row)
     except FileNotFoundError:
         pass
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     train, evaluation = ([row for row in rows if ("split" in row) == evaluated] for evaluated in (False, True))
     return History(_course(train), _course(evaluation), lines - len(rows))
 

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.processes import DamagedCheckpointError
 from sparsezoo_jax.training.state import PureDict, flatten
+from sparsezoo_jax.untrusted import check_expansion
 
 # Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
 # read_only. What it raises becomes one StorageError; pages before that line would hide it.
@@ -131,6 +132,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
                 f"package; this one reads format {FORMAT}"
             )
     _check_meta(meta, step)
+    _check_size(manager, step, meta["arrays"])
     return meta
 
 
@@ -149,6 +151,15 @@ def _check_meta(meta: dict[str, Any], step: int) -> None:
     batch, expected = data.get("next_batch", step), step + meta.get("passed_over", 0)
     if type(batch) is not int or batch != expected:
         raise DamagedCheckpointError(f"its position in the data is batch {batch}, not {expected}")
+
+
+def _check_size(manager: ocp.CheckpointManager, step: int, arrays: Mapping[str, list[Any]]) -> None:
+    """Arrays that have no bytes on disk are read as zeros: without this, a small file could fill the memory."""
+    with reading(manager, step, "its metadata can't be right: "):
+        folders = (manager.directory / str(step)).walk()
+        stored = sum((folder / name).stat().length for folder, _, names in folders for name in names)
+        sizes = {path: math.prod(shape) * jnp.dtype(dtype).itemsize for path, (shape, dtype, _) in arrays.items()}
+        check_expansion(sizes, stored)
 
 
 @contextlib.contextmanager
