@@ -35,6 +35,7 @@ from sparsezoo_jax.training.checkpoint_format import (
 )
 from sparsezoo_jax.training.processes import barrier, from_first, in_all
 from sparsezoo_jax.training.state import PureDict, TrainState, flatten
+from sparsezoo_jax.untrusted import printable
 
 MODEL_FIELDS = ("params", "model_state")
 
@@ -163,7 +164,9 @@ class Checkpointer:
                 reasons.append(f"step {step}: {error}")
                 if jax.process_index() == 0:
                     where = f"checkpoint {self.directory / str(step)}"
-                    print(f"warning: {where} is damaged ({error}); trying the one before it", file=sys.stderr)
+                    print(
+                        f"warning: {where} is damaged ({printable(error)}); trying the one before it", file=sys.stderr
+                    )
                 continue
             self._set_aside([later for later in steps if later > step])
             return restored

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.untrusted import printable, read_json
 
 LEASE = ".lease"
 TOUCH_SECONDS = 10.0
@@ -103,7 +104,10 @@ class Lease:
         if owner.is_local():
             return not owner.is_running()
         touched = _touched(self.path)
-        print(f"{self.path.parent}: watching {self._stale_seconds:.0f} s whether {owner} still runs", file=sys.stderr)
+        print(
+            f"{self.path.parent}: watching {self._stale_seconds:.0f} s whether {printable(owner)} still runs",
+            file=sys.stderr,
+        )
         deadline = time.monotonic() + self._stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._stale_seconds / 10))
@@ -167,7 +171,7 @@ def _started(pid: int) -> str | None:
 def _read(path: Path) -> Owner | None:
     """The owner; None without a lease, or with one that says nothing (cut short by a crash of the machine)."""
     try:
-        return Owner(**json.loads(path.read_bytes()))
+        return Owner(**read_json(path))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
