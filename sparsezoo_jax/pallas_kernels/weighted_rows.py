@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-#: Rows of a buffer: whole vectors of weights, and with long rows no more than that.
+#: A buffer has a multiple of `_LANES` rows, `_ROWS` at most and, if more than `_LANES`, no more than `_BUFFER` bytes.
 _LANES, _ROWS, _BUFFER = 128, 512, 2**20
-#: Of VMEM, for two buffers, weights, queries and sums.
+#: Bytes of VMEM for two buffers, weights, queries and sums.
 _VMEM = 12 * 2**20
 _SUBLANES = 8
 #: Bytes that memory delivers in the time that it takes to start one transfer.
@@ -29,7 +29,7 @@ _TRANSFER = 24 * 2**10
 
 
 def _tile(rows: Sequence[jax.Array]) -> int:
-    """Rows of a tile of memory: of the largest one, which the others divide."""
+    """Rows of a tile of memory; with arrays of several dtypes those of the largest tile, a multiple of the others."""
     return max(32 // array.dtype.itemsize for array in rows)
 
 
@@ -37,12 +37,12 @@ def _bytes_of_row(rows: Sequence[jax.Array]) -> int:
     return sum(array.shape[-1] * array.dtype.itemsize for array in rows)
 
 
-def _buffered(rows: Sequence[jax.Array]) -> int:
-    """Rows of a buffer."""
+def _buffer_rows(rows: Sequence[jax.Array]) -> int:
+    """How many rows a buffer holds."""
     count = rows[0].shape[-2] // _tile(rows) * _tile(rows)
     fitting = min(max(_BUFFER // _bytes_of_row(rows), _LANES), _ROWS, max(pl.cdiv(count, _LANES), 1) * _LANES)
     sizes = range(fitting // _LANES * _LANES, 0, -_LANES)
-    # One that divides the rows lets all of them be read in order.
+    # If the size divides the number of rows, all of them can be read in order.
     return next((size for size in sizes if count % size == 0), sizes[0])
 
 
@@ -53,36 +53,46 @@ def _padded(x: jax.Array, to: int, axis: int) -> jax.Array:
 
 
 def refusal(groups: int, part: int, *rows: jax.Array, factors: bool = False, interpret: bool) -> str | None:
-    """Why the kernel can't take so many queries of a head, A = `part`, such rows and factors, or None if it can."""
+    """Why the kernel can't take these arguments of `weighted_rows`, or None if it can.
+
+    Args:
+      groups: queries of a head, G.
+      part: columns that a product is taken with, A.
+      rows: the arrays of rows.
+      factors: whether products have factors.
+      interpret: whether the kernel is interpreted.
+    """
     count, widths = rows[0].shape[-2], [part, *(array.shape[-1] for array in rows)]
     if not interpret and any(width % _LANES for width in widths):
         return f"takes rows in parts of whole tiles of 128 columns, not {' and '.join(map(str, widths))}"
     high = pl.cdiv(groups, _SUBLANES) * _SUBLANES
-    needed = 2 * _buffered(rows) * _bytes_of_row(rows)
+    needed = 2 * _buffer_rows(rows) * _bytes_of_row(rows)
     needed += 4 * (2 * (high + _SUBLANES * factors) * count + 3 * high * max(widths))
     return None if needed <= _VMEM else f"needs {needed} bytes of VMEM, more than {_VMEM}"
 
 
-def _pieces(x: jax.Array) -> jax.Array:
-    """Three bfloat16 arrays, one below the other, whose sum is x in float32, exactly."""
-    found = []
+def _bfloat16_terms(x: jax.Array) -> jax.Array:
+    """Three bfloat16 arrays, stacked along axis 0, whose sum is exactly x, which is float32."""
+    terms = []
     for _ in range(3):
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        found.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
-        x = x - found[-1]
-    return jnp.concatenate(found, axis=0).astype(jnp.bfloat16)
+        terms.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - terms[-1]
+    return jnp.concatenate(terms, axis=0).astype(jnp.bfloat16)
 
 
 def _product(x: jax.Array, rows: jax.Array, contract: int) -> jax.Array:
-    """The product of x in float32 with rows, over the given axis of them, as precise as in float32."""
+    """The product of x, which is float32, with rows of any dtype over their axis `contract`, to float32's precision."""
     dimensions = (((1,), (contract,)), ((), ()))
     if rows.dtype == jnp.float32:
         return jax.lax.dot_general(
             x, rows, dimensions, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
-    # A matrix unit takes rows of bfloat16 once for all pieces of x; int8 is exact in it.
+    # The matrix unit loads the rows once and multiplies all three terms of x by them. (bfloat16 holds int8 exactly.)
     high = x.shape[0]
-    y = jax.lax.dot_general(_pieces(x), rows.astype(jnp.bfloat16), dimensions, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(
+        _bfloat16_terms(x), rows.astype(jnp.bfloat16), dimensions, preferred_element_type=jnp.float32
+    )
     return y[:high] + (y[high : 2 * high] + y[2 * high :])
 
 
@@ -90,23 +100,38 @@ class _Sizes(NamedTuple):
     """What a kernel is compiled for."""
 
     part: int
-    """Columns of a product, A."""
+    """Columns that a product is taken with, A."""
     high: int
-    """Rows of weights; below them are those of factors."""
+    """Rows of weights in `weights_ref`; rows of factors follow them."""
     factors: int
+    """How many rows of factors there are."""
     tile: int
+    """Rows of a tile of memory."""
     rows: int
+    """Rows of all tiles."""
     buffered: int
+    """Rows of a buffer."""
     most: int
-    """Tiles in use from which on all are read in order; above all there are: never."""
+    """If so many tiles are in use, or more, all tiles are read in order. More than there are: never."""
 
 
-def _kernel(counts_ref, tiles_ref, q_ref, weights_ref, *refs, sizes: _Sizes, weigh: Callable[..., jax.Array]):
-    """The rows in use of one head, or all of them where that is no slower."""
+def _kernel(
+    counts_ref,
+    tiles_ref,
+    q_ref,
+    weights_ref,
+    rows_refs: Sequence[Any],
+    y_ref,
+    active_ref,
+    buffer_refs: Sequence[Any],
+    semaphores,
+    *,
+    sizes: _Sizes,
+    weigh: Callable[..., jax.Array],
+):
+    """Sum up the tiles in use of one head, or all of its tiles where that is no slower."""
     part, high, factors, tile, rows, buffered, most = sizes
-    arrays = (len(refs) - 3) // 2
-    rows_refs, (y_ref, active_ref), buffer_refs = refs[:arrays], refs[arrays : arrays + 2], refs[arrays + 2 : -1]
-    semaphores = refs[-1]
+    arrays = len(rows_refs)
     head = pl.program_id(0)
     count = counts_ref[head]
     several, in_lanes = buffered // tile, _LANES // tile
@@ -231,7 +256,7 @@ def weighted_rows(
     # Those in use, in order, and then the last of them again.
     last_H1 = jnp.max(jnp.where(used_HU, places_U, 0), axis=-1, keepdims=True)
     tiles_HU = jnp.minimum(jnp.sort(jnp.where(used_HU, places_U, tiles), axis=-1), last_H1)
-    buffered = _buffered(rows)
+    buffered = _buffer_rows(rows)
     tiles_HU = jnp.pad(tiles_HU, ((0, 0), (0, -tiles % (buffered // tile))), mode="edge")
     counts_H = jnp.sum(used_HU, axis=-1, dtype=jnp.int32)
     weights_HGS = _padded(weights_HGS, _SUBLANES, 1)
@@ -260,11 +285,11 @@ def weighted_rows(
                 of_head(1, tiles_HU.shape[1], memory=pltpu.SMEM),
                 of_head(*q_HGA.shape[1:]),
                 of_head(*weights_HGS.shape[1:]),
-                *[in_memory] * len(rows),
+                [in_memory] * len(rows),
             ],
             out_specs=[of_head(high, width), of_head(high, _LANES)],
             scratch_shapes=[
-                *[pltpu.VMEM((2, buffered, array.shape[-1]), array.dtype) for array in rows],
+                [pltpu.VMEM((2, buffered, array.shape[-1]), array.dtype) for array in rows],
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -277,7 +302,7 @@ def weighted_rows(
         ),
         interpret=interpret,
         name=name,
-    )(counts_H, tiles_HU[:, None], q_HGA, weights_HGS, *rows)
+    )(counts_H, tiles_HU[:, None], q_HGA, weights_HGS, list(rows))
     return y_HGV[:, :group] + last[0], active_HGL[:, :group, 0].astype(jnp.int32) + last[1]
 
 

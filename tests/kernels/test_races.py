@@ -10,9 +10,9 @@ from sparsezoo_jax.pallas_kernels.block_ffn import tpu as block_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import tpu as attention
 from sparsezoo_jax.pallas_kernels.spark_attention import tpu_backward as attention_backward
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles
 from sparsezoo_jax.pallas_kernels.statistical_topk import tpu as statistical_topk
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import Problem
+from sparsezoo_jax.pallas_kernels.tuning import Launch, trying
 from tests.kernels.simulator import races
 
 
@@ -69,19 +69,20 @@ def test_spark_attention(monkeypatch):
     visible = Visibility.of_tokens(jnp.ones((1, 160), jnp.int32))
     problem = attention.Problem(
         r=4, top_k=16, ddof=1, predictor_scale=0.5, value_scale=0.3, softcap=2.0, softcap_values=None,
-        selection="statistical", weighting="softplus", window=None, tiles=Tiles(128, 128),
+        selection="statistical", weighting="softplus",
     )  # fmt: skip
     found = []
 
     def both(interpret):
-        y, attended, kept = attention.forward(q, k, v, visible, problem, interpret)
-        found.append((y, attended, attention_backward.backward(q, k, v, visible, y, kept, g, problem, interpret)))
+        with trying(spark_attention_tpu=Launch((128, 128))):
+            y, attended, statistics = attention.forward(q, k, v, visible, problem, interpret)
+            gradients = attention_backward.backward(q, k, v, visible, y, statistics, g, problem, interpret)
+        found.append((y, attended, gradients))
         return found[-1]
 
     assert not races(both)
-    options = {name: value for name, value in problem.definition().items() if name not in ("ddof", "selection")}
     expected, pull, attended = jax.vjp(
-        lambda *x: spark_attention(*x, visible, **options, implementation="xla"), q, k, v, has_aux=True
+        lambda *x: spark_attention(*x, visible, **problem._asdict(), implementation="xla"), q, k, v, has_aux=True
     )
     for ours, theirs in zip(jax.tree.leaves(found[-1]), jax.tree.leaves((expected, attended, pull(g))), strict=True):
         assert jnp.allclose(ours, theirs, atol=1e-5)

@@ -31,9 +31,10 @@ def refusal(x: jax.Array, up: jax.Array) -> str | None:
     return None
 
 
-def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width: int, total: int, tiles, gated: bool):
+def _hidden_kernel(
+    experts_ref, x_ref, scores_ref, up_ref, gate_ref, hidden_ref, *, n: int, d: int, width: int, total: int, tiles
+):
     """A tile of neurons of one place: activation times score, for all tokens."""
-    up_ref, gate_ref, hidden_ref = refs if gated else (refs[0], None, refs[1])
     tile, depth = tiles
     place, start = pl.program_id(0), pl.program_id(1) * tile
     expert = experts_ref[place]
@@ -53,8 +54,8 @@ def _hidden_kernel(experts_ref, x_ref, scores_ref, *refs, n: int, d: int, width:
         )
 
     zero = jnp.zeros((tokens.size, tile), jnp.float32)
-    sums = jax.lax.fori_loop(0, pl.cdiv(d, depth), step, (zero,) * (2 if gated else 1))
-    hidden = jax.nn.silu(sums[-1]) * sums[0] if gated else jax.nn.silu(sums[0])
+    sums = jax.lax.fori_loop(0, pl.cdiv(d, depth), step, (zero,) * (1 if gate_ref is None else 2))
+    hidden = jax.nn.silu(sums[0]) if gate_ref is None else jax.nn.silu(sums[1]) * sums[0]
     scores = plgpu.load(scores_ref.at[tokens, place], mask=tokens < n, other=0)
     mask = (tokens < n)[:, None] & own[None]
     store(hidden_ref, tokens, place * width + start + neurons, mask, hidden * scores[:, None])
@@ -90,25 +91,23 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
     (n, d), total, places = x.shape, scores.shape[1], experts.shape[0]
     taken_NU = jnp.take(scores, experts, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
     experts = experts.astype(jnp.int32)
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    in_memory = pl.BlockSpec(memory_space=pl.ANY)
     sizes = {"n": n, "d": d, "width": expert_width, "total": total}
 
     def call(kernel, launch, grid, columns, *arrays):
         return pl.pallas_call(
             partial(kernel, **sizes, tiles=launch.tiles),
             grid=grid,
-            in_specs=[whole] * len(arrays),
-            out_specs=whole,
+            in_specs=jax.tree.map(lambda _: in_memory, list(arrays)),
+            out_specs=in_memory,
             out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
             compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,
         )(*arrays)
 
-    gates = [] if gate is None else [gate]
-    hidden_kernel = partial(_hidden_kernel, gated=gate is not None)
     launch = launch_of("block_ffn_union_hidden", itemsize=up.dtype.itemsize)
     grid = (places, pl.cdiv(expert_width, launch.tiles[0]))
-    hidden_NF = call(hidden_kernel, launch, grid, places * expert_width, experts, x, taken_NU, up, *gates)
+    hidden_NF = call(_hidden_kernel, launch, grid, places * expert_width, experts, x, taken_NU, up, gate)
     launch = launch_of("block_ffn_union_sum", itemsize=up.dtype.itemsize)
     grid = (pl.cdiv(d, launch.tiles[0]),)
     return call(partial(_sum_kernel, places=places), launch, grid, d, experts, hidden_NF, down)

@@ -6,7 +6,6 @@ place repeats the number before it, for which nothing is read, and computes noth
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,10 +30,9 @@ def refusal(x: jax.Array, up: jax.Array, gate: jax.Array | None, expert_width: i
     return None if needed <= _VMEM else f"needs {needed} bytes of VMEM, more than {_VMEM}"
 
 
-def _kernel(read_ref, used_ref, x_ref, scores_ref, *refs, gated: bool):
-    """Step i: add expert i's part to the sums; the last step writes them."""
-    up_ref, gate_ref, down_ref, y_ref, sums_ref = refs if gated else (refs[0], None, *refs[1:])
-    del read_ref  # which weights to read; the block specs have used it
+def _kernel(read_ref, used_ref, x_ref, scores_ref, up_ref, gate_ref, down_ref, y_ref, sums_ref):
+    """Step i: add what the expert in place i of the union contributes to the sums; the last step writes them."""
+    del read_ref  # the number of the expert, by which the block specs have chosen the weights
     i = pl.program_id(0)
 
     @pl.when(i == 0)
@@ -50,8 +48,8 @@ def _kernel(read_ref, used_ref, x_ref, scores_ref, *refs, gated: bool):
         else:
             hidden = jax.nn.silu(jnp.dot(x, gate_ref[...], preferred_element_type=jnp.float32)) * up
         scores = scores_ref[...]
-        here = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == i
-        hidden = hidden * jnp.sum(jnp.where(here, scores, 0), axis=1, keepdims=True)
+        own = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == i
+        hidden = hidden * jnp.sum(jnp.where(own, scores, 0), axis=1, keepdims=True)
         sums_ref[...] += jnp.dot(hidden.astype(x.dtype), down_ref[...], preferred_element_type=jnp.float32)
 
     @pl.when(i == pl.num_programs(0) - 1)
@@ -70,17 +68,17 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
 
     columns = pl.BlockSpec((d, expert_width), lambda i, read, used: (0, read[i]))
     rows = pl.BlockSpec((expert_width, d), lambda i, read, used: (read[i], 0))
-    gates = [] if gate is None else [gate]
-    matrices = 2 + len(gates)
+    matrices = 2 if gate is None else 3
     return pl.pallas_call(
-        partial(_kernel, gated=gate is not None),
+        _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(places,),
             in_specs=[
                 pl.BlockSpec((n, d), lambda i, read, used: (0, 0)),
                 pl.BlockSpec((n, places), lambda i, read, used: (0, 0)),
-                *[columns] * (1 + len(gates)),
+                columns,
+                None if gate is None else columns,
                 rows,
             ],
             out_specs=pl.BlockSpec((n, d), lambda i, read, used: (0, 0)),
@@ -95,4 +93,4 @@ def union(x, scores, up, down, gate, experts, expert_width: int, interpret: Any)
         ),
         interpret=interpret,
         name="block_ffn_union",
-    )(read, used.astype(jnp.int32), x, taken_NU, up, *gates, down)
+    )(read, used.astype(jnp.int32), x, taken_NU, up, gate, down)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import dispatch, pallas, plain
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch, pallas, plain
 from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, reference, tpu, tpu_backward
-from sparsezoo_jax.pallas_kernels.spark_attention.common import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
+    Problem,
     attention_scores,
     attention_values,
     rows_of_mask,
@@ -97,7 +97,7 @@ def spark_attention(
         k.shape,
         f"its head count must divide the queries' {q.shape[2]}",
     )
-    problem = Problem(
+    p = Problem(
         r=r,
         top_k=top_k,
         ddof=ddof,
@@ -107,45 +107,42 @@ def spark_attention(
         softcap_values=softcap_values,
         selection=selection,
         weighting=weighting,
-        window=mask.window if isinstance(mask, Visibility) else None,
-        tiles=tpu.tiles_for(q, k),
     )
 
-    def xla(q, k, v, mask):
-        return reference.spark_attention(q, k, v, mask_of(mask), **problem.definition())
-
-    def kernel(q, k, v, mask, *, platform, interpret):
-        return _on_devices(q, k, v, mask, problem, platform, interpret)
-
-    def implementation_for(platform: Literal["tpu", "cuda"], refusal: Callable[..., str | None]):
-        call, default = partial(kernel, platform=platform), q.shape[1] >= _FEWEST_QUERIES
-        why = lambda interpret: refusal(q, k, v, mask, selection, interpret=interpret)  # noqa: E731
-        return pallas(platform, call, why, default=default, sharded=True)
+    def kernel(
+        platform: Literal["tpu", "cuda"], attend: Callable[..., Any], refusal: Callable[..., str | None]
+    ) -> tuple[Implementation[tuple[jax.Array, jax.Array]], ...]:
+        return pallas(
+            platform,
+            partial(_sharded, partial(attend, p)),
+            lambda interpret: refusal(q, k, v, mask, selection, interpret=interpret),
+            default=q.shape[1] >= _FEWEST_QUERIES,
+            sharded=True,
+        )
 
     implementations = [
-        plain(xla),
-        *implementation_for("tpu", tpu.refusal),
-        *implementation_for("cuda", gpu.refusal),
+        plain(lambda q, k, v, mask: reference.spark_attention(q, k, v, mask_of(mask), p)),
+        *kernel("tpu", _attend_on_tpu, tpu.refusal),
+        *kernel("cuda", _attend_on_gpu, gpu.refusal),
     ]
     return dispatch("spark_attention", implementation, implementations)(q, k, v, mask)
 
 
-def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str, interpret):
-    """The kernel on each device's sequences, queries and heads; keys are whole."""
+def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, interpret):
+    """`attend` on each device's sequences, queries and heads; each has all keys of its sequences."""
     group = q.shape[2] // k.shape[2]
 
     def on_shards(q, k, v, *rest):
         *arrays, split = rest
         if split["heads"] != split["kv_heads"]:
-            # The mesh divides the queries' heads but not the keys': those that serve the heads that are here.
-            here = q.shape[2]
-            served = 1 if group % here == 0 else here
-            first = jax.lax.axis_index(split["heads"]) * here
-            wanted = (first + jnp.arange(served) * (here // served)) // group
+            # The mesh divides the queries' heads but not the keys': take those that serve this device's queries.
+            own = q.shape[2]
+            served = 1 if group % own == 0 else own
+            first = jax.lax.axis_index(split["heads"]) * own
+            wanted = (first + jnp.arange(served) * (own // served)) // group
             k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
-        own = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
-        tiles = gpu.TILES if platform == "cuda" else tpu.tiles_for(q, k)
-        return _attend(q, k, v, own, problem._replace(tiles=tiles), platform, interpret)
+        shard = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
+        return attend(q, k, v, shard, interpret)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
     return shard_map(
@@ -156,29 +153,40 @@ def _on_devices(q, k, v, visibility: Visibility, problem: Problem, platform: str
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q, k, v, visibility, problem, platform, interpret):
-    return _attend_forward(q, k, v, visibility, problem, platform, interpret)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _attend_on_tpu(p: Problem, q, k, v, visibility, interpret):
+    return _forward_on_tpu(p, q, k, v, visibility, interpret)[0]
 
 
-def _attend_forward(q, k, v, visibility, problem, platform, interpret):
-    if platform == "cuda":
-        y, attended, kept = gpu.forward(q, k, v, visibility, problem, interpret)
-    else:
-        run_forward = partial(tpu.forward, p=problem, interpret=interpret)
-        y, attended, kept = tpu.by_sequences(run_forward, problem, q, k, v, visibility)
-    return (y, attended), (q, k, v, visibility, y, kept)
+def _forward_on_tpu(p: Problem, q, k, v, visibility, interpret):
+    y, attended, statistics = tpu.by_sequences(partial(tpu.forward, p=p, interpret=interpret), q, k, v, visibility)
+    return (y, attended), (q, k, v, visibility, y, statistics)
 
 
-def _attend_backward(problem, platform, interpret, residuals, g):
-    if platform == "cuda":
-        q, k, v, visibility, y, kept = residuals
-        return (*gpu_backward.backward(q, k, v, visibility, y, kept, g[0], problem, interpret), None)
-    run_backward = partial(tpu_backward.backward, p=problem, interpret=interpret)
-    return (*tpu.by_sequences(run_backward, problem, *residuals, g[0]), None)
+def _backward_on_tpu(p: Problem, interpret, residuals, g):
+    backward = partial(tpu_backward.backward, p=p, interpret=interpret)
+    return (*tpu.by_sequences(backward, *residuals, g[0]), None)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend_on_tpu.defvjp(_forward_on_tpu, _backward_on_tpu)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _attend_on_gpu(p: Problem, q, k, v, visibility, interpret):
+    return _forward_on_gpu(p, q, k, v, visibility, interpret)[0]
+
+
+def _forward_on_gpu(p: Problem, q, k, v, visibility, interpret):
+    y, attended, statistics = gpu.forward(q, k, v, visibility, p, interpret)
+    return (y, attended), (q, k, v, visibility, y, statistics)
+
+
+def _backward_on_gpu(p: Problem, interpret, residuals, g):
+    q, k, v, visibility, y, statistics = residuals
+    return (*gpu_backward.backward(q, k, v, visibility, y, statistics, g[0], p, interpret), None)
+
+
+_attend_on_gpu.defvjp(_forward_on_gpu, _backward_on_gpu)
 
 
 def predicted_keys(
@@ -199,17 +207,18 @@ def predicted_keys(
       The predictor's scores, at least float32, and booleans of the selected keys, both [B, N, T, S].
     """
     batch, queries, heads, _ = q.shape
-    scores, selected = reference.predicted_keys(
-        q,
-        k,
-        mask_of(mask),
+    p = Problem(
         r=r,
         top_k=top_k,
         ddof=ddof,
         predictor_scale=r**-0.5 if predictor_scale is None else predictor_scale,
+        value_scale=0.0,  # of what selects nothing
         softcap=softcap,
+        softcap_values=None,
         selection=selection,
+        weighting="none",
     )
+    scores, selected = reference.predicted_keys(q, k, mask_of(mask), p)
 
     def by_head(rows_BKRS: jax.Array) -> jax.Array:
         # Rows are ordered by query first; see `attention_scores`.

@@ -1,44 +1,25 @@
-"""What the kernels for TPUs and GPUs share: the problem, its arrays by head in whole tiles, and formulas of a tile.
+"""What the kernels for TPUs and GPUs share: arrays by head in whole tiles, and the formulas for one tile of scores.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value head,
-H head width, R = r predictor's part of it, V width of values, I queries and J keys of a tile. Columns are [I, 1].
+H head width, R = r of it the predictor's, V width of values, I queries and J keys of a tile of scores [I, J]. What
+there is one of for each query of a tile is a column [I, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import RowStatistics, quantile_of_count
 
 #: The threshold of queries that attend to all they see: below every score, above NEGATIVE.
 ALL = 0.1 * NEGATIVE
-
-
-class Problem(NamedTuple):
-    """What the kernels know of the call when they are compiled."""
-
-    r: int
-    top_k: int
-    ddof: int
-    predictor_scale: float
-    value_scale: float
-    softcap: float | None
-    softcap_values: float | None
-    selection: str
-    weighting: str
-    window: int | None
-    tiles: Tiles
-    """What arrays are filled up to multiples of."""
-
-    def definition(self) -> dict[str, Any]:
-        """Keyword arguments of the definition."""
-        return {name: value for name, value in self._asdict().items() if name not in ("window", "tiles")}
 
 
 def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool) -> str | None:
@@ -57,65 +38,71 @@ def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool) -> str
 
 
 class Operands(NamedTuple):
-    """The arrays as kernels read them: by head, in whole tiles."""
+    """Queries, keys and values in the layout that kernels read: by head, the lengths filled up to whole tiles.
 
-    q1_BKGTR: jax.Array
-    """The predictor's part of the queries, times its scale."""
-    q2_BKGTH: jax.Array | None
-    """The rest of them, times its scale; None: no softplus."""
-    k1_BKSR: jax.Array
-    k2_BKSH: jax.Array | None
-    v_BKSV: jax.Array
+    The fields are arrays, or inside of a kernel the references to them; gradients have the same layout.
+    """
+
+    q1: Any
+    """[B, K, G, T, R], the dimensions of the queries that select, times their scale."""
+    q2: Any
+    """[B, K, G, T, H - R], the other dimensions, times their scale; None where there is no softplus."""
+    k1: Any
+    """[B, K, S, R]."""
+    k2: Any
+    """[B, K, S, H - R], or None."""
+    v: Any
+    """[B, K, S, V]."""
 
 
-def prepare(q, k, v, p: Problem) -> Operands:
-    """Arrange queries [B, T, N, H], keys and values [B, S, K, H]."""
+def arrange(q, k, v, p: Problem, tiles: Tiles) -> Operands:
+    """Bring queries [B, T, N, H], keys and values [B, S, K, H] into the layout of `Operands`."""
 
     def keys(x_BSKH: jax.Array) -> jax.Array:
-        return padded(x_BSKH.swapaxes(1, 2), p.tiles.keys, 2)
+        return padded(x_BSKH.swapaxes(1, 2), tiles.keys, 2)
 
     # Scaled before the product, in the queries' dtype, as the definition does: else bfloat16 selects other keys.
     kv_heads = k.shape[2]
-    q1 = by_head(p.predictor_scale * q[..., : p.r], kv_heads, p.tiles)
+    q1 = to_heads(p.predictor_scale * q[..., : p.r], kv_heads, tiles)
     if p.weighting == "none":
         return Operands(q1, None, keys(k[..., : p.r]), None, keys(v))
-    q2 = by_head(p.value_scale * q[..., p.r :], kv_heads, p.tiles)
+    q2 = to_heads(p.value_scale * q[..., p.r :], kv_heads, tiles)
     return Operands(q1, q2, keys(k[..., : p.r]), keys(k[..., p.r :]), keys(v))
 
 
-def by_head(x_BTNH: jax.Array, kv_heads: int, tiles: Tiles) -> jax.Array:
-    """[B, K, G, T, H] with T in whole tiles."""
+def to_heads(x_BTNH: jax.Array, kv_heads: int, tiles: Tiles) -> jax.Array:
+    """[B, T, N, H] as [B, K, G, T, H], with T filled up to whole tiles."""
     batch, queries, _, width = x_BTNH.shape
     x_BTKGH = x_BTNH.reshape(batch, queries, kv_heads, -1, width)
     return padded(x_BTKGH.transpose(0, 2, 3, 1, 4), tiles.queries, 3)
 
 
 def from_heads(x_BKGTH: jax.Array, queries: int) -> jax.Array:
-    """[B, T, N, H] without the queries that filled up the last tile."""
+    """[B, K, G, T, H] as [B, T, N, H], without the queries that filled up the last tile."""
     batch, _, _, _, width = x_BKGTH.shape
     return x_BKGTH[:, :, :, :queries].transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, width)
 
 
-def joined(parts: list[jax.Array], like: jax.Array) -> jax.Array:
-    """Parts of heads side by side; zeros where the head has more."""
+def joined(parts: Sequence[jax.Array], like: jax.Array) -> jax.Array:
+    """An array like `like` whose last axis has the parts side by side; zeros where it is longer than they are."""
     return padded(jnp.concatenate(parts, axis=-1), like.shape[-1], -1 % like.ndim).astype(like.dtype)
 
 
 # Formulas -----------------------------------------------------------------------------------------------------------
 
 
-def wide(x: Any) -> Any:
-    """The dtype of scores and sums."""
+def accumulator_dtype(x: Any) -> Any:
+    """The dtype in which scores of `x` are made and summed: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def capped(scores: jax.Array, cap: float | None) -> jax.Array:
-    """`softcapped` without a division."""
+    """`softcapped` with a product in place of its division."""
     return scores if cap is None else cap * jnp.tanh(scores * (1 / cap))
 
 
 def slope_of_cap(capped: jax.Array, cap: float | None) -> jax.Array | float:
-    """Derivative of the cap, from its result."""
+    """The derivative of `capped` with regard to its argument, as a function of its result."""
     return 1.0 if cap is None else 1 - jnp.square(capped * (1 / cap))
 
 
@@ -126,24 +113,35 @@ def softplus_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Moments(NamedTuple):
-    """Columns of what the threshold needs of queries' visible scores, apart from their number."""
+    """What a query's threshold is computed from, beside the number of its visible scores; a column of each."""
 
-    mean: jax.Array
-    squares: jax.Array
-    """Sum of squared distances from the mean."""
-    best: jax.Array
+    mean: Any
+    """Mean of the visible scores."""
+    squares: Any
+    """Sum of their squared distances from the mean."""
+    best: Any
+    """The largest of them."""
 
     @classmethod
-    def of_tile(cls, scores: jax.Array, visible: jax.Array, here: jax.Array) -> Moments:
-        """Of the scores [I, J] that are `visible`, `here` [I, 1] of them, in two passes."""
-        mean = jnp.sum(jnp.where(visible, scores, 0), axis=-1, keepdims=True) / jnp.maximum(here, 1)
+    def of_tile(cls, scores: jax.Array, visible: jax.Array, count: jax.Array) -> Moments:
+        """The moments of those scores [I, J] that are `visible`, of which each query has `count` [I, 1].
+
+        The squares take a second pass over the tile, from the mean that the first one found.
+        """
+        mean = jnp.sum(jnp.where(visible, scores, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
         squares = jnp.sum(jnp.where(visible, jnp.square(scores - mean), 0), axis=-1, keepdims=True)
         return cls(mean, squares, jnp.max(jnp.where(visible, scores, NEGATIVE), axis=-1, keepdims=True))
 
     def merged(self, tile: Moments, before: jax.Array, share: jax.Array) -> Moments:
-        """Of the `before` scores that these are of and of a tile's, which are a `share` of all; nothing cancels.
+        """The moments of all scores so far and those of one more tile together.
 
-        (Chan, Golub and LeVeque, The American Statistician 37, 1983.)
+        Args:
+          tile: moments of the tile's visible scores.
+          before: how many scores `self` is of, [I, 1].
+          share: the tile's visible scores as a fraction of all of them, itself included.
+
+        Means and squares are updated by differences of means, so that no large numbers are subtracted (Chan, Golub and
+        LeVeque, The American Statistician 37, 1983).
         """
         delta = tile.mean - self.mean
         squares = self.squares + (tile.squares + jnp.square(delta) * before * share)
@@ -151,12 +149,12 @@ class Moments(NamedTuple):
 
 
 def threshold_of(count: jax.Array, m: Moments, p: Problem) -> jax.Array:
-    """The least score that stays of queries that see `count` keys."""
+    """The score from which on keys are selected, for queries that see `count` keys."""
     if p.selection == "none":
         return jnp.full_like(m.mean, ALL)
     std = jnp.sqrt(m.squares / jnp.maximum(count - p.ddof, 1))
     statistics = RowStatistics(count, m.mean, std, quantile_of_count(count, p.top_k))
-    # The best score stays. It is made again, and may come out with another last bit.
+    # The best score is always selected. The kernel that compares makes it again, and its last bit may differ.
     slack = jnp.where(jnp.isfinite(m.best), 4 * jnp.finfo(m.best.dtype).eps * jnp.abs(m.best), 0)
     below_best = jnp.where(statistics.threshold < m.best - slack, statistics.threshold, m.best - slack)
     return jnp.where(count <= p.top_k, ALL, below_best)
@@ -170,11 +168,22 @@ def tile_gradients(
     delta: jax.Array,
     p: Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The weights of a tile [I, J], and the gradients of its scores and of the softplus's arguments, before their caps.
+    """Weights of a tile [I, J], and the gradients of its predictor scores and of its softplus arguments (or None).
 
-    With s the softmax over the selected keys, u the softplus and y = sum_j s_j u_j v_j: the weights s_j u_j get
-    `dweights` = dy v_j, and the softmax's argument s_j (u_j dy v_j - dy y), of which `delta` [I, 1] is the last term.
-    Nothing flows through the selection. `scores` and `arguments` come capped.
+    With s the softmax over the selected keys, u the softplus and y = sum_j s_j u_j v_j, the gradient of the weight
+    s_j u_j is dy v_j, and that of the softmax's argument is s_j (u_j dy v_j - dy y). No gradient flows through the
+    selection.
+
+    Args:
+      softmax: s, [I, J].
+      scores: the predictor's scores after their cap, [I, J].
+      arguments: of the softplus, after their cap; None where there is no softplus (u = 1).
+      dweights: dy v_j, [I, J].
+      delta: dy y, [I, 1].
+      p: the problem.
+
+    Returns:
+      s u, and the gradients of scores and arguments before their caps.
     """
     weights, dsoftmax, darguments = softmax, dweights, None
     if arguments is not None:

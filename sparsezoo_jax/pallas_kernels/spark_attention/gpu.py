@@ -5,8 +5,9 @@ scores again and mixes the values. A program has one tile of queries of one head
 they may see: from the first to the last of them, by positions and segments.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value head,
-H head width, V width of values, I queries and J keys of a tile, X = B * N heads of queries, Y = B * K heads of keys. A
-head's width is filled up to a power of two. Columns are [I, 1], lines [1, J].
+H head width, V width of values, I queries and J keys of a tile of scores, X = B * N heads of queries of all sequences,
+Y = B * K heads of keys. The width of an array is filled up to a power of two. Numbers of a tile's rows are columns
+[I, 1], those of its columns lines [1, J]: the program's own tile makes the rows, the tiles of its loop the columns.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ from jax.experimental.pallas import triton as plgpu
 from sparsezoo_jax.pallas_kernels.spark_attention import common
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     Moments,
-    Problem,
+    accumulator_dtype,
     capped,
     from_heads,
-    prepare,
     softplus_and_slope,
     threshold_of,
-    wide,
 )
-from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded, padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, Problem
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Bounds, Tiles, bounds, padded, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
 from sparsezoo_jax.pallas_kernels.triton import product
 from sparsezoo_jax.pallas_kernels.tuning import SMALLEST, Launch, fitting, launch_of
@@ -48,172 +47,218 @@ WIDEST = 256
 # What kernels share -------------------------------------------------------------------------------------------------
 
 
-def block(ref, row, tile, size: int) -> Any:
-    """A tile [size, width] of `ref` [rows, T, width], to load or store."""
+class Parts(NamedTuple):
+    """Heads of queries or of keys as kernels read them, arrays [X or Y, T, width] or references to them or to results.
+
+    Gradients have the same form.
+    """
+
+    predictor: Any
+    """The dimensions that select."""
+    rest: Any
+    """The other dimensions; None where there is no softplus."""
+    values: Any
+    """Of keys their values; of queries the gradient of y, which meets the values in products (None in the forward pass
+    and in the queries' gradient)."""
+
+
+class Places(NamedTuple):
+    """Positions and segments of queries or of keys, [B, T, 1] as columns or [B, 1, T] as lines."""
+
+    positions: Any
+    segments: Any
+
+
+def tile_ref(ref, row, tile, size: int) -> Any:
+    """The reference to a tile [size, width] of `ref` [rows, T, width], to load or store."""
     return ref.at[row, pl.ds(tile * size, size), pl.ds(jnp.int32(0), ref.shape[-1])]
 
 
-def blocks(refs: Sequence[Any], row, tile, size: int) -> list[jax.Array]:
+def load_tiles(refs: Any, row, tile, size: int) -> Any:
     """A tile [size, width] of each of `refs` [rows, T, width]."""
-    return [plgpu.load(block(ref, row, tile, size)) for ref in refs]
+    return jax.tree.map(lambda ref: plgpu.load(tile_ref(ref, row, tile, size)), refs)
 
 
-def lines(refs: Sequence[Any], row, tile, size: int) -> list[jax.Array]:
+def load_lines(refs: Any, row, tile, size: int) -> Any:
     """A tile [1, size] of each of `refs` [rows, 1, T]."""
-    return [plgpu.load(ref.at[row, pl.ds(jnp.int32(0), 1), pl.ds(tile * size, size)]) for ref in refs]
+    return jax.tree.map(lambda ref: plgpu.load(ref.at[row, pl.ds(jnp.int32(0), 1), pl.ds(tile * size, size)]), refs)
 
 
-def places(v: Visibility, *, queries_own: bool) -> list[jax.Array]:
-    """Positions and segments of queries, then of keys: a program's own as columns, others as lines."""
+def places_of(v: Visibility, *, queries_own: bool) -> tuple[Places, Places]:
+    """Places of queries and of keys; columns for those that programs have a tile of, lines for the others."""
     q_axis, k_axis = (2, 1) if queries_own else (1, 2)
-    queries = [jnp.expand_dims(x, q_axis) for x in (v.query_positions_BT, v.query_segments_BT)]
-    return queries + [jnp.expand_dims(x, k_axis) for x in (v.key_positions_BS, v.key_segments_BS)]
+    queries = Places(*(jnp.expand_dims(x, q_axis) for x in (v.query_positions_BT, v.query_segments_BT)))
+    return queries, Places(*(jnp.expand_dims(x, k_axis) for x in (v.key_positions_BS, v.key_segments_BS)))
 
 
-def seen(of_queries: list[jax.Array], of_keys: list[jax.Array], p: Problem) -> jax.Array:
-    """Booleans of all pairs, from positions and segments of both."""
-    return sees(of_queries[0], of_keys[0], of_queries[1], of_keys[1], p.window)
+def arrange(q, k, v, p: Problem) -> tuple[Parts, Parts]:
+    """Queries and keys with their values in the layout that kernels read."""
+    q1, q2, k1, k2, values = jax.tree.map(merge_heads, common.arrange(q, k, v, p, TILES))
+    return Parts(q1, q2, None), Parts(k1, k2, values)
 
 
-def arrange(q, k, v, p: Problem) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
-    """Parts of queries [X, T, width] and of keys [Y, S, width], and values [Y, S, V], in whole tiles."""
-    o = prepare(q, k, v, p)
-    queries = [o.q1_BKGTR] if o.q2_BKGTH is None else [o.q1_BKGTR, o.q2_BKGTH]
-    keys = [o.k1_BKSR] if o.k2_BKSH is None else [o.k1_BKSR, o.k2_BKSH]
-    return [rows_of_heads(x) for x in queries], [rows_of_heads(x) for x in keys], rows_of_heads(o.v_BKSV)
-
-
-def rows_of_heads(x: jax.Array) -> jax.Array:
-    """[..., T, width] with the dimensions before as one, and a width that products take."""
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[..., T, width] as [X, T, width], with a width that matrix products take."""
     width = max(NARROWEST, pl.next_power_of_2(x.shape[-1]))
     return padded(x, width, x.ndim - 1).reshape(-1, x.shape[-2], width)
 
 
 class Call(NamedTuple):
-    """What a kernel knows of its call beside its arrays, of which the first are the bounds of its loops."""
+    """What a kernel is compiled for; it has one program for each tile of each head."""
 
     p: Problem
+    window: int | None
     heads: int
-    """Of the queries."""
+    """Heads of queries of one sequence, N."""
     group: int
-    """Those that share one of the keys'."""
+    """Heads of queries that share one of the keys', G."""
     launch: Launch
-    rows: int
-    """Heads of all sequences, of whichever the programs have tiles of."""
+    all_heads: int
+    """Heads of all sequences together: X where programs have tiles of queries, Y where they have tiles of keys."""
     tiles: int
-    """Of each."""
+    """Tiles of one head."""
 
     def program(self) -> tuple[jax.Array, jax.Array]:
-        """A program's row of heads, and tile."""
+        """The head, of those of all sequences, and the tile that are this program's."""
         # A grid of two dimensions would end at 65,535 tiles.
-        index, rows = pl.program_id(0), jnp.int32(self.rows)
-        return jax.lax.rem(index, rows), jax.lax.div(index, rows)
+        index, heads = pl.program_id(0), jnp.int32(self.all_heads)
+        return jax.lax.rem(index, heads), jax.lax.div(index, heads)
 
-    def place(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Of a program that has a tile of queries: its sequence, head of queries, head of keys, and tile."""
-        row, tile = self.program()
-        # Causal attention's longest loops start first.
+    def query_program(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Sequence, head of queries, head of keys and tile of a program that has a tile of queries."""
+        head, tile = self.program()
+        # Under a causal mask the last tile of queries has the longest loop: it starts first.
         tile = jnp.int32(self.tiles - 1) - tile
-        return jax.lax.div(row, jnp.int32(self.heads)), row, jax.lax.div(row, jnp.int32(self.group)), tile
+        return jax.lax.div(head, jnp.int32(self.heads)), head, jax.lax.div(head, jnp.int32(self.group)), tile
 
-    def run(self, kernel: Callable, arrays: Sequence[Any], outputs: Any, interpret: Any) -> Any:
-        """`kernel(*refs, call=self)` over all tiles."""
-        whole = pl.BlockSpec(memory_space=pl.ANY)
+    def sees(self, queries: Places, keys: Places) -> jax.Array:
+        """Whether queries see keys, for all pairs of a column and a line."""
+        return sees(queries.positions, keys.positions, queries.segments, keys.segments, self.window)
+
+    def run(self, kernel: Callable, inputs: Sequence[Any], outputs: Sequence[Any], interpret: Any) -> Any:
+        """The results of `kernel(*inputs, *outputs, call=self)` in all programs, with references in place of arrays."""
+        in_memory = pl.BlockSpec(memory_space=pl.ANY)
         return pl.pallas_call(
             partial(kernel, call=self),
-            grid=(self.rows * self.tiles,),
-            in_specs=[whole] * len(arrays),
-            out_specs=[whole] * len(outputs),
-            out_shape=outputs,
+            grid=(self.all_heads * self.tiles,),
+            in_specs=jax.tree.map(lambda _: in_memory, list(inputs)),
+            out_specs=jax.tree.map(lambda _: in_memory, list(outputs)),
+            out_shape=list(outputs),
             compiler_params=plgpu.CompilerParams(num_warps=self.launch.warps, num_stages=self.launch.stages),
             interpret=interpret,
             name=f"spark_attention{kernel.__name__}",
-        )(*arrays)
+        )(*inputs)
 
 
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
-def _moments_kernel(first_ref, stop_ref, *refs, call: Call):
-    """Count and moments of each query's visible scores, merged tile by tile."""
-    q_where, k_where, (q1_ref, k1_ref), out_refs = refs[:2], refs[2:4], refs[4:6], refs[6:]
-    (size, k_size), p = call.launch.tiles, call.p
-    sequence, row, k_row, tile = call.place()
-    (q1,) = blocks([q1_ref], row, tile, size)
-    of_queries = blocks(q_where, sequence, tile, size)
+def _moments_kernel(
+    keys: Bounds, q_places: Places, k_places: Places, q1_ref, k1_ref, count_ref, moment_refs: Moments, *, call: Call
+):
+    """Count and moments of each query's visible scores, merged tile by tile over the tiles `keys` of keys."""
+    size, k_size = call.launch.tiles
+    sequence, head, k_head, tile = call.query_program()
+    q1 = load_tiles(q1_ref, head, tile, size)
+    of_queries = load_tiles(q_places, sequence, tile, size)
 
     def step(j, carry):
         before, moments = carry
-        (k1,) = blocks([k1_ref], k_row, j, k_size)
-        visible = seen(of_queries, lines(k_where, sequence, j, k_size), p)
-        scores = capped(product(q1, k1, (1, 1)), p.softcap)
+        k1 = load_tiles(k1_ref, k_head, j, k_size)
+        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
+        scores = capped(product(q1, k1, (1, 1)), call.p.softcap)
         here = jnp.sum(visible.astype(before.dtype), axis=-1, keepdims=True)
         count = before + here
         found = Moments.of_tile(scores, visible, here)
         return count, moments.merged(found, before, here / jnp.maximum(count, 1))
 
-    zero = jnp.zeros((size, 1), wide(q1_ref))
+    zero = jnp.zeros((size, 1), accumulator_dtype(q1_ref))
     start = (zero, Moments(zero, zero, jnp.full_like(zero, NEGATIVE)))
-    count, moments = jax.lax.fori_loop(first_ref[sequence, tile], stop_ref[sequence, tile], step, start)
-    for ref, value in zip(out_refs, (count, *moments), strict=True):
-        plgpu.store(block(ref, row, tile, size), value)
+    count, moments = jax.lax.fori_loop(keys.first[sequence, tile], keys.stop[sequence, tile], step, start)
+    for ref, value in zip((count_ref, *moment_refs), (count, *moments), strict=True):
+        plgpu.store(tile_ref(ref, head, tile, size), value)
 
 
-def _mix_kernel(first_ref, stop_ref, *refs, call: Call):
-    """Values mixed by the selected keys' weights; normaliser and number of attended keys."""
-    q_where, k_where, kept_refs = refs[:2], refs[2:4], refs[4:6]
-    *part_refs, v_ref, y_ref, total_ref, attended_ref = refs[6:]
-    q_refs, k_refs = part_refs[: len(part_refs) // 2], part_refs[len(part_refs) // 2 :]
+class Selection(NamedTuple):
+    """Of each query the score from which on keys are selected, and the best score."""
+
+    threshold: Any
+    best: Any
+
+
+def _mix_kernel(
+    bounds: Bounds,
+    q_places: Places,
+    k_places: Places,
+    selection: Selection,
+    queries: Parts,
+    keys: Parts,
+    y_ref,
+    total_ref,
+    attended_ref,
+    *,
+    call: Call,
+):
+    """Values mixed by the selected keys' weights; the softmax's sum and the number of attended keys."""
     (size, k_size), p = call.launch.tiles, call.p
-    sequence, row, k_row, tile = call.place()
-    queries = blocks(q_refs, row, tile, size)
-    of_queries, (threshold, best) = blocks(q_where, sequence, tile, size), blocks(kept_refs, row, tile, size)
+    sequence, head, k_head, tile = call.query_program()
+    q = load_tiles(queries, head, tile, size)
+    of_queries = load_tiles(q_places, sequence, tile, size)
+    threshold, best = load_tiles(selection, head, tile, size)
 
     def step(j, carry):
         total, attended, mixed = carry
-        *keys, v = blocks([*k_refs, v_ref], k_row, j, k_size)
-        scores = capped(product(queries[0], keys[0], (1, 1)), p.softcap)
-        keep = seen(of_queries, lines(k_where, sequence, j, k_size), p) & (scores >= threshold)
-        weights = jnp.where(keep, jnp.exp(scores - best), 0)
+        k = load_tiles(keys, k_head, j, k_size)
+        scores = capped(product(q.predictor, k.predictor, (1, 1)), p.softcap)
+        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
+        selected = visible & (scores >= threshold)
+        weights = jnp.where(selected, jnp.exp(scores - best), 0)
         total += jnp.sum(weights, axis=-1, keepdims=True)
-        attended += jnp.sum(keep.astype(weights.dtype), axis=-1, keepdims=True)
-        if len(keys) == 2:
-            weights *= softplus_and_slope(capped(product(queries[1], keys[1], (1, 1)), p.softcap_values))[0]
-        return total, attended, mixed + product(weights.astype(v.dtype), v, (1, 0))
+        attended += jnp.sum(selected.astype(weights.dtype), axis=-1, keepdims=True)
+        if k.rest is not None:
+            weights *= softplus_and_slope(capped(product(q.rest, k.rest, (1, 1)), p.softcap_values))[0]
+        return total, attended, mixed + product(weights.astype(k.values.dtype), k.values, (1, 0))
 
     zero = jnp.zeros_like(best)
-    start = (zero, zero, jnp.zeros((size, v_ref.shape[-1]), best.dtype))
-    total, attended, mixed = jax.lax.fori_loop(first_ref[sequence, tile], stop_ref[sequence, tile], step, start)
+    start = (zero, zero, jnp.zeros((size, keys.values.shape[-1]), best.dtype))
+    first, stop = bounds.first[sequence, tile], bounds.stop[sequence, tile]
+    total, attended, mixed = jax.lax.fori_loop(first, stop, step, start)
     # A query that sees nothing has a softmax over nothing: its values are zero.
     y = mixed / jnp.where(total == 0, 1, total)
     for ref, value in ((y_ref, y), (total_ref, total), (attended_ref, attended)):
-        plgpu.store(block(ref, row, tile, size), value.astype(ref.dtype))
+        plgpu.store(tile_ref(ref, head, tile, size), value.astype(ref.dtype))
 
 
-def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """Mixed values [B, T, N, V], attended keys [B, T, N], and what the backward kernels want of each query."""
+def forward(
+    q, k, v, visibility: Visibility, p: Problem, interpret: Any
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Mixed values [B, T, N, V], attended keys [B, T, N], and for `backward` threshold and normaliser of each query.
+
+    The normaliser is the logarithm of the softmax's sum; the two are [X, T, 1].
+    """
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
-    queries, keys, values = arrange(q, k, v, p)
-    seen_by = padded_visibility(visibility, p.tiles)
-    rows, padded_length, _ = queries[0].shape
-    column = jax.ShapeDtypeStruct((rows, padded_length, 1), wide(q))
+    queries, keys = arrange(q, k, v, p)
+    visibility = padded_visibility(visibility, TILES)
+    all_heads, padded_length, _ = queries.predictor.shape
+    column = jax.ShapeDtypeStruct((all_heads, padded_length, 1), accumulator_dtype(q))
 
-    def run(kernel, launch: Launch, arrays, outputs):
+    def run(kernel, launch: Launch, inputs, outputs):
         tiles = Tiles(*launch.tiles)
-        arrays = [*bounds(seen_by, tiles)[0], *places(seen_by, queries_own=True), *arrays]
-        call = Call(p, heads, heads // kv_heads, launch, rows, padded_length // tiles.queries)
-        return call.run(kernel, arrays, outputs, interpret)
+        inputs = [bounds(visibility, tiles)[0], *places_of(visibility, queries_own=True), *inputs]
+        count = padded_length // tiles.queries
+        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
+        return call.run(kernel, inputs, outputs, interpret)
 
-    launch = launch_for("moments", q, queries[:1], keys[:1])
-    count, *moments = run(_moments_kernel, launch, [queries[0], keys[0]], [column] * 4)
-    moments = Moments(*moments)
+    launch = launch_for("moments", q, [queries.predictor], [keys.predictor])
+    outputs = [column, Moments(column, column, column)]
+    count, moments = run(_moments_kernel, launch, [queries.predictor, keys.predictor], outputs)
     threshold = threshold_of(count, moments, p)
     y, total, attended = run(
         _mix_kernel,
-        launch_for("mix", q, queries, [*keys, values]),
-        [threshold, moments.best, *queries, *keys, values],
+        launch_for("mix", q, queries, keys),
+        [Selection(threshold, moments.best), queries, keys],
         [
-            jax.ShapeDtypeStruct((rows, padded_length, values.shape[-1]), v.dtype),
+            jax.ShapeDtypeStruct((all_heads, padded_length, keys.values.shape[-1]), v.dtype),
             column,
             jax.ShapeDtypeStruct(column.shape, jnp.int32),
         ],
@@ -222,15 +267,14 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
     def by_query(x_XTH: jax.Array) -> jax.Array:
         return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:]), length)
 
-    # Best and normaliser in one number.
     normaliser = moments.best + jnp.log(jnp.where(total == 0, 1, total))
     return by_query(y)[..., : v.shape[-1]], by_query(attended)[..., 0], (threshold, normaliser)
 
 
-def launch_for(kernel: str, q: jax.Array, queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> Launch:
+def launch_for(kernel: str, q: jax.Array, queries: Any, keys: Any) -> Launch:
     """How to launch a kernel that reads tiles of these arrays, for heads like those of `q`."""
     launch = launch_of(f"spark_attention_{kernel}", itemsize=q.dtype.itemsize, columns=q.shape[-1])
-    row = [sum(x.shape[-1] * x.dtype.itemsize for x in arrays) for arrays in (queries, keys)]
+    row = [sum(x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves(arrays)) for arrays in (queries, keys)]
     fits = fitting(launch, *row, own=1 if kernel == "keys" else 0)
     assert fits is not None, "`refusal` refuses heads for which no tiles fit"
     return fits

@@ -1,4 +1,4 @@
-"""The gradient of Spark attention for GPUs (Triton): scores are made twice more from what the forward kernels kept.
+"""The gradient of Spark attention for GPUs (Triton): two kernels, which both make the scores again.
 
 One kernel has a tile of queries and loops over the keys, for the queries' gradient; the other has a tile of keys and
 loops over the queries of all heads that share them, for those of keys and values. Sums stay in registers: added up by
@@ -9,134 +9,169 @@ Shapes as in `gpu`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
-    Problem,
-    by_head,
+    accumulator_dtype,
     capped,
     from_heads,
     joined,
     tile_gradients,
-    wide,
+    to_heads,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
+    TILES,
     Call,
+    Parts,
+    Places,
     arrange,
-    block,
-    blocks,
     launch_for,
-    lines,
-    places,
-    rows_of_heads,
-    seen,
+    load_lines,
+    load_tiles,
+    merge_heads,
+    places_of,
+    tile_ref,
 )
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Bounds, Tiles, bounds, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 from sparsezoo_jax.pallas_kernels.triton import product
 from sparsezoo_jax.pallas_kernels.tuning import Launch
 
 
-def _of_tile(own, others, of_queries, visible, p: Problem) -> tuple[jax.Array, list[jax.Array]]:
-    """Weights of a tile of scores, and the gradients of the products of each part of queries and keys.
+class Statistics(NamedTuple):
+    """Numbers of each query: arrays [X, T, 1] or [X, 1, T], references to them, or those of a tile."""
 
-    A program's `own` tile (parts of queries and the gradient of y, or parts of keys and the values) makes the rows of
-    the scores, the `others` of its loop the columns: rows lie where the next product wants them.
+    threshold: Any
+    """The score from which on keys are selected."""
+    normaliser: Any
+    """Logarithm of the softmax's sum."""
+    delta: Any
+    """The gradient of y times y."""
+
+
+def _of_tile(own: Parts, others: Parts, of_queries: Statistics, visible, p: Problem) -> Parts:
+    """Gradients of one tile of scores: of the products of each of the parts, and as `values` its weights.
+
+    The program's `own` tile makes the rows of the scores, the `others` of its loop the columns: so the rows lie where
+    the next product wants them.
     """
-    threshold, normaliser, delta = of_queries
-    scores = capped(product(own[0], others[0], (1, 1)), p.softcap)
-    softmax = jnp.where(visible & (scores >= threshold), jnp.exp(scores - normaliser), 0)
-    arguments = capped(product(own[1], others[1], (1, 1)), p.softcap_values) if len(own) == 3 else None
-    weights, *gradients = tile_gradients(softmax, scores, arguments, product(own[-1], others[-1], (1, 1)), delta, p)
-    dtype = own[0].dtype
-    return weights.astype(dtype), [x.astype(dtype) for x in gradients if x is not None]
+    scores = capped(product(own.predictor, others.predictor, (1, 1)), p.softcap)
+    selected = visible & (scores >= of_queries.threshold)
+    softmax = jnp.where(selected, jnp.exp(scores - of_queries.normaliser), 0)
+    arguments = None
+    if own.rest is not None:
+        arguments = capped(product(own.rest, others.rest, (1, 1)), p.softcap_values)
+    dweights = product(own.values, others.values, (1, 1))
+    weights, dscores, darguments = tile_gradients(softmax, scores, arguments, dweights, of_queries.delta, p)
+    dtype = own.predictor.dtype
+    weights = weights.astype(dtype)
+    return Parts(dscores.astype(dtype), None if darguments is None else darguments.astype(dtype), weights)
 
 
-def _split(refs: Sequence[Any], p: Problem) -> tuple[Sequence[Any], ...]:
-    """Places of queries and of keys, numbers of queries, queries and dy, keys and values, and results."""
-    ends = 7, 8 + _parts(p), 9 + 2 * _parts(p)
-    return refs[:2], refs[2:4], refs[4:7], refs[ends[0] : ends[1]], refs[ends[1] : ends[2]], refs[ends[2] :]
+def _add_products(sums: Parts, left: Parts, right: Parts) -> Parts:
+    """`sums + left right`, for each of the parts that there are sums of."""
+    return Parts(*(s if s is None else s + product(a, b, (1, 0)) for s, a, b in zip(sums, left, right, strict=True)))
 
 
-def _parts(p: Problem) -> int:
-    """Into which heads are divided."""
-    return 1 if p.weighting == "none" else 2
-
-
-def _queries_kernel(first_ref, stop_ref, *refs, call: Call):
+def _queries_kernel(
+    keys_seen: Bounds,
+    q_places: Places,
+    k_places: Places,
+    statistics: Statistics,
+    queries: Parts,
+    keys: Parts,
+    dq: Parts,
+    *,
+    call: Call,
+):
     """Gradients of a tile of queries."""
-    q_where, k_where, number_refs, q_refs, k_refs, dq_refs = _split(refs, call.p)
     (size, k_size), p = call.launch.tiles, call.p
-    sequence, row, k_row, tile = call.place()
-    own = blocks(q_refs, row, tile, size)
-    of_queries, numbers = blocks(q_where, sequence, tile, size), blocks(number_refs, row, tile, size)
+    sequence, head, k_head, tile = call.query_program()
+    own = load_tiles(queries, head, tile, size)
+    of_queries, numbers = load_tiles(q_places, sequence, tile, size), load_tiles(statistics, head, tile, size)
 
     def step(j, sums):
-        others = blocks(k_refs, k_row, j, k_size)
-        visible = seen(of_queries, lines(k_where, sequence, j, k_size), p)
-        _, gradients = _of_tile(own, others, numbers, visible, p)
-        return [s + product(g, x, (1, 0)) for s, g, x in zip(sums, gradients, others[:-1], strict=True)]
+        others = load_tiles(keys, k_head, j, k_size)
+        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
+        return _add_products(sums, _of_tile(own, others, numbers, visible, p), others)
 
-    start = [jnp.zeros((size, ref.shape[-1]), wide(ref)) for ref in dq_refs]
-    sums = jax.lax.fori_loop(first_ref[sequence, tile], stop_ref[sequence, tile], step, start)
-    for ref, s, scale in zip(dq_refs, sums, (p.predictor_scale, p.value_scale), strict=False):
-        plgpu.store(block(ref, row, tile, size), (scale * s).astype(ref.dtype))
+    start = jax.tree.map(lambda ref: jnp.zeros((size, ref.shape[-1]), accumulator_dtype(ref)), dq)
+    sums = jax.lax.fori_loop(keys_seen.first[sequence, tile], keys_seen.stop[sequence, tile], step, start)
+    for ref, total, scale in zip(dq[:2], sums[:2], (p.predictor_scale, p.value_scale), strict=True):
+        if ref is not None:
+            plgpu.store(tile_ref(ref, head, tile, size), (scale * total).astype(ref.dtype))
 
 
-def _keys_kernel(first_ref, stop_ref, *refs, call: Call):
+def _keys_kernel(
+    seen_by: Bounds,
+    q_places: Places,
+    k_places: Places,
+    statistics: Statistics,
+    queries: Parts,
+    keys: Parts,
+    gradients: Parts,
+    *,
+    call: Call,
+):
     """Gradients of a tile of keys and values."""
-    q_where, k_where, number_refs, q_refs, k_refs, gradient_refs = _split(refs, call.p)
-    (q_size, size), p = call.launch.tiles, call.p
-    row, tile = call.program()
-    sequence = jax.lax.div(row, jnp.int32(call.heads // call.group))
-    own = blocks(k_refs, row, tile, size)
-    of_keys = blocks(k_where, sequence, tile, size)
+    q_size, size = call.launch.tiles
+    head, tile = call.program()
+    sequence = jax.lax.div(head, jnp.int32(call.heads // call.group))
+    own = load_tiles(keys, head, tile, size)
+    of_keys = load_tiles(k_places, sequence, tile, size)
 
-    def step(q_row, i, sums):
-        others = blocks(q_refs, q_row, i, q_size)
-        visible = seen(lines(q_where, sequence, i, q_size), of_keys, p)
-        weights, gradients = _of_tile(own, others, lines(number_refs, q_row, i, q_size), visible, p)
-        return [s + product(g, x, (1, 0)) for s, g, x in zip(sums, [*gradients, weights], others, strict=True)]
+    def step(q_head, i, sums):
+        others = load_tiles(queries, q_head, i, q_size)
+        visible = call.sees(load_lines(q_places, sequence, i, q_size), of_keys)
+        numbers = load_lines(statistics, q_head, i, q_size)
+        return _add_products(sums, _of_tile(own, others, numbers, visible, call.p), others)
 
     def of_head(g, sums):
-        of_one = partial(step, row * call.group + g)
-        return jax.lax.fori_loop(first_ref[sequence, tile], stop_ref[sequence, tile], of_one, sums)
+        of_one = partial(step, head * call.group + g)
+        return jax.lax.fori_loop(seen_by.first[sequence, tile], seen_by.stop[sequence, tile], of_one, sums)
 
-    start = [jnp.zeros((size, ref.shape[-1]), wide(ref)) for ref in gradient_refs]
+    start = jax.tree.map(lambda ref: jnp.zeros((size, ref.shape[-1]), accumulator_dtype(ref)), gradients)
     sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(call.group), of_head, start)
-    for ref, s in zip(gradient_refs, sums, strict=True):
-        plgpu.store(block(ref, row, tile, size), s.astype(ref.dtype))
+    for ref, total in zip(gradients, sums, strict=True):
+        if ref is not None:
+            plgpu.store(tile_ref(ref, head, tile, size), total.astype(ref.dtype))
 
 
-def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret: Any) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v from that of y [B, T, N, V] and what `forward` kept."""
-    (batch, length, heads, width), (_, k_length, kv_heads, _) = q.shape, k.shape
-    queries, keys, values = arrange(q, k, v, p)
-    seen_by = padded_visibility(visibility, p.tiles)
-    delta = jnp.sum(dy.astype(wide(y)) * y.astype(wide(y)), -1, keepdims=True)
-    numbers = [*kept, by_head(delta, kv_heads, p.tiles).reshape(kept[0].shape)]
-    dy_XTV = rows_of_heads(by_head(dy, kv_heads, p.tiles))
+def backward(
+    q, k, v, visibility: Visibility, y, statistics: tuple[jax.Array, jax.Array], dy, p: Problem, interpret: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned."""
+    (batch, length, heads, _), (_, k_length, kv_heads, _) = q.shape, k.shape
+    queries, keys = arrange(q, k, v, p)
+    queries = queries._replace(values=merge_heads(to_heads(dy, kv_heads, TILES)))
+    visibility = padded_visibility(visibility, TILES)
+    dtype = accumulator_dtype(y)
+    delta = jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True)
+    columns = Statistics(*statistics, to_heads(delta, kv_heads, TILES).reshape(statistics[0].shape))
 
-    def run(kernel: Callable, launch: Launch, like: list[jax.Array], *, queries_own: bool) -> list[jax.Array]:
+    def run(kernel: Callable, launch: Launch, like: Parts, *, queries_own: bool) -> Parts:
         tiles = Tiles(*launch.tiles)
-        limits = bounds(seen_by, tiles)[0 if queries_own else 1]
-        own = numbers if queries_own else [x.swapaxes(1, 2) for x in numbers]
-        arrays = [*limits, *places(seen_by, queries_own=queries_own), *own, *queries, dy_XTV, *keys, values]
-        size = tiles.queries if queries_own else tiles.keys
-        rows, padded_length, _ = like[0].shape
-        outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
-        call = Call(p, heads, heads // kv_heads, launch, rows, padded_length // size)
-        return call.run(kernel, arrays, outputs, interpret)
+        numbers = columns if queries_own else Statistics(*(x.swapaxes(1, 2) for x in columns))
+        loops = bounds(visibility, tiles)[0 if queries_own else 1]
+        inputs = [loops, *places_of(visibility, queries_own=queries_own), numbers, queries, keys]
+        all_heads, padded_length, _ = like.predictor.shape
+        count = padded_length // (tiles.queries if queries_own else tiles.keys)
+        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
+        (gradients,) = call.run(
+            kernel, inputs, [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)], interpret
+        )
+        return gradients
 
-    read = [*queries, dy_XTV], [*keys, values]
-    dq = run(_queries_kernel, launch_for("queries", q, *read), queries, queries_own=True)
-    *dk, dv = run(_keys_kernel, launch_for("keys", q, *read), [*keys, values], queries_own=False)
+    launches = (launch_for(name, q, queries, keys) for name in ("queries", "keys"))
+    dq = run(_queries_kernel, next(launches), queries._replace(values=None), queries_own=True)
+    dk = run(_keys_kernel, next(launches), keys, queries_own=False)
 
     def of_queries(x_XTH: jax.Array, width: int) -> jax.Array:
         return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:])[..., :width], length)
@@ -144,7 +179,7 @@ def backward(q, k, v, visibility: Visibility, y, kept, dy, p: Problem, interpret
     def of_keys(x_YSH: jax.Array, width: int) -> jax.Array:
         return x_YSH.reshape(batch, kv_heads, *x_YSH.shape[1:])[:, :, :k_length, :width].swapaxes(1, 2)
 
-    widths = (p.r, width - p.r)[: _parts(p)]
-    dq = joined([of_queries(x, w) for x, w in zip(dq, widths, strict=True)], q)
-    dk = joined([of_keys(x, w) for x, w in zip(dk, widths, strict=True)], k)
-    return dq, dk, of_keys(dv, v.shape[-1])
+    widths = (p.r, q.shape[-1] - p.r)
+    dq_parts = [of_queries(x, width) for x, width in zip(dq[:2], widths, strict=True) if x is not None]
+    dk_parts = [of_keys(x, width) for x, width in zip(dk[:2], widths, strict=True) if x is not None]
+    return joined(dq_parts, q), joined(dk_parts, k), of_keys(dk.values, v.shape[-1])

@@ -6,12 +6,28 @@ head, R = T * G rows of such a group, H head width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 
 NEGATIVE = -1e30  # stands for -inf: exp() of it is 0, and differences of two of it are no NaN
+
+
+class Problem(NamedTuple):
+    """The arguments of `spark_attention` that are known when it is traced; see there."""
+
+    r: int
+    top_k: int
+    ddof: int
+    predictor_scale: float
+    value_scale: float
+    softcap: float | None
+    softcap_values: float | None
+    selection: str
+    weighting: str
 
 
 def select_keys(
@@ -75,59 +91,26 @@ def rows_of_mask(mask_BTS: jax.Array, group: int) -> jax.Array:
     return jnp.repeat(mask_BTS, group, axis=1)[:, None]
 
 
-def predicted_keys(
-    q: jax.Array,
-    k: jax.Array,
-    mask: jax.Array,
-    *,
-    r: int,
-    top_k: int,
-    ddof: int,
-    predictor_scale: float,
-    softcap: float | None,
-    selection: str,
-) -> tuple[jax.Array, jax.Array]:
+def predicted_keys(q: jax.Array, k: jax.Array, mask: jax.Array, p: Problem) -> tuple[jax.Array, jax.Array]:
     """Predictor scores and selected keys, both [B, K, T * G, S]."""
     visible = rows_of_mask(mask, q.shape[2] // k.shape[2])
-    scores = softcapped(attention_scores(q[..., :r], k[..., :r], predictor_scale), softcap)
-    return scores, select_keys(scores, visible, top_k, ddof=ddof, selection=selection)
+    scores = softcapped(attention_scores(q[..., : p.r], k[..., : p.r], p.predictor_scale), p.softcap)
+    return scores, select_keys(scores, visible, p.top_k, ddof=p.ddof, selection=p.selection)
 
 
 def spark_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    *,
-    r: int,
-    top_k: int,
-    ddof: int,
-    predictor_scale: float,
-    value_scale: float,
-    softcap: float | None,
-    softcap_values: float | None,
-    selection: str,
-    weighting: str,
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, p: Problem
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mixed values [B, T, N, H] and the number of attended keys [B, T, N]."""
     batch, queries, heads, _ = q.shape
     group = heads // k.shape[2]
-    predictor, selected = predicted_keys(
-        q,
-        k,
-        mask,
-        r=r,
-        top_k=top_k,
-        ddof=ddof,
-        predictor_scale=predictor_scale,
-        softcap=softcap,
-        selection=selection,
-    )
+    predictor, selected = predicted_keys(q, k, mask, p)
     weights = jax.nn.softmax(jnp.where(selected, predictor, NEGATIVE), axis=-1)
     # A query that sees nothing (padding of a cache) has a softmax over nothing: its weights are zero, not uniform.
     weights = jnp.where(selected, weights, 0)
-    if weighting == "softplus":
-        weights = weights * softplus(softcapped(attention_scores(q[..., r:], k[..., r:], value_scale), softcap_values))
+    if p.weighting == "softplus":
+        arguments = attention_scores(q[..., p.r :], k[..., p.r :], p.value_scale)
+        weights = weights * softplus(softcapped(arguments, p.softcap_values))
     attended_BKR = jnp.sum(selected, axis=-1, dtype=jnp.int32)
     attended_BTN = attended_BKR.reshape(batch, -1, queries, group).swapaxes(1, 2).reshape(batch, queries, heads)
     return attention_values(weights, v, queries), attended_BTN

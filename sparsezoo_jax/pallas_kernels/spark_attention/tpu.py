@@ -5,7 +5,8 @@ scores again and mixes the values. The first also finds each query's best score,
 second needs no running maximum. Tiles in which nothing is visible are neither read nor computed.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value head,
-H head width, R = r predictor's part of it, V width of values, P steps of the walk over tiles, I queries of a tile.
+H head width, R = r of it the predictor's, V width of values, P steps of the walk over tiles, I queries and J keys of a
+tile.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from jax.experimental.pallas import tpu as pltpu
 from sparsezoo_jax.pallas_kernels.spark_attention import common
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     Moments,
-    Problem,
+    Operands,
+    accumulator_dtype,
+    arrange,
     capped,
     from_heads,
-    prepare,
     softplus_and_slope,
     threshold_of,
-    wide,
 )
-from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import (
     FIRST,
     LAST,
@@ -44,9 +45,9 @@ from sparsezoo_jax.pallas_kernels.spark_attention.tiles import (
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
-#: Numbers of a query that kernels hand on, in rows of 8: the height of a tile of float32.
+#: Rows of the arrays [..., 8, T] in which one kernel leaves numbers of each query to the next: of a tile of float32.
 ROWS = 8
-#: Queries worked on at a time.
+#: Queries of a tile that a kernel works on at a time, so that what it holds of them fits into registers.
 SUB = 128
 #: Most steps over the tiles of all sequences: their list is in scalar memory, of 1 MiB.
 STEPS = 2**17
@@ -54,29 +55,39 @@ STEPS = 2**17
 VMEM = 64 * 2**20
 
 
-def where_arrays(v: Visibility) -> list[jax.Array]:
-    """Positions and segments, of queries [B, T, 2] and of keys [B, 2, S]."""
-    queries = jnp.stack([v.query_positions_BT, v.query_segments_BT], axis=-1)
-    return [queries, jnp.stack([v.key_positions_BS, v.key_segments_BS], axis=1)]
+class Places(NamedTuple):
+    """Positions and segments of queries [B, T, 2] and keys [B, 2, S], of which a kernel sees the blocks of its tile."""
+
+    queries: Any
+    keys: Any
+
+    @classmethod
+    def of(cls, v: Visibility) -> Places:
+        """Those of a visibility."""
+        queries = jnp.stack([v.query_positions_BT, v.query_segments_BT], axis=-1)
+        return cls(queries, jnp.stack([v.key_positions_BS, v.key_segments_BS], axis=1))
+
+    def visible(self, rows: Any, window: int | None) -> jax.Array:
+        """Which keys of the tile its queries `rows` see, booleans [rows, J]."""
+        positions = self.queries[0, rows, pl.ds(0, 1)], self.keys[0, pl.ds(0, 1), :]
+        segments = self.queries[0, rows, pl.ds(1, 1)], self.keys[0, pl.ds(1, 1), :]
+        return sees(*positions, *segments, window)
 
 
 # What kernels share -------------------------------------------------------------------------------------------------
 
 
-def seen(where_q, where_k, rows: Any, window: int | None) -> jax.Array:
-    """Booleans [rows, keys of the tile] from positions and segments of queries [I, 2] and keys [2, J]."""
-    places = where_q[0, rows, pl.ds(0, 1)], where_k[0, pl.ds(0, 1), :]
-    segments = where_q[0, rows, pl.ds(1, 1)], where_k[0, pl.ds(1, 1), :]
-    return sees(*places, *segments, window)
-
-
 def product(a, b, contract: tuple[int, int]) -> jax.Array:
-    """The matrix product over the given axes of both, in the dtype of sums."""
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=wide(a))
+    """The matrix product over the given axes of both, accumulated and returned in at least float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator_dtype(a))
 
 
 def to_rows(columns: list[jax.Array]) -> jax.Array:
-    """Columns [I, 1] as rows [8, I]: an array with one number in a tile of 128 lanes would be 128 times as large."""
+    """Columns [I, 1] as rows [8, I], of which those left over are 0.
+
+    In memory, columns would take 128 times their size: an array's last axis is filled up to the 128 lanes of a tile.
+    """
     lanes = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], 128), 1)
     packed = jnp.zeros(lanes.shape, columns[0].dtype)
     for i, column in enumerate(columns):
@@ -89,63 +100,71 @@ def to_columns(rows: jax.Array) -> jax.Array:
     return rows.T
 
 
-def over_rows(p: Problem, body: Callable[[Any], None]) -> None:
-    """`body(rows)` for slices of a tile's queries."""
+def over_rows(tiles: Tiles, body: Callable[[Any], None]) -> None:
+    """Call `body(rows)` for one slice of `SUB` queries of the tile after another."""
 
     def step(i, carry):
         body(pl.ds(pl.multiple_of(i * SUB, SUB), SUB))
         return carry
 
-    jax.lax.fori_loop(0, p.tiles.queries // SUB, step, 0)
+    jax.lax.fori_loop(0, tiles.queries // SUB, step, 0)
 
 
 class Step(NamedTuple):
-    """Where a kernel stands."""
+    """The step of the grid that a kernel is at: which tile of scores, and what it is to its tile of queries."""
 
     visible: jax.Array
-    """Whether anything in this tile of scores is."""
+    """Whether any query of the tile sees any of its keys."""
     first: jax.Array
-    """Whether it is the first of its queries."""
+    """Whether it is the first step of its tile of queries."""
     last: jax.Array
+    """Whether it is the last step of its tile of queries."""
     start: jax.Array
-    """Whether it is the first of all."""
+    """Whether it is the first step of its head."""
     tile: jax.Array
-    """Of keys."""
+    """The number of its tile of keys."""
 
 
 class Grid(NamedTuple):
-    """How a kernel walks over heads and tiles, and where its arrays' blocks lie."""
+    """A kernel's grid over sequences, key/value heads and the steps of a walk, and the block specs that go with it."""
 
     walk: Walk
     tiles: Tiles
     read_BP: jax.Array
+    """The tile of keys that each step reads, as `reads` returns it."""
 
     @classmethod
     def over(cls, visibility: Visibility, tiles: Tiles, keys: range) -> Grid:
-        """Over all queries and the tiles `keys` of keys, of a visibility in whole tiles."""
+        """The grid over all queries and the tiles `keys` of keys; the visibility must be padded to whole tiles."""
         steps = walk(tiles, visibility.query_positions_BT.shape[1] // tiles.queries, keys, visibility)
         return cls(steps, tiles, reads(steps, tiles, visibility))
 
     def queries(self, group: int, width: int) -> pl.BlockSpec:
-        """Of an array [B, K, G, T, width]."""
+        """The block of an array [B, K, G, T, width]: the step's tile of queries, of all heads that share the keys."""
         return pl.BlockSpec((1, 1, group, self.tiles.queries, width), lambda b, h, s, *steps: (b, h, 0, steps[1][s], 0))
 
     def rows(self, group: int) -> pl.BlockSpec:
-        """Of an array [B, K, G, 8, T]."""
+        """The block of an array [B, K, G, 8, T], numbers of the step's tile of queries."""
         return pl.BlockSpec((1, 1, group, ROWS, self.tiles.queries), lambda b, h, s, *steps: (b, h, 0, 0, steps[1][s]))
 
     def keys(self, width: int) -> pl.BlockSpec:
-        """Of an array [B, K, S, width]."""
+        """The block of an array [B, K, S, width]: the step's tile of keys."""
         return pl.BlockSpec(
             (1, 1, self.tiles.keys, width), lambda b, h, s, *steps: (b, h, self._tile(b, s, steps[0]), 0)
         )
 
-    def where(self) -> list[pl.BlockSpec]:
-        """Of positions and segments, of queries [B, T, 2] and of keys [B, 2, S]."""
-        return [
+    def places(self) -> Places:
+        """The blocks of `Places`."""
+        return Places(
             pl.BlockSpec((1, self.tiles.queries, 2), lambda b, h, s, *steps: (b, steps[1][s], 0)),
             pl.BlockSpec((1, 2, self.tiles.keys), lambda b, h, s, *steps: (b, 0, self._tile(b, s, steps[0]))),
-        ]
+        )
+
+    def operands(self, operands: Operands) -> Operands:
+        """The blocks of the arrays that there are of `operands`."""
+        q1, q2 = (x if x is None else self.queries(x.shape[2], x.shape[-1]) for x in operands[:2])
+        k1, k2, v = (x if x is None else self.keys(x.shape[-1]) for x in operands[2:])
+        return Operands(q1, q2, k1, k2, v)
 
     def _tile(self, b, s, read):
         tile = read[b * len(self.walk.key_P) + s]
@@ -154,24 +173,27 @@ class Grid(NamedTuple):
     def call(
         self, kernel, inputs, in_specs, out_shapes, out_specs, scratch, heads, products: int, interpret, aliases=None
     ) -> Any:
-        """Run `kernel(step, *refs)` over all steps.
+        """Call `kernel(step, *inputs, *outputs, *scratch)`, with references in their places, for all steps.
 
         Args:
           kernel: a partial application of the function that names it in profiles.
+          inputs, in_specs: a list of pytrees of arrays, and of the same pytrees of their blocks.
+          out_shapes, out_specs: likewise of the results.
+          scratch: a list of pytrees of memory in VMEM.
           heads: of keys and of queries.
           products: multiply-adds for each score.
-          aliases: inputs that become outputs, by their numbers.
+          interpret: as in `pl.pallas_call`.
+          aliases: inputs that become outputs, by their numbers among all arrays of the inputs and outputs.
         """
-        steps, batch = len(self.walk.key_P), inputs[0].shape[0]
+        steps, batch = len(self.walk.key_P), jax.tree.leaves(inputs)[0].shape[0]
         scores = batch * heads[1] * steps * self.tiles.queries * self.tiles.keys
-        outputs = jax.tree.leaves(out_shapes)
         # Every step reads a tile of keys and values; everything else moves once.
-        streamed = [spec for spec in in_specs if len(spec.block_shape) == 4]
-        sizes = {id(spec): math.prod(spec.block_shape) for spec in streamed}
-        moved = sum(
-            (batch * heads[0] * steps * sizes[id(spec)] if id(spec) in sizes else math.prod(x.shape)) * x.dtype.itemsize
-            for x, spec in zip([*inputs, *outputs], [*in_specs, *jax.tree.leaves(out_specs)], strict=True)
-        )
+        moved = 0
+        for x, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(in_specs), strict=True):
+            streamed = len(spec.block_shape) == 4
+            size = batch * heads[0] * steps * math.prod(spec.block_shape) if streamed else x.size
+            moved += size * x.dtype.itemsize
+        moved += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(out_shapes))
 
         def body(read_ref, query_ref, ends_ref, *refs):
             del query_ref  # the block specs have used it
@@ -207,21 +229,32 @@ class Grid(NamedTuple):
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
-def _moments_kernel(step, where_q, where_k, q1_ref, k1_ref, out_ref, count_ref, mean_ref, squares_ref, best_ref, *, p):
-    """Count and moments of each query's visible scores, merged tile by tile."""
+def _moments_kernel(
+    step: Step,
+    places: Places,
+    q1_ref,
+    k1_ref,
+    out_ref,
+    count_ref,
+    moments: Moments,
+    *,
+    p: Problem,
+    tiles: Tiles,
+    window,
+):
+    """Count and moments of each query's visible scores, merged tile by tile into `count_ref` and `moments`."""
     heads = range(q1_ref.shape[2])
-    refs = (mean_ref, squares_ref, best_ref)
 
     @pl.when(step.first)
     def _():
-        for ref in (count_ref, mean_ref, squares_ref):
+        for ref in (count_ref, moments.mean, moments.squares):
             ref[...] = jnp.zeros_like(ref)
-        best_ref[...] = jnp.full_like(best_ref, NEGATIVE)
+        moments.best[...] = jnp.full_like(moments.best, NEGATIVE)
 
     @pl.when(step.visible)
     def _():
         def work(rows):
-            visible = seen(where_q, where_k, rows, p.window)
+            visible = places.visible(rows, window)
             here = jnp.sum(visible.astype(count_ref.dtype), axis=-1, keepdims=True)
             before = count_ref[rows, :]
             count = before + here
@@ -229,17 +262,17 @@ def _moments_kernel(step, where_q, where_k, q1_ref, k1_ref, out_ref, count_ref, 
             count_ref[rows, :] = count
             for g in heads:
                 scores = capped(product(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], (1, 1)), p.softcap)
-                moments = Moments(*(ref[g, rows, :] for ref in refs))
-                moments = moments.merged(Moments.of_tile(scores, visible, here), before, share)
-                for ref, value in zip(refs, moments, strict=True):
+                so_far = Moments(*(ref[g, rows, :] for ref in moments))
+                merged = so_far.merged(Moments.of_tile(scores, visible, here), before, share)
+                for ref, value in zip(moments, merged, strict=True):
                     ref[g, rows, :] = value
 
-        over_rows(p, work)
+        over_rows(tiles, work)
 
     @pl.when(step.last)
     def _():
         for g in heads:
-            out_ref[0, 0, g] = to_rows([count_ref[...], mean_ref[g], squares_ref[g], best_ref[g]])
+            out_ref[0, 0, g] = to_rows([count_ref[...], *(ref[g] for ref in moments)])
 
 
 def _threshold(moments_BKG8T: jax.Array, p: Problem) -> jax.Array:
@@ -255,14 +288,35 @@ def selected(q1, k1, visible, threshold, p: Problem) -> tuple[jax.Array, jax.Arr
     return scores, visible & (scores >= threshold)
 
 
-def _mix_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem):
-    """Values mixed by the selected keys' weights; normaliser and number of attended keys."""
-    weighted = p.weighting != "none"
-    q1_ref, *refs = refs
-    q2_ref, *refs = refs if weighted else (None, *refs)
-    k1_ref, *refs = refs
-    k2_ref, *refs = refs if weighted else (None, *refs)
-    v_ref, y_ref, out_ref, threshold_ref, best_ref, sum_ref, attended_ref, mixed_ref = refs
+class MixScratch(NamedTuple):
+    """What the kernel holds of a tile of queries while it goes through the keys: [G, I, 1], and `mixed` [G, I, V]."""
+
+    threshold: Any
+    best: Any
+    total: Any
+    """Sum of the softmax's exponentials so far."""
+    attended: Any
+    """Keys selected so far."""
+    mixed: Any
+    """Weighted sum of their values so far."""
+
+
+def _mix_kernel(
+    step: Step,
+    places: Places,
+    rows_ref,
+    operands: Operands,
+    y_ref,
+    out_ref,
+    scratch: MixScratch,
+    *,
+    p: Problem,
+    tiles: Tiles,
+    window,
+):
+    """Values mixed by the selected keys' weights; the softmax's sum and the number of attended keys."""
+    q1_ref, q2_ref, k1_ref, k2_ref, v_ref = operands
+    threshold_ref, best_ref, total_ref, attended_ref, mixed_ref = scratch
     heads = range(q1_ref.shape[2])
 
     @pl.when(step.first)
@@ -270,38 +324,38 @@ def _mix_kernel(step, where_q, where_k, rows_ref, *refs, p: Problem):
         for g in heads:
             columns = to_columns(rows_ref[0, 0, g])
             threshold_ref[g], best_ref[g] = columns[:, 0:1], columns[:, 1:2]
-        for ref in (sum_ref, attended_ref, mixed_ref):
+        for ref in (total_ref, attended_ref, mixed_ref):
             ref[...] = jnp.zeros_like(ref)
 
     @pl.when(step.visible)
     def _():
         def work(rows):
-            visible = seen(where_q, where_k, rows, p.window)
+            visible = places.visible(rows, window)
             for g in heads:
                 scores, keep = selected(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], visible, threshold_ref[g, rows, :], p)
                 weights = jnp.where(keep, jnp.exp(scores - best_ref[g, rows, :]), 0)
-                sum_ref[g, rows, :] += jnp.sum(weights, axis=-1, keepdims=True)
+                total_ref[g, rows, :] += jnp.sum(weights, axis=-1, keepdims=True)
                 attended_ref[g, rows, :] += jnp.sum(keep.astype(weights.dtype), axis=-1, keepdims=True)
-                if q2_ref is not None and k2_ref is not None:
+                if q2_ref is not None:
                     arguments = capped(product(q2_ref[0, 0, g, rows, :], k2_ref[0, 0], (1, 1)), p.softcap_values)
                     weights = weights * softplus_and_slope(arguments)[0]
                 mixed_ref[g, rows, :] += product(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
 
-        over_rows(p, work)
+        over_rows(tiles, work)
 
     @pl.when(step.last)
     def _():
         for g in heads:
-            total = sum_ref[g]
+            total = total_ref[g]
             # A query that sees nothing has a softmax over nothing: its values are zero.
             y_ref[0, 0, g] = (mixed_ref[g] / jnp.where(total == 0, 1, total)).astype(y_ref.dtype)
             out_ref[0, 0, g] = to_rows([total, attended_ref[g]])
 
 
-def by_sequences(function: Callable[..., Any], p: Problem, q, k, v, *rest: Any) -> Any:
-    """`function` of arrays [B, ...], of as many sequences at a time as the list of their steps has room for."""
-    batch = q.shape[0]
-    steps = -(-q.shape[1] // p.tiles.queries) * -(-k.shape[1] // p.tiles.keys)
+def by_sequences(function: Callable[..., Any], q, k, v, *rest: Any) -> Any:
+    """`function` of arrays [B, ...], called for as many sequences at a time as the list of their steps has room for."""
+    batch, tiles = q.shape[0], tiles_for(q, k)
+    steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * steps <= STEPS))
     if size == batch:
         return function(q, k, v, *rest)
@@ -311,59 +365,55 @@ def by_sequences(function: Callable[..., Any], p: Problem, q, k, v, *rest: Any) 
 
 
 def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mixed values [B, T, N, V], attended keys [B, T, N], and rows [B, K, G, 8, T] for the backward kernel."""
+    """Mixed values [B, T, N, V], attended keys [B, T, N], and for `backward` rows of threshold, best score and sum.
+
+    The rows are [B, K, G, 3, T].
+    """
     (batch, queries, heads, _), kv_heads = q.shape, k.shape[2]
-    group, dtype = heads // kv_heads, wide(q)
-    operands = prepare(q, k, v, p)
-    q1, q2, k1, k2, values = operands
-    seen_by = padded_visibility(visibility, p.tiles)
-    grid = Grid.over(seen_by, p.tiles, range(k1.shape[2] // p.tiles.keys))
-    where = where_arrays(seen_by)
+    group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(q, k)
+    operands = arrange(q, k, v, p, tiles)
+    q1, k1, values = operands.q1, operands.k1, operands.v
+    visibility = padded_visibility(visibility, tiles)
+    grid = Grid.over(visibility, tiles, range(k1.shape[2] // tiles.keys))
+    places = Places.of(visibility)
+    static: dict[str, Any] = {"p": p, "tiles": tiles, "window": visibility.window}
     rows = jax.ShapeDtypeStruct((batch, kv_heads, group, ROWS, q1.shape[3]), dtype)
 
     def column(*leading: int) -> Any:
-        return pltpu.VMEM((*leading, p.tiles.queries, 1), dtype)
+        return pltpu.VMEM((*leading, tiles.queries, 1), dtype)
 
     moments = grid.call(
-        partial(_moments_kernel, p=p),
-        [*where, q1, k1],
-        [*grid.where(), grid.queries(group, p.r), grid.keys(p.r)],
+        partial(_moments_kernel, **static),
+        [places, q1, k1],
+        [grid.places(), grid.queries(group, p.r), grid.keys(p.r)],
         rows,
         grid.rows(group),
-        [column(), column(group), column(group), column(group)],
+        [column(), Moments(*[column(group)] * 3)],
         (kv_heads, heads),
         p.r,
         interpret,
     )
     thresholds = _threshold(moments, p)
-    weighted = [] if q2 is None or k2 is None else [(q2, k2)]
+    mixed = pltpu.VMEM((group, tiles.queries, values.shape[-1]), dtype)
+    scratch = MixScratch(column(group), column(group), column(group), column(group), mixed)
     y, sums = grid.call(
-        partial(_mix_kernel, p=p),
-        [*where, thresholds, q1, *(a for a, _ in weighted), k1, *(b for _, b in weighted), values],
-        [
-            *grid.where(),
-            grid.rows(group),
-            grid.queries(group, p.r),
-            *(grid.queries(group, a.shape[-1]) for a, _ in weighted),
-            grid.keys(p.r),
-            *(grid.keys(b.shape[-1]) for _, b in weighted),
-            grid.keys(values.shape[-1]),
-        ],
+        partial(_mix_kernel, **static),
+        [places, thresholds, operands],
+        [grid.places(), grid.rows(group), grid.operands(operands)],
         [jax.ShapeDtypeStruct((*q1.shape[:-1], values.shape[-1]), v.dtype), rows],
         [grid.queries(group, values.shape[-1]), grid.rows(group)],
-        [*[column(group)] * 4, pltpu.VMEM((group, p.tiles.queries, values.shape[-1]), dtype)],
+        [scratch],
         (kv_heads, heads),
         p.r + (0 if p.weighting == "none" else q.shape[-1] - p.r) + v.shape[-1],
         interpret,
     )
     y = from_heads(y, queries)
     attended = from_heads(sums[..., 1, :, None], queries)[..., 0].astype(jnp.int32)
-    kept = jnp.stack([thresholds[..., 0, :], thresholds[..., 1, :], sums[..., 0, :]], axis=-2)
-    return y, attended, kept
+    return y, attended, jnp.stack([thresholds[..., 0, :], thresholds[..., 1, :], sums[..., 0, :]], axis=-2)
 
 
 def tiles_for(q: jax.Array, k: jax.Array) -> Tiles:
-    """Tiles for queries [B, T, N, H] and keys [B, S, K, H]: few of them, or what there are rounded up."""
+    """Tiles for queries [B, T, N, H] and keys [B, S, K, H]: of the largest size, or all that there are rounded up."""
     largest = launch_of("spark_attention_tpu", itemsize=q.dtype.itemsize, columns=q.shape[-1]).tiles
     return Tiles(*(min(most, -(-x.shape[1] // 128) * 128) for most, x in zip(largest, (q, k), strict=True)))
 
