@@ -44,7 +44,7 @@ def statistical_topk(
       x: any float array; statistics are float32 (float64 for float64 input) whatever its dtype.
       k: target number of survivors, 0 < k; may be fractional. `k >= d` returns `x` unchanged.
       axis: the axis of length d.
-      ddof: the variance's divisor is d - ddof: 1 as in the paper, 0 as in Gemma 3n.
+      ddof: the variance's divisor is d - ddof: 1 is the sample variance, 0 is what Gemma 3n's code has.
       where: booleans broadcastable to `x`: statistics and result cover only true entries, others are 0; a row with at
         most `k` true entries passes through.
       huber_delta: 0, or the width of the quadratic start that makes the result continuously differentiable.

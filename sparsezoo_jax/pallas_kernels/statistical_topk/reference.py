@@ -107,10 +107,10 @@ def quantile_of_count(count: jax.Array, k: float) -> jax.Array:
 
 
 def shrink(x: jax.Array, threshold: jax.Array, huber_delta: float) -> jax.Array:
-    """One-sided soft threshold `s = max(x - threshold, 0)`, optionally Huber-smoothed (Theorem 3.2).
+    """One-sided soft threshold `s = max(x - threshold, 0)`, optionally Huber-smoothed.
 
     With `huber_delta` > 0 the result is `s^2 / (2 delta)` up to `s = delta` and `s - delta/2` beyond, which makes it
-    continuously differentiable.
+    continuously differentiable. (That there is such a form is Theorem 3.2; the formula is a reconstruction.)
     """
     s = jnp.maximum(x - threshold, 0)
     if huber_delta == 0:
