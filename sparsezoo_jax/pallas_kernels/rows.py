@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 
-#: Most rows for which the native form is the default: beyond, weights are reused and XLA's matrix products are faster.
+#: Most rows for which native operations are the default: with more, weights are reused, and XLA's products are faster.
 MOST_ROWS = 16
 
 TOKENS = (jnp.float32, jnp.bfloat16)
@@ -41,7 +41,7 @@ def check_weights(
 
 
 def native_refusal(**tokens: jax.Array) -> str | None:
-    """Why the native form can't take these arrays of tokens (float32 or bfloat16 it must be); None if it can."""
+    """Why native operations can't take these arrays of tokens, or None if they can: float32 or bfloat16, not empty."""
     for name, x in tokens.items():
         if x.dtype not in TOKENS:
             return f"{name} is {x.dtype}, not float32 or bfloat16"
@@ -50,31 +50,32 @@ def native_refusal(**tokens: jax.Array) -> str | None:
     return None
 
 
-def or_none(scale: jax.Array | None) -> jax.Array:
-    """What a native operation takes for `scale`: an empty array says that there is none."""
+def or_empty(scale: jax.Array | None) -> jax.Array:
+    """`scale` as native operations take it: an empty array stands for None."""
     return jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
 
 
 def dequantised(w: jax.Array, scale: jax.Array | None) -> jax.Array:
     """Rows [..., K] in float32, times their factors [...]."""
-    wide = w.astype(jnp.float32)
-    return wide if scale is None else wide * scale[..., None]
+    w_float32 = w.astype(jnp.float32)
+    return w_float32 if scale is None else w_float32 * scale[..., None]
 
 
 def product(x_MK: jax.Array, w_NK: jax.Array, scale_N: jax.Array | None) -> jax.Array:
-    """`x W^T`, [M, N] in float32: the spelling that XLA for CPU runs fastest."""
+    """`x W^T`, [M, N] in float32, written in the form that XLA for CPU runs fastest for each dtype of w."""
     rows = x_MK.shape[0]
     if w_NK.dtype == jnp.int8:
-        # A product of int8 has no fast form; a sum has, if nothing that follows is fused with it.
-        wide = w_NK.astype(jnp.float32)
+        # XLA for CPU has no fast matrix product of int8, but a fast sum of elementwise products, provided that nothing
+        # which follows is fused into it.
+        w_float32 = w_NK.astype(jnp.float32)
         if rows == 1:
-            y_MN = jnp.sum(wide * x_MK[0].astype(jnp.float32), axis=-1)[None]
+            y_MN = jnp.sum(w_float32 * x_MK[0].astype(jnp.float32), axis=-1)[None]
         else:
-            y_MN = jnp.sum(wide[None] * x_MK.astype(jnp.float32)[:, None], axis=-1)
+            y_MN = jnp.sum(w_float32[None] * x_MK.astype(jnp.float32)[:, None], axis=-1)
         y_MN = jax.lax.optimization_barrier(y_MN)
         return y_MN if scale_N is None else y_MN * scale_N
     if w_NK.dtype == jnp.bfloat16:
-        # One or two rows take a path that is ten times slower than four.
+        # XLA's products of one or two rows of bfloat16 take a path that is ten times slower than that of four rows.
         x_MK = jnp.pad(x_MK.astype(w_NK.dtype), ((0, max(0, 4 - rows)), (0, 0)))
     contract = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x_MK.astype(w_NK.dtype), w_NK, contract, preferred_element_type=jnp.float32)[:rows]
@@ -95,21 +96,26 @@ def combination(h_MN: jax.Array, w_NK: jax.Array, scale_N: jax.Array | None) -> 
 def sum_over_active(
     active_N: jax.Array, group: int, total: Any, add: Callable[[Any, jax.Array, jax.Array, Any], Any], read: Any
 ) -> Any:
-    """`total` after `add(total, places, valid, read)` for the true places of `active_N`, `group` of them at a time.
+    """Loop over the true places of `active_N`, `group` of them in a turn, and add up what they contribute.
 
-    `total` is an array or several; `read` are the arrays of which `add` takes parts. The loop has as many turns as
-    there are groups, so that what `add` gathers is read for active places only. The last group repeats its last place
-    where it is not full: `valid` [group] is false there.
+    Args:
+      active_N: booleans.
+      group: how many places a turn has.
+      total: what the sum starts from, a pytree of arrays.
+      add: `add(total, places, valid, read)` returns the total with the contribution of `places` [group]. Where the last
+        group is not full it repeats its last place, and `valid` [group] is false.
+      read: a pytree of the arrays of which `add` takes parts. The loop has no more turns than there are groups, so that
+        only the parts of active places are read.
     """
     count_N = jnp.cumsum(active_N)
     count = count_N[-1]
 
     def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         turn, total = state
-        turn, parts = fresh(turn, read)
+        turn, parts = reread_each_turn(turn, read)
         wanted = turn * group + jnp.arange(group)
-        # The i-th true place is where the running count reaches i + 1. Looking for it in halves takes a CPU the least
-        # work, but other devices a dozen programs one after the other.
+        # The i-th true place is where the running count reaches i + 1. A CPU finds it with the least work by bisection;
+        # on other devices that would be a dozen programs one after the other.
         ranks = jnp.minimum(wanted + 1, count)
         places = jax.lax.platform_dependent(
             cpu=lambda: jnp.searchsorted(count_N, ranks, method="scan"),
@@ -120,14 +126,14 @@ def sum_over_active(
     return jax.lax.while_loop(lambda state: state[0] * group < count, body, (jnp.int32(0), total))[1]
 
 
-def fresh(turn: jax.Array, read: Any) -> tuple[jax.Array, Any]:
-    """The same values, which a compiler must take for others in every turn of a loop.
+def reread_each_turn(turn: jax.Array, read: Any) -> tuple[jax.Array, Any]:
+    """The same values, in a way that keeps the compiler from moving work on `read` out of the loop.
 
     XLA for CPU converts bfloat16 to float32 to take parts of it, and would convert all of `read` ahead of the loop.
     """
     return jax.lax.optimization_barrier((turn, read))
 
 
-def result(*shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of results."""
+def result_shapes(*shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
+    """The results of a native operation, each given by its shape and dtype."""
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]

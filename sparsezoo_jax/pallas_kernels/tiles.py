@@ -11,29 +11,32 @@ import jax
 import jax.numpy as jnp
 
 TILE = 256
-"""Most rows of one matrix product of a loop over tiles: fastest of 64, 128 and 256 on a CPU (see docs/moe.md)."""
+"""Rows of a tile, at most: the fastest of 64, 128 and 256 on a CPU (docs/moe.md)."""
 
 
 class Tiles(NamedTuple):
-    """Assignments laid out by group in tiles of equal height, each of one group; S slots in all."""
+    """Assignments of tokens to groups, laid out in tiles of equal height that each belong to one group.
+
+    A slot is a row of a tile. The last tile of a group may have empty slots, and tiles from `count` on are not used.
+    """
 
     count: jax.Array
-    """Tiles in use."""
+    """How many tiles are in use; these come first."""
     expert_M: jax.Array
-    """Group of each tile."""
+    """The group that each tile belongs to."""
     token_S: jax.Array
-    """Token of each slot; 0 where the slot is empty."""
+    """The token in each slot; 0 where the slot is empty."""
     filled_S: jax.Array
     """True where a slot holds an assignment."""
     slot_NK: jax.Array
-    """Slot of each assignment."""
+    """The slot of each assignment, by token and place among its groups."""
 
 
 def tiled(experts_NK: jax.Array, count: int, tile: int) -> Tiles:
-    """Lay out the groups [N, K] of each token, in [0, count), in tiles of `tile` rows."""
+    """Lay out the assignments of tokens to groups [N, K], numbers in [0, count), in tiles of `tile` rows."""
     tokens, k = experts_NK.shape
     total = tokens * k
-    # Every expert wastes less than one tile.
+    # The slots that a group leaves empty are fewer than one tile has.
     most = -(-total // tile) + min(count, total)
     flat_A = experts_NK.reshape(-1)
     sizes_E = jnp.bincount(flat_A, length=count)
@@ -54,5 +57,5 @@ def tiled(experts_NK: jax.Array, count: int, tile: int) -> Tiles:
 
 
 def rows(array_S: jax.Array, i: jax.Array, tile: int) -> jax.Array:
-    """The rows of tile `i`."""
+    """The rows of tile `i` of an array over slots."""
     return jax.lax.dynamic_slice_in_dim(array_S, i * tile, tile)

@@ -1,6 +1,7 @@
-"""What kernels for GPUs share that read some rows of a matrix and leave the others where they are.
+"""Helpers of kernels for GPUs that read some rows of a matrix and don't read the others.
 
-Places outside of an array are given one by one and masked: newer versions of jax refuse slices that pass its end.
+They load and store by arrays of indices with a mask for those out of bounds: newer versions of jax refuse slices that
+pass the end of an array.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from jax.experimental.pallas import triton as plgpu
 
 
 def load(ref: Any, rows: jax.Array, columns: jax.Array, mask: jax.Array) -> jax.Array:
-    """[R, C] of the places rows [R] and columns [C]; 0, and nothing read, where the mask [R, C] is false."""
+    """The entries [R, C] at rows [R] and columns [C]; where the mask [R, C] is false, 0 without reading."""
     return plgpu.load(ref.at[rows[:, None], columns[None]], mask=mask, other=0)
 
 
 def store(ref: Any, rows: jax.Array, columns: jax.Array, mask: jax.Array, values: jax.Array) -> None:
-    """Write [R, C] where the mask is true."""
+    """Write values [R, C] to rows [R] and columns [C] where the mask [R, C] is true."""
     plgpu.store(ref.at[rows[:, None], columns[None]], values.astype(ref.dtype), mask=mask)
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """The matrix product over the given axes of both, in at least float32."""
-    # Triton would round float32 operands to 10 bits.
+    # By default Triton rounds float32 operands of a product to TF32, which has 10 bits of mantissa.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     sums = jnp.promote_types(a.dtype, jnp.float32)
@@ -33,16 +34,16 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def times_weights(a: jax.Array, weights: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """`a W` or `a W^T` for weights as they are stored: bfloat16, to which a is rounded, or made float32."""
+    """`a W` or `a W^T` for W as it is stored: in bfloat16, to which a is rounded, or converted to float32."""
     weights = weights if weights.dtype == jnp.bfloat16 else weights.astype(jnp.float32)
     return product(a.astype(weights.dtype), weights, (1, 1 if transposed else 0))
 
 
 def height(rows: int) -> int:
-    """Rows of the smallest matrix product that holds as many."""
+    """`rows`, rounded up to a height that matrix products take: a power of two from 16 on."""
     return max(16, pl.next_power_of_2(rows))
 
 
 def in_use(values: jax.Array) -> jax.Array:
-    """Which columns [C] of [R, C] have anything but zeros, NaN included."""
+    """Which columns [C] of values [R, C] have an entry that is not 0 (NaN is not)."""
     return jnp.sum((values != 0).astype(jnp.int32), axis=0) > 0

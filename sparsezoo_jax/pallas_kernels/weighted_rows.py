@@ -161,11 +161,11 @@ def _kernel(
             vector = jnp.zeros(lanes.shape, jnp.float32)
             for i in range(in_lanes):
                 place = tiles_ref[0, 0, turn * several + first + i]
-                whole = jax.lax.div(place, in_lanes)
-                found = weights_ref[0, :, pl.ds(pl.multiple_of(whole * _LANES, _LANES), _LANES)]
-                shift = jax.lax.rem((i + in_lanes) - (place - whole * in_lanes), in_lanes) * tile
+                lane_tile = jax.lax.div(place, in_lanes)
+                found = weights_ref[0, :, pl.ds(pl.multiple_of(lane_tile * _LANES, _LANES), _LANES)]
+                shift = jax.lax.rem((i + in_lanes) - (place - lane_tile * in_lanes), in_lanes) * tile
                 vector = jnp.where(lanes >= i * tile, pltpu.roll(found, shift, 1), vector)
-            # A tile that is read again, to fill the buffer, counts once.
+            # The last tile is read again and again to fill the buffer: only its first copy has weights.
             vectors.append(jnp.where(lanes < count * tile - (turn * buffered + first * tile), vector, 0))
         return jnp.concatenate(vectors, axis=1)
 
@@ -185,7 +185,7 @@ def _kernel(
                 hidden = weigh(*values)
                 active = (hidden != 0) & (weights != 0)
                 active_ref[0] += jnp.sum(active.astype(jnp.float32), axis=1, keepdims=True)
-                # Whatever the product is, without a weight it counts for nothing.
+                # A product that is not finite must not matter where the weight is 0.
                 weights = jnp.where(weights != 0, weights * hidden, 0)
             y_ref[0] += _product(weights, last_ref[slot, :, skipped:], 0)
 
@@ -203,7 +203,7 @@ def _kernel(
 
     @pl.when((count > 0) & (count < most))
     def _():
-        add_up(jax.lax.div(count + (several - 1), several), start_used, weights_of_used)  # `//` would ask for the sign
+        add_up(jax.lax.div(count + (several - 1), several), start_used, weights_of_used)  # `//` would check signs
 
     if most <= rows // tile:
 
@@ -241,19 +241,19 @@ def weighted_rows(
       is 0.
     """
     (heads, group, part), count, tile = q_HGA.shape, rows[0].shape[1], _tile(rows)
-    whole = count // tile * tile
-    # A transfer can't take part of a tile: the rows of the last one, if it is not full, are the compiler's.
-    rest = [array[:, whole:] for array in rows]
+    tiled = count // tile * tile
+    # A transfer can't take a part of a tile: if the last tile is not full, its rows are left to XLA.
+    rest = [array[:, tiled:] for array in rows]
     last = _plain(
-        q_HGA, weights_HGS[..., whole:], rest, weigh, None if factors_HFS is None else factors_HFS[..., whole:]
+        q_HGA, weights_HGS[..., tiled:], rest, weigh, None if factors_HFS is None else factors_HFS[..., tiled:]
     )
-    if not whole:
+    if not tiled:
         return last
-    weights_HGS = weights_HGS[..., :whole]
-    tiles = whole // tile
+    weights_HGS = weights_HGS[..., :tiled]
+    tiles = tiled // tile
     used_HU = jnp.any(weights_HGS.reshape(heads, group, tiles, tile) != 0, axis=(1, 3))
     places_U = jnp.arange(tiles, dtype=jnp.int32)
-    # Those in use, in order, and then the last of them again.
+    # The tiles in use in ascending order; after them, to the end of the list, the last of them again.
     last_H1 = jnp.max(jnp.where(used_HU, places_U, 0), axis=-1, keepdims=True)
     tiles_HU = jnp.minimum(jnp.sort(jnp.where(used_HU, places_U, tiles), axis=-1), last_H1)
     buffered = _buffer_rows(rows)
@@ -263,12 +263,12 @@ def weighted_rows(
     high, factors = weights_HGS.shape[1], 0
     if factors_HFS is not None:
         factors = factors_HFS.shape[1]
-        factors_HFS = _padded(factors_HFS[..., :whole], _SUBLANES, 1)
+        factors_HFS = _padded(factors_HFS[..., :tiled], _SUBLANES, 1)
         weights_HGS = jnp.concatenate([weights_HGS, factors_HFS], axis=1)
     weights_HGS = _padded(weights_HGS, _LANES, 2)
     q_HGA = _padded(q_HGA, _SUBLANES, 1) if part else jnp.zeros((heads, high, _LANES), jnp.float32)
     transfer = tile * _bytes_of_row(rows) // len(rows)
-    most = pl.cdiv(tiles * transfer, max(transfer, _TRANSFER)) if whole % buffered == 0 else tiles + 1
+    most = pl.cdiv(tiles * transfer, max(transfer, _TRANSFER)) if tiled % buffered == 0 else tiles + 1
     width = rows[-1].shape[-1] - (part if len(rows) == 1 else 0)
 
     def of_head(*shape: int, memory: Any = None) -> pl.BlockSpec:
@@ -277,7 +277,7 @@ def weighted_rows(
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
     size = sum(array.size * array.dtype.itemsize for array in rows)
     y_HGV, active_HGL = pl.pallas_call(
-        partial(_kernel, sizes=_Sizes(part, high, factors, tile, whole, buffered, most), weigh=weigh),
+        partial(_kernel, sizes=_Sizes(part, high, factors, tile, tiled, buffered, most), weigh=weigh),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(heads,),
@@ -294,9 +294,9 @@ def weighted_rows(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((heads, high, columns), jnp.float32) for columns in (width, _LANES)],
-        # Tiles are numbered by a sort of what there is: checking each transfer would take longer than starting it.
+        # The numbers of tiles are within bounds by construction, and checking a transfer takes longer than starting it.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
-        # Of all rows: how many are in use is known when it runs.
+        # As if all rows were read: how many are in use is known only when the kernel runs.
         cost_estimate=pl.CostEstimate(
             flops=2 * high * sum(array.size for array in rows), transcendentals=0, bytes_accessed=size
         ),
@@ -307,7 +307,7 @@ def weighted_rows(
 
 
 def _plain(q_HGA, weights_HGS, rows, weigh, factors_HFS):
-    """The definition."""
+    """`weighted_rows` in plain JAX, its definition."""
     part, rows = q_HGA.shape[-1], [array.astype(jnp.float32) for array in rows]
     *multiplied, summed = [rows[0][..., :part], rows[0][..., part:]] if len(rows) == 1 else rows
     active = jnp.zeros(q_HGA.shape[:2], jnp.int32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
-from sparsezoo_jax.pallas_kernels.rows import TOKENS, check_shapes, native_refusal, result
+from sparsezoo_jax.pallas_kernels.rows import TOKENS, check_shapes, native_refusal, result_shapes
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, softcapped
 
 __all__ = ["attention_rows", "check_cache", "head_products", "reference"]
@@ -58,7 +58,7 @@ def attention_rows(
     def cpp(q, k, v, mask):
         attributes: dict[str, Any] = {"scale": float(factor), "softcap": float(softcap or 0)}
         none = jnp.zeros(0, jnp.float32)
-        return native.call("attention", result((q.shape, q.dtype)), q, k, v, mask, none, **attributes)[0]
+        return native.call("attention", result_shapes((q.shape, q.dtype)), q, k, v, mask, none, **attributes)[0]
 
     implementations = [plain(xla), native_cpu(cpp, native_refusal(q=q))]
     return dispatch("attention_rows", implementation, implementations)(q, k, v, mask)
@@ -84,7 +84,7 @@ def head_products(q_BNH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     batch, heads, width = q_BNH.shape
     kv_heads, keys = k_BKSH.shape[1:3]
     q_BKGH = q_BNH.reshape(batch, kv_heads, heads // kv_heads, width).astype(k_BKSH.dtype)
-    scores = jnp.einsum("bkgh,bksh->bkgs", _four(q_BKGH), k_BKSH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgh,bksh->bkgs", _at_least_four_rows(q_BKGH), k_BKSH, preferred_element_type=jnp.float32)
     return scores[:, :, : heads // kv_heads].reshape(batch, heads, keys)
 
 
@@ -93,22 +93,22 @@ def head_mixture(weights_BNS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
     batch, heads, keys = weights_BNS.shape
     kv_heads = v_BKSH.shape[1]
     weights = weights_BNS.reshape(batch, kv_heads, heads // kv_heads, keys).astype(v_BKSH.dtype)
-    mixed = jnp.einsum("bkgs,bksh->bkgh", _four(weights), v_BKSH, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bkgs,bksh->bkgh", _at_least_four_rows(weights), v_BKSH, preferred_element_type=jnp.float32)
     return mixed[:, :, : heads // kv_heads].reshape(batch, heads, -1)
 
 
-def _four(x_BKGA: jax.Array) -> jax.Array:
-    # XLA's products of bfloat16 with one or two rows take a path that is ten times slower than those with four.
+def _at_least_four_rows(x_BKGA: jax.Array) -> jax.Array:
+    """X padded to 4 rows if it is bfloat16: XLA's products of one or two rows take a path that is ten times slower."""
     missing = 4 - x_BKGA.shape[2] if x_BKGA.dtype == jnp.bfloat16 else 0
     return jnp.pad(x_BKGA, ((0, 0), (0, 0), (0, max(0, missing)), (0, 0)))
 
 
 def reference(q, k, v, mask, *, scale: float | None = None, softcap: float | None = None) -> jax.Array:
-    """The definition, in float32."""
+    """The definition of `attention_rows`, in float32."""
     group = q.shape[1] // k.shape[1]
-    wide_k, wide_v = (jnp.repeat(a.astype(jnp.float32), group, axis=1) for a in (k, v))
+    k_float32, v_float32 = (jnp.repeat(a.astype(jnp.float32), group, axis=1) for a in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = softcapped(scale * jnp.einsum("bnh,bnsh->bns", q.astype(jnp.float32), wide_k), softcap)
+    scores = softcapped(scale * jnp.einsum("bnh,bnsh->bns", q.astype(jnp.float32), k_float32), softcap)
     visible = mask[:, None]
     weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1), 0)
-    return jnp.einsum("bns,bnsh->bnh", weights, wide_v).astype(q.dtype)
+    return jnp.einsum("bns,bnsh->bnh", weights, v_float32).astype(q.dtype)

@@ -34,7 +34,7 @@ def refusal(x: jax.Array, up: jax.Array) -> str | None:
 def _hidden_kernel(
     experts_ref, x_ref, scores_ref, up_ref, gate_ref, hidden_ref, *, n: int, d: int, width: int, total: int, tiles
 ):
-    """A tile of neurons of one place: activation times score, for all tokens."""
+    """Activation times score, for all tokens, of a tile of neurons of the expert in one place of the union."""
     tile, depth = tiles
     place, start = pl.program_id(0), pl.program_id(1) * tile
     expert = experts_ref[place]
@@ -64,7 +64,7 @@ def _hidden_kernel(
 def _sum_kernel(
     experts_ref, hidden_ref, down_ref, y_ref, *, n: int, d: int, width: int, total: int, tiles, places: int
 ):
-    """A tile of columns of the result, over all places."""
+    """A tile of columns of the result, summed over all places of the union."""
     tile, depth = tiles
     start = pl.program_id(0) * tile
     tokens, terms, columns = jnp.arange(height(n)), jnp.arange(depth), jnp.arange(tile)

@@ -23,9 +23,9 @@ from sparsezoo_jax.pallas_kernels.rows import (
     combination,
     dequantised,
     native_refusal,
-    or_none,
+    or_empty,
     product,
-    result,
+    result_shapes,
     sum_over_active,
 )
 
@@ -113,8 +113,8 @@ def block_ffn_rows(
 
     def cpp(x, scores, up, down, gate, scales):
         gates = jnp.zeros(0, up.dtype) if gate is None else gate
-        factors = (or_none(scales[2]), or_none(scales[0]), or_none(scales[1]))
-        results, code = result((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
+        factors = (or_empty(scales[2]), or_empty(scales[0]), or_empty(scales[1]))
+        results, code = result_shapes((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
         return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
 
     def gpu(x, scores, up, down, gate, scales, *, interpret):
@@ -170,10 +170,10 @@ def reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The definition: every expert, with weights in float32; and the number of units that are not 0."""
     act = ACTIVATIONS[activation]
-    wide = x.astype(jnp.float32)
-    hidden = jnp.einsum("md,ewd->mew", wide, dequantised(up, scales[0]))
+    x_float32 = x.astype(jnp.float32)
+    hidden = jnp.einsum("md,ewd->mew", x_float32, dequantised(up, scales[0]))
     if gate is not None:
-        hidden = act(jnp.einsum("md,ewd->mew", wide, dequantised(gate, scales[2]))) * hidden
+        hidden = act(jnp.einsum("md,ewd->mew", x_float32, dequantised(gate, scales[2]))) * hidden
     else:
         hidden = act(hidden)
     scaled = scores.astype(jnp.float32)[..., None] * hidden

@@ -34,9 +34,10 @@ def refusal(x: jax.Array, scores: jax.Array, activation: str) -> str | None:
 def _hidden_kernel(
     x_ref, scores_ref, weights, factors, hidden_ref, counts_ref, *, m: int, d: int, width: int, neurons: int, tiles, act
 ):
-    """Of a tile of neurons, for all tokens: activation times score, and how many are not 0.
+    """Activation times score, for all tokens, of a tile of neurons, and how many of the activations are not 0.
 
-    `weights` are up and perhaps gate; `factors` those of their rows and of down's, or None each.
+    `weights` are up and, for gated experts, gate; `factors` are those of the rows of each of them and of down, each a
+    reference or None.
     """
     tile, (size, depth) = pl.program_id(0), tiles
     tokens, own = jnp.arange(height(m)), tile * size + jnp.arange(size)
@@ -58,7 +59,7 @@ def _hidden_kernel(
         return values if factor_ref is None else values * plgpu.load(factor_ref.at[own], mask=used, other=0)[None]
 
     zeros = jnp.zeros((tokens.size, size), jnp.float32)
-    # None where no token has any of the experts.
+    # No turns at all where no token takes any of the experts.
     turns = jnp.max(used.astype(jnp.int32)) * pl.cdiv(d, depth)
     up, *gate = map(scaled, jax.lax.fori_loop(0, turns, step, (zeros,) * len(weights)), factors)
     hidden = act(gate[0]) * up if gate else act(up)
@@ -70,13 +71,13 @@ def _hidden_kernel(
 
 
 def _sum_kernel(hidden_ref, down_ref, y_ref, *, m: int, d: int, neurons: int, tiles: tuple[int, ...]):
-    """Some columns of the result, over one part of the neurons."""
+    """A tile of columns of the result, summed over one part of the neurons."""
     turn, size, parts = tiles
     tokens, columns = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
     part = pl.program_id(1)
 
     def step(i, sums):
-        # Parts take turns, so that each has its share of every expert.
+        # Parts take turns of neurons alternately, so that each has its share of every expert.
         own = (i * parts + part) * turn + jnp.arange(turn)
         hidden = load(hidden_ref, tokens, own, (tokens < m)[:, None] & (own < neurons)[None])
         mask = in_use(hidden)[:, None] & (columns < d)[None]
@@ -102,14 +103,14 @@ def sum_over_experts(
     neurons = experts * width
     rows = lambda w: None if w is None else w.reshape(neurons, *w.shape[2:])  # noqa: E731
     up_scale, down_scale, gate_scale = map(rows, scales)
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    in_memory = pl.BlockSpec(memory_space=pl.ANY)
 
     def call(kernel, launch, grid, results, *arrays, **options):
         return pl.pallas_call(
             partial(kernel, m=m, d=d, neurons=neurons, tiles=launch.tiles, **options),
             grid=grid,
-            in_specs=jax.tree.map(lambda _: whole, arrays),
-            out_specs=jax.tree.map(lambda _: whole, results),
+            in_specs=jax.tree.map(lambda _: in_memory, arrays),
+            out_specs=jax.tree.map(lambda _: in_memory, results),
             out_shape=results,
             compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,

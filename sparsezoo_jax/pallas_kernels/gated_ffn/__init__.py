@@ -16,9 +16,9 @@ from sparsezoo_jax.pallas_kernels.rows import (
     combination,
     dequantised,
     native_refusal,
-    or_none,
+    or_empty,
     product,
-    result,
+    result_shapes,
 )
 
 __all__ = ["gated_ffn_rows", "reference"]
@@ -64,9 +64,11 @@ def gated_ffn_rows(
         return combination(hidden, down, scales[2]).astype(x.dtype)
 
     def cpp(x, gate, up, down, scales):
-        factors = [or_none(scale) for scale in scales]
+        factors = [or_empty(scale) for scale in scales]
         code = native.ACTIVATIONS[activation]
-        return native.call("gated_ffn", result((x.shape, x.dtype)), x, gate, up, down, *factors, activation=code)[0]
+        return native.call(
+            "gated_ffn", result_shapes((x.shape, x.dtype)), x, gate, up, down, *factors, activation=code
+        )[0]
 
     implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
     return dispatch("gated_ffn_rows", implementation, implementations)(x, gate, up, down, scales)
@@ -75,5 +77,5 @@ def gated_ffn_rows(
 def reference(x, gate, up, down, *, activation: str = "gelu_tanh", scales: Scales = (None, None, None)) -> jax.Array:
     """The definition, with all weights in float32."""
     gate, up, down = (dequantised(w, scale) for w, scale in zip((gate, up, down), scales, strict=True))
-    wide = x.astype(jnp.float32)
-    return ((ACTIVATIONS[activation](wide @ gate.T) * (wide @ up.T)) @ down).astype(x.dtype)
+    x_float32 = x.astype(jnp.float32)
+    return ((ACTIVATIONS[activation](x_float32 @ gate.T) * (x_float32 @ up.T)) @ down).astype(x.dtype)

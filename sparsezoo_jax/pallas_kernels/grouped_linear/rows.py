@@ -20,9 +20,9 @@ from sparsezoo_jax.pallas_kernels.rows import (
     check_weights,
     combination,
     native_refusal,
-    or_none,
+    or_empty,
     product,
-    result,
+    result_shapes,
     sum_over_active,
 )
 
@@ -73,7 +73,7 @@ def from_blocks_rows(
         return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
     def cpp(x, routed, w, scale):
-        return _native("from_blocks", result(((x.shape[0], w.shape[1]), out)), x, routed, w, scale, blocks)
+        return _native("from_blocks", result_shapes(((x.shape[0], w.shape[1]), out)), x, routed, w, scale, blocks)
 
     implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
     return dispatch("from_blocks_rows", implementation, implementations)(x, routed, w, scale)
@@ -119,7 +119,7 @@ def to_blocks_rows(
         return sum_over_active(jnp.any(active, axis=0), 1, zeros, add, w).astype(out)
 
     def cpp(x, routed, w, scale):
-        return _native("to_blocks", result(((x.shape[0], w.shape[0]), out)), x, routed, w, scale, blocks)
+        return _native("to_blocks", result_shapes(((x.shape[0], w.shape[0]), out)), x, routed, w, scale, blocks)
 
     implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
     return dispatch("to_blocks_rows", implementation, implementations)(x, routed, w, scale)
@@ -131,7 +131,7 @@ def _slab(w: jax.Array, scale: jax.Array | None, first: jax.Array, size: int) ->
 
 
 def _native(operation, results, x, routed, w, scale, blocks: Blocks) -> jax.Array:
-    arrays = (x, routed.astype(jnp.int32), w, or_none(scale))
+    arrays = (x, routed.astype(jnp.int32), w, or_empty(scale))
     return native.call(operation, results, *arrays, count=blocks.count, shared=blocks.shared)[0]
 
 

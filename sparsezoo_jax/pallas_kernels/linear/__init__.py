@@ -12,9 +12,9 @@ from sparsezoo_jax.pallas_kernels.rows import (
     check_shapes,
     check_weights,
     native_refusal,
-    or_none,
+    or_empty,
     product,
-    result,
+    result_shapes,
 )
 
 __all__ = ["linear"]
@@ -51,7 +51,7 @@ def linear(
         return product(x, w, scale).astype(out)
 
     def cpp(x, w, scale):
-        return native.call("linear", result(((x.shape[0], w.shape[0]), out)), x, w, or_none(scale))[0]
+        return native.call("linear", result_shapes(((x.shape[0], w.shape[0]), out)), x, w, or_empty(scale))[0]
 
     implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=x.shape[0] <= MOST_ROWS)]
     return dispatch("linear", implementation, implementations)(x, w, scale)

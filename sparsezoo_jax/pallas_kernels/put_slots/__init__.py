@@ -16,16 +16,16 @@ __all__ = ["put_slots"]
 
 
 def put_slots(
-    kept: jax.Array, new: jax.Array, slot: jax.Array | int, *, axis: int, implementation: str | None = None
+    cache: jax.Array, new: jax.Array, slot: jax.Array | int, *, axis: int, implementation: str | None = None
 ) -> jax.Array:
-    """`kept` with `new`, converted to its dtype, in slots `slot` and following of `axis`.
+    """`cache` with `new`, converted to its dtype, in slots `slot` and following of `axis`.
 
-    In place where `kept` is donated, except that XLA for CPU writes the whole of a bfloat16 array to change a part
-    (through float32, four times slower still, if the bits are not moved as integers). The native form writes the new
-    slots alone.
+    In place where `cache` is donated, except that XLA for CPU writes all of a bfloat16 array to change a part of it: by
+    way of float32, unless the bits are moved as integers, which is four times faster. The native operation writes the
+    new slots alone.
 
     Args:
-      kept: [..., S, ...].
+      cache: [..., S, ...].
       new: the same shape but T <= S slots.
       slot: int32 scalar, not negative; clipped so that all T slots exist, as `jax.lax.dynamic_update_slice` does.
       axis: of the slots, counted from the front.
@@ -34,32 +34,32 @@ def put_slots(
     Raises:
       ConfigError: shapes that don't fit, or an implementation that can't take them.
     """
-    wanted = (*kept.shape[:axis], new.shape[axis] if new.ndim > axis else 0, *kept.shape[axis + 1 :])
-    require(new.shape == wanted, "put_slots.new", new.shape, f"must be {kept.shape} with as many slots or fewer")
-    require(new.shape[axis] <= kept.shape[axis], "put_slots.new", new.shape, f"must be no longer than {kept.shape}")
-    new, slot = new.astype(kept.dtype), jnp.asarray(slot, jnp.int32)
-    narrow = kept.dtype == jnp.bfloat16
+    wanted = (*cache.shape[:axis], new.shape[axis] if new.ndim > axis else 0, *cache.shape[axis + 1 :])
+    require(new.shape == wanted, "put_slots.new", new.shape, f"must be {cache.shape} with as many slots or fewer")
+    require(new.shape[axis] <= cache.shape[axis], "put_slots.new", new.shape, f"must be no longer than {cache.shape}")
+    new, slot = new.astype(cache.dtype), jnp.asarray(slot, jnp.int32)
+    narrow = cache.dtype == jnp.bfloat16
 
-    def xla(kept, new, slot):
-        start = [slot if i == axis else 0 for i in range(kept.ndim)]
+    def xla(cache, new, slot):
+        start = [slot if i == axis else 0 for i in range(cache.ndim)]
 
-        def update(kept, new):
-            return jax.lax.dynamic_update_slice(kept, new, start)
+        def update(cache, new):
+            return jax.lax.dynamic_update_slice(cache, new, start)
 
-        def update_bits(kept, new):
-            kept_bits, new_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (kept, new))
-            return jax.lax.bitcast_convert_type(update(kept_bits, new_bits), kept.dtype)
+        def update_bits(cache, new):
+            cache_bits, new_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (cache, new))
+            return jax.lax.bitcast_convert_type(update(cache_bits, new_bits), cache.dtype)
 
         if not narrow:
-            return update(kept, new)
-        # On other devices moving bits would copy the whole array twice.
-        return jax.lax.platform_dependent(kept, new, cpu=update_bits, default=update)
+            return update(cache, new)
+        # On other devices the conversion to integers would copy the array, there and back.
+        return jax.lax.platform_dependent(cache, new, cpu=update_bits, default=update)
 
-    def cpp(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-        same = [jax.ShapeDtypeStruct(kept.shape, kept.dtype)]
-        outer, inner = math.prod(kept.shape[:axis]), math.prod(kept.shape[axis + 1 :])
+    def cpp(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        same = [jax.ShapeDtypeStruct(cache.shape, cache.dtype)]
+        outer, inner = math.prod(cache.shape[:axis]), math.prod(cache.shape[axis + 1 :])
         aliases = {0: 0}
-        return native.call("put_slots", same, kept, new, slot, aliases=aliases, outer=outer, inner=inner)[0]
+        return native.call("put_slots", same, cache, new, slot, aliases=aliases, outer=outer, inner=inner)[0]
 
-    implementations = [plain(xla), native_cpu(cpp, native_refusal(kept=kept, new=new), default=narrow)]
-    return dispatch("put_slots", implementation, implementations)(kept, new, slot)
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(cache=cache, new=new), default=narrow)]
+    return dispatch("put_slots", implementation, implementations)(cache, new, slot)

@@ -74,8 +74,8 @@ def attention_scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
     kv_heads = k.shape[2]
     q_BTKGH = (scale * q).reshape(batch, queries, kv_heads, heads // kv_heads, width)
     q_BKRH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, queries * heads // kv_heads, width)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=wide)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k.transpose(0, 2, 1, 3), preferred_element_type=dtype)
 
 
 def attention_values(weights_BKRS: jax.Array, v: jax.Array, queries: int) -> jax.Array:

@@ -16,7 +16,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
 from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
 from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, pallas, plain
-from sparsezoo_jax.pallas_kernels.rows import check_shapes, fresh, native_refusal, result
+from sparsezoo_jax.pallas_kernels.rows import check_shapes, native_refusal, reread_each_turn, result_shapes
 from sparsezoo_jax.pallas_kernels.spark_attention import rows_gpu
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
@@ -25,7 +25,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softplus,
 )
 
-#: Selected keys that the plain JAX form gathers at a time.
+#: Selected keys of a query that the implementation in plain JAX gathers at a time.
 GROUP = 64
 
 
@@ -78,15 +78,15 @@ def spark_attention_rows(
     value_factor = max(width - r, 1) ** -0.5 if value_scale is None else value_scale
 
     def selecting(mixture, q, k1, rest, mask):
-        wide = q.astype(jnp.float32)
+        q_float32 = q.astype(jnp.float32)
         # Fused with the statistics, XLA for CPU computes the scores several times. The factor comes after the product,
         # which takes queries in the cache's type: before it, it would be rounded with them.
-        products = jax.lax.optimization_barrier(head_products(wide[..., :r], k1))
+        products = jax.lax.optimization_barrier(head_products(q_float32[..., :r], k1))
         scores = softcapped(predictor_factor * products, softcap)
         selected = select_keys(scores, mask[:, None], top_k, ddof=ddof, selection=selection)
         weights = jnp.where(selected, jax.nn.softmax(jnp.where(selected, scores, NEGATIVE), axis=-1), 0)
         attended = jnp.sum(selected, axis=-1, dtype=jnp.int32)
-        y = mixture(value_factor * wide[..., r:], weights, rest, softcap_values, weighting)
+        y = mixture(value_factor * q_float32[..., r:], weights, rest, softcap_values, weighting)
         # Nothing is selected of scores that are no numbers, which must not look like a query that sees nothing.
         broken = jnp.any(jnp.isnan(scores) & mask[:, None], axis=-1, keepdims=True)
         return jnp.where(broken, jnp.nan, y).astype(q.dtype), attended
@@ -97,7 +97,7 @@ def spark_attention_rows(
     def cpp(q, k1, rest, mask):
         return native.call(
             "spark_attention",
-            result((q.shape, q.dtype), ((batch, heads), jnp.int32)),
+            result_shapes((q.shape, q.dtype), ((batch, heads), jnp.int32)),
             *(q, k1, rest, mask, jnp.zeros(0, jnp.float32)),
             top_k=0.0 if selection == "none" else float(top_k),
             ddof=ddof,
@@ -123,7 +123,7 @@ def spark_attention_rows(
 
 
 def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret):
-    """As `_gathered`; tiles without a key that has a weight are not read."""
+    """What `_gathered` returns; tiles of memory in which no key has a weight are not read."""
     batch, kv_heads, keys, width = rest_BKSW.shape
     heads = batch * kv_heads
 
@@ -151,7 +151,10 @@ def _gathered(
     softcap_values: float | None,
     weighting: str,
 ) -> jax.Array:
-    """The values of keys whose weight is not 0, weighed and summed, [B, N, H]; rows of others are not read."""
+    """The sum of values times weights, [B, N, H]; the rows of keys whose weight is 0 are not read.
+
+    With `weighting` "softplus" each weight is multiplied by the softplus of the query's product with the key.
+    """
     batch, heads, keys = weights_BNS.shape
     part = q2_BNA.shape[-1]
     group = heads // rest_BKSW.shape[1]
@@ -162,13 +165,13 @@ def _gathered(
 
     def body(state):
         turn, total_BNH = state
-        turn, rows_RW = fresh(turn, rest_RW)
+        turn, rows_RW = reread_each_turn(turn, rest_RW)
         wanted = turn * GROUP + jnp.arange(GROUP) + 1
         # Past a query's last key that one is taken again; 0 keys are found at place 0.
         places_BNP = jax.vmap(jax.vmap(jnp.searchsorted))(count_BNS, jnp.minimum(wanted, count_BNS[..., -1:]))
         valid_BNP = wanted <= count_BNS[..., -1:]
         rows_BNPW = jnp.take(rows_RW, first_row_BN[..., None] + places_BNP, axis=0).astype(jnp.float32)
-        # As products of arrays that are there: fused with what follows, the rows are converted for every number made.
+        # The products read converted rows from memory: fused with them, rows would be converted for every output.
         rows_BNPW = jax.lax.optimization_barrier(rows_BNPW)
         weights_BNP = jnp.where(valid_BNP, jnp.take_along_axis(weights_BNS, places_BNP, axis=-1), 0)
         if weighting == "softplus":

@@ -1,4 +1,6 @@
-"""The rows of selected keys on GPUs (Triton): what their values count, and their sum. Other rows are not read.
+"""Spark attention over the rows of selected keys on GPUs (Triton): their softplus and the sum of their values.
+
+Rows of other keys are not read.
 
 Shapes: B sequences, N query heads, K key/value heads of G = N/K queries, S keys, H head width, A = H - r of it the
 values', P parts of the keys.

@@ -1,4 +1,4 @@
-"""Which tiles of the scores a kernel visits, and the walk over them that its grid takes.
+"""Which tiles of the scores a kernel visits, and in which order: the walk that its grid takes over them.
 
 Shapes: B batch, T query position, S key position, P steps of the walk.
 """
@@ -14,8 +14,9 @@ import numpy as np
 
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 
-#: Position of keys that fill up the last tile: behind every query.
+#: Position of the keys that are added to fill up the last tile: behind every query, so that none sees them.
 BEHIND = int(jnp.iinfo(jnp.int32).max)
+#: Bits of `Walk.ends_P`.
 FIRST, LAST = 1, 2
 
 
@@ -34,13 +35,14 @@ class Walk(NamedTuple):
     key_P: np.ndarray
     """Tile of keys of each step."""
     ends_P: np.ndarray
-    """FIRST in the first step of a tile of queries, LAST in the last, both in an only one."""
+    """Bits: FIRST in the first step of a tile of queries, LAST in its last one; both if there is only one."""
 
 
 def walk(tiles: Tiles, queries: int, keys: range, visibility: Visibility) -> Walk:
-    """The tiles that may be visible as far as shapes tell, of `queries` tiles of queries and the tiles `keys`.
+    """The walk over `queries` tiles of queries and the tiles `keys` of keys.
 
-    Every tile of queries is visited at least once: something must write its results.
+    It leaves out tiles of scores of which the shapes alone tell that nothing in them is visible: above the diagonal, or
+    outside of the window. Every tile of queries is visited at least once, for something must write its results.
     """
     steps = []
     for i in range(queries):
@@ -56,36 +58,49 @@ def walk(tiles: Tiles, queries: int, keys: range, visibility: Visibility) -> Wal
 
 
 def extremes(visibility: Visibility, tiles: Tiles) -> list[tuple[jax.Array, jax.Array]]:
-    """Least and largest [B, tiles] of the queries' positions and segments and of the keys', in each tile.
+    """The least and the largest value of each tile, a pair of [B, tiles] for each of four arrays.
 
-    Of a visibility in whole tiles.
+    These are the positions and segments of the queries, then those of the keys. The visibility must be padded to whole
+    tiles.
     """
 
-    def of(x_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    def extremes_of(x_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         x_BJI = x_BT.reshape(x_BT.shape[0], -1, size)
         return x_BJI.min(-1), x_BJI.max(-1)
 
     v = visibility
-    queries = [of(x, tiles.queries) for x in (v.query_positions_BT, v.query_segments_BT)]
-    return queries + [of(x, tiles.keys) for x in (v.key_positions_BS, v.key_segments_BS)]
+    queries = [extremes_of(x, tiles.queries) for x in (v.query_positions_BT, v.query_segments_BT)]
+    return queries + [extremes_of(x, tiles.keys) for x in (v.key_positions_BS, v.key_segments_BS)]
 
 
 def may_see(queries: Sequence[jax.Array], keys: Sequence[jax.Array], window: int | None) -> jax.Array:
-    """Whether tiles of queries may see tiles of keys, by the extremes of their positions and then their segments."""
+    """Whether any query of a tile may see any key of another tile, of arrays that broadcast against each other.
+
+    Both are given by least and largest position and least and largest segment. Within a tile they may be combined in
+    ways in which no query sees a key; so true is no promise, but false is.
+    """
     (q_low, q_high, q_first, q_last), (k_low, k_high, k_first, k_last) = queries, keys
     visible = (q_high >= k_low) & (q_last >= k_first) & (q_first <= k_last)
     return visible if window is None else visible & (q_low - k_high < window)
 
 
 class Bounds(NamedTuple):
-    """The tiles that each tile may have to do with, int32 [B, tiles]: from the first to before the stop, or none."""
+    """For each tile of queries (keys) the range of tiles of keys (queries) that its loop goes over, int32 [B, tiles].
+
+    Fields are arrays, or inside of a kernel references to them.
+    """
 
     first: jax.Array
+    """The first tile that may be visible."""
     stop: jax.Array
+    """The tile after the last one that may be visible; no larger than `first` if none may be."""
 
 
 def bounds(visibility: Visibility, tiles: Tiles) -> tuple[Bounds, Bounds]:
-    """Of tiles of queries among the keys', and of tiles of keys among the queries'; of a visibility in whole tiles."""
+    """The ranges of tiles of keys for each tile of queries, and of tiles of queries for each tile of keys.
+
+    The visibility must be padded to whole tiles.
+    """
     places, segments, k_places, k_segments = extremes(visibility, tiles)
     queries = [x_BI[:, :, None] for x_BI in (*places, *segments)]
     keys = [x_BJ[:, None, :] for x_BJ in (*k_places, *k_segments)]
@@ -101,10 +116,11 @@ def bounds(visibility: Visibility, tiles: Tiles) -> tuple[Bounds, Bounds]:
 
 
 def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
-    """The tile of keys to read in every step, int32 [B * P]; `-1 - tile` where nothing of the step's tile is visible.
+    """Which tile of keys each step of the walk reads, int32 [B * P].
 
-    Such a step names the tile that is there already, for which nothing is read. Arguments: a visibility padded to whole
-    tiles.
+    A step whose tile of scores has nothing visible computes nothing. Its entry is `-1 - tile` with the tile that the
+    step before has read, so that its block stays the same and no transfer is started. The visibility must be padded to
+    whole tiles.
     """
     places, segments, k_places, k_segments = extremes(visibility, tiles)
     queries = [x_BI[:, walk.query_P] for x_BI in (*places, *segments)]
@@ -117,7 +133,7 @@ def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
 
 
 def padded(x: jax.Array, size: int, axis: int, value: int | None = 0) -> jax.Array:
-    """`x` filled up along `axis` to a multiple of `size`, with `value` or (None) its last entry."""
+    """`x` padded at the end of `axis` to a multiple of `size`, with `value` or, if that is None, its last entry."""
     missing = -x.shape[axis] % size
     if not missing:
         return x
@@ -126,7 +142,7 @@ def padded(x: jax.Array, size: int, axis: int, value: int | None = 0) -> jax.Arr
 
 
 def padded_visibility(v: Visibility, tiles: Tiles) -> Visibility:
-    """The visibility in whole tiles: queries that are added see what the last one sees, keys are seen by none."""
+    """The visibility padded to whole tiles: added queries see what the last query sees, added keys are seen by none."""
     return Visibility(
         query_positions_BT=padded(v.query_positions_BT.astype(jnp.int32), tiles.queries, 1, None),
         key_positions_BS=padded(v.key_positions_BS.astype(jnp.int32), tiles.keys, 1, BEHIND),

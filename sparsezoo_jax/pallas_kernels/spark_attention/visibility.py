@@ -36,7 +36,7 @@ class Visibility:
 
     @classmethod
     def of_tokens(cls, segments_BT: jax.Array, window: int | None = None) -> Visibility:
-        """Of a sequence to itself."""
+        """The visibility of causal self-attention over a sequence with these segments [B, T]."""
         places_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
         return cls(
             query_positions_BT=places_BT,
@@ -53,12 +53,12 @@ class Visibility:
         return self.query_positions_BT, self.key_positions_BS, self.query_segments_BT, self.key_segments_BS
 
     def replaced(self, *arrays: jax.Array, ordered: bool) -> Visibility:
-        """The same with other `arrays`."""
+        """The same rule over other positions and segments, in the order of `arrays`."""
         names = ("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS")
         return dataclasses.replace(self, ordered=ordered, **dict(zip(names, arrays, strict=True)))
 
     def within(self, window: int | None) -> Visibility:
-        """The same with another window."""
+        """The same positions and segments under another window."""
         return dataclasses.replace(self, window=window)
 
     @property
@@ -75,12 +75,12 @@ class Visibility:
 
 
 def sees(q_positions, k_positions, q_segments, k_segments, window: int | None) -> jax.Array:
-    """Whether queries see keys, of arrays that broadcast against each other."""
+    """Whether a query sees a key, elementwise over arrays that broadcast against each other."""
     distance = q_positions - k_positions
     visible = (q_segments == k_segments) & (distance >= 0)
     return visible if window is None else visible & (distance < window)
 
 
 def mask_of(visible: jax.Array | Visibility) -> jax.Array:
-    """Booleans [B, T, S] of either form."""
+    """Booleans [B, T, S], true where a query may see a key, from a `Visibility` or from such booleans."""
     return visible.mask if isinstance(visible, Visibility) else visible

@@ -29,7 +29,7 @@ def refusal(x: jax.Array) -> str | None:
 
 
 def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int, neurons: int, tiles: tuple[int, ...]):
-    """Of some neurons, for all tokens: gate times the product with K2."""
+    """Gate times the product with K2, for all tokens, of a tile of neurons."""
     size, depth = tiles
     tokens, own = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
     here = (tokens < m)[:, None] & (own < neurons)[None]
@@ -47,7 +47,7 @@ def _hidden_kernel(x_ref, gate_ref, rows_ref, hidden_ref, *, m: int, width: int,
 
 
 def _sum_kernel(hidden_ref, rows_ref, y_ref, *, m: int, d: int, width: int, neurons: int, tiles: tuple[int, ...]):
-    """Some columns of the result, over one part of the neurons."""
+    """A tile of columns of the result, summed over one part of the neurons."""
     turn, size, parts = tiles
     tokens, columns = jnp.arange(height(m)), pl.program_id(0) * size + jnp.arange(size)
     part, turns = pl.program_id(1), pl.cdiv(pl.cdiv(neurons, turn), parts)
@@ -82,14 +82,14 @@ def sum_over_active(
     d = rows.shape[1] - width
     if scale is not None:
         gate = gate * (scale[:, 0] * scale[:, 1])
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    in_memory = pl.BlockSpec(memory_space=pl.ANY)
 
     def call(kernel, launch, grid, shape, *arrays, **sizes):
         return pl.pallas_call(
             partial(kernel, m=m, width=width, neurons=neurons, tiles=launch.tiles, **sizes),
             grid=grid,
-            in_specs=[whole] * len(arrays),
-            out_specs=whole,
+            in_specs=[in_memory] * len(arrays),
+            out_specs=in_memory,
             out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
             compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
             interpret=interpret,

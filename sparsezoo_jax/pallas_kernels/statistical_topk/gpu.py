@@ -108,12 +108,12 @@ def _call(kernel, inputs: list[Any], outputs: list[Any], p: Problem, interpret: 
     (of_thread,) = launch_of("statistical_topk", itemsize=inputs[0].dtype.itemsize, columns=d).tiles
     # More columns a thread where there are not so many threads.
     warps = min(32, max(1, pl.next_power_of_2(d) // (32 * of_thread)))
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    in_memory = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         partial(kernel, p=p),
         grid=(rows,),
-        in_specs=jax.tree.map(lambda _: whole, inputs),
-        out_specs=[whole] * len(outputs),
+        in_specs=jax.tree.map(lambda _: in_memory, inputs),
+        out_specs=[in_memory] * len(outputs),
         out_shape=outputs,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,

@@ -82,8 +82,8 @@ def refusal(x: jax.Array, where: jax.Array | None, *, interpret: bool = False) -
 
 def _over_chunks(d: int, chunk: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`carry = body(columns, carry)` over slices of the columns, up to `_UNROLLED` of them without a branch between."""
-    whole = d // chunk
-    groups = whole // _UNROLLED if whole > _UNROLLED else 0
+    full = d // chunk
+    groups = full // _UNROLLED if full > _UNROLLED else 0
 
     def group(j, carry):
         start = j * _UNROLLED * chunk
@@ -93,9 +93,9 @@ def _over_chunks(d: int, chunk: int, body: Callable[[Any, Any], Any], carry: Any
 
     if groups:
         carry = jax.lax.fori_loop(0, groups, group, carry)
-    for i in range(groups * _UNROLLED, whole):
+    for i in range(groups * _UNROLLED, full):
         carry = body(pl.ds(i * chunk, chunk), carry)
-    return body(pl.ds(whole * chunk, d % chunk), carry) if d % chunk else carry
+    return body(pl.ds(full * chunk, d % chunk), carry) if d % chunk else carry
 
 
 def _over_rows(tiles: Tiles, body: Callable[[Any], None]) -> None:
@@ -112,14 +112,14 @@ def _total(d: int, tiles: Tiles, term: Callable[[Any], jax.Array], dtype: Any) -
     Chunks add up elementwise and are summed along the lanes once: such a sum takes a hundred cycles to come back.
     """
     total = jnp.zeros((tiles.sub, 1), dtype)
-    whole = d // tiles.chunk
-    if whole:
+    full = d // tiles.chunk
+    if full:
         partial_sums = _over_chunks(
-            whole * tiles.chunk, tiles.chunk, lambda c, t: t + term(c), jnp.zeros((tiles.sub, tiles.chunk), dtype)
+            full * tiles.chunk, tiles.chunk, lambda c, t: t + term(c), jnp.zeros((tiles.sub, tiles.chunk), dtype)
         )
         total = jnp.sum(partial_sums, axis=-1, keepdims=True)
     if d % tiles.chunk:
-        total = total + jnp.sum(term(pl.ds(whole * tiles.chunk, d % tiles.chunk)), axis=-1, keepdims=True)
+        total = total + jnp.sum(term(pl.ds(full * tiles.chunk, d % tiles.chunk)), axis=-1, keepdims=True)
     return total
 
 
@@ -151,8 +151,8 @@ def _statistics(p: Problem, tiles: Tiles, rows, x_ref, mask_ref) -> RowStatistic
 
 
 def _reader(x_ref) -> Callable[[Any, Any], jax.Array]:
-    wide = jnp.promote_types(x_ref.dtype, jnp.float32)
-    return lambda rows, columns: x_ref[rows, columns].astype(wide)
+    dtype = jnp.promote_types(x_ref.dtype, jnp.float32)
+    return lambda rows, columns: x_ref[rows, columns].astype(dtype)
 
 
 def _mask_reader(mask_ref) -> Callable[[Any, Any], jax.Array] | None:
