@@ -10,7 +10,7 @@ from flax import nnx
 
 from sparsezoo_jax.inference.caches import HeadCache, LatentCache, SplitCache
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
+from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens
 from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.mla import MLA
 from sparsezoo_jax.models.spark import SparkAttention
@@ -40,8 +40,8 @@ class PackedProjections(nnx.Module):
         sizes = [weight.shape[1] * weight.shape[2] for weight in weights]
         parts = jnp.split(self.qkv_map.restored(), [sizes[0], sizes[0] + sizes[1]], axis=-1)
         for weight, part in zip(weights, parts, strict=True):
-            put(weight, part)
-        put(source.o_NHD, self.output_map.restored())
+            assign(weight, part)
+        assign(source.o_NHD, self.output_map.restored())
 
     def bytes_read(self) -> float:
         """Bytes of weights that one token reads."""
@@ -155,11 +155,11 @@ class PackedMLA(MLA, DecodingLayout):
     def restore(self, source: MLA) -> None:
         """Put the weights back into `source`."""
         down_DC = self.down.restored().T
-        put(source.q_a_DR, down_DC[:, : self.config.q_lora_rank])
-        put(source.kv_a_DC, down_DC[:, self.config.q_lora_rank :])
-        put(source.q_b_RNH, self.q_up.restored().T)
-        put(source.kv_b_CNH, self.kv_up_weight())
-        put(source.o_NHD, self.output_rows.restored().T)
+        assign(source.q_a_DR, down_DC[:, : self.config.q_lora_rank])
+        assign(source.kv_a_DC, down_DC[:, self.config.q_lora_rank :])
+        assign(source.q_b_RNH, self.q_up.restored().T)
+        assign(source.kv_b_CNH, self.kv_up_weight())
+        assign(source.o_NHD, self.output_rows.restored().T)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads, whatever the density."""

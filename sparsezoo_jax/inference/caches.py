@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from sparsezoo_jax.pallas_kernels import put_slots
 
 
-def _written(kept_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
-    """`kept_BKSH` with `new_BTKH` in slots `slot` and following."""
-    return put_slots(kept_BKSH, new_BTKH.transpose(0, 2, 1, 3), slot, axis=2)
+def _written(cache_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """`cache_BKSH` with `new_BTKH` in slots `slot` and following."""
+    return put_slots(cache_BKSH, new_BTKH.transpose(0, 2, 1, 3), slot, axis=2)
 
 
 class HeadCache(NamedTuple):
@@ -40,7 +40,7 @@ class HeadCache(NamedTuple):
 
 
 class LatentCache(NamedTuple):
-    """Latent attention's: the latent of a token and its rotated key as one row, [B, 1, S, C + P]."""
+    """The cache of latent attention: of each token its latent and its rotated key as one row, [B, 1, S, C + P]."""
 
     row_B1SC: jax.Array
 
@@ -60,7 +60,7 @@ class LatentCache(NamedTuple):
 
 
 class SplitCache(NamedTuple):
-    """Spark attention's: the predictor's part of the keys by itself, for all of it is read; the rest row by row."""
+    """The cache of Spark attention: the keys' dimensions that select, all of which are read, apart from the rest."""
 
     k1_BKSR: jax.Array
     rest_BKSE: jax.Array

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat, few_tokens, put
+from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign, few_tokens
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import CallContext, LayerAux
@@ -36,13 +36,13 @@ class PackedBlockFFN(BlockFFN, DecodingLayout):
 
     def restore(self, source: BlockFFN) -> None:
         """Put the weights back into `source`."""
-        put(source.up_DF, _neurons(self.up).T)
-        put(source.down_FD, _neurons(self.down))
+        assign(source.up_DF, _neurons(self.up).T)
+        assign(source.down_FD, _neurons(self.down))
         if self.gate is not None and source.gate_DF is not None:
-            put(source.gate_DF, _neurons(self.gate).T)
+            assign(source.gate_DF, _neurons(self.gate).T)
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, with this share of the experts active."""
+        """Bytes of weights that one token reads with this share of the experts active."""
         experts = self.up.nbytes + self.down.nbytes + (0 if self.gate is None else self.gate.nbytes)
         scale = 0 if self.router_norm is None else self.router_norm.scale[...].nbytes
         return self.router_DE[...].nbytes + scale + density * experts
@@ -78,14 +78,14 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
     def restore(self, source: MoEFFN) -> None:
         """Put the weights back into `source`."""
         up_EDW, down_EWD, shared_up_DF, shared_down_FD = self._weights()
-        put(source.up_EDW, up_EDW)
-        put(source.down_EWD, down_EWD)
+        assign(source.up_EDW, up_EDW)
+        assign(source.down_EWD, down_EWD)
         if source.shared_up_DF is not None and source.shared_down_FD is not None:
-            put(source.shared_up_DF, shared_up_DF)
-            put(source.shared_down_FD, shared_down_FD)
+            assign(source.shared_up_DF, shared_up_DF)
+            assign(source.shared_down_FD, shared_down_FD)
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, with this share of the experts active."""
+        """Bytes of weights that one token reads with this share of the experts active."""
         return self.router_DE[...].nbytes + density * (self.up.nbytes + self.down.nbytes)
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
@@ -119,11 +119,11 @@ class PackedMoEXFFN(MoEXFFN, DecodingLayout):
     def restore(self, source: MoEXFFN) -> None:
         """Put the weights back into `source`."""
         up_EDW, down_EWD = self.weights()
-        put(source.up_EDW, up_EDW)
-        put(source.down_EWD, down_EWD)
+        assign(source.up_EDW, up_EDW)
+        assign(source.down_EWD, down_EWD)
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, with this share of all neurons active."""
+        """Bytes of weights that one token reads with this share of all neurons active."""
         gate = (self.router_DE, self.mean_ED, self.variance_ED)
         chosen = self.config.k / self.config.experts * self.up.nbytes
         return sum(w[...].nbytes for w in gate if w is not None) + chosen + density * self.down.nbytes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, few_tokens, put
+from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
@@ -32,12 +32,12 @@ class PackedGatedFFN(FFN, DecodingLayout):
 
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
-        put(source.gate_DF, self.gate.restored().T)
-        put(source.up_DF, self.up.restored().T)
-        put(source.down_FD, self.down.restored())
+        assign(source.gate_DF, self.gate.restored().T)
+        assign(source.up_DF, self.up.restored().T)
+        assign(source.down_FD, self.down.restored())
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, whatever share of the neurons is active: all."""
+        """Bytes of weights that one token reads, whatever share of the neurons is active: all of them."""
         return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
@@ -63,12 +63,12 @@ class MappedGatedFFN(GatedFFN, DecodingLayout):
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
         gate_DF, up_DF = jnp.split(self.inner_map.restored(), 2, axis=-1)
-        put(source.gate_DF, gate_DF)
-        put(source.up_DF, up_DF)
-        put(source.down_FD, self.output_map.restored())
+        assign(source.gate_DF, gate_DF)
+        assign(source.up_DF, up_DF)
+        assign(source.down_FD, self.output_map.restored())
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, whatever share of the neurons is active."""
+        """Bytes of weights that one token reads, whatever share of the neurons is active."""
         return _mapped_bytes(self.inner_map, self.output_map, self.gate_bias, self.up_bias, self.down_bias)
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
@@ -92,11 +92,11 @@ class MappedPlainFFN(PlainFFN, DecodingLayout):
 
     def restore(self, source: PlainFFN) -> None:
         """Put the weights back into `source`."""
-        put(source.up_DF, self.inner_map.restored())
-        put(source.down_FD, self.output_map.restored())
+        assign(source.up_DF, self.inner_map.restored())
+        assign(source.down_FD, self.output_map.restored())
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, whatever share of the neurons is active."""
+        """Bytes of weights that one token reads, whatever share of the neurons is active."""
         return _mapped_bytes(self.inner_map, self.output_map, self.up_bias, self.down_bias)
 
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
@@ -127,12 +127,12 @@ class PackedSparkFFN(FFN, DecodingLayout):
     def restore(self, source: SparkFFN) -> None:
         """Put the weights back into `source`."""
         k2_FD, v_FD = self.rest.parts()
-        put(source.k1_RF, self.k1.restored().T)
-        put(source.k2_DF, k2_FD.T)
-        put(source.v_FD, v_FD)
+        assign(source.k1_RF, self.k1.restored().T)
+        assign(source.k2_DF, k2_FD.T)
+        assign(source.v_FD, v_FD)
 
     def bytes_read(self, density: float = 1.0) -> float:
-        """Of weights, for one token, with this share of the neurons active."""
+        """Bytes of weights that one token reads with this share of the neurons active."""
         return self.k1.nbytes + density * self.rest.nbytes
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:

@@ -249,9 +249,9 @@ class Generation:
             chunk[0, : 1 + len(proposed)] = [lookup.tokens[-1], *proposed]
             real = (np.arange(length) <= len(proposed)).astype(np.int32)[None]
             step = programs[length](self.engine.state, cache, chunk, real, jnp.int32(end))
-            said, cache = np.asarray(step.tokens)[0].tolist(), step.cache
-            agreed = next((i for i, token in enumerate(proposed) if token != said[i]), len(proposed))
-            new = said[: agreed + 1]
+            predicted, cache = np.asarray(step.tokens)[0].tolist(), step.cache
+            agreed = next((i for i, token in enumerate(proposed) if token != predicted[i]), len(proposed))
+            new = predicted[: agreed + 1]
             end += agreed + 1
             longest += agreed + 1
             self.stats.drafted += len(proposed)

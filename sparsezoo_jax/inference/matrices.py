@@ -18,13 +18,13 @@ from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
 WeightFormat = Literal["model", "float32", "bfloat16", "int8"]
 
 
-def put(target: nnx.Variable, value: jax.Array) -> None:
-    """Write `value` into a variable of as many numbers, in its shape and dtype."""
+def assign(target: nnx.Variable, value: jax.Array) -> None:
+    """Set a variable to `value`, which has as many entries, reshaped and cast to the variable's shape and dtype."""
     target[...] = value.reshape(target.shape).astype(target.dtype)
 
 
 def few_tokens(x: jax.Array) -> jax.Array | None:
-    """`x` [..., D] as rows [M, D], or None where they are too many for the forms that read active weights only."""
+    """`x` [..., D] as rows [M, D], or None where they are too many for the operations that read active weights only."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if len(rows) <= MOST_ROWS else None
 
@@ -35,16 +35,16 @@ class Packed(nnx.Variable):
 
 def quantised(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 values [..., K] and the float32 factor [...] of each row, whose largest entry becomes 127 or -127."""
-    wide = rows.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    rows = rows.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(rows), axis=-1) / 127
     scale = jnp.where(scale > 0, scale, 1)
-    return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
+    return jnp.round(rows / scale[..., None]).astype(jnp.int8), scale
 
 
 class Rows(nnx.Module):
-    """A matrix [..., N, K] by rows; where it is int8 with a factor for each row.
+    """A matrix [..., N, K] stored by rows, as int8 with a factor for each row.
 
-    Of two matrices, [N, K] and [N, L], the rows lie side by side, and have a factor each: [N, 2].
+    It can also hold two matrices, [N, K] and [N, L], whose rows lie side by side; then there are factors [N, 2].
     """
 
     def __init__(self, rows: jax.Array | tuple[jax.Array, jax.Array], form: WeightFormat, dtype: jnp.dtype):
@@ -58,7 +58,7 @@ class Rows(nnx.Module):
         stored = jnp.dtype({"model": dtype, "int8": jnp.int8}.get(form, form))
         parts = [part.astype(stored) for part in parts]
         laid_out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-        # Rows of active neurons lie far apart; larger pages save looking their addresses up.
+        # Rows of active neurons lie far apart: with huge pages fewer of them miss the address translation.
         if not isinstance(laid_out, Tracer) and {device.platform for device in laid_out.devices()} == {"cpu"}:
             native.advise_huge_pages(laid_out)
         self.rows = Packed(laid_out)
@@ -70,7 +70,7 @@ class Rows(nnx.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of the rows and their factors."""
+        """Bytes of the rows and their factors."""
         return sum(array.nbytes for array in self.arrays if array is not None)
 
     @property

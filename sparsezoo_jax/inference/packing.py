@@ -15,7 +15,7 @@ from flax import nnx
 from sparsezoo_jax.errors import SparsezooWarning
 from sparsezoo_jax.inference import attention, experts, ffn  # noqa: F401  # register the layouts of the package's kinds
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, laid_out
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat, put
+from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign
 from sparsezoo_jax.inference.routed_head import RoutedRows
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.mohd import RoutedHead
@@ -97,6 +97,6 @@ def restore(model: PackedDecoder, like: Decoder) -> None:
                     layer.restore(into)
     rows_VD = model.output_rows.restored()
     if like.output_DV is None:
-        put(like.embedding_VD, rows_VD)
+        assign(like.embedding_VD, rows_VD)
     else:
-        put(like.output_DV, rows_VD.T)
+        assign(like.output_DV, rows_VD.T)

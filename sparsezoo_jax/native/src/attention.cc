@@ -1,4 +1,4 @@
-// Attention of one query per sequence to all visible keys: pieces of keys each with its own largest score, then joined.
+// Attention of one query per sequence to all visible keys: each run of keys with its own largest score, then joined.
 #include "attention.h"
 
 namespace sparsezoo {
@@ -10,8 +10,8 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
   const long group = heads.queries / heads.keyvalues, width = q.width;
   for (long j = 0; j < q.count; j++) multiply(in[j], in.stride(), scale);
   const auto visible = visible_by_sequence(heads, kKeys);
-  const auto pieces = pieces_of(visible, heads.keyvalues);
-  const long count = long(pieces.size());
+  const auto items = head_runs(visible, heads.keyvalues);
+  const long count = long(items.size());
   const Vectors mixed(count * group, width);
   struct Weight {
     float largest;
@@ -20,9 +20,9 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
   std::vector<Weight> weights(count * group);
   Team team = pool.team(count, count * kKeys * width * (size_of(k.type) + size_of(v.type)));
   team.run(count, [&](long i) {
-    const Piece& piece = pieces[i];
-    const long n = piece.run.length, row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + piece.run.first;
-    float* const* queries = in.pointers() + piece.sequence * heads.queries + piece.head * group;
+    const HeadRun& item = items[i];
+    const long n = item.run.length, row = (item.sequence * heads.keyvalues + item.head) * heads.keys + item.run.first;
+    float* const* queries = in.pointers() + item.sequence * heads.queries + item.head * group;
     const Vectors scores(group, kKeys);
     // The last keys are read while the first values are asked for.
     const long ahead = std::min(n, rows_ahead(width * size_of(k.type)));
@@ -40,7 +40,7 @@ void attention(const Pool& pool, const Heads& heads, const Tokens& q, const Matr
 
   out.zero(0, q.count);
   std::vector<Weight> joined(q.count, {-std::numeric_limits<float>::infinity(), 0});
-  auto query_of = [&](long i, long g) { return pieces[i].sequence * heads.queries + pieces[i].head * group + g; };
+  auto query_of = [&](long i, long g) { return items[i].sequence * heads.queries + items[i].head * group + g; };
   for (long i = 0; i < count; i++)
     for (long g = 0; g < group; g++) {
       float& largest = joined[query_of(i, g)].largest;

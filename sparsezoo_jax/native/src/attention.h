@@ -38,18 +38,18 @@ inline Visible visible_keys(const unsigned char* mask, long keys, long longest) 
   return found;
 }
 
-// Work on one run of one key/value head.
-struct Piece {
+// A run of visible keys of one key/value head: an item of work.
+struct HeadRun {
   long sequence, head;
   Run run;
 };
 
-inline std::vector<Piece> pieces_of(const std::vector<Visible>& visible, long heads) {
-  std::vector<Piece> pieces;
+inline std::vector<HeadRun> head_runs(const std::vector<Visible>& visible, long heads) {
+  std::vector<HeadRun> items;
   for (long b = 0; b < long(visible.size()); b++)
     for (long h = 0; h < heads; h++)
-      for (const Run& run : visible[b].runs) pieces.push_back({b, h, run});
-  return pieces;
+      for (const Run& run : visible[b].runs) items.push_back({b, h, run});
+  return items;
 }
 
 inline std::vector<Visible> visible_by_sequence(const Heads& heads, long longest) {

@@ -22,7 +22,7 @@ struct Pool {
   std::function<void(std::function<void()>)> schedule;
   long threads;
 
-  // A team for a phase of up to `items`, of as many threads as work on `bytes` pays for.
+  // A team for phases of up to `items` items, with no more threads than have `kEnough` of `bytes` to read each.
   Team team(long items, long bytes) const {
     constexpr long kEnough = 64 << 10;  // waking a thread takes as long as reading this
     return Team(schedule, threads < bytes / kEnough ? threads : bytes / kEnough + 1, items);
@@ -36,8 +36,8 @@ struct Tokens {
   long count, width;
 };
 
-// How many rows of `bytes` to ask for ahead of the one that is being read: the next four, for so many are multiplied
-// together, or 8 KB of shorter ones.
+// How many rows of `bytes` each to prefetch ahead of the one that is being read: four, for so many are multiplied
+// together, or 8 KB of shorter rows.
 inline long rows_ahead(long bytes) {
   const long rows = (8 << 10) / bytes;
   return rows < 4 ? 4 : rows > 64 ? 64 : rows;
@@ -52,7 +52,7 @@ struct Matrix {
   long scale_step = 1;
 
   const char* row(long i) const { return data + i * ld * size_of(type); }
-  // The row to ask for when row i is read, of rows that are all read in turn.
+  // The row to prefetch while row i is read, where all rows are read one after another.
   const char* ahead_of(long i) const { return row(i + rows_ahead(ld * size_of(type))); }
 
   // out[j * ld_out + i] = row (first + i) . x_j, for x in the order of the matrix's type
@@ -62,7 +62,7 @@ struct Matrix {
     scaled(first, rows, out, m, ld_out);
   }
 
-  // y_j += sum_i c[j * ld_c + i] row (first + i), with y in the order of the matrix's type; c is spent.
+  // y_j += sum_i c[j * ld_c + i] row (first + i), with y in the order of the matrix's type; c is overwritten.
   void axpy(long first, long rows, long k, float* c, long ld_c, long m, float* const* y,
             const char* ahead = nullptr) const {
     scaled(first, rows, c, m, ld_c);
@@ -103,7 +103,7 @@ class Vectors {
     for (long i = first * stride_; i < (first + count) * stride_; i++) data_[i] = 0;
   }
   void arrange(Type type) const { loops().arrange[type](data_.get(), long(pointers_.size()) * stride_); }
-  // The first vectors as tokens, from the order of `type`.
+  // Writes the first y.count vectors, which are in the order of `type`, to the rows of y.
   void write(const Tokens& y, Type type) const {
     for (long i = 0; i < y.count; i++) {
       loops().restore[type](pointers_[i], stride_);
@@ -124,19 +124,19 @@ class Vectors {
   std::vector<float*> pointers_;
 };
 
-// Sums that several threads make: each part has its own, and they are added in the order of the parts, so that a
-// result depends neither on the threads nor on how many tokens there are.
+// Sums that several threads make together. Each part of the work has sums of its own, which are added in the order of
+// the parts, so that a result depends neither on the threads nor on how many tokens there are.
 class Partials {
  public:
   Partials(long parts, long tokens, long width) : parts_(parts), tokens_(tokens), sums_(parts * tokens, width) {}
 
-  // The sums of one part, zero.
+  // The sums of one part, set to zero.
   float* const* begin(long part) const {
     sums_.zero(part * tokens_, tokens_);
     return sums_.pointers() + part * tokens_;
   }
 
-  // Their total, from the order of the type that was added up.
+  // Writes the total of all parts, whose rows of weights were of `type`, to y.
   void write(const Tokens& y, Type type) const {
     for (long p = 1; p < parts_; p++) {
       float* const total = sums_[0];
@@ -151,14 +151,14 @@ class Partials {
   Vectors sums_;
 };
 
-// Parts that a sum over `bytes` of weights is cut into, `most` at most.
+// Into how many parts to cut a sum over `bytes` of weights, `most` at most.
 inline long parts_for(long bytes, long most) {
   long parts = bytes / (512 << 10);
   parts = parts < 8 ? 8 : parts > 32 ? 32 : parts;
   return parts < most ? parts : most;
 }
 
-// First of `n` items of part `p` of `parts`.
+// The first item of part `p`, of `n` items cut into `parts`.
 inline long first_of(long p, long parts, long n) { return n * p / parts; }
 
 void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y);
@@ -167,7 +167,7 @@ void gated_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matr
                Activation activation, const Tokens& y);
 
 struct Selection {
-  float quantile;  // of the normal distribution, of the share that is to stay
+  float quantile;  // Q(1 - k / n) of the normal distribution
   long ddof;
   float huber_delta;
 };

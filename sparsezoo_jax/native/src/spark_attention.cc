@@ -50,17 +50,17 @@ void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention&
     multiply(values[j], values.stride(), form.value_scale);
   }
   const auto visible = visible_by_sequence(heads, kKeys);
-  const auto pieces = pieces_of(visible, heads.keyvalues);
+  const auto items = head_runs(visible, heads.keyvalues);
   const Vectors scores(q.count, heads.keys);
   // Each query's keys are read in a few parts, for there may be fewer queries than threads.
   constexpr long kParts = 4;
-  const long count = long(pieces.size()), row_bytes = r * size_of(k1.type);
+  const long count = long(items.size()), row_bytes = r * size_of(k1.type);
   Team team = pool.team(std::max(count, kParts * q.count), count * kKeys * row_bytes);
   team.run(count, [&](long i) {
-    const Piece& piece = pieces[i];
-    const Run& run = piece.run;
-    const long row = (piece.sequence * heads.keyvalues + piece.head) * heads.keys + run.first;
-    const long first = piece.sequence * heads.queries + piece.head * group;
+    const HeadRun& item = items[i];
+    const Run& run = item.run;
+    const long row = (item.sequence * heads.keyvalues + item.head) * heads.keys + run.first;
+    const long first = item.sequence * heads.queries + item.head * group;
     k1.dot(row, run.length, r, in.pointers() + first, group, scores[first] + run.place, scores.stride(),
            k1.ahead_of(row));
     if (form.softcap != 0)
