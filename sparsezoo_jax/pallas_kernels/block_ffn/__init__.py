@@ -105,7 +105,11 @@ def block_ffn_union(
             y = jnp.where(reference.misses_an_expert(scores, experts), jnp.nan, y)
             return y, ()
 
-        return CustomVJP(fwd, lambda *residuals_and_cotangent, interpret: recomputed(xla).bwd(*residuals_and_cotangent))
+        def bwd(arrays, residuals, cotangent, *, interpret):
+            del interpret
+            return recomputed(xla).bwd(arrays, residuals, cotangent)
+
+        return CustomVJP(fwd, bwd)
 
     implementations = [
         plain(xla),
