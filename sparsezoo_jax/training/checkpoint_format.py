@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ from sparsezoo_jax.untrusted import check_expansion
 # Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
 # read_only. What it raises becomes one StorageError; pages before that line would hide it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _is_no_remains(record: logging.LogRecord) -> bool:
+    """False for what asyncio logs of the other writes of a save whose first failure was raised already."""
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return "never retrieved" not in record.getMessage() or not any("orbax" in frame.filename for frame in frames)
+
+
+logging.getLogger("asyncio").addFilter(_is_no_remains)
 
 
 def _without_remains(report: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import json
 import os
@@ -361,6 +362,18 @@ def test_reading_does_not_write(directory):
 def test_long_storage_errors_are_cut():
     error = ValueError("NOT_FOUND: Error opening\nSee full TensorStore details: <pages>")
     assert brief(error) == "NOT_FOUND: Error opening"
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("orbax/checkpoint/serialization.py", False), ("user.py", True)])
+def test_asyncio_tells_nothing_of_the_rest_of_a_failed_save(name, is_told, caplog):
+    try:
+        exec(compile("raise ValueError('File too large')", name, "exec"))
+    except ValueError as error:
+        context = {"message": "_GatheringFuture exception was never retrieved", "exception": error}
+        loop = asyncio.new_event_loop()
+        loop.default_exception_handler(context)
+        loop.close()
+    assert bool(caplog.records) is is_told
 
 
 def test_restores_onto_another_mesh(saved):

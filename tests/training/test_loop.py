@@ -528,13 +528,14 @@ assert result.state.opt_state[0].mu["up"].addressable_shards[0].data.shape == (2
 
 
 def test_norms_of_parts_are_logged(tmp_path):
-    result = run(tmp_path, steps=2)
+    result = run(tmp_path, steps=2, grad_clip=1e-2)
     row = rows(tmp_path)[0]
     parts = {"embedding", "norm", "up", "router", "down"}
     assert {name.partition("/")[2] for name in row if name.startswith("grad_norms/")} == parts
     assert {name.partition("/")[2] for name in row if name.startswith("update_ratios/")} == parts
     total = sum(row[f"grad_norms/{part}"] ** 2 for part in parts) ** 0.5
     assert row["grad_norm"] == pytest.approx(total, rel=1e-5)
+    assert total > 1e-2, "before clipping"
     # Adam's first update of a parameter is as large as the learning rate.
     norm = np.linalg.norm(result.state.params["up"])
     assert row["update_ratios/up"] == pytest.approx(1e-2 * np.sqrt(result.state.params["up"].size) / norm, rel=0.1)
