@@ -56,6 +56,8 @@ class RunRecord:
     """Rewinds after a spike of the loss."""
     losses: list[list[float]] = field(default_factory=list)
     """Step and loss of the newest good steps, by which spikes are told."""
+    unlogged: list[str] = field(default_factory=list)
+    """Lines of metrics.jsonl, up to the checkpoint's step, that could not be written yet."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ class Account:
         self._row = now
         return {**row, "goodput": self._goodput(step)}
 
-    def snapshot(self, step: int, losses: list[list[float]]) -> RunRecord:
+    def snapshot(self, losses: list[list[float]], unlogged: list[str]) -> RunRecord:
         """The record to keep with a checkpoint."""
-        return dataclasses.replace(self.record, seconds=self._seconds(), losses=losses)
+        return dataclasses.replace(self.record, seconds=self._seconds(), losses=losses, unlogged=unlogged)
 
     def rewound(self, saved: RunRecord, *, steps: int, batches: int) -> None:
         """Count a rewind by `steps`, to a checkpoint with the record `saved`, that passed over `batches`."""

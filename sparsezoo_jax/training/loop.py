@@ -162,7 +162,7 @@ def fit(
 
         last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
         if writers is None and is_main:
-            writers, lost = _usual_writers(workdir, last, first)
+            writers, lost = _usual_writers(workdir, last, first, record.unlogged)
             record = dataclasses.replace(record, lost_steps=record.lost_steps + lost)
         writer = Writers(writers or ())
         resources.callback(writer.close)
@@ -280,9 +280,8 @@ def fit(
                 with phases("save"), speed.paused():
                     if is_main:
                         lease.check()
-                    # A checkpoint promises that the rows up to its step are in the log.
-                    writer.flush()
-                    current = account.snapshot(step, guard.state())
+                    # Rows up to a checkpoint's step are in the log or in the checkpoint: no step is ever missing.
+                    current = account.snapshot(guard.state(), unlogged=writer.flush())
                     checkpointer.save(state, data.get_state(), validation_loss, step=step, record=current)
                     saved_at = time.monotonic()
 
@@ -391,8 +390,10 @@ def _refuse_lost_checkpoints(workdir: Path) -> None:
     in_all(check)
 
 
-def _usual_writers(workdir: Path, last: int, first: int) -> tuple[tuple[MetricWriter, ...], int]:
+def _usual_writers(
+    workdir: Path, last: int, first: int, unlogged: Sequence[str]
+) -> tuple[tuple[MetricWriter, ...], int]:
     """The writers, and how many steps after the checkpoint the log had: those are made again."""
-    log = JsonlWriter(workdir / METRICS, resume_step=first)
+    log = JsonlWriter(workdir / METRICS, resume_step=first, unlogged=unlogged)
     writers = (log, TensorBoardWriter(workdir / "tensorboard", resume_step=first), ProgressWriter(last, start=first))
     return writers, max(log.last_step - first, 0)

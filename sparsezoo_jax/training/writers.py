@@ -59,25 +59,31 @@ class JsonlWriter:
     cut short by a crash, or damaged; how many of those is reported on stderr.
 
     Rows that can't be written (a full disk) stay in memory, the newest `HELD_BYTES` of them, and are written in order
-    once there is space: the file is always a beginning of what it should be, or has a gap that is counted.
+    once there is space: the file is always a beginning of what it should be, or has a gap that is counted. A checkpoint
+    takes them along; `unlogged` are those of the checkpoint that a run goes on from, and what the file lacks of them is
+    added.
     """
 
-    HELD_BYTES = 1 << 26
+    HELD_BYTES = 1 << 23
 
-    def __init__(self, path: Path | str, *, resume_step: int = 0):
+    def __init__(self, path: Path | str, *, resume_step: int = 0, unlogged: Sequence[str] = ()):
         self.path = Path(path)
         self.last_step = 0
         """Last training step of the rows found on opening, dropped ones included."""
         self.dropped = 0
         """Rows that were never written."""
         self._held: collections.deque[bytes] = collections.deque()
-        self._held_bytes, self._torn = 0, b""
+        self._held_bytes, self._torn, self._row = 0, b"", b""
         self._descriptor: int | None = None
         try:
-            self._drop_rows_after(resume_step)
+            present = self._drop_rows_after(resume_step)
             self._open()
         except OSError as error:
             raise StorageError(f"writing {self.path} failed: {error.strerror}") from error
+        for line in (text.encode() for text in unlogged):
+            if step_of(line) not in present:
+                self._held.append(line)
+                self._held_bytes += len(line)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -100,9 +106,11 @@ class JsonlWriter:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def _drop_rows_after(self, step: int) -> None:
+    def _drop_rows_after(self, step: int) -> set[tuple[int, str | None] | None]:
+        """Drop rows of later steps; gives step and split of the others."""
+        kept: set[tuple[int, str | None] | None] = set()
         if not self.path.exists():
-            return
+            return kept
         later = bad = 0
         # The old file stays whole until the new one is.
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -115,6 +123,7 @@ class JsonlWriter:
                 number, split = found
                 self.last_step = max(self.last_step, number if split is None else 0)
                 if number <= step:
+                    kept.add(found)
                     new.write(line if line.endswith(b"\n") else line + b"\n")
                 else:
                     later += 1
@@ -124,6 +133,7 @@ class JsonlWriter:
             temporary.unlink()
         if bad:
             print(f"warning: {self.path}: {bad} lines are no metrics and were dropped", file=sys.stderr)
+        return kept
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
         """Append a row, after those that are held back.
@@ -150,13 +160,17 @@ class JsonlWriter:
         try:
             while self._torn or self._held:
                 if not self._torn:
-                    self._torn = self._held.popleft()
+                    self._row = self._torn = self._held.popleft()
                     self._held_bytes -= len(self._torn)
                 # A write that fails may have written a part: it goes on there.
                 self._torn = self._torn[os.write(self._open(), self._torn) :]
         except OSError:
             self._close_descriptor()  # it may be the reason: a file server that came back
             raise
+
+    def held(self) -> list[str]:
+        """Rows that are not written, or not to their end."""
+        return [line.decode() for line in ([self._row] if self._torn else []) + list(self._held)]
 
     def close(self) -> None:
         """Write what is held back and close the file.
@@ -341,10 +355,11 @@ class Writers:
         for worker in self._workers:
             worker.put(step)
 
-    def flush(self, timeout: float = 10.0) -> None:
-        """Wait until the rows handed over are written, but no longer than `timeout` seconds."""
-        for worker in self._workers:
-            worker.flush(timeout)
+    def flush(self, timeout: float = 10.0) -> list[str]:
+        """Wait until the rows handed over are written, but no longer than `timeout` seconds; gives lines of
+        metrics.jsonl that could not be written.
+        """
+        return [line for worker in self._workers for line in worker.flush(timeout)]
 
     def close(self, timeout: float = 10.0) -> None:
         """Write what waits, but no longer than `timeout` seconds a writer, and close."""
@@ -359,6 +374,7 @@ class _Worker:
         self._writer = writer
         self._queue: queue.Queue[tuple[int, Row, str | None] | int | threading.Event | None] = queue.Queue(size)
         self._dropped, self._failing, self._hanging = 0, False, False
+        self._held: list[str] = []
         self._thread = threading.Thread(target=self._run, name=f"write {type(writer).__name__}", daemon=True)
         self._thread.start()
 
@@ -371,17 +387,18 @@ class _Worker:
                 self._hanging = True
                 self._warn("hangs; rows are dropped until it goes on")
 
-    def flush(self, timeout: float) -> None:
+    def flush(self, timeout: float) -> list[str]:
         if self._hanging and self._queue.full():  # it was waited for once
-            return
+            return []
         done = threading.Event()
         deadline = time.monotonic() + timeout
         with contextlib.suppress(queue.Full):
             self._queue.put(done, timeout=timeout)
             if done.wait(max(deadline - time.monotonic(), 0.0)):
                 self._hanging = False
-                return
+                return self._held
         self._hanging = True
+        return []
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + (0.0 if self._hanging else timeout)
@@ -403,6 +420,7 @@ class _Worker:
             if isinstance(item, threading.Event):
                 if isinstance(self._writer, JsonlWriter):
                     self._attempt(self._writer.flush)  # rows held back are tried again
+                    self._held = self._writer.held()
                 item.set()
             elif isinstance(item, int):
                 if isinstance(self._writer, (JsonlWriter, TensorBoardWriter)):

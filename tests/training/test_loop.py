@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -379,6 +380,22 @@ def test_a_log_without_checkpoints_is_no_fresh_start(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
     assert run(tmp_path).resumed_from == 2
+
+
+def test_rows_that_the_disk_had_no_room_for_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        run(tmp_path, stop_at=4, checkpoint_every=2)
+    assert rows(tmp_path) == []
+    assert "JsonlWriter: 4 rows were not written" in capsys.readouterr().err
+    run(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    whole = run(tmp_path / "whole")
+    assert [row["loss"] for row in rows(tmp_path)] == [row["loss"] for row in rows(tmp_path / "whole")]
+    assert whole.finished
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path):

@@ -120,6 +120,14 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     assert sys.stderr is not stream
 
 
+def test_rows_that_came_with_a_checkpoint_are_added_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = '{"step": %d, "loss": 1.0}\n'
+    path.write_text(line % 1 + line % 2 + (line % 3)[:9])  # the third was under way
+    JsonlWriter(path, resume_step=4, unlogged=[line % step for step in (2, 3, 4)]).close()
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4]
+
+
 class FullDisk:
     """os.write that fails once `room` bytes are written, until there is room again."""
 
