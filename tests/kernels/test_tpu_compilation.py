@@ -81,7 +81,11 @@ def test_block_ffn_union(compiled, size):
 
 # The heads of 2b and 9b are alike for a kernel, which takes the queries of one key/value head at a time; tiny's and
 # small's are no multiples of a tile.
-@pytest.mark.parametrize(("size", "window"), [("small", None), ("2b", 4096)])
+@pytest.mark.parametrize(
+    ("compiled", "size", "window"),
+    [("v6e", "small", None), ("v6e", "2b", 4096), ("v5e", "2b", 4096), ("v5p", "small", None), ("tpu7x", "2b", None)],
+    indirect=["compiled"],
+)
 def test_spark_attention(compiled, size, window):
     heads, kv_heads, width, r, top_k = SPARK_ATTENTION[size]
 
@@ -111,7 +115,11 @@ def test_spark_ffn_rows(compiled, size, storage):
     assert "spark_ffn_rows_kernel" in compiled(function, *shapes, *scales)
 
 
-@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("compiled", "storage"),
+    [("v5e", jnp.float32), ("v5p", jnp.bfloat16), ("v6e", jnp.float32), ("v6e", jnp.bfloat16), ("tpu7x", jnp.bfloat16)],
+    indirect=["compiled"],
+)
 def test_spark_attention_rows(compiled, storage):
     (heads, kv_heads, width, r, top_k), keys = SPARK_ATTENTION["2b"], 16_384
 
@@ -123,7 +131,16 @@ def test_spark_attention_rows(compiled, storage):
     assert "spark_attention_rows_kernel" in text
 
 
-@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(
+    ("compiled", "storage"),
+    [
+        *(("v6e", each) for each in (*FLOATS, jnp.int8)),
+        ("v5e", jnp.float32),
+        ("v5p", jnp.int8),
+        ("tpu7x", jnp.bfloat16),
+    ],
+    indirect=["compiled"],
+)
 def test_block_ffn_rows(compiled, storage):
     d, experts, width = BLOCK_FFN["2_8b"]
 
