@@ -223,6 +223,17 @@ def test_numbers_of_tokens(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_panics_and_faults_of_a_tokenizer(tmp_path):
+    values = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [], unk_token="<unk>")).to_str())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"the tokenizer fails: .*unk"):
+        load_tokenizer(tmp_path).encode("b")
+    values["model"] |= {"continuing_subword_prefix": "long" * 9, "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"not a Hugging Face tokenizer, or damaged: .*range"):  # the library panics
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["1e4", "1." + " 1" * 200_000, "{" * 200_000, "1. e4 " * 200_000], ids=lambda x: x[:6])
 def test_one_long_game_takes_no_quadratic_time(text):
     started = time.process_time()

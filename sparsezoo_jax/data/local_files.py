@@ -17,7 +17,7 @@ from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import Document, Documents, Split, digest
 from sparsezoo_jax.errors import DataError, StorageError
-from sparsezoo_jax.untrusted import parse_json
+from sparsezoo_jax.untrusted import MAX_COMPRESSION, parse_json
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet", ".pgn")
 
@@ -290,6 +290,8 @@ class _ParquetFile:
             raise DataError(f"{path}: column '{text_field}' holds {kind}, not strings")
         groups = range(metadata.num_row_groups)
         self._ends = list(itertools.accumulate(metadata.row_group(group).num_rows for group in groups))
+        if len(self) > MAX_COMPRESSION * path.stat().st_size:
+            raise DataError(f"{path}: declares {len(self):,} rows in {path.stat().st_size:,} bytes")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -315,5 +317,8 @@ class _ParquetFile:
                     column = file.read_row_group(group, columns=[self._text_field]).column(0)
             except (pa.ArrowException, OSError) as error:
                 raise StorageError(f"{self._path}: row group {group}: {str(error).splitlines()[0]}") from error
+            rows = self._ends[group] - (self._ends[group - 1] if group else 0)
+            if len(column) != rows:
+                raise StorageError(f"{self._path}: row group {group}: holds {len(column):,} rows, not {rows:,}")
             self._cached = (group, column)
         return column

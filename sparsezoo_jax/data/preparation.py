@@ -26,7 +26,7 @@ from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError, StorageError
-from sparsezoo_jax.untrusted import read_json
+from sparsezoo_jax.untrusted import MAX_SIZE, read_json
 
 #: Changes whenever `prepare` would write other records for the same corpus and tokenizer.
 RECIPE, BLOCK_RECIPE = "pack-1", "blocks-1"
@@ -115,6 +115,8 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedSplit:
             value = getattr(prepared, field.name)
             if not (isinstance(value, str) if field.type == "str" else type(value) is int and 0 <= value < 2**63):
                 raise ValueError(f"{field.name} is {value!r}")
+        if max(prepared.seq_len, prepared.vocab_size, prepared.pad_id) > MAX_SIZE:
+            raise ValueError(f"seq_len, vocab_size and pad_id are at most {MAX_SIZE}")
         size = (path / RECORDS_FILE).stat().st_size
     except (OSError, ValueError, TypeError) as error:
         raise StorageError(

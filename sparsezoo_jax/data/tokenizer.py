@@ -138,6 +138,17 @@ class _Base:
         return text + decode(run)
 
 
+@contextlib.contextmanager
+def _faults_of_library(what: str) -> Iterator[None]:
+    """Errors of the Rust side, which raises bare `Exception`, and panics, which are none, as `DataError`."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"{what}: {error}") from error
+        raise
+
+
 class HFTokenizer(_Base):
     """A Hugging Face fast tokenizer (`tokenizer.json`), its special tokens from `tokenizer_config.json` or by their
     usual names.
@@ -172,16 +183,19 @@ class HFTokenizer(_Base):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _faults_of_library("the tokenizer fails"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, in parallel."""
         # The `fast` variant skips offsets, which nobody reads here.
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _faults_of_library("the tokenizer fails"):
+            return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _faults_of_library("the tokenizer fails"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         # Unknown characters become <unk> or, in a model without one, vanish.
         covered = [False] * len(text)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -191,7 +205,8 @@ class HFTokenizer(_Base):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some token ids, special tokens left out."""
-        return self._decode_known(ids, lambda known: self._tokenizer.decode(known, skip_special_tokens=True))
+        with _faults_of_library("the tokenizer fails"):
+            return self._decode_known(ids, lambda known: self._tokenizer.decode(known, skip_special_tokens=True))
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.json` and the names of its special tokens; returns the former. Raises `StorageError`."""
@@ -317,13 +332,11 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
 
     # Silences the library's warning when a data worker is forked after it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
+    with _faults_of_library(f"{path}: not a Hugging Face tokenizer, or damaged"):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
         # The library writes a tokenizer by counting up to its last token, in memory for each.
         tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         rules = [parse_json(part.__getstate__()) for part in (tokenizer.normalizer, tokenizer.decoder) if part]
-    except Exception as error:  # the Rust side raises bare Exception
-        raise DataError(f"{path}: not a Hugging Face tokenizer, or damaged: {error}") from error
     if tokens > MAX_SIZE:
         raise DataError(f"{path}: numbers its tokens up to {tokens - 1}; at most {MAX_SIZE} tokens are read")
     growth = max(map(_growth, rules), default=1)

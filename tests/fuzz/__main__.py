@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -65,9 +66,9 @@ def guided(name: str, seconds: int) -> int:
     with atheris.instrument_imports(include=["sparsezoo_jax", "json"]):
         from tests.fuzz.run import property_of
 
-    atheris.Setup(
-        [sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096"], property_of(name, 1).hypothesis.fuzz_one_input
-    )
+    one_input = property_of(name, 1).hypothesis.fuzz_one_input
+    prefix = f"-artifact_prefix={tempfile.gettempdir()}/{name}-"  # where an input with a fault is kept
+    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096", prefix], one_input)
     atheris.Fuzz()
     return 0
 
