@@ -32,8 +32,11 @@ def main() -> int:
     for name in args.targets or TARGETS:
         if engine == "atheris":
             command = (sys.executable, "-m", "tests.fuzz", "--guided", "--seconds", str(args.seconds), name)
-            failed = subprocess.run(command, check=False).returncode != 0
-            print(f"{name}: {'a fault' if failed else 'no fault'} in {args.seconds} s", flush=True)
+            status = subprocess.run(command, check=False).returncode
+            failed = status != 0
+            print(
+                f"{name}: {f'a fault (exit status {status})' if failed else 'no fault'} in {args.seconds} s", flush=True
+            )
         else:
             failed = drawn(name, args.seconds)
         faults += failed
