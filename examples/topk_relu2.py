@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.configs import preset, register_arch
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.inference import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import Rows, few_tokens, put
+from sparsezoo_jax.inference.matrices import Rows, assign, few_tokens
 from sparsezoo_jax.models import FFN, BuildContext, CallContext, FFNKind, LayerAux, register_ffn
 from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
 
@@ -95,8 +95,8 @@ class PackedTopKReLU2(FFN, DecodingLayout):
         self.down = Rows(source.down_FD[...], formats.weights, source.dtype)
 
     def restore(self, source: TopKReLU2) -> None:
-        put(source.up_DF, self.up.restored().T)
-        put(source.down_FD, self.down.restored())
+        assign(source.up_DF, self.up.restored().T)
+        assign(source.down_FD, self.down.restored())
 
     def bytes_read(self, density: float = 1.0) -> float:
         return self.up.nbytes + density * self.down.nbytes
