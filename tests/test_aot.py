@@ -62,6 +62,7 @@ def test_decode_and_tables(monkeypatch, capsys):
     assert err == ""
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit(monkeypatch, capsys):
     """Scores of 512 sequences of 8,192 tokens on one chip: the compiler gives up, and the report says why."""
     status, out, err = call(

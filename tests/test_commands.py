@@ -71,6 +71,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_run_directory(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "evaluation.json", "report.html"} <= names
@@ -91,6 +92,7 @@ def test_run_directory(trained):
     assert 0 < final["bigram_entropy"] < final["unigram_entropy"]
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_bitwise(trained, tmp_path, small_corpus, capsys):
     workdir = tmp_path / "halves"
     train.main([*flags(small_corpus, train__stop_at=4), "--workdir", str(workdir)])
@@ -117,6 +119,7 @@ def test_a_finished_run_stays_finished(trained, tmp_path, small_corpus, capsys):
     assert [row for row in rows(workdir) if "split" not in row] == [row for row in before if "split" not in row]
 
 
+@pytest.mark.slow
 def test_load_needs_the_directory_alone(trained, tmp_path, shared_cache, monkeypatch):
     monkeypatch.setenv("SPARSEZOO_CACHE", str(tmp_path / "empty"))
     moved = tmp_path / "moved"
@@ -276,6 +279,7 @@ def test_bits_per_byte_is_what_it_says(trained, small_corpus):
     assert final["bits_per_byte"] == pytest.approx(final["loss"] * final["tokens"] / np.log(2) / size)
 
 
+@pytest.mark.slow
 def test_generate(trained, monkeypatch, capsys):
     read = []
     continued = inference.Engine.generate

@@ -341,6 +341,7 @@ def test_logits_are_those_of_the_formulas(name, tmp_path):
         assert np.abs(changed - expected).max() > 2e-4 * np.abs(expected).max(), f"{key} changes nothing"
 
 
+@pytest.mark.slow
 def test_a_converted_model_generates_and_trains_on(tmp_path):
     """By its own recipe: groups and objectives fit the model, and losses of the same batch fall."""
     shallow = {**CONFIGS["mla"], "num_hidden_layers": 1}

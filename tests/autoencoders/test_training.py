@@ -78,6 +78,7 @@ def run(request):
     return trainer, rows, first, next(source)
 
 
+@pytest.mark.slow
 def test_it_learns_to_reconstruct(run):
     trainer, rows, first, x = run
     assert all(np.isfinite(list(row.values())).all() for row in rows)
@@ -286,6 +287,7 @@ def test_hidden_units_have_no_loss_recovered(model):
     assert result.l0 <= 2
 
 
+@pytest.mark.slow
 def test_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     from sparsezoo_jax import train
 

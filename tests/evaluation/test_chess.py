@@ -431,6 +431,7 @@ def call(command, args, monkeypatch):
     return 0
 
 
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
     """Train on games, then score the run as a user does."""
     run = tmp_path / "run"

@@ -227,6 +227,7 @@ def test_statistics_of_training_agree():
         assert logged["expert_reuse"][index] == pytest.approx(layer.experts.reuse, rel=0.02)  # a mean of batches' means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["topk", "deepseek", "grin", "ling", "remoe", "topp"])
 def test_every_router(router):
     found, model = measured(layers=1, ffn=MoEFFNConfig(experts=8, expert_width=6, k=3, router=router, router_std=0.5))

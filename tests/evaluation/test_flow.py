@@ -81,6 +81,7 @@ def test_padding_and_long_batches(states):
     assert flow.figures(summed(states, 0 * SEGMENTS))["residual"].jaccard is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["dense", "mohd"])
 def test_flow_of_a_decoder(arch):
     residual = preset("mohd").model.residual if arch == "mohd" else preset("dense").model.residual

@@ -303,6 +303,7 @@ def test_features_of_a_layer():
 # ------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     train.main([*flags(small_corpus, train__steps=2), "--eval.no-report", "--workdir", str(run)])

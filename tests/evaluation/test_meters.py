@@ -245,6 +245,7 @@ def queries_of(spark, layer):
                 yield scores[b, head, t, seen], selected[b, head, t, seen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", range(4))
 def test_attended_keys(spark, layer):
     meters = spark[2].layers[layer].attention

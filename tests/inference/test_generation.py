@@ -35,6 +35,7 @@ def rows(engine, prompts, **kwargs):
     return generation.rows, generation.stats
 
 
+@pytest.mark.slow
 def test_greedy_rows_equal_the_full_forward(engine):
     """Over windows, padding of shorter prompts, and the boundary of a power of two."""
     prompts = [PROMPT, [9, 2], [1] * 12]
@@ -51,6 +52,7 @@ def test_greedy_rows_equal_the_full_forward(engine):
     assert ((density > 0) & (density <= 1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spark", "blockffn"])
 def test_verified_drafts_are_greedy_decoding(kind):
     engine = Engine(build(CONFIGS[kind]))

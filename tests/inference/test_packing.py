@@ -136,6 +136,7 @@ def test_modules_get_their_layout(kind, laid_out):
         assert type(block.ffn) is ffn
 
 
+@pytest.mark.slow
 def test_prompts_and_steps_equal_the_full_forward(model, run, laid_out, tokens):
     """A prompt, single tokens and a chunk of a few; over windows and over slots not yet written."""
     expected, chunks = run(model, tokens), [18, 1, 1, 3, 1]
@@ -176,6 +177,7 @@ PROMPTS = [("spark", MIXED), ("llama", "bfloat16"), ("blockffn", "int8")]
 STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "moe", "moex", "mohd")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "formats"), PROMPTS + STEPS, indirect=["kind"], ids=str)
 def test_number_formats(kind, model, run, tokens, formats):
     """What is computed is the model with rounded weights, and these are near the original ones."""
@@ -205,6 +207,7 @@ def test_int8_keeps_a_factor_for_each_row():
     np.testing.assert_array_equal(zero.restored(), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "blockffn"], indirect=True)
 def test_the_engine_takes_a_packed_model(model, laid_out):
     def text(engine, **kwargs):

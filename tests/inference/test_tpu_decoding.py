@@ -45,6 +45,7 @@ def decode_step(arch, size, layers=2, context=4096):
     return partial(next_token, Sampling(temperature=0), graphdef), state, cache, token, token, last, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "kernels"),
     [("spark", "2b", 4), ("blockffn", "2_8b", 2), ("moe", "xlarge", 2), ("moex", "medium", 2)],

@@ -114,6 +114,7 @@ def wide_arrays(dtype, gated=True, n=5, experts=6):
     return {name: jnp.asarray(a, dtype) for name, a in made.items()} | ({} if gated else {"gate": None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),

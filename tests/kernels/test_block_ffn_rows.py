@@ -39,6 +39,7 @@ def scores_of(draw, m, experts, density):
 
 
 # Of every implementation, any two of these.
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "gated", "m", "density"), pairs(STORAGE, [False, True], [1, 3, 8], [0.3, 1.0]))
 def test_is_the_definition(apply, storage, gated, m, density):
     draw = Draw(storage)
@@ -49,6 +50,7 @@ def test_is_the_definition(apply, storage, gated, m, density):
     np.testing.assert_array_equal(y[-1], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experts", "width", "d"), [(1, 1, 1), (3, 40, 16), (70, 2, 9)])
 def test_odd_sizes(apply, experts, width, d):
     draw = Draw("bfloat16")
@@ -66,6 +68,7 @@ def test_is_the_form_that_is_trained(apply):
     close(apply(x, scores, up, down, gate), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "relu2", "gelu_tanh"])
 def test_other_activations_and_their_active_units(apply, activation):
     draw = Draw("float32")

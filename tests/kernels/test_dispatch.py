@@ -58,6 +58,7 @@ def texts(jitted, arrays, platforms):
     return {platform: text_for(platform, jitted, *arrays) for platform in platforms}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_no_operation_takes_its_kernel(name):
     function, arrays, platforms = OPERATIONS[name]

@@ -33,6 +33,7 @@ def test_is_the_definition(apply, storage, m, d, neurons):
     close(apply(x, *weights, scales=scales), reference(x, *weights, scales=scales))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "relu2"])
 def test_activations_over_their_whole_range(apply, activation):
     # Neuron f's gate is x_f itself; up and down pass it on.

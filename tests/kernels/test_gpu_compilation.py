@@ -60,6 +60,7 @@ def test_masked_rows(shape):
     assert compiled(both, (shape, jnp.bfloat16), (shape, jnp.bfloat16), (shape, jnp.bool_)).count(TRITON) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("size", list(BLOCK_FFN))
 def test_block_ffn_union(size, dtype):
@@ -84,6 +85,7 @@ def test_spark_ffn_rows(storage):
     assert compiled(function, *shapes, *scales).count(TRITON) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32, jnp.int8])
 def test_block_ffn_rows(storage, gated):
@@ -107,6 +109,7 @@ def test_activations_of_block_ffn_rows(activation):
     assert text.count(TRITON) == (0 if activation == "gelu" else 2), "Triton has no error function"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32])
 def test_spark_attention_rows(storage):
     heads, kv_heads, width, r, keys = 8, 4, 256, 128, 8192
@@ -137,6 +140,7 @@ def test_grouped_ffn():
     assert "ragged_dot" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "dtype", "window", "options"),
     [("small", jnp.bfloat16, None, {}), ("2b", jnp.float32, 4096, {"softcap": 50.0})],
@@ -156,6 +160,7 @@ def test_spark_attention(size, dtype, window, options):
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count(TRITON) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("r", "dtype"), [(100, jnp.float32), (160, jnp.float32), (160, jnp.bfloat16)])
 def test_shared_memory_suffices_for_the_widest_heads(r, dtype):
     """Of 256 columns, in parts that fill up to 384: the compiler refuses what a multiprocessor has no memory for."""
@@ -169,6 +174,7 @@ def test_shared_memory_suffices_for_the_widest_heads(r, dtype):
     assert compiled(both, *[((1, 300, 1, 256), dtype)] * 4).count(TRITON) == 4
 
 
+@pytest.mark.slow
 def test_memory_of_attention_is_linear_in_the_length():
     temporaries = [
         compile_case(attention("pallas_gpu", True, length)).memory_analysis().temp_size_in_bytes
@@ -177,6 +183,7 @@ def test_memory_of_attention_is_linear_in_the_length():
     assert temporaries[1] < 4.1 * temporaries[0] < 1e9
 
 
+@pytest.mark.slow
 def test_default_of_attention_holds_no_scores():
     """Also where the choice is left open until the program is lowered, whose other forms keep them for the gradient."""
     case = attention(None, True)
@@ -185,6 +192,7 @@ def test_default_of_attention_holds_no_scores():
     assert program.memory_analysis().temp_size_in_bytes < 3e8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count", "occupancy"),
     [

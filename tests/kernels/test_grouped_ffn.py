@@ -60,6 +60,7 @@ def test_values_and_gradients_in_float64(implementation, gated):
 
 
 # One token, one expert, more tokens than a tile holds for an expert, exactly one tile, all experts chosen.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -115,6 +116,7 @@ def test_infinite_rows_stay_with_their_token(implementation):
     assert jnp.isfinite(y[1:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_active_units_are_counted(implementation, gated):
     x, experts, weights, maps = arrays(tokens=TILE + 5, gated=gated)

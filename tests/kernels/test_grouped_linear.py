@@ -80,6 +80,7 @@ def test_values_and_gradients_in_float64(side, implementation):
 
 
 # One token; more tokens of a block than a tile holds; nothing shared; nothing routed; all active.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "routed", "shared"), [(1, 1, 2), (TILE + 9, 2, 4), (7, 3, 0), (7, 0, 2), (7, 4, 2), (5, 0, 6)]
 )

@@ -31,6 +31,7 @@ def inputs(draw, name, m, blocks, routed, size, other):
     return draw.tokens(m, d if name == "from" else other), jnp.asarray(chosen, jnp.int32), w, scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("form", ["xla", "native"])
 @pytest.mark.parametrize("storage", STORAGE)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -61,6 +62,7 @@ def test_block_ffn():
     assert jnp.allclose(call(pltpu.InterpretParams()), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_spark_attention(monkeypatch):
     """Two tiles of queries and two chunks of one tile of keys each, so that gradients go from call to call."""
     monkeypatch.setattr(attention_backward, "CHUNK", 0)

@@ -93,6 +93,7 @@ def test_golden_row(attention):
     np.testing.assert_allclose(weights, [0, 0.3039875334, 0, 0.7486023034, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "softcap"), [(1, 2.0), (2, None), (4, 2.0)])
 def test_equals_the_definition_in_loops(attention, kv_heads, softcap):
     q, k, v, mask = inputs(kv_heads=kv_heads)
@@ -125,6 +126,7 @@ def test_threshold_has_no_gradient():
     np.testing.assert_allclose(plain, shifted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_few_keys_are_all_attended(attention):
     q, k, v, mask = inputs(queries=12)
     y, attended = attention(q, k, v, mask, r=R, top_k=12)
@@ -163,6 +165,7 @@ def test_attended_keys_of_gaussian_scores(n, deviation):
     assert counts.std() == pytest.approx(deviation, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two-point", "constant", "no visible key"])
 def test_odd_rows_make_no_nan(attention, kind):
     q, k, v, mask = inputs(batch=1, queries=64, heads=1, kv_heads=1)
@@ -196,6 +199,7 @@ def test_sanity_configuration_is_plain_attention(attention):
     np.testing.assert_allclose(y, jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 2, 2)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_by_finite_differences(attention):
     with jax.enable_x64(True):
         q, k, v, mask = inputs(batch=1, queries=9, heads=2, kv_heads=1, dtype=jnp.float64)
@@ -239,6 +243,7 @@ LONG = 300  # fills two tiles of 128 and part of a third
 DOCUMENTS = jnp.stack([jnp.repeat(jnp.array([1, 2, 0]), jnp.array(n)) for n in ([150, 130, 20], [290, 5, 5])])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("kv_heads", "window", "options"),
@@ -258,6 +263,7 @@ def test_kernel_over_several_tiles(kv_heads, window, options):
         assert_alike(both_passes(q, k, v, visible, g, kernel, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_over_several_tiles(kernel):
@@ -271,6 +277,7 @@ def test_bfloat16_over_several_tiles(kernel):
         assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_keys_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(tpu_backward, "CHUNK", 0)
@@ -280,6 +287,7 @@ def test_keys_a_chunk_at_a_time(monkeypatch):
     assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret"), both_passes(q, k, v, visible, g, "xla"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("limit", "at_a_time"), [(15, 2), (4, 1)])  # a sequence has 2 x 2 tiles
 def test_sequences_a_few_at_a_time(monkeypatch, limit, at_a_time):
@@ -302,6 +310,7 @@ def test_sequences_a_few_at_a_time(monkeypatch, limit, at_a_time):
     assert sizes == [at_a_time] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_queries_over_a_cache():
     """Positions that are no places: a few queries after many keys, of which some slots are empty."""
@@ -377,6 +386,7 @@ def test_what_is_not_finite(attention):
 attention_by_definition = jax.jit(partial(spark_attention, implementation="xla"), static_argnames=("r", "top_k"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_are_those_of_the_definition(attention, dtype):
     q, k, v, visible = inputs(dtype=dtype)
@@ -393,6 +403,7 @@ def test_gradients_are_those_of_the_definition(attention, dtype):
         assert error < (1e-6 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.slow
 def test_inside_scan_remat_and_vmap(attention):
     q, k, v, _ = inputs()
 
@@ -409,6 +420,7 @@ def test_inside_scan_remat_and_vmap(attention):
     np.testing.assert_allclose(found, 5 * jax.grad(total, argnums=2)(q, k, v), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
     shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 256), jnp.bfloat16)  # noqa: E731
     visible = lambda n: Visibility.of_tokens(jnp.ones((1, n), jnp.int32))  # noqa: E731

@@ -30,6 +30,7 @@ def trained(q, k, v, mask, **options):
 
 
 # Every setting in float32; in bfloat16 where heads share keys or do not, and where keys are many or few.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "shape", "options"),
     [
@@ -89,6 +90,7 @@ def test_only_attended_rows_are_read(form):
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.slow
 def test_windows_keep_statistics_to_what_is_visible(apply):
     q, k, v, _ = inputs("float32", batch=1, keys=1300)
     inside = slice(600, 1251)

@@ -31,6 +31,7 @@ def layer(draw, d, r, neurons):
 
 
 # Of every implementation, any two of these; sizes are (d, r, neurons, top_k).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "m", "sizes"), pairs(STORAGE, [1, 3, 8], [(37, 13, 101, 15), (40, 32, 700, 30), (6, 5, 2, 1)])
 )
@@ -44,6 +45,7 @@ def test_is_the_definition(apply, storage, m, sizes):
     np.testing.assert_array_equal(active, expected_active)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("huber_delta", [0.0, 0.7])
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_is_the_form_that_is_trained(apply, ddof, huber_delta):
@@ -67,6 +69,7 @@ def test_predictor_and_rows_of_different_types(apply):
     np.testing.assert_array_equal(active, expected_active)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 3])
 def test_rows_that_select_nothing_or_almost_everything(apply, m):
     draw = Draw("float32")

@@ -82,6 +82,7 @@ def test_golden_signs(topk, x64):
     np.testing.assert_allclose(topk(jnp.asarray(x), 2), expected, atol=1e-9)
 
 
+@pytest.mark.slow
 @MANY_ROWS
 def test_density_of_gaussian_rows(topk):
     d, k = SPARK_2B["d"], SPARK_2B["k"]
@@ -94,6 +95,7 @@ def test_density_of_gaussian_rows(topk):
     assert counts.std() == pytest.approx(20.3, abs=1.5)
 
 
+@pytest.mark.slow
 @MANY_ROWS
 @pytest.mark.parametrize(("d", "k", "deviation"), [(16_384, 819, 19.19), (1024, 82, 5.51), (256, 20, 2.74)])
 def test_spread_of_the_count(topk, d, k, deviation):
@@ -190,6 +192,7 @@ def test_gradient_identities_fail_without_the_threshold(topk, x64):
     assert abs(float(detached @ x) - float(g @ y)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("huber_delta", [0.0, 0.3])
@@ -232,6 +235,7 @@ def test_masked_rows(topk):
     np.testing.assert_array_equal(jnp.where(where, 0, grad), 0)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_selection(topk):
     x = jax.random.normal(jax.random.key(10), (200, SPARK_2B["d"]), jnp.bfloat16)
     y = topk(x, SPARK_2B["k"])
@@ -296,6 +300,7 @@ def test_axis_and_transformations(topk):
     chex.assert_trees_all_equal(topk(x, 40), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(1, 7), (3, 129), (37, 700), (2, 5, 1300)])
 def test_any_number_of_rows_and_columns(topk, shape, masked):

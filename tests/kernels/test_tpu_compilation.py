@@ -52,12 +52,14 @@ FLOATS = [jnp.bfloat16, jnp.float32]
 
 
 # Every generation meets every shape, every type and every size, not every combination of these.
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "size", "dtype"), pairs(TPUS, FFN_SCORES, FLOATS), indirect=["compiled"])
 def test_statistical_topk(compiled, size, dtype):
     d, k = FFN_SCORES[size]
     assert compiled(both_passes(k, False), *[((256, d), dtype)] * 2).count("tpu_custom_call") >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "shape", "masked"),
     pairs(TPUS, [(1, 40), (3, 129), (37, 8192), (2, 60_000)], [False, True]),
@@ -68,6 +70,7 @@ def test_statistical_topk_of_odd_shapes(compiled, shape, masked):
     assert compiled(both_passes(20.0, masked), (shape, jnp.bfloat16), (shape, jnp.bfloat16), *mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [name for name, (_, _, width) in BLOCK_FFN.items() if width % 128 == 0])
 def test_block_ffn_union(compiled, size):
     d, experts, width = BLOCK_FFN[size]
@@ -81,6 +84,7 @@ def test_block_ffn_union(compiled, size):
 
 # The heads of 2b and 9b are alike for a kernel, which takes the queries of one key/value head at a time; tiny's and
 # small's are no multiples of a tile.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "size", "window"),
     [("v6e", "small", None), ("v6e", "2b", 4096), ("v5e", "2b", 4096), ("v5p", "small", None), ("tpu7x", "2b", None)],
@@ -101,6 +105,7 @@ def test_spark_attention(compiled, size, window):
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "size", "storage"), pairs(TPUS, ["2b", "9b"], [*FLOATS, jnp.int8]), indirect=["compiled"]
 )
@@ -115,6 +120,7 @@ def test_spark_ffn_rows(compiled, size, storage):
     assert "spark_ffn_rows_kernel" in compiled(function, *shapes, *scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "storage"),
     [("v5e", jnp.float32), ("v5p", jnp.bfloat16), ("v6e", jnp.float32), ("v6e", jnp.bfloat16), ("tpu7x", jnp.bfloat16)],
@@ -131,6 +137,7 @@ def test_spark_attention_rows(compiled, storage):
     assert "spark_attention_rows_kernel" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "storage"),
     [

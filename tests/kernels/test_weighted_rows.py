@@ -42,6 +42,7 @@ def definition(q, weights, rows):
 
 
 # Any two of these; problems are (rows, share).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "part", "given"),
     pairs(
@@ -61,6 +62,7 @@ def test_is_the_definition(storage, part, given, monkeypatch):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cost", [0, 2**30])
 def test_reads_tiles_in_use_unless_reading_all_is_faster(storage, cost, monkeypatch):

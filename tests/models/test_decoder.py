@@ -25,6 +25,7 @@ def test_every_kind_has_a_sample(registry, part):
     assert sampled == {name for name, kind in registry.members().items() if kind.__module__.startswith("sparsezoo_jax")}
 
 
+@pytest.mark.slow
 def test_output(config, output, tokens):
     assert output.logits.shape == (*tokens.shape, config.vocab_size)
     assert output.logits.dtype == jnp.float32
@@ -33,6 +34,7 @@ def test_output(config, output, tokens):
     assert output.stats["attended_keys"].shape == (config.layers,)
 
 
+@pytest.mark.slow
 def test_scanned_layers_equal_unrolled_ones(config, model, tokens, output):
     unrolled = forward(with_weights_of(dataclasses.replace(config, scan_layers=False), model))(tokens)
     # Compiled differently, so the last bits differ; a layer in the wrong place would differ by its whole output.
@@ -41,6 +43,7 @@ def test_scanned_layers_equal_unrolled_ones(config, model, tokens, output):
         np.testing.assert_allclose(unrolled.stats[name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "remat"), [("gemma2", "dots"), ("spark", "full")])
 def test_rematerialisation_changes_no_gradient(name, remat, tokens):
     def gradient(config):
@@ -67,6 +70,7 @@ def step(model):
 CHUNK = 12
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_equal_the_full_forward(model, step, tokens, output):
     cache, start, logits = model.init_cache(2, 32), 0, []
     for length in (CHUNK, *[1] * 6, CHUNK):
@@ -87,6 +91,7 @@ def test_padding_in_front_of_a_prompt_does_not_matter(model, step, tokens, outpu
     np.testing.assert_allclose(following.logits, output.logits[:, after : after + 1], atol=3e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter(config, tokens):
     graphdef, params, rest = nnx.split(build(config), nnx.Param, ...)
     # Factors that start at 0 (a fusion's last one) keep gradients from what they multiply.
@@ -130,6 +135,7 @@ def test_window_of_local_layers(tokens):
     np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(10, 17), "7 keys, the query's own included")
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(config, model, tokens, output):
     logits = forward(with_weights_of(dataclasses.replace(config, dtype="bfloat16"), model))(tokens).logits
     assert logits.dtype == jnp.float32

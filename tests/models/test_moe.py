@@ -48,6 +48,7 @@ def result(config, tokens):
     return jax.jit(lambda state: nnx.merge(graphdef, state)(tokens, record=["expert_scores"]))(state)
 
 
+@pytest.mark.slow
 def test_every_router_gives_its_losses_statistics_and_records(config, result):
     router = config.ffn.router
     expected = {"remoe": {"l1_balance"}, "topp": {"balance", "router_entropy"}}.get(router, {"balance"})
@@ -63,6 +64,7 @@ def test_every_router_gives_its_losses_statistics_and_records(config, result):
         np.testing.assert_allclose(recorded[..., 2:].sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dispatch_forms_agree_in_the_model(tokens):
     def loss_and_grads(implementation):
         graphdef, state = nnx.split(build(with_ffn(router="deepseek", implementation=implementation)))
@@ -79,6 +81,7 @@ def test_dispatch_forms_agree_in_the_model(tokens):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_layer_by_hand(tokens):
     """One layer's output is the weighted sum of its experts' outputs, shared experts beside them."""
     model = build(with_ffn(router="deepseek", implementation="loop"))

@@ -86,6 +86,7 @@ def test_the_rootless_variant_is_another(x64):
     assert np.abs(literal - layer(dtype=jnp.float64).scores(jnp.asarray(X))).max() > 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "ragged", "loop"])
 def test_output_by_hand(implementation, x64):
     ffn = layer(dataclasses.replace(FIXTURE, implementation=implementation), dtype=jnp.float64)
@@ -102,6 +103,7 @@ def test_output_by_hand(implementation, x64):
     assert aux.stats["ffn_density"] == pytest.approx(2 / 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "ragged", "loop"])
 def test_gradients_go_through_the_statistics(implementation, x64):
     ffn = layer(dataclasses.replace(FIXTURE, implementation=implementation), dtype=jnp.float64)
@@ -191,6 +193,7 @@ def dense_layer(up, down):
     return dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_copies_of_a_dense_layer_are_that_layer(k):
     rng = np.random.default_rng(0)
@@ -287,6 +290,7 @@ def test_padding_does_not_count():
     assert float(loss) == pytest.approx(8 * 0.93)
 
 
+@pytest.mark.slow
 def test_unchosen_experts_learn_from_the_dense_balance_loss_only():
     def gradient(balance):
         ffn = random_layer(balance=balance)
@@ -311,6 +315,7 @@ def true_l0(ffn, x):
     return l0, chosen, np.sort(l0, axis=-1)[:, : ffn.config.k].sum(-1)
 
 
+@pytest.mark.slow
 def test_relu_and_the_gate_make_units_sparse():
     x = 0.1 * tokens_of(256)  # far out GELU underflows to 0
     mean = {}
@@ -331,6 +336,7 @@ def test_relu_and_the_gate_make_units_sparse():
     assert np.corrcoef(scores.ravel(), l0.ravel())[0, 1] < -0.9, "32 neurons are few"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["sparsity", "switch"])
 def test_forms_agree_in_the_model(gate, tokens):
     def loss_and_grads(implementation):

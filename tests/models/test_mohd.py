@@ -128,6 +128,7 @@ def loss_and_gradients(config, tokens):
     return value, logits, {path: x[...] for path, x in nnx.to_flat_state(gradients)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"masked_head": True}, {"output_blocks": "routed", "routers": "layer"}], ids=str)
 def test_grouped_forms_equal_the_masked_one(tokens, changes):
     # Small initial weights, as models start: with unit variance throughout, rounding grows 20-fold on its way.
@@ -217,6 +218,7 @@ def gates_by_hand(z_N, active_N, config):
 SCORES = np.random.default_rng(0).normal(size=(2, 5, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_gate", ["soft", "hard"])
 @pytest.mark.parametrize("scale", ["rms", "mean", "y_literal", "none"])
 @pytest.mark.parametrize("norm_after_mask", [False, True])
@@ -327,6 +329,7 @@ def test_warmup_rounds_up_whole_numbers(blocks, active, shared):
             assert at[step] != step or config.routed_at(jnp.int32(step)) == expected[step]
 
 
+@pytest.mark.slow
 def test_a_random_router_does_not_learn(tokens):
     gradients = loss_and_gradients(with_residual(ONE, router="random"), tokens)[2]
     learned = loss_and_gradients(ONE, tokens)[2]

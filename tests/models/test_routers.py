@@ -32,6 +32,7 @@ def test_top_k_by_hand():
 
 
 # Experts and k of BlockFFN's four baselines, and the token-level sparsity of its table 2, in percent.
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "k", "tls"), [(48, 10, 79.17), (40, 6, 85.00), (48, 8, 83.33), (56, 10, 82.14)])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_token_level_sparsity_of_fixed_budgets(count, k, tls, shared):
@@ -166,6 +167,7 @@ def test_l1_loss_by_the_formula():
     np.testing.assert_allclose(routers.l1_balance_loss(routing, ctx, k), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [

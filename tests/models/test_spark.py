@@ -78,6 +78,7 @@ def test_sparsity_switched_off_is_plain_attention(tokens):
     np.testing.assert_allclose(forward(a)(tokens).logits, forward(b)(tokens).logits, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_selection_controls_train(tokens):
     for selection, low, high in (("exact", 5 / 48, 5 / 48), ("relu", 0.3, 0.7), ("none", 1.0, 1.0)):
         config = dataclasses.replace(
@@ -95,6 +96,7 @@ def test_selection_controls_train(tokens):
         assert (density <= high + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_a_gradient_for_a_tpu_holds_no_array_of_all_pairs():
     model = preset("spark", "tiny").model
 

@@ -72,6 +72,7 @@ def parameters_of():
     return describe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}], ids=str
 )

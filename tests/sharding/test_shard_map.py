@@ -12,6 +12,7 @@ def split_rows(on_eight_devices, request):
     return on_eight_devices("split_rows", request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "masked"])
 def test_statistics_of_split_rows_are_those_of_whole_rows(split_rows, form):
     found = split_rows[f"{form}, whole statistics"]
@@ -53,6 +54,7 @@ def test_operations_on_a_few_rows_on_eight_devices(on_eight_devices):
     assert all(found.values()), found
 
 
+@pytest.mark.slow
 def test_spark_attention_on_meshes(on_eight_devices):
     report = on_eight_devices("split_attention")
     assert len(report) == 6

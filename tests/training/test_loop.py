@@ -80,6 +80,7 @@ class NoisyModel(ToyModel):
         return out._replace(logits=self.dropout(out.logits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [ToyModel, NoisyModel])
 def test_resuming_is_bitwise_exact(tmp_path, build, capsys):
     changes = {
@@ -518,6 +519,7 @@ def test_a_batch_of_another_shape_is_an_error(tmp_path):
         run(tmp_path, data=ToyData(batch=2))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     """Parameters sharded over one mesh axis and the batch over another train to the same numbers."""
     code = f"""

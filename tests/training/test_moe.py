@@ -79,6 +79,7 @@ def noise_count(state):
     return {path: int(x) for path, x in flatten(state.model_state).items() if path.endswith("count")}
 
 
+@pytest.mark.slow
 def test_three_steps(run):
     router, states, metrics = run
     assert all(np.isfinite(row["loss"]) for row in metrics)
@@ -115,12 +116,14 @@ def test_checkpoints_hold_it(run, tmp_path):
     assert_equal(restore(tmp_path / "saved", states[0])[0].state, states[3])
 
 
+@pytest.mark.slow
 def test_accumulated_loads_move_the_bias_like_one_batch():
     once, _ = trained("ling", steps=1)
     split, _ = trained("ling", steps=1, accumulation=2)
     np.testing.assert_array_equal(bias_of(once[1]), bias_of(split[1]))
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_the_bias():
     config = model_config("ling")
     _, state, step = setup(lambda rngs: Decoder(config, rngs=rngs))

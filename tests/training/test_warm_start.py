@@ -54,6 +54,7 @@ def logits(config, params, tokens):
     return nnx.jit(lambda model, tokens: model(tokens).logits)(model, tokens)
 
 
+@pytest.mark.slow
 def test_copies_without_noise_are_the_dense_model(dense):
     directory, params = dense
     tokens = jax.random.randint(jax.random.key(3), (2, 20), 0, 61)
@@ -149,6 +150,7 @@ def flags(corpus, workdir, **changes):
     return ["--arch", "moex", "--eval.no-report", *(str(x) for name, v in values.items() for x in (f"--{name}", v))]
 
 
+@pytest.mark.slow
 def test_upcycling_by_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     dense, moex = tmp_path / "dense", tmp_path / "moex"
     # "plain" keeps neither width nor losses of the preset's FFN, so it is a change of kind with fields of its own.
@@ -183,6 +185,7 @@ def test_upcycling_by_the_command(small_corpus, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_otherwise_is_warned_of(small_corpus, tmp_path, monkeypatch, capsys):
     first = tmp_path / "first"
     assert call(train, flags(small_corpus, first, model__ffn__expert_width=8), monkeypatch) == 0
