@@ -142,8 +142,9 @@ def test_no_two_layers_draw_the_same_experts(tokens):
 def test_initial_weights_of_experts():
     model = build(dataclasses.replace(with_ffn(router="deepseek", expert_std=0.3, router_std=0.02), layers=1))
     ffn = model.segments[0].blocks[0].ffn
-    stds = {name: float(jnp.std(getattr(ffn, name)[...])) for name in ("up_EDW", "down_EWD", "router_DE")}
-    assert stds == pytest.approx({"up_EDW": 0.3, "down_EWD": 0.3, "router_DE": 0.02}, rel=0.2)
+    experts = ("up_EDW", "down_EWD", "shared_up_DF", "shared_down_FD")
+    stds = {name: float(jnp.std(getattr(ffn, name)[...])) for name in (*experts, "router_DE")}
+    assert stds == pytest.approx({**dict.fromkeys(experts, 0.3), "router_DE": 0.02}, rel=0.2)
 
 
 def test_every_layer_has_random_numbers_of_its_own():

@@ -123,6 +123,14 @@ def test_inactive_neurons_still_learn(tokens):
     assert (np.abs(ffn["k1_RF"][...]).max(axis=(0, 1))[idle] > 0).all()
 
 
+def test_initial_weights_scale_by_their_own_inputs():
+    """The predictor reads r of the d dimensions, the rest of a neuron the others."""
+    config = dataclasses.replace(CONFIGS["spark"], d_model=64, ffn=SparkFFNConfig(d_ff=192, top_k=8, r=16))
+    ffn = build(config).segments[0].blocks[0].ffn
+    assert float(jnp.std(ffn.k1_RF[...])) == pytest.approx(16**-0.5, rel=0.1)
+    assert float(jnp.std(ffn.k2_DF[...])) == pytest.approx(48**-0.5, rel=0.1)
+
+
 def test_down_projection_scale():
     base = CONFIGS["spark"]
     scaled = dataclasses.replace(base, ffn=dataclasses.replace(base.ffn, v_init_scale=4.6))
