@@ -110,6 +110,7 @@ def test_stop_and_resume_is_bitwise(trained, tmp_path, small_corpus, capsys):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished(trained, tmp_path, small_corpus, capsys):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
@@ -135,6 +136,7 @@ def test_load_needs_the_directory_alone(trained, tmp_path, shared_cache, monkeyp
     assert not np.allclose(merged.logits, out.logits)
 
 
+@pytest.mark.slow
 def test_evaluate(trained, monkeypatch, capsys):
     assert call(evaluate, [trained, "--json"], monkeypatch) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -152,6 +154,7 @@ def test_evaluate(trained, monkeypatch, capsys):
     assert "attended keys" in table
 
 
+@pytest.mark.slow
 def test_a_run_from_elsewhere(trained, tmp_path, small_corpus, monkeypatch, capsys):
     """Its configuration runs nothing, and neither reads nor writes where it says."""
     run, ran, cache = tmp_path / "run", tmp_path / "ran", tmp_path / "cache"
@@ -186,6 +189,7 @@ def test_a_run_from_elsewhere(trained, tmp_path, small_corpus, monkeypatch, caps
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_number_formats_of_weights(trained, monkeypatch, capsys):
     args = [trained, "--json", "--no-meters", "--batches", 2]
 

@@ -70,6 +70,7 @@ def test_every_preset_is_counted():
     assert set(PARAMETERS) == set(ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "size"), ALL)
 def test_parameter_count(arch, size):
     config = preset(arch, size)

@@ -161,6 +161,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name, tmp_path):
     tensors = {key: np.float32(0.3) * value for key, value in tensors_of(CONFIGS[name]).items()}

@@ -151,6 +151,7 @@ def assert_same(a, b):
 # ------------------------------------------------------------------------------------------------------ There and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_bit_exact(name, dtype, tmp_path):

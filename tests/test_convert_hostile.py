@@ -47,6 +47,7 @@ def test_json_of_a_configuration(text, tmp_path):
     refused(source, tmp_path, r"config\.json: not JSON")
 
 
+@pytest.mark.slow
 def test_too_many_tensors(tmp_path):
     source = write(tmp_path / "source", CONFIGS["gpt2"], {"x": np.zeros(1, np.float32)})
     header = {f"a{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}

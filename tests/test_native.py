@@ -131,6 +131,7 @@ def results():
     return [np.asarray(y, np.float64) for y in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["default", "v3"])
 def test_levels_of_the_instruction_set_agree(level):
     implementation("native")

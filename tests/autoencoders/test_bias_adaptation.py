@@ -61,6 +61,7 @@ def batches(rows=64, d=16):
         yield jax.random.normal(sub, (rows, d))
 
 
+@pytest.mark.slow
 def test_frequencies_settle_below_their_targets():
     """With a dictionary that does not learn and inputs of one law, whoever fires too often ends at the target."""
     config = GBASAE(features=40, groups=4, highest=0.3, lowest=0.05, interval=5)

@@ -86,6 +86,7 @@ def test_it_learns_to_reconstruct(run):
     assert rows[-1]["fvu"] < rows[0]["fvu"]
 
 
+@pytest.mark.slow
 def test_sparsity_is_as_asked_for(run):
     trainer, rows, _, x = run
     config = trainer.config
@@ -103,6 +104,7 @@ def test_sparsity_is_as_asked_for(run):
     np.testing.assert_allclose(alone, codes[:3], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dead_features_are_counted(run):
     trainer, rows, _, _ = run
     silent = np.asarray(trainer.state["silent_F"])
@@ -110,6 +112,7 @@ def test_dead_features_are_counted(run):
     assert set(np.unique(silent)) <= set(range(0, N * TRAIN.steps + 1, N))
 
 
+@pytest.mark.slow
 def test_stored_and_loaded(run, tmp_path):
     trainer, _, _, x = run
     stored = SAERun(source="runs/x", step=3, sae=trainer.config, train=TRAIN)
@@ -255,6 +258,7 @@ def autoencoder_of(w_dec):
     return SparseAutoencoder(config, params, {"input_scale": jnp.float32(1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["residual", "ffn_output"])
 def test_fidelity(model, site):
     perfect = fidelity(autoencoder_of(jnp.eye(24)), model, token_batches(), 2, site)

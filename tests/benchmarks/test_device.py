@@ -192,6 +192,7 @@ def test_faults_of_kernels_are_found(fault, said):
     assert said in row.note
 
 
+@pytest.mark.slow
 def test_what_must_not_matter_is_given_as_nan():
     """A kernel that reads the masked entries is found."""
     (*_, masked) = cases.topk(TINY, 50, jnp.float32)

@@ -54,6 +54,7 @@ def test_an_epoch_is_every_record_once_and_epochs_differ(prepared):
     assert rows(take(batches(prepared, batch_size=1, shuffle=False), n)) == ordered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3, 1000, 2**16, 4**8 + 1, 70_001])
 def test_orders_are_permutations_that_differ_by_epoch_and_seed(length):
     order, other = endless_order(length, 3), endless_order(length, 4)

@@ -348,6 +348,7 @@ def small_model(seed=0, width=512):
     return Decoder(config, rngs=nnx.Rngs(seed))
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_floor(tokenizer):
     """A model that has learnt nothing restores next to nothing, unless the pieces that never moved count."""
     learn, test = games_for(CONFIG, [str(PGN)], 24)
@@ -396,6 +397,7 @@ def test_other_features(tokenizer):
     assert 0.95 * without_errors < scores.sets["board"].reconstruction.score <= without_errors
 
 
+@pytest.mark.slow
 def test_layers(tokenizer):
     assert [default_layer(n) for n in (1, 2, 4, 8, 12, 24)] == [1, 2, 3, 6, 9, 18]
     model = small_model(width=16)

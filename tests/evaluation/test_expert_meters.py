@@ -200,6 +200,7 @@ def measured(**changes):
     return measure(model, config, batches()), model
 
 
+@pytest.mark.slow
 def test_every_layer_of_blockffn():
     found, model = measured()
     graphdef, state = nnx.split(model)
@@ -218,6 +219,7 @@ def test_every_layer_of_blockffn():
     assert found.as_dict()["experts"]["cls"]["64"] is None
 
 
+@pytest.mark.slow
 def test_statistics_of_training_agree():
     """Token density and reuse as training logs them are those of the meters; its chunks end with windows instead."""
     found, model = measured()

@@ -72,6 +72,7 @@ def test_batches_add_up(states):
         np.testing.assert_allclose(parts[0][name] + parts[1][name], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_long_batches(states):
     spoilt = np.where(SEGMENTS[..., None] > 0, states, 1e6)
     for name, value in summed(spoilt).items():

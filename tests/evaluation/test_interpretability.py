@@ -264,6 +264,7 @@ def test_the_endpoint(server, monkeypatch):
 MOEX = dataclasses.replace(CONFIGS["moex"], layers=2)
 
 
+@pytest.mark.slow
 def test_experts():
     model = Decoder(MOEX, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 61, (2, 3, 20))
@@ -290,6 +291,7 @@ def test_experts():
     assert expert_figures(Decoder(CONFIGS["gpt2"], rngs=nnx.Rngs(0)), batches, 1) is None
 
 
+@pytest.mark.slow
 def test_features_of_a_layer():
     model = Decoder(MOEX, rngs=nnx.Rngs(0))
     tokens, segments = np.full((1, 5), 3), np.array([[1, 1, 1, 2, 2]])

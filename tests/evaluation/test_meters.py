@@ -262,6 +262,7 @@ def test_attended_keys(spark, layer):
     assert spark[2].sparsity(SPARK).attended_keys[layer] == meters.attended_beyond_target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", range(4))
 def test_selection_of_keys(spark, layer):
     quality = spark[2].layers[layer].attention_selection
@@ -281,6 +282,7 @@ def test_selection_of_keys(spark, layer):
     assert scores.excess_kurtosis == pytest.approx(stats.kurtosis(z), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_density_is_that_of_the_statistics(spark):
     _, batches, meters, outputs = spark
     weights = np.array([(batch["segment_ids"] > 0).sum() for batch in batches])
@@ -293,6 +295,7 @@ def test_density_is_that_of_the_statistics(spark):
     assert json.loads(json.dumps(meters.as_dict(), allow_nan=False))["layers"][2]["ffn"]["target"] == 6
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_meters_without_selection(spark):
     config = dataclasses.replace(
         SPARK, attention=GQAConfig(heads=4, kv_heads=2, head_dim=8, window=16), ffn=GatedFFNConfig(d_ff=24)

@@ -62,6 +62,7 @@ def test_verified_drafts_are_greedy_decoding(kind):
     assert stats.steps == stats.decoded - stats.accepted == 29 - stats.accepted
 
 
+@pytest.mark.slow
 def test_drafts_save_calls_where_the_text_repeats_itself():
     model = build(CONFIGS["llama"])
     # It says the last token again: layers that add nothing, and the embeddings as the output projection.
@@ -74,6 +75,7 @@ def test_drafts_save_calls_where_the_text_repeats_itself():
     assert (stats.steps, stats.drafted, stats.accepted) == (4, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_stop_tokens_end_a_row(drafts):
     engine = Engine(build(CONFIGS["spark"]))
@@ -83,6 +85,7 @@ def test_stop_tokens_end_a_row(drafts):
     assert made == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_a_row_that_ended_does_not_change_the_others():
     engine = Engine(build(CONFIGS["spark"]))
     prompts = [PROMPT, [9, 2, 9]]
@@ -94,6 +97,7 @@ def test_a_row_that_ended_does_not_change_the_others():
     assert made == [[], alone]
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed_and_the_filters():
     engine = Engine(build(CONFIGS["llama"]))
     kwargs = {"max_new_tokens": 8}
@@ -140,6 +144,7 @@ def test_errors(kwargs, message):
         engine.generate(kwargs.pop("prompts", [PROMPT]), **{"max_new_tokens": 4, **kwargs})
 
 
+@pytest.mark.slow
 def test_everything_fits_up_to_the_last_position():
     engine = Engine(build(CONFIGS["gpt2"]))
     plain = rows(engine, [PROMPT], max_new_tokens=41, sampling=GREEDY)[0]

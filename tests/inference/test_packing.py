@@ -128,6 +128,7 @@ def test_a_kind_without_a_layout_is_named(tokens):
         assert type(packed(drawn(config)).segments[0].blocks[0].ffn) is SparkFFN
 
 
+@pytest.mark.slow
 def test_modules_get_their_layout(kind, laid_out):
     attention, ffn = LAID_OUT[kind]
     for period in laid_out.segments:
@@ -147,6 +148,7 @@ def test_prompts_and_steps_equal_the_full_forward(model, run, laid_out, tokens):
         np.testing.assert_allclose(mean, expected.stats[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma2", "spark", "blockffn"], indirect=True)
 def test_padding_in_front_is_not_seen(model, run, laid_out, tokens):
     padded = jnp.pad(tokens[:, :18], ((0, 0), (5, 0)))
@@ -164,6 +166,7 @@ def without_weights(model):
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), rest)
 
 
+@pytest.mark.slow
 def test_all_parameters_come_back_exactly(model, laid_out):
     like = without_weights(model)
     restore(laid_out, like)
@@ -240,6 +243,7 @@ def test_bytes_are_what_the_configuration_counts(model):
     assert found == pytest.approx(counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spark", "blockffn", "moex", "mohd"], indirect=True)
 def test_bytes_of_int8_rows_and_their_factors(kind, model):
     """A row of n weights is n + 4 bytes; routers stay in float32."""

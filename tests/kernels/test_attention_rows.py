@@ -31,6 +31,7 @@ def inputs(storage, batch=2, heads=4, kv_heads=2, keys=45, width=12):
     return draw.tokens(batch, heads, width), *caches, jnp.asarray(mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "shape",

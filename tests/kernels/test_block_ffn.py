@@ -152,6 +152,7 @@ def test_kernel_of_a_union_without_experts_and_of_one_that_misses_some(kernel):
     assert np.isnan(block_ffn_union(**made, expert_width=128, implementation=kernel, capacity=3)).all()
 
 
+@pytest.mark.slow
 def test_kernel_gradient(kernel):
     made = wide_arrays(jnp.float32)
 
@@ -169,6 +170,7 @@ def test_experts_that_do_not_fill_a_tile(arrays):
         block_ffn_union(**made, expert_width=W, implementation="pallas_tpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "experts", "width"), [(1, 1, 3), (17, 5, 33), (6, 4, 70)])
 def test_gpu_kernel_of_any_size(n, experts, width):
     """Sizes that fill no tile of tokens, neurons or terms."""

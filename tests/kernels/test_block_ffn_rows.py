@@ -59,6 +59,7 @@ def test_odd_sizes(apply, experts, width, d):
     close(apply(x, scores, *weights), definition(x, scores, *weights)[0])
 
 
+@pytest.mark.slow
 def test_is_the_form_that_is_trained(apply):
     draw = Draw("float32")
     x, scores = draw.tokens(3, 12), scores_of(draw, 3, 6, 0.5)
@@ -125,6 +126,7 @@ def test_a_row_does_not_depend_on_the_others(storage):
         np.testing.assert_array_equal(apply(x[i : i + 1], scores[i : i + 1], *weights)[0], together[i])
 
 
+@pytest.mark.slow
 def test_not_a_number_stays_in_its_row(apply):
     draw = Draw("float32")
     x, scores = draw.tokens(4, 12), scores_of(draw, 4, 6, 1.0)
@@ -133,6 +135,7 @@ def test_not_a_number_stays_in_its_row(apply):
     close(apply(x, scores, *weights), definition(x, scores, *weights)[0])
 
 
+@pytest.mark.slow
 def test_a_token_without_experts_gets_nothing_of_its_numbers(apply):
     draw = Draw("float32")
     x, scores = draw.tokens(4, 12).at[-1, ::2].set(jnp.inf), scores_of(draw, 4, 6, 0.5)

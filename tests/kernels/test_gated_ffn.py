@@ -23,6 +23,7 @@ def layer(draw, neurons, d):
     return zip(*(draw.weights(neurons, d) for _ in range(3)), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("m", [1, 3, 8])
 @pytest.mark.parametrize(("d", "neurons"), [(37, 101), (64, 1)])

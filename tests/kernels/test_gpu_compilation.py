@@ -39,6 +39,7 @@ def compiled(function, *arrays):
         return jax.jit(function).lower(*args).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("size", list(FFN_SCORES))
 def test_statistical_topk(size, dtype):
@@ -73,6 +74,7 @@ def test_block_ffn_union(size, dtype):
     assert compiled(function, *[(shape, dtype) for shape in shapes]).count(TRITON) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32, jnp.int8])
 def test_spark_ffn_rows(storage):
     d, r, neurons = 2304, 1024, 13_824

@@ -48,6 +48,7 @@ def gradients(implementation, x, experts, weights, maps, activation):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(x, weights, maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_values_and_gradients_in_float64(implementation, gated):
     with jax.enable_x64(True):
@@ -80,6 +81,7 @@ def test_odd_sizes(implementation, sizes):
         np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4)  # sums over 259 tokens in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", [0, 3, 6])
 def test_all_tokens_to_one_expert(implementation, only):
     x, _, weights, maps = arrays(tokens=TILE + 5, k=1)

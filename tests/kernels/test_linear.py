@@ -19,6 +19,7 @@ def apply(request):
     return lambda *arrays, **kwargs: jax.jit(partial(linear, implementation=form, **kwargs))(*arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("m", [1, 3, 8])
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (37, 50), (1031, 33)])

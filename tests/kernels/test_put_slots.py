@@ -18,6 +18,7 @@ def apply(request):
     return lambda *arrays, axis: jax.jit(partial(put_slots, axis=axis, implementation=form))(*arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize(("count", "slot"), [(1, 0), (1, 4), (3, 1), (5, 0), (2, 9)])

@@ -35,6 +35,7 @@ def test_the_simulator_sees_a_race():
     assert races(call)
 
 
+@pytest.mark.slow
 def test_statistical_topk():
     x, g = jax.random.normal(jax.random.key(0), (2, 40, 130))
     where, p = jax.random.bernoulli(jax.random.key(1), 0.7, x.shape), Problem(k=9.0, ddof=1, huber_delta=0.0)
@@ -51,6 +52,7 @@ def test_statistical_topk():
         assert jnp.allclose(both(pltpu.InterpretParams())[0], y, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_block_ffn():
     keys = jax.random.split(jax.random.key(2), 4)
     x, scores = jax.random.normal(keys[0], (4, 16)), jnp.ones((4, 3)).at[:, 1].set(0)

@@ -77,6 +77,7 @@ def loops(q, k, v, visible, r, top_k, ddof=1, softcap=None):
     return out, counts
 
 
+@pytest.mark.slow
 def test_golden_row(attention):
     scores = jnp.array([0.2, 1.1, -0.4, 2.3, 0.6])
     visible = jnp.ones(5, bool)
@@ -103,6 +104,7 @@ def test_equals_the_definition_in_loops(attention, kv_heads, softcap):
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_query_head_selects_its_own_keys(attention):
     q, k, v, mask = inputs()
     selected = np.stack([loops(q[:, :, h : h + 1], k[:, :, :1], v[:, :, :1], mask, R, 8)[1] for h in (0, 1)])
@@ -139,6 +141,7 @@ def test_few_keys_are_all_attended(attention):
         assert (np.asarray(count) == n).all() if n <= 8 else (np.asarray(count) >= 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [5, 25])
 def test_causality_and_padding(attention, position):
     q, k, v, mask = inputs()
@@ -214,6 +217,7 @@ def test_gradients_by_finite_differences(attention):
         assert float(jax.grad(total)(0.0)) == pytest.approx(float(numeric), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_bfloat16(attention):
     q, k, v, mask = inputs(dtype=jnp.bfloat16)
     y, _ = attention(q, k, v, mask, r=R, top_k=8)
@@ -443,6 +447,7 @@ def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
     assert "custom_call" not in lowered("cuda", queries=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "why"),
     [

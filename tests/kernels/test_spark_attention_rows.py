@@ -67,6 +67,7 @@ def test_exact_selection_has_a_plain_form_only():
         spark_attention_rows(*split(*arrays, 4), top_k=7, selection="exact", implementation=form)
 
 
+@pytest.mark.slow
 def test_all_keys_by_softmax_alone_is_dense_attention(apply):
     q, k, v, mask = inputs("float32")
     y, attended = apply(*split(q, k, v, mask, 12), top_k=45, weighting="none")
@@ -74,6 +75,7 @@ def test_all_keys_by_softmax_alone_is_dense_attention(apply):
     np.testing.assert_array_equal(attended, jnp.broadcast_to(mask.sum(-1)[:, None], (2, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["xla", "native", "pallas_gpu_interpret"])  # a TPU's tiles: test_weighted_rows
 def test_only_attended_rows_are_read(form):
     q, k, v, mask = inputs("float32", batch=1, heads=2, kv_heads=2, keys=400)
@@ -101,6 +103,7 @@ def test_windows_keep_statistics_to_what_is_visible(apply):
     np.testing.assert_array_equal(attended, expected_attended)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two-point", "constant"])
 def test_odd_rows_make_no_nan(apply, kind):
     q, k, v, mask = inputs("float32", batch=1, keys=64)
@@ -114,6 +117,7 @@ def test_odd_rows_make_no_nan(apply, kind):
     close(y, expected)
 
 
+@pytest.mark.slow
 def test_not_a_number_stays_in_its_sequence(apply):
     q, k, v, mask = inputs("float32", batch=3, keys=100)
     mask = jnp.ones_like(mask)

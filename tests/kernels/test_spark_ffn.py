@@ -77,6 +77,7 @@ def test_the_two_input_parts_do_different_things(ffn):
     )
 
 
+@pytest.mark.slow
 def test_gradients_match_plain_autodiff(ffn):
     x, k1, k2, v = arrays()
 
@@ -90,6 +91,7 @@ def test_gradients_match_plain_autodiff(ffn):
         np.testing.assert_allclose(grad, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_any_rows_in_one_pass():
     """Sizes beyond the sample, rows that it misleads, constant and infinite ones: as the definition."""
     x, k1, k2, v = arrays(f=2 * reference.SAMPLE + 5, rows=(7,))

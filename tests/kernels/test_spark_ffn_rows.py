@@ -88,6 +88,7 @@ def test_rows_that_select_nothing_or_almost_everything(apply, m):
     assert int(active.min()) == 42
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "place"), [(jnp.nan, 2), (jnp.inf, 2), (-jnp.inf, 20), (jnp.nan, 20)])
 def test_not_a_number_stays_in_its_row(apply, bad, place):
     draw = Draw("float32")

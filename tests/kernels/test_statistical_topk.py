@@ -104,6 +104,7 @@ def test_spread_of_the_count(topk, d, k, deviation):
     assert counts.mean() == pytest.approx(k, abs=0.02 * k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "percent", "tolerance"),
     [
@@ -121,6 +122,7 @@ def test_density_of_other_rows(topk, draw, percent, tolerance):
     assert density == pytest.approx(percent, abs=tolerance)
 
 
+@pytest.mark.slow
 @MANY_ROWS
 def test_moments_of_survivors(topk):
     d = SPARK_2B["d"]
@@ -222,6 +224,7 @@ def test_rows_without_survivors(topk, row):
     assert np.isfinite(pull(jnp.ones_like(y))[0]).all()
 
 
+@pytest.mark.slow
 def test_masked_rows(topk):
     x = jax.random.normal(jax.random.key(9), (6, 50))
     where = jnp.arange(50) < jnp.array([0, 1, 8, 9, 30, 50])[:, None]
@@ -292,6 +295,7 @@ def test_gemma3n_form(topk):
     assert offsets[0] / offsets[1] == pytest.approx((d / (d - 1)) ** 0.5, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_axis_and_transformations(topk):
     x = jax.random.normal(jax.random.key(12), (6, 5, 40))
     np.testing.assert_array_equal(topk(x, 4, axis=0), jnp.moveaxis(topk(jnp.moveaxis(x, 0, -1), 4), -1, 0))

@@ -168,6 +168,7 @@ def test_loops_over_blocks_find_the_next_one_at_once(compiled):
     assert text.count(" while(") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
 def test_grouped_ffn(compiled):
     """The default is chosen for the target, not for the host: the libraries' products, not the loop over tiles."""
@@ -187,6 +188,7 @@ def test_grouped_ffn(compiled):
     assert text.count('custom_call_target="tpu_custom_call"') >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("compiled", ["v5e"], indirect=True)  # the smallest VMEM
 def test_weight_gradient_by_megablox(compiled, dtype):
@@ -194,6 +196,7 @@ def test_weight_gradient_by_megablox(compiled, dtype):
     assert "tpu_custom_call" in compiled(ragged.megablox_weight_gradient, *shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["v6e"], indirect=True)
 def test_grouped_linear(compiled):
     blocks = Blocks(8, 2)

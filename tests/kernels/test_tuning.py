@@ -103,6 +103,7 @@ def test_without_an_accelerator_no_target_is_known():
     assert target().name is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [(64, 32), (16, 64)])
 def test_tiles_do_not_change_results(tiles):
     keys = jax.random.split(jax.random.key(0), 3)

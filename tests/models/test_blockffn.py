@@ -138,6 +138,7 @@ def test_gate_exists_only_when_asked_for():
     assert np.abs(y).max() > 0
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_can_be_left_out():
     assert layer(dataclasses.replace(SMALL, auxiliary_losses=False))(X, context(ONES))[1].losses == {}
 
@@ -151,6 +152,7 @@ def test_bfloat16_router_rounds():
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d_model", [128, 768, 1792])
 def test_initial_router(d_model):
     x = jax.random.normal(jax.random.key(0), (1, 256, d_model))
@@ -207,6 +209,7 @@ def cs(scores, ctx=None, length=64, **kwargs):
     return float(chunk_sparsification(scores, ctx or one_document(scores.shape[1]), length, **kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experts", "expected"), [(48, 0.7399196), (40, 0.8020386), (56, 0.6841642), (128, 0.3942684)])
 def test_chunk_loss_of_uniform_scores(experts, expected):
     assert cs(np.ones((1, 64, experts)) * 1000) == pytest.approx(expected, abs=3e-6)
@@ -237,6 +240,7 @@ def test_padding_counts_only_under_the_reference_mean():
     assert cs(scores, half, reference_mean=True) == pytest.approx((0.7399196 + empty) / 2, abs=3e-6)
 
 
+@pytest.mark.slow
 def test_chunks_end_with_their_document():
     scores = np.random.default_rng(3).random((1, 8, 6)) * 100
     packed = cs(scores, context([[1, 1, 1, 2, 2, 2, 2, 2]]), length=4)
@@ -290,6 +294,7 @@ def stats(active, ctx=None, window=8):
     return {name: float(value) for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_sparsity_of_tokens_and_chunks():
     active = np.random.default_rng(5).random((2, 64, 12)) < 0.1
     ctx = context(np.ones((2, 64)))
@@ -300,6 +305,7 @@ def test_sparsity_of_tokens_and_chunks():
     assert density[8] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "experts", "tls"), [(10, 48, 79.17), (6, 40, 85.0), (8, 48, 83.33), (10, 56, 82.14)])
 def test_constant_routing(k, experts, tls):
     active = np.zeros((1, 32, experts))

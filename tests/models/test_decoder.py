@@ -80,6 +80,7 @@ def test_prefill_and_decode_equal_the_full_forward(model, step, tokens, output):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), output.logits, rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_padding_in_front_of_a_prompt_does_not_matter(model, step, tokens, output):
     gap = 5
     padded = jnp.pad(tokens[:, : CHUNK - gap], ((0, 0), (gap, 0)))
@@ -106,12 +107,14 @@ def test_gradients_reach_every_parameter(config, tokens):
         assert np.any(gradient[...] != 0), path
 
 
+@pytest.mark.slow
 def test_causality(run, tokens, output):
     changed = run(tokens.at[:, 17].add(1).at[:, 17].set((tokens[:, 17] + 1) % 61))
     np.testing.assert_array_equal(changed.logits[:, :17], output.logits[:, :17])
     assert not np.allclose(changed.logits[:, 17:], output.logits[:, 17:], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_documents_do_not_see_each_other(run, tokens, output):
     # 11 tokens of one document, 14 of another, 5 of padding.
     segment_ids = jnp.array([[1] * 11 + [2] * 14 + [0] * 5] * 2)
@@ -230,6 +233,7 @@ class CountingAttention(GQA):
         self.seen[...] += observed["keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unstacked", [False, True])
 def test_what_attention_observes_reaches_it(monkeypatch, tokens, unstacked):
     monkeypatch.setattr(GQAConfig, "build", lambda self, ctx, rngs: CountingAttention(self, ctx, rngs))

@@ -102,6 +102,7 @@ def test_layer_by_hand(tokens):
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_needs_training_mode_and_follows_the_seed(tokens):
     model = build(with_ffn(router="grin", competition=2.0))
     calm = logits_of(model, tokens)
@@ -117,6 +118,7 @@ def test_noise_needs_training_mode_and_follows_the_seed(tokens):
     np.testing.assert_array_equal(logits_of(model, tokens), calm)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_scanned_and_unrolled(tokens):
     config = dataclasses.replace(with_ffn(router="grin", competition=2.0), layer_pattern=("global",))
 

@@ -258,6 +258,7 @@ def balance_of(p_NE, probabilities="dense", k=2):
     return float(first_choice_balance(top_k(jnp.log(p), k), context(p.shape[:2]), probabilities))
 
 
+@pytest.mark.slow
 def test_balance_loss():
     rng = np.random.default_rng(0)
     even = np.full((8, 8), 1 / 8) + 1e-3 * np.eye(8)  # every expert is the first choice of one token

@@ -89,6 +89,7 @@ def test_all_of_the_width_without_gates_and_fusion_is_a_vanilla_model_bit_for_bi
     np.testing.assert_array_equal(forward(model)(tokens).logits, forward(vanilla)(tokens).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_shared_blocks_alone_are_a_narrower_vanilla_model(tokens, post_norm):
     config = with_residual(
@@ -144,6 +145,7 @@ def test_grouped_forms_equal_the_masked_one(tokens, changes):
             assert float(error) <= 1e-5 * float(size) + 1e-6, path
 
 
+@pytest.mark.slow
 def test_decoding_reads_only_the_slabs_of_active_blocks(tokens):
     """A decode step is the same with nothing but nan in the weights of the other blocks."""
     model = build(with_residual(ONE, fusion="none")).unstacked()
@@ -270,6 +272,7 @@ def test_balance_loss():
     assert balance_of(config, collapsed, segments) == pytest.approx(2, rel=1e-3), "half of the routed blocks take all"
 
 
+@pytest.mark.slow
 def test_bias_evens_out_loads_without_moving_gates():
     config = with_residual(balance="bias", bias_rate=0.25, masked_head=True)
     model = build(config)

@@ -57,6 +57,7 @@ def spark():
     return forward(SPARK, record=tuple(RECORDS))
 
 
+@pytest.mark.slow
 def test_shapes(spark):
     # This model has no experts.
     assert set(spark.records) == set(RECORDS) - {"expert_scores", "gate_scores"}

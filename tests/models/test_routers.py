@@ -103,6 +103,7 @@ def test_sparse_mixer_golden():
     np.testing.assert_allclose(grad[0, 0], [0.2498, -0.2498, 0], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_sparse_mixer_rounds_are_without_replacement_and_not_renormalised():
     routing = routers.sparse_mixer(one([4.0, 1.0, 2.0, -3.0]), 3, 0.1, None)
     np.testing.assert_array_equal(routing.experts_BTK[0, 0], [0, 2, 1])

@@ -58,6 +58,7 @@ def wide():
     )
 
 
+@pytest.mark.slow
 def test_density_at_initialisation(wide, tokens):
     stats = forward(build(wide))(tokens).stats
     np.testing.assert_allclose(stats["ffn_density"], 0.08, atol=0.003)

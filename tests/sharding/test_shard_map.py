@@ -21,6 +21,7 @@ def test_statistics_of_split_rows_are_those_of_whole_rows(split_rows, form):
     assert found["gradients"] < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "masked"])
 def test_statistics_of_pieces_would_be_noticed(split_rows, form):
     found = split_rows[f"{form}, local statistics"]
@@ -40,12 +41,14 @@ def test_without_a_mesh_the_function_gets_the_arrays_and_nothing_is_split():
     assert seen == [{"batch": (), "ffn": ()}]
 
 
+@pytest.mark.slow
 def test_maps_of_active_blocks_on_a_mesh(on_eight_devices):
     for differences in on_eight_devices("grouped_blocks").values():
         assert len(differences) == 4
         assert max(differences) < 2e-6, "value and gradients, sums of up to 32 numbers in another order"
 
 
+@pytest.mark.slow
 def test_operations_on_a_few_rows_on_eight_devices(on_eight_devices):
     implementation("native")
     found = on_eight_devices("few_rows")

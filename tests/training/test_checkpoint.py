@@ -211,6 +211,7 @@ def test_a_step_that_was_damaged_can_be_saved_again(directory, states):
     assert saved_steps(directory) == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content)), None],

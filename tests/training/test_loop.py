@@ -241,6 +241,7 @@ def test_divergence_names_steps_and_the_last_checkpoint(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_earlier_checkpoints_and_shows_no_half_written_one(tmp_path):
     run(tmp_path, writers=[], stop_at=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -307,6 +308,7 @@ def test_a_second_signal_aborts(tmp_path):
         signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_command_at_once_without_a_traceback(tmp_path):
     code = f"""
 import signal, sys
@@ -444,6 +446,7 @@ def spiky(workdir, mode, **changes):
     return run(workdir, **{**base, **changes})
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_counted(tmp_path):
     whole = spiky(tmp_path / "whole", "skip")
     logged = rows(tmp_path / "whole")
@@ -457,6 +460,7 @@ def test_a_spike_is_skipped_and_counted(tmp_path):
     assert rows(tmp_path / "off")[-1]["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_a_rewind_passes_over_the_batches_before_a_spike(tmp_path, capsys):
     class Data(SpikyData):
         read: ClassVar[list] = []

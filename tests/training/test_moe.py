@@ -66,7 +66,10 @@ def trained(router, steps=3, **changes):
     return states, metrics
 
 
-@pytest.fixture(scope="module", params=get_args(RouterName))
+@pytest.fixture(
+    scope="module",
+    params=[name if name == "ling" else pytest.param(name, marks=pytest.mark.slow) for name in get_args(RouterName)],
+)
 def run(request):
     return request.param, *trained(request.param)
 

@@ -52,6 +52,7 @@ def test_the_loss_in_chunks_is_that_of_all_logits(chunk):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_masked_positions_can_hold_anything():
     logits = jnp.array([[[1.0, 2.0], [jnp.nan, jnp.inf]]])
     targets, mask = jnp.array([[0, -100]]), jnp.array([[True, False]])

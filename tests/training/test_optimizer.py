@@ -62,6 +62,7 @@ def test_what_is_a_matrix(axes, shape, matrix, muon):
     assert matrix_axes(variable) == muon
 
 
+@pytest.mark.slow
 def test_adamw_matches_optax_with_decay_on_matrices_only():
     _, params = toy_tree()
     decays = {"embedding": False, "layers/0/norm": False, "up": True, "router": True, "down": True}
@@ -142,6 +143,7 @@ def test_muon_takes_head_axes_together():
     np.testing.assert_allclose(updates["o"].reshape(2, 12, 5), expected["o"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_by_parameter", [False, True])
 def test_adafactor_does_not_mix_stacked_layers(scale_by_parameter):
     optimizer_config = Adafactor(

@@ -58,6 +58,7 @@ def test_split_and_merge_keep_values_names_and_random_streams():
     np.testing.assert_array_equal(model.dropout(x), merged.dropout(x))
 
 
+@pytest.mark.slow
 def test_first_loss_is_the_models_and_metrics_are_complete():
     template, state, step = setup(z_loss=1e-3, objectives=(FixedObjective(loss="activation", weight=0.5),))
     batch = batch_number()
@@ -78,6 +79,7 @@ def test_first_loss_is_the_models_and_metrics_are_complete():
     assert new_state.model_state["tokens_seen"] == batch["mask"].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_accumulation_equals_one_large_batch(count):
     # Adam's first update hides the scale of the gradient; eps = 1 and no clipping show it.

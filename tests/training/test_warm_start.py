@@ -68,6 +68,7 @@ def test_copies_without_noise_are_the_dense_model(dense):
     np.testing.assert_allclose(logits(switch, started(directory, DENSE, switch), tokens), expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_noise_follows_the_seed_and_differs_between_layers_and_experts(dense):
     directory, params = dense
 
