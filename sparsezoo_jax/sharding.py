@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -228,7 +230,8 @@ def shard_map(
 
     Args:
       function: called as `function(*shards, split)`; `split` maps the name of every dimension to the mesh axes that
-        split it, as `jax.lax.psum` takes them (an empty tuple where it is not split, over which psum does nothing).
+        split it, as `jax.lax.psum` and `sum_shards` take them (an empty tuple where it is not split, over which they do
+        nothing).
       in_axes: names of the dimensions of each array. An unnamed dimension is gathered.
       out_axes: names for the result, in its structure (a tuple of names for a single array).
 
@@ -257,6 +260,26 @@ def shard_map(
     )(*arrays)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_shards(x: Any, axes: tuple[str, ...]) -> Any:
+    """Sum of an array or tree over mesh axes, for a result of a function in `shard_map` that they don't split.
+
+    As `jax.lax.psum`, without its second sum in the backward pass. There `shard_map` gives each of n devices the
+    cotangent of such a result divided by n, for psum's own derivative is a sum over devices; multiplying gives the same
+    and sends nothing.
+    """
+    return jax.lax.psum(x, axes)
+
+
+def _sum_shards_backward(axes: tuple[str, ...], residuals: None, cotangents: Any) -> tuple[Any]:
+    del residuals
+    count = math.prod(jax.lax.axis_size(axis) for axis in axes)
+    return (jax.tree.map(lambda g: g * jnp.asarray(count, g.dtype), cotangents),)
+
+
+sum_shards.defvjp(lambda x, axes: (sum_shards(x, axes), None), _sum_shards_backward)
+
+
 def _is_axes(value: Any) -> bool:
     return isinstance(value, tuple) and all(item is None or isinstance(item, str) for item in value)
 
@@ -269,6 +292,18 @@ def check_batch(shape: Sequence[int], mesh: Mesh, *, accumulation: int = 1) -> N
     wanted = f"must be a multiple of {spelled}" + (f" * train.accumulation={accumulation}" if accumulation > 1 else "")
     require(shape[0] % (rows * accumulation) == 0, "data.batch_size", shape[0], wanted)
     require(shape[1] % context == 0, "data.seq_len", shape[1], f"must be a multiple of mesh.context={context}")
+
+
+def check_neurons(parameters: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raise `ConfigError` unless `tensor` divides the neurons of every expert and FFN.
+
+    Its devices would otherwise all do the same work. `parameters` maps names to objects with `full_axes` and `shape`.
+    """
+    count = mesh.shape["tensor"]
+    for name, parameter in parameters.items():
+        for axis, size in zip(parameter.full_axes, parameter.shape, strict=True):
+            allowed = f"must divide the {size} neurons or experts of {name} {tuple(parameter.shape)}"
+            require(axis != "ffn" or size % count == 0, "mesh.tensor", count, allowed)
 
 
 def addressable_rows(sharding: Sharding, shape: Sequence[int]) -> range:

@@ -24,6 +24,7 @@ from sparsezoo_jax.sharding import (
     addressable_rows,
     build_mesh,
     check_batch,
+    check_neurons,
     device_put,
     named_sharding,
     undivided,
@@ -132,7 +133,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
-    warn_of_repetition(Decoder, config, mesh)
+    check_division(Decoder, config, mesh)
     place = named_sharding(mesh) if mesh.size > 1 else None
     batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
     rows = addressable_rows(batch_sharding, batch_shape)
@@ -274,6 +275,7 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
+    check_division(Decoder, config, mesh)
     place = named_sharding(mesh) if mesh.size > 1 else first_device
     batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
     tokenizer = data.find_tokenizer(workdir)
@@ -357,13 +359,18 @@ def open_source(config: RunConfig) -> Any:
     return start
 
 
-def warn_of_repetition(decoder: Any, config: RunConfig, mesh: Any) -> None:
-    """Warn of matrices that a mesh axis should split but does not divide: every device of the axis holds them whole."""
+def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
+    """Warn of matrices that a mesh axis should split but does not divide: every device of the axis holds them whole.
+
+    Raises:
+      ConfigError: they are an FFN's, so that work would be repeated too.
+    """
     from sparsezoo_jax.training.state import ModelTemplate
 
     if mesh.size == 1:
         return
     parameters = ModelTemplate(lambda rngs: decoder(config.model, rngs=rngs)).parameters
+    check_neurons(parameters, mesh)
     repeated: dict[tuple[str, str], list[str]] = {}
     for name, variable in parameters.items():
         if len(variable.axes or ()) > 1:

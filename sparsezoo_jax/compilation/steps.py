@@ -18,7 +18,7 @@ from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Sampling
 from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.models import Decoder, flops_per_token
-from sparsezoo_jax.sharding import RULES, check_batch, named_sharding, use_mesh
+from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 
 StepName = Literal["train", "decode", "prefill"]
@@ -59,6 +59,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         prepared = prepare_step(
             config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named_sharding(mesh)
         )
+        check_neurons(prepared.template.parameters, mesh)
         function, arguments = prepared.train_step, (prepared.abstract, prepared.batch)
         parts = {
             "parameters": prepared.abstract.params,

@@ -9,8 +9,17 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from sparsezoo_jax.configs import PRESETS
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.sharding import AXES, MeshConfig, check_batch, constrain, num_replicas, partition_spec, undivided
-from sparsezoo_jax.training.state import ModelTemplate
+from sparsezoo_jax.sharding import (
+    AXES,
+    MeshConfig,
+    check_batch,
+    check_neurons,
+    constrain,
+    num_replicas,
+    partition_spec,
+    undivided,
+)
+from sparsezoo_jax.training.state import ModelTemplate, Variable
 
 
 def mesh(**sizes):
@@ -135,6 +144,13 @@ def test_batches_that_do_not_split():
         check_batch((8, 32), mesh(data=2, fsdp=4), accumulation=2)
     with pytest.raises(ConfigError, match=r"data\.seq_len=33: must be a multiple of mesh\.context=2"):
         check_batch((8, 33), mesh(context=2))
+
+
+def test_neurons_that_do_not_split():
+    parameters = {"ffn/up_EDW": Variable((2, 3, 8, 12), ("experts", "embed", "ffn"))}
+    check_neurons(parameters, mesh(tensor=4, fsdp=8))
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=8: must divide the 12 neurons or experts of ffn/up_EDW"):
+        check_neurons(parameters, mesh(tensor=8))
 
 
 def test_constraints_do_nothing_without_a_mesh():

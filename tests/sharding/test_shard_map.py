@@ -64,3 +64,9 @@ def test_spark_attention_on_meshes(on_eight_devices):
     for name, found in report.items():
         assert found["pieces"] == 8, name
         assert max(found["distances"]) < 1e-5, name
+
+
+@pytest.mark.slow
+def test_tensor_halves_the_work_of_every_kind_of_expert(on_eight_devices):
+    for name, (whole, split) in on_eight_devices("split_widths").items():
+        assert whole / split == pytest.approx(2, rel=0.1), f"{name}: a router and statistics are not split"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
-from sparsezoo_jax.sharding import shard_map
+from sparsezoo_jax.sharding import shard_map, sum_shards
 
 Dispatch = Literal["dense", "ragged", "loop"]
 
@@ -46,8 +46,8 @@ def grouped_ffn(
       implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
         expert and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one expert and loops over these.
         None: "loop" where the program is lowered for a CPU, "ragged" elsewhere, both computing the hidden layer again
-        in the backward pass. On a mesh the sorting two sort each device's tokens by themselves, and each device has all
-        experts.
+        in the backward pass. On a mesh the sorting two sort each device's tokens by themselves; each device has all
+        experts, but of W only its part where the mesh splits FFN neurons, and the parts of the sum are added up.
 
     Returns:
       [..., D] in the dtype of x, or that and float32 [..., k].
@@ -76,15 +76,18 @@ def grouped_ffn(
         return (y, active) if return_active else y
 
     def on_shards(x, experts, weights, up, down, *rest):
+        *gates, split = rest
         k, d = experts.shape[-1], x.shape[-1]
-        gate = rest[0] if len(rest) == 2 else None
-        y, active = apply(x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k), up, down, gate)
+        parts = apply(x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k), up, down, *(gates or [None]))
+        total: Any = sum_shards(parts, split["ffn"])
+        y, active = total
         return y.reshape(x.shape), active.reshape(experts.shape)
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
     arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
-    gathered = [(None, None, None)] * (len(arrays) - 3)
-    y, active = shard_map(on_shards, arrays, [names] * 3 + gathered, (names, names))
+    columns, rows = (None, None, "ffn"), (None, "ffn", None)
+    maps = [columns, rows, *([] if gate is None else [columns])]
+    y, active = shard_map(on_shards, arrays, [*[names] * 3, *maps], (names, names))
     return (y, active) if return_active else y
 
 

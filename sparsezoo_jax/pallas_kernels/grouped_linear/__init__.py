@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
-from sparsezoo_jax.sharding import shard_map
+from sparsezoo_jax.sharding import shard_map, sum_shards
 
 Grouping = Literal["dense", "ragged", "loop"]
 
@@ -103,7 +103,8 @@ def to_blocks(
         return apply(x, routed, w)
 
     def on_shards(x, routed, w, split):
-        return jax.lax.psum(apply(*_flat(x, routed), w), split["ffn"]).reshape(*x.shape[:-1], w.shape[1])
+        y: Any = sum_shards(apply(*_flat(x, routed), w), split["ffn"])
+        return y.reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
     return shard_map(on_shards, [x, routed, w], [(*leading, "ffn"), (*leading, None), ("ffn", None)], (*leading, None))
