@@ -86,8 +86,9 @@ def estimated_buffers(config: RunConfig, mesh: Mapping[str, int], step: str, con
     if train:
         ffn = wide * batch * queries * model.ffn.d_ff / mesh["tensor"]
         kept = wide * batch * queries * model.d_model * model.layers
-        if model.remat == "none":
+        if model.remat in ("none", "dots"):
             sizes["FFN activations kept for the backward pass, all layers"] = 2 * ffn * model.layers
+        if model.remat == "none":
             sizes["attention scores kept for the backward pass, all layers"] = (
                 2 * 4 * batch * heads * queries * keys * model.layers
             )

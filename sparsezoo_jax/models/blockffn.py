@@ -21,6 +21,7 @@ from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import scaled_hidden
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 
 ACTIVATION_LOCALITY = "activation_locality"
 CHUNK_SPARSIFICATION = "chunk_sparsification"
@@ -130,8 +131,8 @@ class BlockFFN(FFN):
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Router logits, scores before and after the learned scale; [B, T, E] each, in the router's dtype."""
         dtype = jnp.dtype(self.config.router_dtype)
-        logits_BTE = jnp.matmul(
-            x_BTD.astype(dtype), self.router_DE[...].astype(dtype), precision=jax.lax.Precision.HIGHEST
+        logits_BTE = product(
+            jnp.matmul(x_BTD.astype(dtype), self.router_DE[...].astype(dtype), precision=jax.lax.Precision.HIGHEST)
         )
         normed_BTE = normalised(jax.nn.relu(logits_BTE), self.config)
         if self.router_norm is None:

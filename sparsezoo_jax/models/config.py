@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
 from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.remat import Remat
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.overrides import integers
 from sparsezoo_jax.untrusted import MAX_LAYERS, MAX_SIZE
@@ -72,8 +73,10 @@ class DecoderConfig:
     """Stored parameters."""
     scan_layers: bool = True
     """Compile one period and loop over it; off unrolls the layers (slower to compile, the same numbers)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, everything between layers."""
+    remat: Remat = "none"
+    """What the backward pass finds again of each layer, in place of computing it again. none: everything; full: its
+    input; attention: what attention mixed and its rows' statistics, too; dots: products with weights, too; offload: the
+    same as dots, kept in the host's memory."""
 
     def __post_init__(self):
         for name, size in integers(self, "model.").items():

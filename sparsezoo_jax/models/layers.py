@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from flax import nnx
 from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.contract import Attention, Observed, Sublayer
 from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
+from sparsezoo_jax.models.remat import Remat, rematerialised
 from sparsezoo_jax.sharding import constrain
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Segment(nnx.Module):
         return build(rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, *, scan: bool, remat: str
+        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, *, scan: bool, remat: Remat
     ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
         """The stream after all layers, the auxiliary results and (where `caches` are given) caches of each.
 
@@ -147,7 +148,7 @@ class Segment(nnx.Module):
             updated.append(cache)
         return x_BTD, tuple(auxes), tuple(updated)
 
-    def _scanned(self, x_BTD: jax.Array, ctx: CallContext, remat: str) -> tuple[jax.Array, list[LayerAux]]:
+    def _scanned(self, x_BTD: jax.Array, ctx: CallContext, remat: Remat) -> tuple[jax.Array, list[LayerAux]]:
         graphdef, state = nnx.split(self)
 
         def body(x_BTD, inputs):
@@ -156,11 +157,11 @@ class Segment(nnx.Module):
             return x_BTD, auxes
 
         repeats = self.spec.repeats
-        x_BTD, stacked = jax.lax.scan(_rematerialised(body, remat), x_BTD, (state, jnp.arange(repeats)))
+        x_BTD, stacked = jax.lax.scan(rematerialised(body, remat), x_BTD, (state, jnp.arange(repeats)))
         return x_BTD, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
 
     def _unrolled(
-        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, remat: str
+        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, remat: Remat
     ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
         graphdef, state = nnx.split(self)
         auxes: list[LayerAux] = []
@@ -174,7 +175,7 @@ class Segment(nnx.Module):
                 placed = ctx.folded(i).of_layer(ctx.layer + i * width)
                 return nnx.merge(graphdef, state)._period(x_BTD, placed, caches_i)
 
-            x_BTD, aux, updated = _rematerialised(body, remat)(x_BTD, state_i)
+            x_BTD, aux, updated = rematerialised(body, remat)(x_BTD, state_i)
             auxes.extend(aux)
             after.extend(cache for cache in updated if cache is not None)
         return x_BTD, auxes, after
@@ -205,10 +206,3 @@ class Segment(nnx.Module):
                 single.ffn.prepare()
                 singles.append(Segment([single], self.spec._replace(period=(spec,), repeats=1), stacked=False))
         return singles
-
-
-def _rematerialised(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    if remat == "none":
-        return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(body, policy=policy)

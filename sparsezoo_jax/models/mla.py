@@ -17,6 +17,7 @@ from sparsezoo_jax.models.contract import Attention, AttentionKind, register_att
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
 
@@ -173,7 +174,7 @@ class MLA(Attention):
 
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype))
+        return product(jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype)))
 
     def _per_head(self, x_BTC: jax.Array, weight_CNH: jax.Array) -> jax.Array:
         latent, heads, width = weight_CNH.shape

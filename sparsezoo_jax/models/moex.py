@@ -22,6 +22,7 @@ from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, hidden_units, pre_activations
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import replicate
@@ -262,8 +263,8 @@ def sparsity_scores(
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     precise = jax.lax.Precision.HIGHEST
-    mu = jnp.matmul(wide, mean_ED.T, precision=precise)
-    spread = jnp.matmul(jnp.square(wide), variance_ED.T, precision=precise) + eps
+    mu = product(jnp.matmul(wide, mean_ED.T, precision=precise))
+    spread = product(jnp.matmul(jnp.square(wide), variance_ED.T, precision=precise)) + eps
     return -jax.lax.erf(mu / (2**0.5 * (spread if literal else jnp.sqrt(spread))))
 
 

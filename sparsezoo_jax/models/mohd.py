@@ -37,6 +37,7 @@ from sparsezoo_jax.models.norms import Norm, NormConfig
 from sparsezoo_jax.models.residual import PreNorm, PreNormConfig
 from sparsezoo_jax.models.routers import RouterBias, Routing
 from sparsezoo_jax.models.width import WHOLE
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, Grouping, from_blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import replicate
@@ -357,9 +358,10 @@ class Fusion(nnx.Module):
     def __call__(self, y_BTD: jax.Array) -> jax.Array:
         groups, size, _ = self.within_PQQ.shape
         mixed = y_BTD.reshape(*y_BTD.shape[:-1], groups, size)
-        mixed = jnp.einsum("btpq,pjq->btpj", mixed, replicate(self.within_PQQ[...].astype(self.dtype)))
+        mixed = product(jnp.einsum("btpq,pjq->btpj", mixed, replicate(self.within_PQQ[...].astype(self.dtype))))
         if self.across_QPP is not None:
-            mixed = jnp.einsum("btpj,jip->btij", mixed, replicate(self.across_QPP[...].astype(self.dtype)))
+            across_QPP = replicate(self.across_QPP[...].astype(self.dtype))
+            mixed = product(jnp.einsum("btpj,jip->btij", mixed, across_QPP))
         return y_BTD + mixed.reshape(y_BTD.shape)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 
 
@@ -32,7 +33,7 @@ class WholeWidth:
         return matmul(x_BTD, weight_DO)
 
     def write(self, y: jax.Array, weight: jax.Array) -> jax.Array:
-        return matmul(y, weight) if weight.ndim == 2 else jnp.einsum("btnh,nhd->btd", y, weight)
+        return matmul(y, weight) if weight.ndim == 2 else product(jnp.einsum("btnh,nhd->btd", y, weight))
 
 
 WHOLE = WholeWidth()

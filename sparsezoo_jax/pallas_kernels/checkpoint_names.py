@@ -6,10 +6,17 @@ after the call or among the residuals of its forward rule. `DecoderConfig.remat`
 
 from __future__ import annotations
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
 ATTENTION = "attention"
 """What attention mixed for each query, before the output projection, and statistics of its rows that the backward pass
 needs: without both the forward kernel runs again."""
-PROJECTION = "projection"
-"""Products of attention's linear maps: queries, keys, values, latents, and the map back to the residual stream."""
-FFN = "ffn"
-"""Products of a feed-forward network's linear maps, routers included."""
+PRODUCT = "product"
+"""A product of activations with a weight matrix: attention's projections, feed-forward maps, routers, fusions. Of forms
+that compute their hidden units again by themselves (experts sorted by group), the result only."""
+
+
+def product(y: jax.Array) -> jax.Array:
+    """`y`, which a checkpoint policy then knows as the product of a weight matrix."""
+    return checkpoint_name(y, PRODUCT)

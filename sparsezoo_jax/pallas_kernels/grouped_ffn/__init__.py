@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
@@ -88,6 +89,7 @@ def grouped_ffn(
     columns, rows = (None, None, "ffn"), (None, "ffn", None)
     maps = [columns, rows, *([] if gate is None else [columns])]
     y, active = shard_map(on_shards, arrays, [*[names] * 3, *maps], (names, names))
+    y = product(y)
     return (y, active) if return_active else y
 
 

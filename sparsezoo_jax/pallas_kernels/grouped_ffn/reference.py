@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.sharding import constrain
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -18,7 +19,7 @@ Activation = Callable[[jax.Array], jax.Array]
 def pre_activations(x: jax.Array, up_EDW: jax.Array) -> jax.Array:
     """`up_e x` of all experts, [..., E, W] for x [..., D]."""
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "experts", "ffn")
-    return constrain(jnp.einsum("...d,edw->...ew", x, up_EDW), names)
+    return constrain(product(jnp.einsum("...d,edw->...ew", x, up_EDW)), names)
 
 
 def hidden_units(x: jax.Array, up_EDW: jax.Array, gate_EDW: jax.Array | None, activation: Activation) -> jax.Array:
@@ -40,7 +41,7 @@ def weighted_ffn(
 
 
 def _mixed(hidden: jax.Array, weights: jax.Array, down_EWD: jax.Array) -> jax.Array:
-    return jnp.einsum("...ew,ewd->...d", hidden * weights[..., None].astype(hidden.dtype), down_EWD)
+    return product(jnp.einsum("...ew,ewd->...d", hidden * weights[..., None].astype(hidden.dtype), down_EWD))
 
 
 def spread(experts: jax.Array, weights: jax.Array, count: int) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
@@ -66,7 +67,8 @@ def from_blocks(
         return apply(*_flat(x, routed), w).reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
-    return shard_map(on_shards, [x, routed, w], [(*leading, None), (*leading, None), (None, "ffn")], (*leading, "ffn"))
+    in_axes = [(*leading, None), (*leading, None), (None, "ffn")]
+    return product(shard_map(on_shards, [x, routed, w], in_axes, (*leading, "ffn")))
 
 
 def to_blocks(
@@ -107,7 +109,8 @@ def to_blocks(
         return y.reshape(*x.shape[:-1], w.shape[1])
 
     leading = _leading(x)
-    return shard_map(on_shards, [x, routed, w], [(*leading, "ffn"), (*leading, None), ("ffn", None)], (*leading, None))
+    in_axes = [(*leading, "ffn"), (*leading, None), ("ffn", None)]
+    return product(shard_map(on_shards, [x, routed, w], in_axes, (*leading, None)))
 
 
 def _flat(x: jax.Array, routed: jax.Array) -> tuple[jax.Array, jax.Array]:

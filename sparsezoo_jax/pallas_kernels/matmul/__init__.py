@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+
 __all__ = ["matmul"]
 
 
@@ -19,7 +21,7 @@ def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Ar
     memory, and autodiff always puts the gradient there, which for a 4,096-wide output is a 32-times larger copy.
     """
     y: Any = _matmul(x, w, dtype)
-    return y
+    return product(y)  # named out here: policies do not look into a custom_vjp
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
