@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from sparsezoo_jax.compilation.flops import matmul_flops
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Sampling
@@ -86,7 +87,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         arguments=sizes,
         tokens=tokens,
         sparse_flops=passes * (per_token * tokens + last_logits),
-        traced_flops=matmul_flops(traced.jaxpr.jaxpr),
+        traced_flops=matmul_flops(traced.jaxpr.jaxpr, platform_of(mesh)),
         seconds=time.monotonic() - started,
     )
 
@@ -126,6 +127,12 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     return function, arguments, {"parameters": state, "cache": cache, "batch": ints}
 
 
+def platform_of(mesh: Mesh) -> str:
+    """The platform that functions on this mesh are lowered for, by the name that implementations are listed under."""
+    platform = mesh.devices.flat[0].platform
+    return "cuda" if platform == "gpu" else platform
+
+
 def bytes_per_device(tree: Any) -> int:
     """Bytes that each device holds of abstract arrays with shardings (tiles of the memory's layout not counted)."""
     total = 0
@@ -135,36 +142,6 @@ def bytes_per_device(tree: Any) -> int:
         else:
             total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products of a jaxpr (a multiply-add counts 2), trips of scans multiplied in.
-
-    What the backward pass computes again is counted, as it is traced; while loops count once, of branches
-    only the costliest.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            depth = math.prod(left[axis] for axis in contracted)
-            total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
-            continue
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        inner = [matmul_flops(found) for value in eqn.params.values() for found in _jaxprs(value)]
-        total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
-    return total
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    if hasattr(value, "eqns"):
-        return [value]
-    if hasattr(value, "jaxpr"):
-        return _jaxprs(value.jaxpr)
-    if isinstance(value, tuple | list):
-        return [found for item in value for found in _jaxprs(item)]
-    return []
 
 
 class OutOfMemoryError(Exception):

@@ -1,0 +1,90 @@
+"""FLOPs of the matrix products in a traced function; a multiply-add counts 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def matmul_flops(jaxpr: Any, platform: str) -> float:
+    """FLOPs of all matrix products of a jaxpr on all of its devices, trips of loops multiplied in.
+
+    What the backward pass computes again is counted, for it is traced. Products by group (`ragged_dot`) count every row
+    once, whatever the form that the compiler gives them. Kernels count what they declare (`pl.CostEstimate`), and their
+    products in every step of their grid where they declare nothing. What a `shard_map` calls is one device's part and
+    counts for each. Of a choice by platform the branch of `platform` counts, of other branches the costliest. Loops
+    whose number of trips the trace does not tell (`while`) count once.
+
+    Args:
+      platform: as jax calls it: "cpu", "tpu" or "cuda".
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _COUNTED:
+            total += _COUNTED[name](eqn)
+        elif name == "pallas_call" and params["cost_estimate"] is not None:
+            total += params["cost_estimate"].flops
+        elif name == "cond":
+            branches = params["branches"]
+            if (platforms := params.get("branches_platforms")) is not None:
+                branches = [branches[_branch(platforms, platform)]]
+            total += max(matmul_flops(branch.jaxpr, platform) for branch in branches)
+        else:
+            inner = [matmul_flops(found, platform) for value in params.values() for found in _jaxprs(value)]
+            total += _times(eqn) * sum(inner)
+    return total
+
+
+def _dot(eqn: Any) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return 2.0 * math.prod(left[axis] for axis in contracted) * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _ragged_dot(eqn: Any) -> float:
+    """Each number of the left side meets the columns of one group.
+
+    Columns are the axes of the right side that are neither contracted, nor of the batch, nor the groups themselves.
+    """
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    met = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    left, right = (variable.aval.shape for variable in eqn.invars[:2])
+    return 2.0 * math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in met)
+
+
+_COUNTED: Mapping[str, Callable[[Any], float]] = {"dot_general": _dot, "ragged_dot_general": _ragged_dot}
+
+
+def _times(eqn: Any) -> int:
+    """How often the jaxprs among an equation's parameters run."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
+    if name == "pallas_call":
+        grid = params["grid_mapping"].grid
+        return math.prod(size for size in grid if isinstance(size, int))
+    return 1
+
+
+def _branch(platforms: tuple[tuple[str, ...] | None, ...], platform: str) -> int:
+    """Place of the branch of `platform`: one that names it, or else the one of all others."""
+    for i, names in enumerate(platforms):
+        if names is not None and platform in names:
+            return i
+    return platforms.index(None)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if hasattr(value, "eqns"):
+        return [value]
+    if hasattr(value, "jaxpr"):
+        return _jaxprs(value.jaxpr)
+    if isinstance(value, tuple | list):
+        return [found for item in value for found in _jaxprs(item)]
+    return []
