@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.errors import STRICT
+from sparsezoo_jax.errors import STRICT, require
 
 if TYPE_CHECKING:
     from sparsezoo_jax.compilation.report import Report
@@ -34,10 +34,17 @@ class Aot(RunConfig):
     """What to compile: a train step, one more token with a cache, or the reading of a prompt into an empty cache."""
     context: int | None = None
     """Tokens in the cache of decode and prefill. Default: data.seq_len."""
+    matmul_efficiency: float = 1.0
+    """Share of the datasheet's peak that matrix products are taken to reach in estimates of the step time."""
     profile: bool = False
     """Also print the operations with the most cycles, statically estimated (TPU, small steps)."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        share = self.matmul_efficiency
+        require(0 < share <= 1, "--matmul-efficiency", share, "must be above 0 and at most 1")
 
     def config(self) -> RunConfig:
         return RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
@@ -51,7 +58,8 @@ def main(args: Sequence[str]) -> None:
     topology = open_topology(command.topology, command.mesh.slices)
     from sparsezoo_jax.compilation.report import compile_report
 
-    report = compile_report(command.config(), topology, command.step, command.context or command.data.seq_len)
+    context = command.context or command.data.seq_len
+    report = compile_report(command.config(), topology, command.step, context, command.matmul_efficiency)
     profile = None
     if command.profile and report.fits:
         from sparsezoo_jax.compilation.profile import profile_command
@@ -86,6 +94,7 @@ def print_report(report: Report) -> None:
     cli.print_table("Memory of each device", ("kind", "GiB"), rows)
     meanings = {
         "sparse": "aimed-at sparsity, no remat",
+        "dense": "of the dense decoder of equal parameters",
         "traced": "matrix products as traced",
         "xla": "compiler, loop bodies once",
         "compute": "traced FLOPs at peak",
@@ -101,6 +110,8 @@ def print_report(report: Report) -> None:
         ("lowering, compiling", f"{report.lower_seconds:.1f}, {report.compile_seconds:.1f} s", "here"),
     ]
     cli.print_table("Work of each device in a step (static)", ("figure", "value", "meaning"), [*flops, *times, *rest])
+    if report.traffic is not None:
+        print_estimates(report)
     if report.collectives:
         rows = [
             (x["kind"], x["axes"], f"{x['count']:,.0f}", f"{x['payload'] / 1e9:.3f}", f"{x['moved'] / 1e9:.3f}")
@@ -121,6 +132,28 @@ def print_report(report: Report) -> None:
         return
     cli.print_table("Largest buffers", ("buffer", "GiB"), [(b.name, f"{b.bytes / GIB:.2f}") for b in report.buffers])
     print("does not fit" + "".join(f"\n  try {text}" for text in report.suggestions))
+
+
+def print_estimates(report: Report) -> None:
+    """Print the estimated step time as a table."""
+    share = f"{report.matmul_efficiency:.0%} of the peak"
+    what = {"compute": f"traced FLOPs at {share}", "hbm": f"{(report.traffic or 0) / 1e9:,.1f} GB to and from HBM"}
+    rows = [
+        (name, f"{seconds * 1e3:,.3f}", *("",) * len(report.mfu), what.get(name, "bytes sent over all links"))
+        for name, seconds in report.parts.items()
+    ]
+    meaning = {"none": "sum of the above", "half": "mean of sum and longest", "full": "longest of the above"}
+    rows += [
+        (
+            f"step, {name} overlap",
+            f"{seconds * 1e3:,.3f}",
+            *(f"{x[name]:.1%}" for x in report.mfu.values()),
+            meaning[name],
+        )
+        for name, seconds in report.seconds.items()
+    ]
+    header = ("part", "ms", *(f"MFU, {name}" for name in report.mfu), "meaning")
+    cli.print_table("Estimated time of a step (static)", header, rows)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_model, measure
     from sparsezoo_jax.evaluation.report import run_figures, write_report
-    from sparsezoo_jax.models import Decoder
+    from sparsezoo_jax.models import Decoder, train_flops_per_token
     from sparsezoo_jax.training.interrupts import Requests
     from sparsezoo_jax.training.loop import EvaluationInterrupted, fit
     from sparsezoo_jax.training.parameters import saved_steps
@@ -191,6 +191,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
             raise StorageError(f"{workdir}: the tokenizer can't be saved: {error.strerror}") from None
 
     # --------------------------------------------------------------------------------------------------------- Train
+    counted = train_flops_per_token(config.model, config.data.seq_len)
     setup_seconds = time.monotonic() - _STARTED
     phases = Phases()
     peers = Peers(phases, config.train.hang_timeout)
@@ -207,6 +208,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                 warm_start=warm_start,
                 before_writing=write_run_files,
                 phases=phases,
+                flops_per_token={"mfu_dense": counted.dense, "mfu_sparse": counted.sparse},
             )
         finally:
             batches.close()

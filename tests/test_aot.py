@@ -38,7 +38,8 @@ def test_train_step(monkeypatch, capsys):
     """Parameters and Adam's two moments are split over fsdp and tensor, and the report says what they take."""
     status, out, _ = call(
         monkeypatch, capsys, "--topology", "v5e:2x2", "--mesh.fsdp", 2, "--mesh.tensor", 2, "--json",
-        "--model.scan-layers", model__layer_pattern="global",
+        "--matmul-efficiency", 0.5,
+        "--model.scan-layers", model__layer_pattern="global", model__ffn__d_ff=96,
     )  # fmt: skip
     assert status == 0
     report = json.loads(out)
@@ -48,7 +49,13 @@ def test_train_step(monkeypatch, capsys):
     sizes = report["arguments"]
     assert sizes["optimizer"] == pytest.approx(2 * sizes["parameters"], rel=0.01)
     assert report["memory"]["arguments"] >= sizes["parameters"] + sizes["optimizer"] + sizes["batch"]
-    assert report["flops"]["traced"] > report["flops"]["sparse"] > 0
+    assert report["flops"]["traced"] > report["flops"]["dense"] > report["flops"]["sparse"] > 0
+    parts, seconds = report["parts"], report["seconds"]
+    assert parts["compute"] == pytest.approx(report["bounds"]["compute"] / 0.5)
+    assert parts["hbm"] == pytest.approx(report["traffic"] / 0.819e12)
+    assert seconds["none"] == pytest.approx(sum(parts.values()))
+    assert seconds["none"] > seconds["half"] > seconds["full"]
+    assert report["mfu"]["dense"]["none"] > report["mfu"]["sparse"]["none"] > 0
     assert {axis for item in report["collectives"] for axis in item["axes"].split("+")} >= {"fsdp", "tensor"}
     assert report["unknown_loops"] == []
 
@@ -57,7 +64,8 @@ def test_decode_and_tables(monkeypatch, capsys):
     args = ("--topology", "v6e:2x4", "--mesh.data", 8, "--step", "decode", "--context", 64)
     status, out, err = call(monkeypatch, capsys, *args)
     assert status == 0
-    for text in ("decode step on v6e:2x4 (8 chips; data=8)", "cache", "of the device", "tokens/s/chip", "fits"):
+    title = "decode step on v6e:2x4 (8 chips; data=8)"
+    for text in (title, "cache", "of the device", "tokens/s/chip", "step, half overlap", "fits"):
         assert text in out
     assert err == ""
 
@@ -95,6 +103,7 @@ def test_a_step_that_does_not_fit(monkeypatch, capsys):
         (("--topology", "v5e:2x2", "--step", "decode", "--context", "65"), "model.max_seq_len=64"),
         (("--topology", "v5e:2x2", "--step", "sleep"), "decode"),
         (("--topology", "h100:2x1x4"), "1xHOSTSxGPUS"),
+        (("--matmul-efficiency", "1.5"), "must be above 0 and at most 1"),
     ],
 )
 def test_bad_input(args, message, monkeypatch, capsys):

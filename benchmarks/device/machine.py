@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.device.rows import OK, Job, Row
 from benchmarks.timing import interleaved
-from sparsezoo_jax.compilation.chips import chip_of
+from sparsezoo_jax.chips import chip_of
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, fitting, launch_of, target
 
 PEAKS = "peaks"

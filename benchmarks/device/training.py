@@ -17,8 +17,8 @@ from benchmarks.device.machine import Peaks, memory_stats
 from benchmarks.device.rows import ABSENT, FAILED, OK, WRONG, Job, Row, first_line
 from benchmarks.train_step import compiled_step
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.models import DecoderConfig, dense_twin
-from sparsezoo_jax.models.accounting import count_parameters, flops_per_token
+from sparsezoo_jax.models import DecoderConfig
+from sparsezoo_jax.models.accounting import count_parameters, train_flops_per_token
 from sparsezoo_jax.training.config import Cosine, TrainConfig
 
 STAGE = "training"
@@ -156,9 +156,8 @@ def _utilisation(config: DecoderConfig, length: int, rate: float, peaks: Peaks) 
     """
     if peaks.flops is None:
         return {}
-    twin = dense_twin(config) or config
-    dense, sparse = (3 * flops_per_token(c, length, logits=True) for c in (twin, config))
-    return {"MFU dense": dense * rate / peaks.flops, "MFU sparse": sparse * rate / peaks.flops}
+    counted = train_flops_per_token(config, length)
+    return {"MFU dense": counted.dense * rate / peaks.flops, "MFU sparse": counted.sparse * rate / peaks.flops}
 
 
 def _program_bytes(memory: Any) -> int:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsezoo_jax.compilation.collectives import find_collectives
+from sparsezoo_jax.compilation.estimate import step_seconds, utilisation
 from sparsezoo_jax.compilation.hlo import parse
 from sparsezoo_jax.compilation.kernels import find_kernels, scheduled_cycles
 from sparsezoo_jax.compilation.memory import (
@@ -18,6 +19,7 @@ from sparsezoo_jax.compilation.memory import (
 )
 from sparsezoo_jax.compilation.steps import LoweredStep, OutOfMemoryError, StepName, compile_step, lower_step
 from sparsezoo_jax.compilation.topologies import Topology
+from sparsezoo_jax.compilation.traffic import step_traffic
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.sharding import build_mesh
 
@@ -48,7 +50,8 @@ class Report:
     arguments: dict[str, int]
     """Parts of the arguments, from their shardings; tiles of the layout not counted."""
     flops: dict[str, float]
-    """sparse: with the sparsity aimed at, no recomputation. traced: the matrix products of the traced step.
+    """sparse: with the sparsity aimed at, no recomputation. dense: the same of the decoder of equal parameters that
+    computes everything. traced: the matrix products of the traced step.
     xla: the compiler's count, in which the body of a loop counts once."""
     bounds: dict[str, float]
     """Lower bounds of the step time, seconds: compute (traced FLOPs at the datasheet's peak), hbm (every argument read
@@ -65,6 +68,17 @@ class Report:
     """Pallas kernels with their calls, and by their own estimates FLOPs and bytes, in a step."""
     cycles: float = 0.0
     """Scheduled by the TPU compiler for its own operations, without kernels; 0 on GPUs."""
+    traffic: float | None = None
+    """Bytes to and from HBM, estimated from the compiled program (`traffic.step_traffic`); None if there is none."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Estimated seconds of each part by itself: compute (traced FLOPs at `matmul_efficiency` of the peak), hbm (the
+    traffic at the datasheet's bandwidth) and interconnect (as in `bounds`)."""
+    matmul_efficiency: float = 1.0
+    """Share of the peak that matrix products were taken to reach in `parts`."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Estimated step time by how the parts overlap (`estimate.step_seconds`)."""
+    mfu: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Model FLOPs utilisation at these times, counting dense and sparse FLOPs, of the whole peak."""
     xla_bytes: float | None = None
     """The compiler's count of bytes accessed, in which the body of a loop counts once; None: it has none."""
     needed: int | None = None
@@ -79,8 +93,13 @@ class Report:
         return asdict(self)
 
 
-def compile_report(config: RunConfig, topology: Topology, step: StepName, context: int) -> Report:
+def compile_report(
+    config: RunConfig, topology: Topology, step: StepName, context: int, matmul_efficiency: float = 1.0
+) -> Report:
     """Compile a step of `config` for a topology.
+
+    Args:
+      matmul_efficiency: share of the peak that matrix products are taken to reach in estimates of time.
 
     Raises:
       ConfigError: the mesh does not fit the topology, or sizes don't divide.
@@ -110,6 +129,8 @@ def compile_report(config: RunConfig, topology: Topology, step: StepName, contex
         xla_flops=costs.get("flops"),
         kernels=[asdict(found) for found in find_kernels(module)],
         cycles=scheduled_cycles(module),
+        traffic=step_traffic(module),
+        matmul_efficiency=matmul_efficiency,
         xla_bytes=costs.get("bytes accessed"),
         compile_seconds=seconds,
     )
@@ -130,20 +151,33 @@ def _report(
     unknown_loops: list[str] | None = None,
     xla_flops: float | None = None,
     compile_seconds: float = 0.0,
+    traffic: float | None = None,
+    matmul_efficiency: float = 1.0,
     **compiled: Any,
 ) -> Report:
     chip, devices = topology.chip, len(topology.devices)
     memory, collectives = memory or {}, collectives or []
-    flops = {"sparse": lowered.sparse_flops / devices, "traced": lowered.traced_flops / devices}
+    flops = {
+        "sparse": lowered.sparse_flops / devices,
+        "dense": lowered.dense_flops / devices,
+        "traced": lowered.traced_flops / devices,
+    }
     if xla_flops is not None and xla_flops > 0:
         flops["xla"] = xla_flops
     touched = sum(lowered.arguments.values()) + memory.get("outputs", 0)
+    peak, bandwidth = chip.bf16_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     bounds = {
-        "compute": flops["traced"] / (chip.bf16_flops / chip.devices),
-        "hbm": touched / (chip.hbm_bandwidth / chip.devices),
+        "compute": flops["traced"] / peak,
+        "hbm": touched / bandwidth,
         "interconnect": sum(item["moved"] for item in collectives if "between slices" not in item["kind"])
         / (chip.interconnect / chip.devices),
     }
+    estimated_time: dict[str, Any] = {}
+    if traffic is not None:
+        parts = {**bounds, "compute": bounds["compute"] / matmul_efficiency, "hbm": traffic / bandwidth}
+        seconds = step_seconds(parts)
+        useful = {name: flops[name] for name in ("dense", "sparse")}
+        estimated_time = {"parts": parts, "seconds": seconds, "mfu": utilisation(useful, seconds, peak)}
     buffers, advice = [], []
     if not fits:
         estimated = estimated_buffers(
@@ -177,6 +211,9 @@ def _report(
         unknown_loops=unknown_loops or [],
         lower_seconds=lowered.seconds,
         compile_seconds=compile_seconds,
+        traffic=traffic,
+        matmul_efficiency=matmul_efficiency,
+        **estimated_time,
         **compiled,
         needed=needed_bytes(message) if message else None,
         buffers=buffers[:6],

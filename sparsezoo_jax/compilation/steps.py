@@ -18,7 +18,7 @@ from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Sampling
 from sparsezoo_jax.inference.generation import Step, next_token
-from sparsezoo_jax.models import Decoder, flops_per_token
+from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin, flops_per_token
 from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 
@@ -37,6 +37,8 @@ class LoweredStep:
     """Tokens that a step processes, on all devices."""
     sparse_flops: float
     """FLOPs of a step with the sparsity that the configuration aims at, without recomputation, on all devices."""
+    dense_flops: float
+    """The same of the decoder of equal parameters that computes everything; `sparse_flops` where there is none."""
     traced_flops: float
     """FLOPs of the matrix products in the traced step, on all devices."""
     seconds: float
@@ -77,16 +79,21 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         traced = function.trace(*arguments)
         lowered = traced.lower()
     every_token = step != "prefill"
-    per_token = flops_per_token(config.model, length, position=position, logits=every_token)
     tokens = config.data.batch_size * new
     last_logits = 0 if every_token else 2 * config.model.d_model * config.model.vocab_size * config.data.batch_size
+
+    def needed(model: DecoderConfig) -> float:
+        per_token = flops_per_token(model, length, position=position, logits=every_token)
+        return passes * (per_token * tokens + last_logits)
+
     sizes = {name: bytes_per_device(part) for name, part in parts.items()}
     sizes["other"] = bytes_per_device(arguments) - sum(sizes.values())
     return LoweredStep(
         lowered=lowered,
         arguments=sizes,
         tokens=tokens,
-        sparse_flops=passes * (per_token * tokens + last_logits),
+        sparse_flops=needed(config.model),
+        dense_flops=needed(dense_twin(config.model) or config.model),
         traced_flops=matmul_flops(traced.jaxpr.jaxpr, platform_of(mesh)),
         seconds=time.monotonic() - started,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from sparsezoo_jax.compilation.chips import CHIPS, Chip
+from sparsezoo_jax.chips import CHIPS, Chip
 from sparsezoo_jax.errors import ConfigError, UserError
 
 #: What libtpu wants to know on a machine without a TPU; without it, it prints complaints and asks the network.

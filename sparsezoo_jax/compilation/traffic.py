@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
-from sparsezoo_jax.compilation.hlo import Instruction, parse, shape_bytes
+from sparsezoo_jax.compilation.hlo import Computation, Instruction, Module, parse, shape_bytes
 
 #: Move nothing by themselves, or were counted where they started.
 _FREE = (
@@ -32,6 +33,102 @@ def hbm_bytes(text: str) -> int:
     entry = parse(text)
     instructions = entry.computations[entry.entry].instructions
     return sum(_moved(item, instructions) for item in instructions.values() if item.opcode not in _FREE)
+
+
+#: Their work is that of the computations that they call.
+_CALLS = ("while", "call", "conditional")
+#: The first half of an asynchronous operation was counted; the halves of transfers to other devices move nothing here.
+_DONE = ("-done", "-update")
+
+
+def step_traffic(module: Module) -> float:
+    """An estimate of the bytes that one call of a compiled module reads from and writes to HBM, on one device.
+
+    Trips of loops are multiplied in. Every operation reads its operands and writes its result once, as far as they are
+    in HBM; of an array that it slices, or updates in place, only the part. Kernels count what they declare. It is no
+    bound: an operation that reads an array twice moves more, and one that stops early (a kernel that skips tiles) less
+    than it declares.
+    """
+    runs, _ = module.runs()
+    fused = {
+        item.attribute("calls")
+        for computation in module.computations.values()
+        for item in computation.instructions.values()
+        if item.opcode in ("fusion", "async-start")
+    }
+    reader, total = _Reader(module), 0.0
+    for name, times in runs.items():
+        if name not in fused:
+            computation = module.computations[name]
+            total += times * sum(reader.moved(item, computation) for item in computation.instructions.values())
+    return total
+
+
+class _Reader:
+    """What operations read and write, fusions looked into."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._users: dict[str, dict[str, list[Instruction]]] = {}
+
+    def moved(self, item: Instruction, computation: Computation) -> float:
+        """Bytes that an operation of an entry, a loop's body or a branch moves."""
+        opcode, instructions = item.opcode, computation.instructions
+        if opcode in _FREE or opcode in _CALLS or opcode.endswith(_DONE):
+            return 0
+        if opcode in ("custom-call", "copy-start", "slice-start"):
+            return _moved(item, instructions)
+        if opcode.endswith("-start"):  # its result holds its operands again
+            return _in_hbm(item.shape)
+        read = 0.0
+        for place, name in enumerate(item.operands):
+            if name in instructions and name not in item.operands[:place]:
+                whole = _in_hbm(instructions[name].shape)
+                read += min(whole, self._part(item, place)) if whole else 0
+        return read + (min(_in_hbm(item.shape), self._written(item, computation)))
+
+    def _part(self, item: Instruction, place: int) -> float:
+        """Bytes that an operation reads of one of its operands, wherever that is; infinite: all of it."""
+        if place == 0 and item.opcode in ("dynamic-slice", "slice", "gather"):
+            return sum(shape_bytes(item.shape))
+        if place == 0 and item.opcode == "dynamic-update-slice":
+            return 0
+        inner = self._module.computations.get(item.attribute("calls") or "") if item.opcode == "fusion" else None
+        if inner is None:
+            return float("inf")
+        parameter = next(
+            (x for x in inner.instructions.values() if x.opcode == "parameter" and x.operands == (str(place),)), None
+        )
+        return self._read(inner, parameter.name) if parameter else float("inf")
+
+    def _read(self, computation: Computation, name: str) -> float:
+        """Bytes that a fused computation reads of one of its values."""
+        users = self._users.get(computation.name)
+        if users is None:
+            users = self._users[computation.name] = defaultdict(list)
+            for item in computation.instructions.values():
+                for operand in dict.fromkeys(item.operands):
+                    users[operand].append(item)
+        total = 0.0
+        for user in users[name]:
+            if user.opcode == "bitcast":
+                total += self._read(computation, user.name)
+            else:
+                total += max(self._part(user, i) for i, operand in enumerate(user.operands) if operand == name)
+        return total
+
+    def _written(self, item: Instruction, computation: Computation) -> float:
+        """Bytes that an operation writes, wherever its result is."""
+        if item.opcode == "dynamic-update-slice":
+            update = computation.instructions.get(item.operands[1])
+            return sum(shape_bytes(update.shape)) if update else float("inf")
+        if item.opcode in ("bitcast", "tuple"):
+            sources = [computation.instructions.get(name) for name in item.operands]
+            return sum(float("inf") if x is None else self._written(x, computation) for x in sources)
+        inner = self._module.computations.get(item.attribute("calls") or "") if item.opcode == "fusion" else None
+        if inner is not None and inner.root is not None:
+            return self._written(inner.root, inner)
+        return sum(shape_bytes(item.shape))
 
 
 def _moved(item: Instruction, instructions: dict[str, Instruction]) -> int:

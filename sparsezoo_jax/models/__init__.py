@@ -5,11 +5,13 @@ from sparsezoo_jax.models.accounting import (
     ActivatedCount,
     ParameterCount,
     Sparsity,
+    TrainFlops,
     activated_parameters,
     bytes_per_token,
     count_parameters,
     dense_twin,
     flops_per_token,
+    train_flops_per_token,
 )
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.config import DecoderConfig
@@ -50,6 +52,7 @@ __all__ = [
     "Residual",
     "ResidualKind",
     "Sparsity",
+    "TrainFlops",
     "activated_parameters",
     "bytes_per_token",
     "count_parameters",
@@ -58,4 +61,5 @@ __all__ = [
     "register_attention",
     "register_ffn",
     "register_residual",
+    "train_flops_per_token",
 ]

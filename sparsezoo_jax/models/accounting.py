@@ -104,6 +104,28 @@ def flops_per_token(
     return total + (2 * _head_weights(config) if logits else 0)
 
 
+class TrainFlops(NamedTuple):
+    """FLOPs per token of a train step without recomputation: the useful ones, which model FLOPs utilisation counts.
+
+    A forward pass and twice as much for the backward pass: 6 for each weight that multiplies a token (embedding lookups
+    have none, the output projection does), and three times those of attention, over visible keys only (a causal query
+    sees half of the sequence on average, fewer with a window).
+
+    Source: PaLM (arXiv 2204.02311), appendix B, which counts every key of the sequence instead.
+    """
+
+    dense: float
+    """Of the decoder of equal parameters that computes every neuron and attends to every visible key."""
+    sparse: float
+    """With the sparsity that the configuration aims at."""
+
+
+def train_flops_per_token(config: DecoderConfig, length: int) -> TrainFlops:
+    """Of sequences of `length` tokens; where there is no `dense_twin`, `dense` is the same as `sparse`."""
+    dense, sparse = (3 * flops_per_token(each, length, logits=True) for each in (dense_twin(config) or config, config))
+    return TrainFlops(dense, sparse)
+
+
 def bytes_per_token(
     config: DecoderConfig,
     context: int,

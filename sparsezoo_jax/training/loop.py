@@ -27,7 +27,7 @@ from sparsezoo_jax.training.interrupts import Requests
 from sparsezoo_jax.training.lease import Lease
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.processes import barrier, in_all
-from sparsezoo_jax.training.speed import SpeedMeter
+from sparsezoo_jax.training.speed import SpeedMeter, yardstick
 from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
 from sparsezoo_jax.training.warm_start import WarmStart
@@ -93,6 +93,7 @@ def fit(
     before_writing: Callable[[], None] | None = None,
     writers: Sequence[MetricWriter] | None = None,
     phases: Phases | None = None,
+    flops_per_token: Mapping[str, float] | None = None,
 ) -> FitResult:
     """Train a model until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -108,6 +109,8 @@ def fit(
       before_writing: called once when the configuration has been checked, before the first file is written.
       writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
       phases: tells a watchdog what the run is doing.
+      flops_per_token: FLOPs of a train step per token by the name of a metric, which is logged as their share of the
+        devices' peak, where that is known.
 
     Raises:
       ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
@@ -168,7 +171,7 @@ def fit(
         resources.callback(writer.close)
         account = Account(phases, record)
         pending = _Pending()
-        speed = SpeedMeter()
+        speed = SpeedMeter(yardstick(batch_sharding.device_set, flops_per_token or {}))
         guard = SpikeGuard(config.spike, record.losses)
         latest: dict[str, Any] = {}
         evaluation: dict[str, float] = {}

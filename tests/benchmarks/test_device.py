@@ -17,7 +17,7 @@ from benchmarks.device import __main__ as command
 from benchmarks.device import cases, results, tune, values
 from benchmarks.device.case import FULL, TINY, Case, Result
 from benchmarks.device.rows import ABSENT, FAILED, LEFT_OUT, OK, WRONG, Clock, Job, Report, Row, read, run_jobs
-from sparsezoo_jax.compilation.chips import CHIPS, chip_of
+from sparsezoo_jax.chips import CHIPS, chip_of
 from sparsezoo_jax.pallas_kernels.tuning import Key, Launch
 
 ROOT = Path(__file__).resolve().parents[2]
