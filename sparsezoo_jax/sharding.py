@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "layers": (),
 }
+
+
+#: Columns of a tile of a TPU's memory: narrower pieces fill only a part of it.
+LANES = 128
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -304,6 +308,43 @@ def check_neurons(parameters: Mapping[str, Any], mesh: Mesh) -> None:
         for axis, size in zip(parameter.full_axes, parameter.shape, strict=True):
             allowed = f"must divide the {size} neurons or experts of {name} {tuple(parameter.shape)}"
             require(axis != "ffn" or size % count == 0, "mesh.tensor", count, allowed)
+
+
+def narrow_columns(parameters: Mapping[str, Any], mesh: Mesh) -> str | None:
+    """One line on columns of matrices that `mesh` cuts into pieces of less than `LANES`; None where there are none.
+
+    On TPUs such pieces waste memory, and gathering them sends twice the bytes. The line names the mesh with the largest
+    `fsdp` that avoids it, at the price of more copies of the parameters (`data`), if there is one. `parameters` as in
+    `check_neurons`.
+    """
+    matrices = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if sum(axis != "layers" for axis in parameter.full_axes) > 1 and parameter.shape[-1] >= LANES
+    }
+
+    def narrowest(shape: Mapping[str, int]) -> tuple[int, str] | None:
+        pieces = []
+        for name, matrix in matrices.items():
+            axes = _assigned(matrix.full_axes, matrix.shape, _Shape(shape))[-1]
+            pieces.append((matrix.shape[-1] // math.prod(shape[axis] for axis in axes), name))
+        return min((found for found in pieces if found[0] < LANES), default=None)
+
+    found, fsdp = narrowest(mesh.shape), mesh.shape["fsdp"]
+    if found is None:
+        return None
+    divisors = [n for n in range(fsdp, 0, -1) if fsdp % n == 0]
+    others = ({**mesh.shape, "fsdp": n, "data": mesh.shape["data"] * fsdp // n} for n in divisors)
+    better = next((shape for shape in others if narrowest(shape) is None), None)
+    spelled = " ".join(f"--mesh.{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    avoided = "" if better is None else f"; --mesh.fsdp {better['fsdp']} --mesh.data {better['data']} avoids it"
+    return f"{spelled} leaves {found[0]} columns of {found[1]} to a device, where a TPU's tiles have {LANES}{avoided}"
+
+
+class _Shape(NamedTuple):
+    """Sizes of axes in the form of a mesh."""
+
+    shape: Mapping[str, int]
 
 
 def addressable_rows(sharding: Sharding, shape: Sequence[int]) -> range:

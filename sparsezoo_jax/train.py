@@ -27,6 +27,7 @@ from sparsezoo_jax.sharding import (
     check_neurons,
     device_put,
     named_sharding,
+    narrow_columns,
     undivided,
     use_mesh,
 )
@@ -362,7 +363,8 @@ def open_source(config: RunConfig) -> Any:
 
 
 def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
-    """Warn of matrices that a mesh axis should split but does not divide: every device of the axis holds them whole.
+    """Warn of matrices that a mesh axis should split but does not divide, so that each of its devices holds them whole,
+    and on TPUs of those that it cuts into narrow pieces.
 
     Raises:
       ConfigError: they are an FFN's, so that work would be repeated too.
@@ -373,6 +375,8 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
         return
     parameters = ModelTemplate(lambda rngs: decoder(config.model, rngs=rngs)).parameters
     check_neurons(parameters, mesh)
+    if mesh.devices.flat[0].platform == "tpu" and (narrow := narrow_columns(parameters, mesh)) is not None:
+        warnings.warn(narrow, SparsezooWarning, stacklevel=2)
     repeated: dict[tuple[str, str], list[str]] = {}
     for name, variable in parameters.items():
         if len(variable.axes or ()) > 1:

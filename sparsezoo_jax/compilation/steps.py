@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,11 +16,11 @@ from jax.sharding import Mesh
 
 from sparsezoo_jax.compilation.flops import matmul_flops
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.errors import SparsezooWarning, UserError, require
 from sparsezoo_jax.inference import Sampling
 from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin, flops_per_token
-from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, use_mesh
+from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, narrow_columns, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 
 StepName = Literal["train", "decode", "prefill"]
@@ -63,6 +64,9 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
             config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named_sharding(mesh)
         )
         check_neurons(prepared.template.parameters, mesh)
+        narrow = narrow_columns(prepared.template.parameters, mesh)
+        if narrow is not None and platform_of(mesh) == "tpu":
+            warnings.warn(narrow, SparsezooWarning, stacklevel=2)
         function, arguments = prepared.train_step, (prepared.abstract, prepared.batch)
         parts = {
             "parameters": prepared.abstract.params,

@@ -1,12 +1,13 @@
 """The table of logical axes: what is split over what, and that nothing large is left out."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from sparsezoo_jax.configs import PRESETS
+from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.sharding import (
@@ -15,6 +16,7 @@ from sparsezoo_jax.sharding import (
     check_batch,
     check_neurons,
     constrain,
+    narrow_columns,
     num_replicas,
     partition_spec,
     undivided,
@@ -151,6 +153,22 @@ def test_neurons_that_do_not_split():
     check_neurons(parameters, mesh(tensor=4, fsdp=8))
     with pytest.raises(ConfigError, match=r"mesh\.tensor=8: must divide the 12 neurons or experts of ffn/up_EDW"):
         check_neurons(parameters, mesh(tensor=8))
+
+
+def test_narrow_columns_name_a_mesh_that_avoids_them():
+    config = preset("spark", "2b").model
+    parameters = ModelTemplate(lambda rngs: Decoder(config, rngs=rngs)).parameters
+    line = narrow_columns(parameters, mesh(fsdp=64))
+    assert line is not None
+    assert "--mesh.fsdp 64 leaves 36 columns of" in line
+    assert line.endswith("--mesh.fsdp 16 --mesh.data 4 avoids it"), "2,304 / 16 = 144"
+    assert narrow_columns(parameters, mesh(fsdp=16, data=4)) is None
+    # Columns of a vocabulary or of neurons that tensor cuts are not changed by another fsdp.
+    small = {"w": SimpleNamespace(full_axes=("embed", "ffn"), shape=(512, 256))}
+    assert narrow_columns(small, mesh(tensor=4)) == (
+        "--mesh.tensor 4 leaves 64 columns of w to a device, where a TPU's tiles have 128"
+    )
+    assert narrow_columns({"w": SimpleNamespace(full_axes=("embed", "ffn"), shape=(512, 64))}, mesh(tensor=4)) is None
 
 
 def test_constraints_do_nothing_without_a_mesh():
