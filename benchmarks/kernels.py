@@ -19,7 +19,6 @@ from sparsezoo_jax.compilation.profile import CLOCK_GHZ, profiled, summarise
 from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.errors import UserError
-from sparsezoo_jax.models.attention import dense_attention
 from sparsezoo_jax.pallas_kernels import (
     block_ffn,
     block_ffn_rows,
@@ -30,6 +29,7 @@ from sparsezoo_jax.pallas_kernels import (
     spark_ffn_rows,
     statistical_topk,
 )
+from sparsezoo_jax.pallas_kernels.attention import dense_attention
 from sparsezoo_jax.pallas_kernels.ragged import dense_weight_gradient, megablox_weight_gradient
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.tuning import launch_of

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device.case import BF16, Case, Cost, Result, Sizes, dtype_name, union_size
-from sparsezoo_jax.pallas_kernels import spark_attention, spark_attention_rows
+from sparsezoo_jax.pallas_kernels import flash_attention, spark_attention, spark_attention_rows
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 
@@ -101,10 +101,15 @@ def attention(s: Sizes, width: int, length: int, kind: str, dtype: Any = BF16) -
         backward=(width // 2 + 2 * width + 7 * width) / (width // 2 + 2 * width),
     )
     scale = exact_scales(width, width)["predictor_scale"]
+
+    def flash(form, q, k, v, segments):
+        visible = Visibility.of_tokens(segments, window)
+        return Result(flash_attention(q, k, v, visible, scale=scale, softcap=softcap, implementation=form))
+
     yield Case(
-        f"flash attention by spark_attention {name}",
+        f"flash_attention {name}",
         make,
-        of(width, selection="none", weighting="none"),
+        flash,
         dtype,
         of=length,
         differentiable=(0, 1, 2),
@@ -134,17 +139,16 @@ def latent(s: Sizes) -> Case:
         return [q, k, draw(1, length, heads, values), segments(1, length, False)]
 
     def call(form, q, k, v, segments):
-        options: dict[str, Any] = {"selection": "none", "weighting": "none", "predictor_scale": scale}
         visible = Visibility.of_tokens(segments)
-        return Result(*spark_attention(q, k, v, visible, r=width, top_k=1, **options, implementation=form))
+        return Result(flash_attention(q, k, v, visible, scale=scale, implementation=form))
 
-    name = f"flash attention by spark_attention {length} tokens, latent {width} and {values} bf16"
+    name = f"flash_attention {length} tokens, latent {width} and {values} bf16"
     return Case(name, make, call, BF16, of=length, differentiable=(0, 1, 2))
 
 
 def dense_forms(scale: float, softcap: float | None, window: int | None) -> dict[str, Callable[..., Any]]:
     """Causal attention to all keys by libraries, and with scores of all pairs."""
-    from sparsezoo_jax.models.attention import dense_attention
+    from sparsezoo_jax.pallas_kernels.attention import dense_attention
 
     def all_pairs(q, k, v, segments):
         mask = Visibility.of_tokens(segments, window).mask

@@ -87,14 +87,14 @@ class PackedGQA(GQA, DecodingLayout):
         config = self.config
         return HeadCache.empty(batch, length, config.kv_heads, config.head_dim, self.projections.dtype)
 
-    def attend(self, q: jax.Array, cache: Any, mask_BTS: jax.Array) -> jax.Array:
+    def attend(self, q: jax.Array, cache: Any, visible: Visibility) -> jax.Array:
         """The mixed values [B, T, N, H] of rotated queries."""
         if not isinstance(cache, HeadCache):
-            return super().attend(q, cache, mask_BTS)
+            return super().attend(q, cache, visible)
         if q.shape[1] > 1:
-            return super().attend(q, cache.joined(), mask_BTS)
+            return super().attend(q, cache.joined(), visible)
         config = self.config
-        y_BNH = attention_rows(q[:, 0], *cache, mask_BTS[:, 0], scale=self.scale, softcap=config.softcap)
+        y_BNH = attention_rows(q[:, 0], *cache, visible.mask[:, 0], scale=self.scale, softcap=config.softcap)
         return y_BNH[:, None]
 
 
@@ -193,16 +193,16 @@ class PackedMLA(MLA, DecodingLayout):
             return super().from_latent(mixed_BTNC)
         return jnp.stack([rows.product(mixed_BTNC[:, :, head]) for head, rows in enumerate(self.value_up)], axis=2)
 
-    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, visible: Visibility, scale: float) -> jax.Array:
         """The mixed latents [B, T, N, C] of queries of latent and rotated key."""
         width = self.config.kv_lora_rank
         if not isinstance(cache, LatentCache):
-            return super().mixed_latents(q_BTNC, cache, mask_BTS, scale)
+            return super().mixed_latents(q_BTNC, cache, visible, scale)
         if q_BTNC.shape[1] > 1:
-            return super().mixed_latents(q_BTNC, cache.split(width), mask_BTS, scale)
+            return super().mixed_latents(q_BTNC, cache.split(width), visible, scale)
         # A row is key and value at once: its latent part is mixed, and so is the rest, which is small and cut off.
         rows_B1SC = cache.row_B1SC
-        mixed_BNC = attention_rows(q_BTNC[:, 0], rows_B1SC, rows_B1SC, mask_BTS[:, 0], scale=scale)
+        mixed_BNC = attention_rows(q_BTNC[:, 0], rows_B1SC, rows_B1SC, visible.mask[:, 0], scale=scale)
         return mixed_BNC[:, None, :, :width]
 
     def output(self, y_BTNH: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
@@ -17,13 +16,8 @@ from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.models.width import WHOLE, Width
-from sparsezoo_jax.pallas_kernels.spark_attention import (
-    NEGATIVE,
-    attention_scores,
-    attention_values,
-    rows_of_mask,
-    softcapped,
-)
+from sparsezoo_jax.pallas_kernels.attention import flash_attention
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
 
 
@@ -53,6 +47,8 @@ class GQAConfig(AttentionKind):
     """RMS-normalise queries and keys per head, before rotation."""
     bias: bool = False
     """Biases on the four projections."""
+    implementation: str | None = None
+    """Kernel of `flash_attention`; None picks by platform."""
 
     def __post_init__(self):
         check_heads(self.heads, self.kv_heads, self.head_dim, self.window, self.rope)
@@ -150,15 +146,6 @@ class Projections(nnx.Module):
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 
-def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None) -> jax.Array:
-    """`softmax(cap(scale * q k) + mask) v` with float32 scores; a query that sees nothing gets zeros."""
-    queries, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
-    scores_BKRS = softcapped(attention_scores(q_BTNH, k_BSKH, scale), softcap)
-    visible = rows_of_mask(mask_BTS, group)
-    weights = jax.nn.softmax(jnp.where(visible, scores_BKRS, NEGATIVE), axis=-1)
-    return attention_values(jnp.where(visible, weights, 0), v_BSKH, queries)
-
-
 class GQA(Attention):
     """Softmax attention; see `GQAConfig`."""
 
@@ -176,10 +163,10 @@ class GQA(Attention):
             q = apply_rope(q, ctx.positions_BT, base, config.rope.fraction)
             k = apply_rope(k, ctx.positions_BT, base, config.rope.fraction)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
-        mask = ctx.masks_BTS[self.layer_type]
-        y = self.attend(q, (k, v) if cache is None else cache, mask)
-        attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
-        aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
+        visible = ctx.visible[self.layer_type]
+        y = self.attend(q, (k, v) if cache is None else cache, visible)
+        records = ctx.recorded({ATTENTION_VISIBLE: lambda: visible.mask})
+        aux = LayerAux(stats={"attended_keys": ctx.keys_seen[self.layer_type]}, records=records)
         return self.projections.output(y, ctx.width), aux, cache
 
     @property
@@ -187,7 +174,8 @@ class GQA(Attention):
         """Factor on the scores."""
         return self.config.head_dim**-0.5 if self.config.query_scale is None else self.config.query_scale
 
-    def attend(self, q: jax.Array, keys_values: Any, mask_BTS: jax.Array) -> jax.Array:
+    def attend(self, q: jax.Array, keys_values: Any, visible: Visibility) -> jax.Array:
         """The mixed values [B, T, N, H] of rotated queries, for keys and values [B, S, K, H]."""
         k, v = keys_values
-        return dense_attention(q, k, v, mask_BTS, scale=self.scale, softcap=self.config.softcap)
+        form = {"softcap": self.config.softcap, "implementation": self.config.implementation}
+        return flash_attention(q, k, v, visible, scale=self.scale, **form)

@@ -132,10 +132,10 @@ class CallContext:
     """Document of each token; 0 marks padding."""
     valid_BT: jax.Array = field(init=False)
     """True for tokens that are no padding; statistics average over these."""
-    masks_BTS: dict[LayerType, jax.Array] = field(default_factory=dict)
-    """For each layer type, true where the query may see the key. Compiled programs make those that a layer reads."""
     visible: dict[LayerType, Visibility] = field(default_factory=dict)
-    """The same without an entry for every pair of tokens."""
+    """For each layer type, which keys each query may see."""
+    keys_seen: dict[LayerType, jax.Array] = field(default_factory=dict)
+    """For each layer type, how many keys a token may see on average: counted once, not in every layer."""
     cache_end: Any = None
     """First free slot of the key/value cache, when one is in use."""
     record: frozenset[str] = frozenset()

@@ -203,8 +203,9 @@ class Decoder(nnx.Module):
         visible: dict[LayerType, Visibility] = {"global": everywhere}
         if "local" in self.config.layer_pattern:
             visible["local"] = everywhere.within(self.config.attention.window or 0)
-        masks: dict[LayerType, jax.Array] = {name: rule.mask for name, rule in visible.items()}
-        return CallContext(jnp.maximum(positions, 0), segment_ids, masks, visible, end)
+        ctx = CallContext(jnp.maximum(positions, 0), segment_ids, visible, cache_end=end)
+        ctx.keys_seen = {name: ctx.mean_over_tokens(rule.keys_seen) for name, rule in visible.items()}
+        return ctx
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
         """An empty cache for `batch` sequences of up to `length` tokens, padding included.

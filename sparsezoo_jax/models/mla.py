@@ -10,15 +10,16 @@ from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.models.attention import dense_attention
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.pallas_kernels.attention import flash_attention
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
 
 
@@ -51,6 +52,8 @@ class MLAConfig(AttentionKind):
     """Added to the mean square by the RMSNorms of both latents."""
     kv_up_init_std: float | None = None
     """Initial std of the map from the latent to keys and values (BlockFFN: 0.02). None: as any other matrix."""
+    implementation: str | None = None
+    """Kernel of `flash_attention`; None picks by platform."""
 
     def __post_init__(self):
         field = "model.attention"
@@ -122,7 +125,7 @@ class MLA(Attention):
     def __call__(
         self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
-        config, mask = self.config, ctx.masks_BTS[self.layer_type]
+        config, visible = self.config, ctx.visible[self.layer_type]
         nope, scale = config.qk_nope_head_dim, config.qk_head_dim**-0.5
         q_BTNH, joint_BTC = self.down_projected(x_BTD)
         q_BTNH = constrain(q_BTNH, ("batch", "length", "heads", "head_dim"))
@@ -137,16 +140,16 @@ class MLA(Attention):
             k_rope = jnp.broadcast_to(k_rope_BS1P, (*kv_BSNH.shape[:3], config.qk_rope_head_dim))
             k_BSNH = jnp.concatenate([kv_BSNH[..., :nope], k_rope], axis=-1)
             q_BTNH = jnp.concatenate([q_nope, q_rope], axis=-1)
-            y_BTNH = dense_attention(q_BTNH, k_BSNH, kv_BSNH[..., nope:], mask, scale=scale, softcap=None)
+            y_BTNH = self.attend(q_BTNH, k_BSNH, kv_BSNH[..., nope:], visible, scale)
         else:
             # The same attention with the map from the latent moved onto queries and results: it then is multi-query
             # attention whose keys are the cached rows, and nothing is expanded for each cached token.
             cache = cache.updated(latent_BTC[..., None, :], k_rope_BS1P, ctx.cache_end)
             q_BTNC = jnp.concatenate([self.to_latent(q_nope), q_rope], axis=-1)
-            y_BTNH = self.from_latent(self.mixed_latents(q_BTNC, cache, mask, scale))
+            y_BTNH = self.from_latent(self.mixed_latents(q_BTNC, cache, visible, scale))
         y_BTD = self.output(y_BTNH)
-        attended = ctx.mean_over_tokens(jnp.sum(mask, axis=-1))
-        aux = LayerAux(stats={"attended_keys": attended}, records=ctx.recorded({ATTENTION_VISIBLE: lambda: mask}))
+        records = ctx.recorded({ATTENTION_VISIBLE: lambda: visible.mask})
+        aux = LayerAux(stats={"attended_keys": ctx.keys_seen[self.layer_type]}, records=records)
         return y_BTD, aux, cache
 
     def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,10 +170,15 @@ class MLA(Attention):
         """Mixed latents as mixed values, [B, T, N, H]."""
         return jnp.einsum("btnc,cnh->btnh", mixed_BTNC, self.kv_up_weight()[..., self.config.qk_nope_head_dim :])
 
-    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    def attend(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKV: jax.Array, visible: Visibility, scale: float
+    ) -> jax.Array:
+        """The mixed values [B, T, N, V]."""
+        return flash_attention(q_BTNH, k_BSKH, v_BSKV, visible, scale=scale, implementation=self.config.implementation)
+
+    def mixed_latents(self, q_BTNC: jax.Array, cache: Any, visible: Visibility, scale: float) -> jax.Array:
         """The mixed latents [B, T, N, C] of queries of latent and rotated key."""
-        k_BS1C = jnp.concatenate(cache, axis=-1)
-        return dense_attention(q_BTNC, k_BS1C, cache[0], mask_BTS, scale=scale, softcap=None)
+        return self.attend(q_BTNC, jnp.concatenate(cache, axis=-1), cache[0], visible, scale)
 
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         """The map back to the stream, [B, T, D]."""

@@ -4,7 +4,7 @@ Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, wi
 inference (`rows.py`).
 """
 
-from sparsezoo_jax.pallas_kernels.attention import attention_rows
+from sparsezoo_jax.pallas_kernels.attention import attention_rows, flash_attention
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn, block_ffn_union
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
@@ -23,6 +23,7 @@ __all__ = [
     "block_ffn",
     "block_ffn_rows",
     "block_ffn_union",
+    "flash_attention",
     "from_blocks_rows",
     "gated_ffn_rows",
     "linear",

@@ -43,12 +43,15 @@ TABLE: dict[Key, Launch] = {
     Key("spark_attention_moments", 2): Launch((128, 64), 4, 2),
     Key("spark_attention_mix"): Launch((32, 32), 8, 1),
     Key("spark_attention_mix", 2): Launch((128, 32), 8, 3),
+    Key("spark_attention_all_keys"): Launch((32, 32), 8, 1),
+    Key("spark_attention_all_keys", 2): Launch((128, 32), 8, 3),
     Key("spark_attention_queries"): Launch((32, 32), 8, 1),
     Key("spark_attention_queries", 2): Launch((128, 16), 8, 3),
     Key("spark_attention_keys"): Launch((32, 32), 8, 1),
     Key("spark_attention_keys", 2): Launch((64, 32), 8, 2),
-    # On TPUs: queries and keys at most, multiples of 128.
-    Key("spark_attention_tpu"): Launch((512, 512)),
+    # On TPUs: queries and keys at most, and queries worked on at a time, multiples of 128. With 128 of these the matrix
+    # unit waits more often for the keys that it takes in (docs/kernels.md has the compiler's bundles).
+    Key("spark_attention_tpu"): Launch((512, 512, 256)),
     # Keys of a turn, terms of one matrix product, and keys of a program: a sequence has few heads, and a GPU 132
     # processors.
     Key("spark_attention_rows"): Launch((32, 64, 512), 4, 2),

@@ -66,10 +66,10 @@ def test_the_whole_command_without_optional_packages(tmp_path):
     printed = [line.split()[:2] for line in done.stdout.splitlines()]
     assert printed == [[row.stage, row.status] for row in rows]
     compared = {name for row in rows if row.stage == "values" for name in row.name.split()[:1]}
-    assert compared >= {"statistical_topk", "spark_attention", "flash", "spark_attention_rows", "spark_ffn_rows"}
-    assert compared >= {"block_ffn_rows", "block_ffn_union", "grouped_ffn", "from_blocks"}
+    assert compared >= {"statistical_topk", "spark_attention", "flash_attention", "spark_attention_rows"}
+    assert compared >= {"spark_ffn_rows", "block_ffn_rows", "block_ffn_union", "grouped_ffn", "from_blocks"}
     trained = {row.name: row.figures for row in rows if row.stage == "training"}
-    kernels, plain = (trained[f"dense tiny, {form}"] for form in ("all keys by spark_attention", "as trained"))
+    kernels, plain = (trained[f"dense tiny, {form}"] for form in ("as trained", "scores of all pairs"))
     assert kernels["last loss"] == pytest.approx(plain["last loss"], rel=1e-2), "the same step in another form"
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.models.attention import dense_attention
 from sparsezoo_jax.pallas_kernels import attention_rows
-from sparsezoo_jax.pallas_kernels.attention import reference
+from sparsezoo_jax.pallas_kernels.attention import dense_attention
+from sparsezoo_jax.pallas_kernels.attention.rows import reference
 from tests.kernels.few_rows import Draw, close, compiled, implementation
 
 definition = jax.jit(reference, static_argnames=("scale", "softcap"))

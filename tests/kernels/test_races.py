@@ -78,7 +78,7 @@ def test_spark_attention(monkeypatch):
     found = []
 
     def both(interpret):
-        with trying(spark_attention_tpu=Launch((128, 128))):
+        with trying(spark_attention_tpu=Launch((128, 128, 128))):
             y, attended, statistics = attention.forward(q, k, v, visible, problem, interpret)
             gradients = attention_backward.backward(q, k, v, visible, y, statistics, g, problem, interpret)
         found.append((y, attended, gradients))

@@ -10,8 +10,15 @@ import pytest
 from scipy.stats import norm
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, select_keys, spark_attention, tpu, tpu_backward
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, bounds, padded_visibility, reads, walk
+from sparsezoo_jax.pallas_kernels.spark_attention import (
+    Visibility,
+    select_keys,
+    spark_attention,
+    tpu,
+    tpu_backward,
+    tpu_grid,
+)
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Read, Tiles, bounds, padded_visibility, reads, walk
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
@@ -49,7 +56,7 @@ def all_of(batch, queries, keys):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of the kernel for TPUs that short sequences fill several of; those of the one for GPUs are small."""
-    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128)))
+    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128, 128)))
 
 
 def loops(q, k, v, visible, r, top_k, ddof=1, softcap=None):
@@ -301,7 +308,7 @@ def test_sequences_a_few_at_a_time(monkeypatch, limit, at_a_time):
     starts = jnp.array([[50], [100], [149], [20]])
     visible = Visibility.of_tokens(jnp.where(jnp.arange(150) < starts, 1, 2).astype(jnp.int32), 90)
     expected = both_passes(q, k, v, visible, g, "xla")
-    monkeypatch.setattr(tpu, "STEPS", limit)
+    monkeypatch.setattr(tpu_grid, "STEPS", limit)
     sizes = []
 
     def counting(run, q, *rest, **options):
@@ -360,17 +367,20 @@ def test_walk_leaves_out_what_nothing_can_see(window):
     segments = jnp.asarray(np.stack([places // 512, places // 150]).astype(np.int32))
     visible = padded_visibility(Visibility.of_tokens(segments, window), tiles)
     steps = walk(tiles, 8, range(4), visible)
-    read = np.asarray(reads(steps, tiles, visible)).reshape(2, -1)
-    needed = np.asarray(visible.mask).reshape(2, 8, 64, 4, 128).any((2, 4))
+    read = jax.tree.map(lambda x: np.asarray(x).reshape(2, -1), Read.of(reads(steps, tiles, visible)))
+    pairs = np.asarray(visible.mask).reshape(2, 8, 64, 4, 128)
+    needed, full = pairs.any((2, 4)), pairs.all((2, 4))
     for b in range(2):
-        for i, j, tile in zip(steps.query_P, steps.key_P, read[b], strict=True):
-            assert tile == j if needed[b, i, j] else tile < 0 or b == 1, "documents are told apart by tiles only"
+        for at, (i, j) in enumerate(zip(steps.query_P, steps.key_P, strict=True)):
+            assert read.visible[b, at] == needed[b, i, j] or b == 1, "documents are told apart by tiles only"
+            assert read.tile[b, at] == j if read.visible[b, at] else not needed[b, i, j]
+            assert read.full[b, at] == full[b, i, j]
         walked = set(zip(steps.query_P.tolist(), steps.key_P.tolist(), strict=True))
         assert {(i, j) for i, j in np.argwhere(needed[b]).tolist()} <= walked
     assert len(walked) == int(needed[0].sum()), "one document: no step is idle"
-    assert (read[1] < 0).any(), "several: what lies before a document is not read"
-    idle = np.flatnonzero(read[1, 1:] < 0) + 1
-    assert all(-1 - read[1, s] in (read[1, s - 1], -1 - read[1, s - 1]) for s in idle), "nothing new is read"
+    assert not read.visible[1].all(), "several: what lies before a document is not read"
+    idle = np.flatnonzero(~read.visible[1, 1:]) + 1
+    assert (read.tile[1, idle] == read.tile[1, idle - 1]).all(), "nothing new is read"
 
 
 def test_what_is_not_finite(attention):

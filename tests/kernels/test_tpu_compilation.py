@@ -1,5 +1,7 @@
 """Every TPU kernel, compiled by the compiler of each generation at the presets' shapes. No TPU is needed."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.pallas_kernels import (
     block_ffn_rows,
     block_ffn_union,
+    flash_attention,
     ragged,
     spark_attention,
     spark_attention_rows,
@@ -103,6 +106,30 @@ def test_spark_attention(compiled, size, window):
 
     q, k = (((1, 1000, n, width), jnp.bfloat16) for n in (heads, kv_heads))
     assert compiled(both, q, k, k, ((1, 1000), jnp.int32), q).count("tpu_custom_call") >= 3
+
+
+# Widths of keys and values, heads of queries and of keys: Gemma-2's, Llama's, a latent's, and one head of keys for all.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiled", "heads", "widths", "softcap"),
+    [
+        ("v5e", (32, 8), (128, 128), None),
+        ("v5p", (8, 4), (256, 256), 50.0),
+        ("v6e", (4, 4), (192, 128), None),
+        ("tpu7x", (8, 1), (128, 128), None),
+    ],
+    indirect=["compiled"],
+)
+def test_flash_attention(compiled, heads, widths, softcap):
+    def both(q, k, v, segments, g):
+        visible = Visibility.of_tokens(segments, 4096)
+        attention = partial(flash_attention, mask=visible, softcap=softcap, implementation="pallas_tpu")
+        y, pull = jax.vjp(attention, q, k, v)
+        return y, pull(g)
+
+    shapes = [(heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1]), (heads[0], widths[1])]
+    q, k, v, g = (((1, 1000, *shape), jnp.bfloat16) for shape in shapes)
+    assert compiled(both, q, k, v, ((1, 1000), jnp.int32), g).count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.slow

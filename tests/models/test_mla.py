@@ -12,6 +12,7 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models.common import BuildContext, CallContext, InitConfig
 from sparsezoo_jax.models.mla import MLAConfig
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from tests.models.conftest import CONFIGS, build
 
 CONFIG = MLAConfig(heads=3, q_lora_rank=10, kv_lora_rank=7, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
@@ -22,7 +23,8 @@ X = np.random.default_rng(0).normal(size=(1, T, D)).astype(np.float32)
 def context() -> CallContext:
     positions = jnp.arange(T)[None]
     ctx = CallContext(positions, jnp.ones((1, T), jnp.int32))
-    ctx.masks_BTS = {"global": positions[:, :, None] >= positions[:, None, :]}
+    ctx.visible = {"global": Visibility.of_tokens(ctx.segments_BT)}
+    ctx.keys_seen = {"global": jnp.mean(ctx.visible["global"].keys_seen)}
     return ctx
 
 

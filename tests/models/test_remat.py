@@ -58,9 +58,12 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_dots_keeps_the_products_and_full_the_inputs_only(name):
+def test_dots_keeps_products_and_attention_full_the_inputs_only(name):
+    attention = CONFIGS[name].attention
+    mixed = attention.heads * getattr(attention, "v_head_dim", getattr(attention, "head_dim", 0))
     assert kept(name, "full") == []
-    assert kept(name, "dots") == sorted(itertools.chain(*PRODUCTS[name]))
+    assert kept(name, "attention") == [mixed]
+    assert kept(name, "dots") == sorted(itertools.chain([mixed], *PRODUCTS[name]))
 
 
 def test_every_sample_is_listed():

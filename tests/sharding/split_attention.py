@@ -1,10 +1,11 @@
-"""Spark attention of sequences, queries and heads split over devices; prints its distance from one device as JSON."""
+"""Attention of sequences, queries and heads split over devices; prints its distance from one device as JSON."""
 
 import json
 
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.pallas_kernels import flash_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_attention
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
 
@@ -27,7 +28,8 @@ def main():
             def weighed(q, k, v):
                 visible = Visibility.of_tokens(segments, 9)
                 y, attended = spark_attention(q, k, v, visible, r=4, top_k=4, implementation=implementation)
-                return jnp.sum(y * g), (y, attended)
+                dense = flash_attention(q, k, v[..., :7], visible, implementation=implementation)
+                return jnp.sum(y * g) + jnp.sum(dense * g[..., :7]), (y, attended, dense)
 
             gradients, found = jax.grad(weighed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
             return *found, *gradients

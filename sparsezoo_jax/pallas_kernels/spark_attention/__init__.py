@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch, pallas, plain
-from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, reference, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, plain
+from sparsezoo_jax.pallas_kernels.spark_attention import reference
+from sparsezoo_jax.pallas_kernels.spark_attention.kernels import kernels
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     NEGATIVE,
     Problem,
@@ -22,7 +20,6 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softcapped,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, mask_of
-from sparsezoo_jax.sharding import shard_map
 
 __all__ = [
     "NEGATIVE",
@@ -35,9 +32,6 @@ __all__ = [
     "softcapped",
     "spark_attention",
 ]
-
-#: Queries for which the kernel is the default: a tile of them is computed whole.
-_FEWEST_QUERIES = 128
 
 
 def spark_attention(
@@ -109,84 +103,11 @@ def spark_attention(
         weighting=weighting,
     )
 
-    def kernel(
-        platform: Literal["tpu", "cuda"], attend: Callable[..., Any], refusal: Callable[..., str | None]
-    ) -> tuple[Implementation[tuple[jax.Array, jax.Array]], ...]:
-        return pallas(
-            platform,
-            partial(_sharded, partial(attend, p)),
-            lambda interpret: refusal(q, k, v, mask, selection, interpret=interpret),
-            default=q.shape[1] >= _FEWEST_QUERIES,
-            sharded=True,
-        )
-
     implementations = [
         plain(lambda q, k, v, mask: reference.spark_attention(q, k, v, mask_of(mask), p)),
-        *kernel("tpu", _attend_on_tpu, tpu.refusal),
-        *kernel("cuda", _attend_on_gpu, gpu.refusal),
+        *kernels(p, q, k, v, mask),
     ]
     return dispatch("spark_attention", implementation, implementations)(q, k, v, mask)
-
-
-def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, interpret):
-    """`attend` on each device's sequences, queries and heads; each has all keys of its sequences."""
-    group = q.shape[2] // k.shape[2]
-
-    def on_shards(q, k, v, *rest):
-        *arrays, split = rest
-        if split["heads"] != split["kv_heads"]:
-            # The mesh divides the queries' heads but not the keys': take those that serve this device's queries.
-            own = q.shape[2]
-            served = 1 if group % own == 0 else own
-            first = jax.lax.axis_index(split["heads"]) * own
-            wanted = (first + jnp.arange(served) * (own // served)) // group
-            k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
-        shard = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
-        return attend(q, k, v, shard, interpret)
-
-    queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-    return shard_map(
-        on_shards,
-        [q, k, v, *visibility.arrays],
-        [queries, keys, keys, ("batch", "length"), ("batch", None), ("batch", "length"), ("batch", None)],
-        (queries, queries[:3]),
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def _attend_on_tpu(p: Problem, q, k, v, visibility, interpret):
-    return _forward_on_tpu(p, q, k, v, visibility, interpret)[0]
-
-
-def _forward_on_tpu(p: Problem, q, k, v, visibility, interpret):
-    y, attended, statistics = tpu.by_sequences(partial(tpu.forward, p=p, interpret=interpret), q, k, v, visibility)
-    return (y, attended), (q, k, v, visibility, y, statistics)
-
-
-def _backward_on_tpu(p: Problem, interpret, residuals, g):
-    backward = partial(tpu_backward.backward, p=p, interpret=interpret)
-    return (*tpu.by_sequences(backward, *residuals, g[0]), None)
-
-
-_attend_on_tpu.defvjp(_forward_on_tpu, _backward_on_tpu)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def _attend_on_gpu(p: Problem, q, k, v, visibility, interpret):
-    return _forward_on_gpu(p, q, k, v, visibility, interpret)[0]
-
-
-def _forward_on_gpu(p: Problem, q, k, v, visibility, interpret):
-    y, attended, statistics = gpu.forward(q, k, v, visibility, p, interpret)
-    return (y, attended), (q, k, v, visibility, y, statistics)
-
-
-def _backward_on_gpu(p: Problem, interpret, residuals, g):
-    q, k, v, visibility, y, statistics = residuals
-    return (*gpu_backward.backward(q, k, v, visibility, y, statistics, g[0], p, interpret), None)
-
-
-_attend_on_gpu.defvjp(_forward_on_gpu, _backward_on_gpu)
 
 
 def predicted_keys(

@@ -20,6 +20,10 @@ from sparsezoo_jax.pallas_kernels.statistical_topk.reference import RowStatistic
 
 #: The threshold of queries that attend to all they see: below every score, above NEGATIVE.
 ALL = 0.1 * NEGATIVE
+#: What a running maximum starts from: above NEGATIVE, so that exp() of the difference of the two is 0, below any score.
+LOWEST_BEST = 0.5 * NEGATIVE
+#: exp() of it, times a million keys and values of a million, is still a float32, and so is its inverse.
+LARGEST_CAP = 56.0
 
 
 def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool) -> str | None:
@@ -88,6 +92,11 @@ def joined(parts: Sequence[jax.Array], like: jax.Array) -> jax.Array:
     return padded(jnp.concatenate(parts, axis=-1), like.shape[-1], -1 % like.ndim).astype(like.dtype)
 
 
+def name_of(p: Problem) -> str:
+    """What profiles call the kernels of a problem, before what each of them does."""
+    return "flash_attention" if (p.selection, p.weighting) == ("none", "none") else "spark_attention"
+
+
 # Formulas -----------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +121,27 @@ def softplus_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(x, jnp.log(1 + grown)), grown / (1 + grown)
 
 
+def chosen(scores: jax.Array, visible: jax.Array | None, threshold: jax.Array, p: Problem) -> Any:
+    """Booleans [I, J] of the selected keys, from scores [I, J] and each query's threshold [I, 1].
+
+    None, as argument and as result, stands for all keys.
+    """
+    if p.selection == "none":
+        return visible
+    over = scores >= threshold
+    return over if visible is None else visible & over
+
+
+def where(condition: jax.Array | None, x: jax.Array, otherwise: float) -> jax.Array:
+    """`jnp.where`, in which None as the condition is true everywhere."""
+    return x if condition is None else jnp.where(condition, x, otherwise)
+
+
+def bounded(p: Problem) -> bool:
+    """Whether a cap holds scores where exp() of them neither over- nor underflows: sums then need no best score."""
+    return p.softcap is not None and p.softcap <= LARGEST_CAP
+
+
 class Moments(NamedTuple):
     """What a query's threshold is computed from, beside the number of its visible scores; a column of each."""
 
@@ -123,14 +153,14 @@ class Moments(NamedTuple):
     """The largest of them."""
 
     @classmethod
-    def of_tile(cls, scores: jax.Array, visible: jax.Array, count: jax.Array) -> Moments:
-        """The moments of those scores [I, J] that are `visible`, of which each query has `count` [I, 1].
+    def of_tile(cls, scores: jax.Array, visible: jax.Array | None, count: jax.Array) -> Moments:
+        """The moments of those scores [I, J] that are `visible` (None: all), of which each query has `count` [I, 1].
 
         The squares take a second pass over the tile, from the mean that the first one found.
         """
-        mean = jnp.sum(jnp.where(visible, scores, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
-        squares = jnp.sum(jnp.where(visible, jnp.square(scores - mean), 0), axis=-1, keepdims=True)
-        return cls(mean, squares, jnp.max(jnp.where(visible, scores, NEGATIVE), axis=-1, keepdims=True))
+        mean = jnp.sum(where(visible, scores, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
+        squares = jnp.sum(where(visible, jnp.square(scores - mean), 0), axis=-1, keepdims=True)
+        return cls(mean, squares, jnp.max(where(visible, scores, NEGATIVE), axis=-1, keepdims=True))
 
     def merged(self, tile: Moments, before: jax.Array, share: jax.Array) -> Moments:
         """The moments of all scores so far and those of one more tile together.
@@ -150,8 +180,6 @@ class Moments(NamedTuple):
 
 def threshold_of(count: jax.Array, m: Moments, p: Problem) -> jax.Array:
     """The score from which on keys are selected, for queries that see `count` keys."""
-    if p.selection == "none":
-        return jnp.full_like(m.mean, ALL)
     std = jnp.sqrt(m.squares / jnp.maximum(count - p.ddof, 1))
     statistics = RowStatistics(count, m.mean, std, quantile_of_count(count, p.top_k))
     # The best score is always selected. The kernel that compares makes it again, and its last bit may differ.

@@ -23,10 +23,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.spark_attention import common
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
+    ALL,
+    LOWEST_BEST,
     Moments,
     accumulator_dtype,
     capped,
+    chosen,
     from_heads,
+    name_of,
     softplus_and_slope,
     threshold_of,
 )
@@ -146,7 +150,7 @@ class Call(NamedTuple):
             out_shape=list(outputs),
             compiler_params=plgpu.CompilerParams(num_warps=self.launch.warps, num_stages=self.launch.stages),
             interpret=interpret,
-            name=f"spark_attention{kernel.__name__}",
+            name=f"{name_of(self.p)}{kernel.__name__}",
         )(*inputs)
 
 
@@ -211,7 +215,7 @@ def _mix_kernel(
         k = load_tiles(keys, k_head, j, k_size)
         scores = capped(product(q.predictor, k.predictor, (1, 1)), p.softcap)
         visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
-        selected = visible & (scores >= threshold)
+        selected = chosen(scores, visible, threshold, p)
         weights = jnp.where(selected, jnp.exp(scores - best), 0)
         total += jnp.sum(weights, axis=-1, keepdims=True)
         attended += jnp.sum(selected.astype(weights.dtype), axis=-1, keepdims=True)
@@ -229,6 +233,48 @@ def _mix_kernel(
         plgpu.store(tile_ref(ref, head, tile, size), value.astype(ref.dtype))
 
 
+def _all_keys_kernel(
+    bounds: Bounds,
+    q_places: Places,
+    k_places: Places,
+    queries: Parts,
+    keys: Parts,
+    y_ref,
+    normaliser_ref,
+    *,
+    call: Call,
+):
+    """Values mixed by the weights of all visible keys, and the logarithm of the softmax's sum, in one pass.
+
+    The best score so far stands for the best of all; sums are scaled down to a better one when it appears.
+    """
+    (size, k_size), p = call.launch.tiles, call.p
+    sequence, head, k_head, tile = call.query_program()
+    q = load_tiles(queries, head, tile, size)
+    of_queries = load_tiles(q_places, sequence, tile, size)
+
+    def step(j, carry):
+        before, total, mixed = carry
+        k = load_tiles(keys, k_head, j, k_size)
+        scores = capped(product(q.predictor, k.predictor, (1, 1)), p.softcap)
+        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
+        scores = jnp.where(visible, scores, NEGATIVE)
+        best = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
+        weights, shrunk = jnp.exp(scores - best), jnp.exp(before - best)
+        total = shrunk * total + jnp.sum(weights, axis=-1, keepdims=True)
+        if k.rest is not None:
+            weights *= softplus_and_slope(capped(product(q.rest, k.rest, (1, 1)), p.softcap_values))[0]
+        return best, total, shrunk * mixed + product(weights.astype(k.values.dtype), k.values, (1, 0))
+
+    zero = jnp.zeros((size, 1), accumulator_dtype(queries.predictor))
+    start = (jnp.full_like(zero, LOWEST_BEST), zero, jnp.zeros((size, keys.values.shape[-1]), zero.dtype))
+    best, total, mixed = jax.lax.fori_loop(bounds.first[sequence, tile], bounds.stop[sequence, tile], step, start)
+    # A query that sees nothing has a softmax over nothing: its values are zero.
+    total = jnp.where(total == 0, 1, total)
+    for ref, value in ((y_ref, mixed / total), (normaliser_ref, best + jnp.log(total))):
+        plgpu.store(tile_ref(ref, head, tile, size), value.astype(ref.dtype))
+
+
 def forward(
     q, k, v, visibility: Visibility, p: Problem, interpret: Any
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
@@ -238,6 +284,7 @@ def forward(
     """
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     queries, keys = arrange(q, k, v, p)
+    seen_BT = visibility.keys_seen  # the compiler leaves it out where nothing asks for it
     visibility = padded_visibility(visibility, TILES)
     all_heads, padded_length, _ = queries.predictor.shape
     column = jax.ShapeDtypeStruct((all_heads, padded_length, 1), accumulator_dtype(q))
@@ -249,6 +296,16 @@ def forward(
         call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
         return call.run(kernel, inputs, outputs, interpret)
 
+    def by_query(x_XTH: jax.Array) -> jax.Array:
+        return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:]), length)
+
+    like_y = jax.ShapeDtypeStruct((all_heads, padded_length, keys.values.shape[-1]), v.dtype)
+    if p.selection == "none":
+        launch = launch_for("all_keys", q, queries, keys)
+        y, normaliser = run(_all_keys_kernel, launch, [queries, keys], [like_y, column])
+        attended = jnp.broadcast_to(seen_BT[:, :, None], (batch, length, heads))
+        return by_query(y)[..., : v.shape[-1]], attended, (jnp.full_like(normaliser, ALL), normaliser)
+
     launch = launch_for("moments", q, [queries.predictor], [keys.predictor])
     outputs = [column, Moments(column, column, column)]
     count, moments = run(_moments_kernel, launch, [queries.predictor, keys.predictor], outputs)
@@ -257,16 +314,8 @@ def forward(
         _mix_kernel,
         launch_for("mix", q, queries, keys),
         [Selection(threshold, moments.best), queries, keys],
-        [
-            jax.ShapeDtypeStruct((all_heads, padded_length, keys.values.shape[-1]), v.dtype),
-            column,
-            jax.ShapeDtypeStruct(column.shape, jnp.int32),
-        ],
+        [like_y, column, jax.ShapeDtypeStruct(column.shape, jnp.int32)],
     )
-
-    def by_query(x_XTH: jax.Array) -> jax.Array:
-        return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:]), length)
-
     normaliser = moments.best + jnp.log(jnp.where(total == 0, 1, total))
     return by_query(y)[..., : v.shape[-1]], by_query(attended)[..., 0], (threshold, normaliser)
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     accumulator_dtype,
     capped,
+    chosen,
     from_heads,
     joined,
     tile_gradients,
@@ -63,7 +64,7 @@ def _of_tile(own: Parts, others: Parts, of_queries: Statistics, visible, p: Prob
     the next product wants them.
     """
     scores = capped(product(own.predictor, others.predictor, (1, 1)), p.softcap)
-    selected = visible & (scores >= of_queries.threshold)
+    selected = chosen(scores, visible, of_queries.threshold, p)
     softmax = jnp.where(selected, jnp.exp(scores - of_queries.normaliser), 0)
     arguments = None
     if own.rest is not None:

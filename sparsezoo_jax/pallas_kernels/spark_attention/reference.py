@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 
 NEGATIVE = -1e30  # stands for -inf: exp() of it is 0, and differences of two of it are no NaN
@@ -113,4 +115,4 @@ def spark_attention(
         weights = weights * softplus(softcapped(arguments, p.softcap_values))
     attended_BKR = jnp.sum(selected, axis=-1, dtype=jnp.int32)
     attended_BTN = attended_BKR.reshape(batch, -1, queries, group).swapaxes(1, 2).reshape(batch, queries, heads)
-    return attention_values(weights, v, queries), attended_BTN
+    return checkpoint_name(attention_values(weights, v, queries), ATTENTION), attended_BTN

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels import weighted_rows
-from sparsezoo_jax.pallas_kernels.attention import check_cache, head_products
+from sparsezoo_jax.pallas_kernels.attention.rows import check_cache, head_products
 from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.rows import check_shapes, native_refusal, reread_each_turn, result_shapes
 from sparsezoo_jax.pallas_kernels.spark_attention import rows_gpu

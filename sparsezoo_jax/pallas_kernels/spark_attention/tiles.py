@@ -25,6 +25,8 @@ class Tiles(NamedTuple):
 
     queries: int
     keys: int
+    rows: int = 128
+    """On TPUs: queries that a kernel works on at a time, so that what it holds of them fits into registers."""
 
 
 class Walk(NamedTuple):
@@ -84,6 +86,13 @@ def may_see(queries: Sequence[jax.Array], keys: Sequence[jax.Array], window: int
     return visible if window is None else visible & (q_low - k_high < window)
 
 
+def all_see(queries: Sequence[jax.Array], keys: Sequence[jax.Array], window: int | None) -> jax.Array:
+    """Whether every query of a tile sees every key of another tile; arguments as of `may_see`."""
+    (q_low, q_high, q_first, q_last), (k_low, k_high, k_first, k_last) = queries, keys
+    seen = (q_low >= k_high) & (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
+    return seen if window is None else seen & (q_high - k_low < window)
+
+
 class Bounds(NamedTuple):
     """For each tile of queries (keys) the range of tiles of keys (queries) that its loop goes over, int32 [B, tiles].
 
@@ -115,12 +124,28 @@ def bounds(visibility: Visibility, tiles: Tiles) -> tuple[Bounds, Bounds]:
     return along(2), along(1)
 
 
-def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
-    """Which tile of keys each step of the walk reads, int32 [B * P].
+class Read(NamedTuple):
+    """What one step of a walk reads: decoded entries of what `reads` returns."""
 
-    A step whose tile of scores has nothing visible computes nothing. Its entry is `-1 - tile` with the tile that the
-    step before has read, so that its block stays the same and no transfer is started. The visibility must be padded to
-    whole tiles.
+    tile: jax.Array
+    """Tile of keys."""
+    visible: jax.Array
+    """Whether any query of the step's tile of scores may see any key."""
+    full: jax.Array
+    """Whether every one of its queries sees every key."""
+
+    @classmethod
+    def of(cls, entry: jax.Array) -> Read:
+        """From an entry, or several."""
+        return cls(jnp.where(entry < 0, -1 - entry, entry >> 1), entry >= 0, (entry >= 0) & (entry & 1 == 1))
+
+
+def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
+    """Which tile of keys each step of the walk reads, int32 [B * P], for `Read.of`.
+
+    An entry is twice the tile, and one more where the tile of scores is visible as a whole. A step whose tile of scores
+    has nothing visible computes nothing. Its entry is `-1 - tile` with the tile that the step before has read, so that
+    its block stays the same and no transfer is started. The visibility must be padded to whole tiles.
     """
     places, segments, k_places, k_segments = extremes(visibility, tiles)
     queries = [x_BI[:, walk.query_P] for x_BI in (*places, *segments)]
@@ -129,7 +154,8 @@ def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
     steps_P = jnp.arange(len(walk.key_P))
     last_BP = jax.lax.cummax(jnp.where(visible_BP, steps_P, 0), axis=1)
     tile_BP = jnp.asarray(walk.key_P)[last_BP]
-    return jnp.where(visible_BP, tile_BP, -1 - tile_BP).astype(jnp.int32).reshape(-1)
+    full_BP = all_see(queries, keys, visibility.window)
+    return jnp.where(visible_BP, 2 * tile_BP + full_BP, -1 - tile_BP).astype(jnp.int32).reshape(-1)
 
 
 def padded(x: jax.Array, size: int, axis: int, value: int | None = 0) -> jax.Array:

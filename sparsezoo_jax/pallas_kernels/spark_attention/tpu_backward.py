@@ -24,17 +24,19 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     joined,
     tile_gradients,
     to_heads,
+    where,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded_visibility
-from sparsezoo_jax.pallas_kernels.spark_attention.tpu import (
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded, padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.tpu import selected
+from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import (
     ROWS,
     Grid,
     Places,
     Step,
+    in_lanes,
     over_rows,
     product,
-    selected,
     tiles_for,
     to_columns,
 )
@@ -55,9 +57,8 @@ class Scratch(NamedTuple):
     """What the kernel holds of a tile of queries while it goes through the keys: [G, I, 1], and the gradient so far."""
 
     threshold: Any
-    best: Any
-    inverse: Any
-    """1 over the softmax's sum."""
+    normaliser: Any
+    """Logarithm of the softmax's sum."""
     delta: Any
     """The gradient of y times y."""
     gradients: QueryGradients
@@ -91,38 +92,33 @@ def _backward_kernel(
     def _():
         for g in heads:
             columns = to_columns(rows_ref[0, 0, g])
-            for i, ref in enumerate((scratch.threshold, scratch.best, scratch.inverse, scratch.delta)):
+            for i, ref in enumerate((scratch.threshold, scratch.normaliser, scratch.delta)):
                 ref[g] = columns[:, i : i + 1]
         for i, ref in enumerate(scratch.gradients):
             if ref is not None:
                 ref[...] = jnp.zeros_like(ref) if earlier is None else earlier[i][0, 0]
 
-    @pl.when(step.visible)
-    def _():
-        size = tiles.keys
-        keys = pl.ds(pl.multiple_of((step.tile - first_tile) * size, size), size)
+    def work(rows, visible):
+        keys = pl.ds(pl.multiple_of((step.tile - first_tile) * tiles.keys, tiles.keys), tiles.keys)
+        for g in heads:
+            q1 = operands.q1[0, 0, g, rows, :]
+            scores, keep = selected(q1, operands.k1[0, 0], visible, scratch.threshold[g, rows, :], p)
+            softmax = where(keep, jnp.exp(scores - scratch.normaliser[g, rows, :]), 0)
+            dy = dy_ref[0, 0, g, rows, :]
+            dweights = product(dy, operands.v[0, 0], (1, 1))
+            q2, arguments = None, None
+            if operands.q2 is not None:
+                q2 = operands.q2[0, 0, g, rows, :]
+                arguments = capped(product(q2, operands.k2[0, 0], (1, 1)), p.softcap_values)
+            weights, dscores, darguments = tile_gradients(
+                softmax, scores, arguments, dweights, scratch.delta[g, rows, :], p
+            )
+            if darguments is not None:
+                _add(darguments, q2, operands.k2, scratch.gradients.q2, gradients.k2, g, rows, keys)
+            _add(dscores, q1, operands.k1, scratch.gradients.q1, gradients.k1, g, rows, keys)
+            gradients.v[0, 0, keys, :] += product(weights.astype(dy.dtype), dy, (0, 0))
 
-        def work(rows):
-            visible = places.visible(rows, window)
-            for g in heads:
-                q1 = operands.q1[0, 0, g, rows, :]
-                scores, keep = selected(q1, operands.k1[0, 0], visible, scratch.threshold[g, rows, :], p)
-                softmax = jnp.where(keep, jnp.exp(scores - scratch.best[g, rows, :]), 0) * scratch.inverse[g, rows, :]
-                dy = dy_ref[0, 0, g, rows, :]
-                dweights = product(dy, operands.v[0, 0], (1, 1))
-                q2, arguments = None, None
-                if operands.q2 is not None:
-                    q2 = operands.q2[0, 0, g, rows, :]
-                    arguments = capped(product(q2, operands.k2[0, 0], (1, 1)), p.softcap_values)
-                weights, dscores, darguments = tile_gradients(
-                    softmax, scores, arguments, dweights, scratch.delta[g, rows, :], p
-                )
-                if darguments is not None:
-                    _add(darguments, q2, operands.k2, scratch.gradients.q2, gradients.k2, g, rows, keys)
-                _add(dscores, q1, operands.k1, scratch.gradients.q1, gradients.k1, g, rows, keys)
-                gradients.v[0, 0, keys, :] += product(weights.astype(dy.dtype), dy, (0, 0))
-
-        over_rows(tiles, work)
+    over_rows(step, places, tiles, window, work)
 
     @pl.when(step.last)
     def _():
@@ -143,13 +139,12 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned."""
     (batch, queries, heads, _), (_, length, kv_heads, _) = q.shape, k.shape
-    group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(q, k)
+    group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(q, k, v)
     operands = arrange(q, k, v, p, tiles)
     visibility = padded_visibility(visibility, tiles)
     delta_BKGT = to_heads(jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True), kv_heads, tiles)[..., 0]
-    threshold, best, total = (statistics[..., i, :] for i in range(3))
-    inverse = 1 / jnp.where(total == 0, 1, total)
-    rows = jnp.stack([threshold, best, inverse, delta_BKGT] + [jnp.zeros_like(best)] * (ROWS - 4), axis=-2)
+    of_queries = jnp.concatenate([statistics, delta_BKGT[..., None, :]], axis=-2)
+    rows = padded(of_queries, ROWS, 3)
     inputs = [Places.of(visibility), rows, operands, to_heads(dy, kv_heads, tiles)]
 
     column = pltpu.VMEM((group, tiles.queries, 1), dtype)
@@ -158,7 +153,8 @@ def backward(
     )
     width, widths = v.shape[-1], [x.shape[-1] for x in operands[:2] if x is not None]
     count = operands.v.shape[2] // tiles.keys
-    chunk = max(1, CHUNK // (2 * (sum(widths) + width) * jnp.dtype(dtype).itemsize * tiles.keys))
+    lanes = sum(in_lanes(x) for x in [*widths, width])
+    chunk = max(1, CHUNK // (2 * lanes * jnp.dtype(dtype).itemsize * tiles.keys))
     earlier: QueryGradients | None = None
     of_chunks: list[Operands] = []
     for start in range(0, count, chunk):
@@ -186,7 +182,7 @@ def backward(
             ],
             [like._replace(k1=k1, k2=k2, v=values)],
             [Operands(*blocks[:2], *jax.tree.map(chunk_block, (k1, k2, values)))],
-            [Scratch(column, column, column, column, sums)],
+            [Scratch(column, column, column, sums)],
             (kv_heads, heads),
             3 * sum(widths) + 2 * width,
             interpret,

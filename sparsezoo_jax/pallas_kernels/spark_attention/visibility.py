@@ -73,6 +73,11 @@ class Visibility:
             self.window,
         )
 
+    @property
+    def keys_seen(self) -> jax.Array:
+        """How many keys each query may see, int32 [B, T]; compiled programs count without storing the pairs."""
+        return jnp.sum(self.mask, axis=-1, dtype=jnp.int32)
+
 
 def sees(q_positions, k_positions, q_segments, k_segments, window: int | None) -> jax.Array:
     """Whether a query sees a key, elementwise over arrays that broadcast against each other."""

@@ -1,0 +1,179 @@
+"""The contract of flash attention: all implementations, values and gradients.
+
+Its kernels are those of Spark attention with everything selected; test_spark_attention.py has their tiles, chunks of
+keys and lists of steps.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels import flash_attention
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
+from tests.kernels.lowering import text_for
+
+FORMS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
+LENGTH = 300  # fills two tiles of 128 and part of a third
+DOCUMENTS = np.stack([np.repeat([1, 2, 0], n) for n in ([150, 130, 20], [290, 5, 5])]).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128, 128)))
+
+
+def inputs(kv_heads=2, width=12, values=12, queries=LENGTH, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, queries, 4, width), (2, LENGTH, kv_heads, width), (2, LENGTH, kv_heads, values)]
+    q, k, v = (2 * jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False))
+    return q, k, v, jax.random.normal(keys[3], (2, queries, 4, values), dtype)
+
+
+@cache
+def compiled(form, **options):
+    def weighed(q, k, v, visible, g):
+        def total(q, k, v):
+            y = flash_attention(q, k, v, visible, implementation=form, **options)
+            return jnp.sum((y * g).astype(jnp.float32)), y
+
+        gradients, y = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return y, *gradients
+
+    return jax.jit(weighed)
+
+
+def definition(q, k, v, visible, g, scale=None, softcap=None):
+    """Values and gradients in float64 by NumPy, head by head."""
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
+    mask, group = np.asarray(visible.mask), q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    y, dq, dk, dv = np.zeros(g.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    for b, n in np.ndindex(len(q), q.shape[2]):
+        h = n // group
+        scores = scale * q[b, :, n] @ k[b, :, h].T
+        slope = np.ones_like(scores)
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+            slope = 1 - (scores / softcap) ** 2
+        best = np.max(scores, axis=-1, initial=-1e30, where=mask[b], keepdims=True)
+        weights = np.where(mask[b], np.exp(np.minimum(scores - best, 0)), 0)
+        weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        y[b, :, n] = weights @ v[b, :, h]
+        dweights = g[b, :, n] @ v[b, :, h].T
+        dscores = scale * slope * weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
+        dq[b, :, n] = dscores @ k[b, :, h]
+        dk[b, :, h] += dscores.T @ q[b, :, n]
+        dv[b, :, h] += weights.T @ g[b, :, n]
+    return y, dq, dk, dv
+
+
+# A cap below and one above that to which exponentials are summed without a running maximum.
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("kv_heads", "values", "window", "options"),
+    [
+        (2, 12, None, {}),
+        (4, 7, 140, {"softcap": 50.0, "scale": 3.0}),
+        (1, 20, 20, {"softcap": 90.0, "scale": 6.0}),
+    ],
+)
+def test_values_and_gradients(form, kv_heads, values, window, options):
+    arrays = inputs(kv_heads, values=values)
+    visible = Visibility.of_tokens(jnp.asarray(DOCUMENTS), window)
+    found = compiled(form, **options)(*arrays[:3], visible, arrays[3])
+    for ours, exact in zip(found, definition(*arrays[:3], visible, arrays[3], **options), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-5 * max(1, np.abs(exact).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16(form):
+    arrays = inputs(dtype=jnp.bfloat16)
+    visible = Visibility.of_tokens(jnp.asarray(DOCUMENTS))
+    found = compiled(form)(*arrays[:3], visible, arrays[3])
+    for ours, exact in zip(found, definition(*arrays[:3], visible, arrays[3]), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(ours, np.float64) - exact) < 2e-2 * np.linalg.norm(exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_queries_over_a_cache(form):
+    """A few queries after many keys, of which some slots are empty, and two queries that see nothing."""
+    q, k, v, g = inputs(queries=9)
+    positions = np.where(np.arange(LENGTH) % 7 == 3, -1, np.arange(LENGTH))
+    positions = np.stack([positions, np.where(np.arange(LENGTH) < 100, positions, -1)]).astype(np.int32)
+    visible = Visibility(
+        query_positions_BT=jnp.array([[280], [91]]) + jnp.arange(9),
+        key_positions_BS=jnp.asarray(positions),
+        query_segments_BT=jnp.ones((2, 9), jnp.int32).at[1, 7:].set(0),
+        key_segments_BS=jnp.where(positions < 0, -1, 1),
+        window=150,
+    )
+    found = compiled(form)(q, k, v, visible, g)
+    for ours, exact in zip(found, definition(q, k, v, visible, g), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-5)
+    np.testing.assert_array_equal(found[0][1, 7:], 0)
+    np.testing.assert_array_equal(found[1][1, 7:], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("softcap", [None, 50.0])
+def test_what_is_not_finite_and_what_is_large(form, softcap):
+    """It shows in its own row, and scores of thousands overflow nothing."""
+    q, k, v, g = inputs()
+    q = q.at[0, 20, 0].set(jnp.nan).at[0, 30, 1].multiply(1e4)
+    visible = Visibility.of_tokens(jnp.asarray(DOCUMENTS))
+    y = np.asarray(compiled(form, softcap=softcap)(q, k, v, visible, g)[0])
+    assert np.isnan(y[0, 20, 0]).all()
+    expected = definition(q, k, v, visible, g, softcap=softcap)[0]
+    finite = np.isfinite(expected)
+    assert finite.sum() == expected.size - v.shape[-1]
+    np.testing.assert_allclose(y[finite], expected[finite], atol=1e-5)
+
+
+def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
+    shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 128), jnp.bfloat16)  # noqa: E731
+
+    def lowered(platform, queries=256):
+        def both(q, k, v):
+            visible = Visibility.of_tokens(jnp.ones((1, 256), jnp.int32))
+            mask = visible if queries == 256 else visible.mask[:, -queries:]
+            total = lambda q, k, v: flash_attention(q, k, v, mask).astype(float).sum()  # noqa: E731
+            return jax.value_and_grad(total, argnums=(0, 1, 2))(q[:, :queries], k, v)
+
+        return text_for(platform, jax.jit(both), shape(8), shape(4), shape(4))
+
+    assert lowered("tpu").count("tpu_custom_call") == 2
+    assert lowered("cuda").count("gpu.triton") == 3
+    for platform in ("tpu", "cuda"):
+        assert "256x256xi1" not in lowered(platform), "no mask of all pairs"
+        assert "custom_call" not in lowered(platform, queries=1)
+    assert "custom_call" not in lowered("cpu")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 2, 4)), r"flash_attention.k=\(1, 8, 2, 4\).*must divide the queries' 3"),
+        (((1, 8, 2, 4), (1, 8, 2, 6), (1, 8, 2, 4)), r"flash_attention.k=\(1, 8, 2, 6\).*must have the width 4 of q"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message):
+    with pytest.raises(ConfigError, match=message):
+        flash_attention(*(jnp.zeros(shape) for shape in shapes), Visibility.of_tokens(jnp.ones((1, 8), jnp.int32)))
+
+
+@pytest.mark.parametrize("form", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_take_no_mask_of_all_pairs(form):
+    q, k, v, _ = inputs()
+    call = partial(flash_attention, q, k, v, jnp.ones((2, LENGTH, LENGTH), bool))
+    with pytest.raises(ConfigError, match=rf'flash_attention.implementation={form}: .*takes a Visibility.*; use "xla"'):
+        call(implementation=form)
