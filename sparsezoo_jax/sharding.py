@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
+from sparsezoo_jax.torus import all_gather, rings_of, use_rings
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -31,9 +32,14 @@ RULES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
+    # Copies of a parameter (`gather_copies`), one for each device that has tokens of its own.
+    "copies": ("data", "fsdp", "expert", "context"),
+    # Rows of a table that was gathered for its use.
+    "words": ("tensor",),
     # Parameters, and the activations that they produce: tensor and expert parallelism.
     "experts": ("expert",),
-    "vocab": ("tensor",),
+    # Whole rows of the table, where all devices divide their number: a row is what a lookup reads.
+    "vocab": ("tensor", "fsdp", "expert", "context"),
     "positions": ("tensor",),
     "ffn": ("tensor",),
     "heads": ("tensor",),
@@ -180,7 +186,7 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None or mesh.size == 1:
         yield
         return
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), use_rings(rings_of(mesh)):
         yield
 
 
@@ -262,6 +268,37 @@ def shard_map(
         out_specs=out_specs,
         check_vma=False,  # the abstract results of kernels don't say over which axes they vary
     )(*arrays)
+
+
+def gather_copies(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> jax.Array:
+    """A copy of a parameter for each device with tokens of its own: [n, ...], n along "copies" and 1 without a mesh.
+
+    Only `tensor` goes on splitting a dimension. Values travel, and gradients are summed, in `dtype`; the result has the
+    parameter's own. What is done with a copy in `shard_map` gives it a gradient of its own, and those of all uses add
+    up on their device before the one sum over devices that scatters it, which the compiler can't arrange: to it, a
+    gathered array has one gradient on all devices.
+    """
+    mesh = _active_mesh()
+    if mesh is None:
+        return parameter.astype(dtype).astype(parameter.dtype)[None]
+    assigned = _assigned(axes, parameter.shape, mesh)
+    kept = [tuple(axis for axis in names if axis == "tensor") for names in assigned]
+
+    def gather(shard: jax.Array) -> jax.Array:
+        shard = shard.astype(dtype)
+        for dimension, names in enumerate(assigned):
+            for axis in reversed(names):
+                if axis != "tensor":
+                    shard = all_gather(shard, axis, dimension)
+        return shard.astype(parameter.dtype)[None]
+
+    copies = tuple(axis for axis in RULES["copies"] if mesh.shape[axis] > 1)
+    return jax.shard_map(
+        gather,
+        in_specs=PartitionSpec(*(names or None for names in assigned)),
+        out_specs=PartitionSpec(copies or None, *(names or None for names in kept)),
+        check_vma=False,
+    )(parameter)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

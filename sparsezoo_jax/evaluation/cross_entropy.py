@@ -107,11 +107,11 @@ def model_loss(model: Any, batch: Batch, chunk: int | None = None) -> tuple[Toke
     Args:
       batch: arrays [B, T]: tokens, targets, segment_ids, positions (int) and mask (bool).
       chunk: positions of a sequence whose logits exist at one time; None: all. The model then has to take
-        `logits=False`, return its final state as `hidden` and have methods `output_weight` and `logits_of`.
+        `logits=False`, return its final state as `hidden` and `tables`, and have a method `logits_of` of both.
     """
     if chunk is None:
         out = call_model(model, batch)
         return token_loss(out.logits, batch["targets"], batch["mask"]), out
     out: Any = call_model(model, batch, logits=False)
-    logits_of = partial(model.logits_of, weight_DV=model.output_weight())
+    logits_of = partial(model.logits_of, tables=out.tables)
     return chunked_token_loss(logits_of, out.hidden, batch["targets"], batch["mask"], chunk), out

@@ -18,6 +18,7 @@ from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, laid_out
 from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign
 from sparsezoo_jax.inference.routed_head import RoutedRows
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.embedding import Tables
 from sparsezoo_jax.models.mohd import RoutedHead
 
 
@@ -44,7 +45,7 @@ class PackedDecoder(Decoder):
         self.embedding_VD = nnx.Param(table, axes=("vocab", "embed"))
         self.output_DV = None
 
-    def _project(self, hidden_BTD: jax.Array, weight_DV: jax.Array | None) -> jax.Array:
+    def _project(self, hidden_BTD: jax.Array, tables: Tables | None) -> jax.Array:
         # Whatever head made these states, `Head.project` is the product with the whole matrix.
         return self.output_rows.product(hidden_BTD, jnp.dtype(jnp.float32))
 

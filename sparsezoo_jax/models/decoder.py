@@ -14,11 +14,11 @@ from sparsezoo_jax.models.cache import DecoderCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.contract import Observed
-from sparsezoo_jax.models.embedding import lookup
+from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
 from sparsezoo_jax.models.layers import STREAM, Segment
 from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
-from sparsezoo_jax.sharding import constrain
+from sparsezoo_jax.sharding import constrain, gather_copies
 
 Summarise = Callable[[dict[str, jax.Array], LayerSpec, CallContext], dict[str, jax.Array]]
 Edit = Callable[[str, int, jax.Array], jax.Array]
@@ -41,6 +41,8 @@ class Output(NamedTuple):
     """What was asked to be recorded: name to one array per layer, None where a layer has no such array."""
     observed: tuple[Observed, ...] = ()
     """For each layer what `Decoder.after_step` updates its variables from; last, where it has any, for the head."""
+    tables: Tables | None = None
+    """For `Decoder.logits_of`, if logits were not asked for and there is no cache."""
 
 
 class Decoder(nnx.Module):
@@ -109,7 +111,12 @@ class Decoder(nnx.Module):
         ctx.record, ctx.summarise, ctx.edit = checked(record), summarise, edit
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         dtype = jnp.dtype(config.dtype)
-        x_BTD: Any = lookup(self.embedding_VD[...], tokens_BT, dtype)
+        tables: Tables | None = None
+        x_BTD: Any
+        if cache is None:
+            x_BTD, tables = lookup_in_copies(self._tables(), tokens_BT, dtype)
+        else:
+            x_BTD = lookup(self.embedding_VD[...], tokens_BT, dtype)
         scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, dtype)
         if self.positions_PD is not None:
@@ -133,9 +140,10 @@ class Decoder(nnx.Module):
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
-        made = self.logits_of(hidden_BTD) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
+        made = self.logits_of(hidden_BTD, tables) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
         observed = (*(aux.observed for aux in auxes), *([head_aux.observed] if head_aux.observed else []))
-        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed)
+        unused = None if logits else tables
+        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused)
 
     def after_step(self, observed: tuple[Observed, ...]) -> None:
         """Let the layers update variables that are no parameters (router biases), after an optimizer step.
@@ -151,31 +159,30 @@ class Decoder(nnx.Module):
         if rest:
             self.head.after_step(rest[0])
 
-    def _projection(self) -> jax.Array:
-        return self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
+    def _tables(self) -> Tables:
+        dtype = jnp.dtype(self.config.dtype)
+        embedding = gather_copies(self.embedding_VD[...], ("vocab", "embed"), dtype)
+        if self.output_DV is None:
+            return Tables(embedding, None)
+        return Tables(embedding, gather_copies(self.output_DV[...], ("embed", "vocab"), dtype))
 
-    def output_weight(self) -> jax.Array:
-        """The output projection [D, V], with its model width gathered.
+    def logits_of(self, hidden_BTD: jax.Array, tables: Tables | None = None) -> jax.Array:
+        """Logits [B, T, V], float32, of final states [B, T, D].
 
-        In a loop over chunks it is taken before the loop, or every trip would gather the table and reduce its gradient
-        over all devices.
+        `tables`: those of the call that made the states. On a mesh they were gathered once, for lookups, logits and all
+        chunks of these; without them the compiler moves the output projection or the states, which is for few tokens.
         """
-        weight_DV = self._projection()
-        # It travels in the activations' dtype, but chunks add up their gradients in that of the parameters.
-        moved = constrain(weight_DV.astype(jnp.dtype(self.config.dtype)), (None, "vocab"))
-        return moved.astype(weight_DV.dtype)
-
-    def logits_of(self, hidden_BTD: jax.Array, weight_DV: jax.Array | None = None) -> jax.Array:
-        """Logits [B, T, V], float32, of final states [B, T, D]; `weight_DV`: `output_weight()`, if at hand."""
         if self.config.logit_divisor != 1.0:
             hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
-        logits = constrain(self._project(hidden_BTD, weight_DV), ("batch", "length", "vocab"))
+        logits = constrain(self._project(hidden_BTD, tables), ("batch", "length", "words"))
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _project(self, hidden_BTD: jax.Array, weight_DV: jax.Array | None) -> jax.Array:
-        """`hidden W`, float32 [B, T, V]; `weight_DV` None: the model's own output projection."""
-        weight_DV = self._projection() if weight_DV is None else weight_DV
+    def _project(self, hidden_BTD: jax.Array, tables: Tables | None) -> jax.Array:
+        """`hidden W`, float32 [B, T, V], by the copies in `tables`; None: by the output projection as it is stored."""
+        if tables is not None:
+            return project_on_copies(tables, hidden_BTD, self.head)
+        weight_DV = self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
         return self.head.project(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
 
     def _call_context(self, tokens_BT, segment_ids, positions, cache: DecoderCache | None) -> CallContext:

@@ -39,7 +39,7 @@ def mesh(**sizes):
          (("data", "fsdp"), "context", None)),
         # Experts take their axis before the width does, wherever they stand.
         (("embed", "experts"), (64, 8), {"fsdp": 2, "expert": 4}, ("fsdp", "expert")),
-        (("embed", "vocab"), (64, 512), {"fsdp": 2, "expert": 4}, (("fsdp", "expert"), None)),
+        (("embed", "vocab"), (64, 512), {"fsdp": 2, "expert": 4}, (None, ("fsdp", "expert"))),
         # An axis that does not divide the dimension is left out, with those after it.
         (("embed", "kv_heads"), (64, 4), {"tensor": 8}, (None, None)),
         (("embed",), (6,), {"fsdp": 2, "expert": 4}, ("fsdp",)),
