@@ -362,6 +362,10 @@ def open_source(config: RunConfig) -> Any:
     return start
 
 
+#: What to do about a dimension that a mesh axis does not divide.
+REMEDIES = {"vocab": "; --model.vocab-multiple pads the vocabulary"}
+
+
 def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
     """Warn of matrices that a mesh axis should split but does not divide, so that each of its devices holds them whole,
     and on TPUs of those that it cuts into narrow pieces.
@@ -387,7 +391,7 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         warnings.warn(
             f"mesh.{axis}={mesh.shape[axis]} doesn't divide '{dimension}': each of its devices holds "
-            f"{' and '.join(names[:2])}{more} whole",
+            f"{' and '.join(names[:2])}{more} whole{REMEDIES.get(dimension, '')}",
             SparsezooWarning,
             stacklevel=2,
         )

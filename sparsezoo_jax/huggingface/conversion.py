@@ -129,7 +129,7 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     model = read_config(directory / CONFIG).model
     layout, values = write_model(model, directory)
     tokenizer = find_tokenizer(directory)
-    parameters = _parameters(model)
+    saved, parameters = _parameters(model), _parameters(dataclasses.replace(model, vocab_multiple=1))
     found = {place.name: place for place in places(layout, model, parameters)}
     dtype = jnp.dtype(model.param_dtype)
     tensors = {name: (tensor_shape(place), dtype) for name, place in found.items()}
@@ -137,7 +137,7 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     for name in ("bos", "eos"):
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
-    with _mapped(destination.absolute().parent, parameters, dtype, _saved(directory, parameters)) as arrays:
+    with _mapped(destination.absolute().parent, parameters, dtype, _saved(directory, saved, parameters)) as arrays:
 
         def value_of(name: str) -> np.ndarray:
             place = found[name]
@@ -155,8 +155,13 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
 
 
-def _saved(directory: Path, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Parameters of a run's newest checkpoint as parts of arrays; they are to be those of its configuration."""
+def _saved(
+    directory: Path, parameters: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Parameters of a run's newest checkpoint as parts of arrays; they are to be those of its configuration.
+
+    Of each the first entries in the `wanted` shape: a padded vocabulary loses its padding.
+    """
     seen = set()
     for path, array in read_params(directory / CHECKPOINTS):
         if array.shape != parameters.get(path):
@@ -164,7 +169,7 @@ def _saved(directory: Path, parameters: Mapping[str, tuple[int, ...]]) -> Iterat
                 f"{directory}: {path} is {array.shape} in the checkpoint, {parameters.get(path)} by {CONFIG}"
             )
         seen.add(path)
-        yield path, 0, array
+        yield path, 0, array[tuple(slice(size) for size in wanted[path])]
     if missing := parameters.keys() - seen:
         raise UserError(f"{directory}: the checkpoint lacks {', '.join(sorted(missing))}")
 

@@ -31,7 +31,8 @@ class PackedDecoder(Decoder):
         self.positions_PD, self.segments, self.noise = source.positions_PD, source.segments, source.noise
         self.final_norm, self.head = source.final_norm, source.head
         dtype, form = jnp.dtype(source.config.dtype), formats.head or formats.weights
-        output_VD = source.embedding_VD[...] if source.output_DV is None else source.output_DV[...].T
+        embedding_VD = source.embedding_VD[: source.config.vocab_size]
+        output_VD = embedding_VD if source.output_DV is None else source.output_DV[:, : source.config.vocab_size].T
         head = source.head
         if isinstance(head, RoutedHead) and head.config.grouped:
             rows = RoutedRows(output_VD.T, head.config, form, dtype)
@@ -41,7 +42,7 @@ class PackedDecoder(Decoder):
         # Rows of the embedding are only looked up, in the activations' dtype.
         stored = rows.arrays[0]
         tied = source.output_DV is None and stored.dtype == dtype and not isinstance(rows, RoutedRows)
-        table = stored if tied else source.embedding_VD[...].astype(dtype)
+        table = stored if tied else embedding_VD.astype(dtype)
         self.embedding_VD = nnx.Param(table, axes=("vocab", "embed"))
         self.output_DV = None
 
@@ -96,8 +97,10 @@ def restore(model: PackedDecoder, like: Decoder) -> None:
             for layer, into in ((block.attention, original.attention), (block.ffn, original.ffn)):
                 if isinstance(layer, DecodingLayout):
                     layer.restore(into)
-    rows_VD = model.output_rows.restored()
+    padding = ((0, like.config.vocab_rows - like.config.vocab_size), (0, 0))
+    rows_VD = jnp.pad(model.output_rows.restored(), padding)
     if like.output_DV is None:
         assign(like.embedding_VD, rows_VD)
     else:
+        assign(like.embedding_VD, jnp.pad(model.embedding_VD[...], padding))
         assign(like.output_DV, rows_VD.T)

@@ -38,8 +38,8 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
 
 
 def count_parameters(config: DecoderConfig) -> ParameterCount:
-    """Count the parameters of `config`'s decoder by its abstract form."""
-    model = abstract_decoder(config)
+    """Count the parameters of `config`'s decoder by its abstract form, without what pads its vocabulary."""
+    model = abstract_decoder(dataclasses.replace(config, vocab_multiple=1))
 
     def size(tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

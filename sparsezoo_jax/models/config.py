@@ -38,7 +38,10 @@ class DecoderConfig:
     """A decoder-only transformer, composed of one attention, one FFN and one residual kind."""
 
     vocab_size: int
-    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    """Words; at least the tokenizer's vocabulary."""
+    vocab_multiple: int = 1
+    """Rows of the embedding and columns of the output projection are filled up with zeros to a multiple of this, so
+    that a mesh can split them. What was filled up is no word: it has no logit and is not exported."""
     d_model: int
     """Width of the residual stream."""
     layers: int
@@ -82,7 +85,7 @@ class DecoderConfig:
         for name, size in integers(self, "model.").items():
             require(abs(size) <= MAX_SIZE, name, size, f"must be at most {MAX_SIZE}")
         require(self.layers <= MAX_LAYERS, "model.layers", self.layers, f"must be at most {MAX_LAYERS}")
-        for name in ("vocab_size", "d_model", "layers", "max_seq_len"):
+        for name in ("vocab_size", "vocab_multiple", "d_model", "layers", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be above 0")
         require(self.logit_divisor > 0, "model.logit_divisor", self.logit_divisor, "must be above 0")
         require(
@@ -95,6 +98,11 @@ class DecoderConfig:
         self.ffn.check(self.d_model)
         self.residual.check(self.d_model, self.attention, self.ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """What each layer is made of, in order."""

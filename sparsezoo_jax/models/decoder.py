@@ -61,19 +61,21 @@ class Decoder(nnx.Module):
         if embedding_std is None:
             embedding_std = d**-0.5 if config.init.kind == "fan_in" else config.init.scale
 
-        def table(rows: int, axes: tuple[str, str]) -> nnx.Param:
-            return nnx.Param(embedding_std * jax.random.normal(rngs.params(), (rows, d), ctx.param_dtype), axes=axes)
+        def table(rows: int, axes: tuple[str, str], padding: int = 0) -> nnx.Param:
+            drawn = embedding_std * jax.random.normal(rngs.params(), (rows, d), ctx.param_dtype)
+            return nnx.Param(jnp.pad(drawn, ((0, padding), (0, 0))), axes=axes)
 
-        self.embedding_VD = table(vocab, ("vocab", "embed"))
+        padding = config.vocab_rows - vocab
+        self.embedding_VD = table(vocab, ("vocab", "embed"), padding)
         self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
         self.segments = nnx.List([Segment.build(config, segment, rngs) for segment in config.segments()])
         self.final_norm = config.norm.build(ctx)
         self.head = config.residual.build_head(ctx, rngs)
-        self.output_DV = (
-            None
-            if config.tie_embeddings
-            else ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
-        )
+        output = None
+        if not config.tie_embeddings:
+            drawn = ctx.weight(rngs, (d, vocab), ("embed", "vocab"), d, std=config.init.output_std)
+            output = drawn.replace(jnp.pad(drawn[...], ((0, 0), (0, padding))))
+        self.output_DV = output
         # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
         self.noise = nnx.RngStream(rngs.params(), tag="noise") if config.ffn.samples else None
 
@@ -140,7 +142,9 @@ class Decoder(nnx.Module):
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
-        made = self.logits_of(hidden_BTD, tables) if logits else jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
+        made = jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
+        if logits:
+            made = self.logits_of(hidden_BTD, tables)[..., : config.vocab_size]
         observed = (*(aux.observed for aux in auxes), *([head_aux.observed] if head_aux.observed else []))
         unused = None if logits else tables
         return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused)
@@ -167,7 +171,7 @@ class Decoder(nnx.Module):
         return Tables(embedding, gather_copies(self.output_DV[...], ("embed", "vocab"), dtype))
 
     def logits_of(self, hidden_BTD: jax.Array, tables: Tables | None = None) -> jax.Array:
-        """Logits [B, T, V], float32, of final states [B, T, D].
+        """Logits [B, T, V], float32, of final states [B, T, D]; with a padded vocabulary, -inf for the padding.
 
         `tables`: those of the call that made the states. On a mesh they were gathered once, for lookups, logits and all
         chunks of these; without them the compiler moves the output projection or the states, which is for few tokens.
@@ -176,7 +180,11 @@ class Decoder(nnx.Module):
             hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
         logits = constrain(self._project(hidden_BTD, tables), ("batch", "length", "words"))
         cap = self.config.final_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        if logits.shape[-1] == self.config.vocab_size:
+            return logits
+        # Cut off, the padding would leave devices that split the words with unequal parts.
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
     def _project(self, hidden_BTD: jax.Array, tables: Tables | None) -> jax.Array:
         """`hidden W`, float32 [B, T, V], by the copies in `tables`; None: by the output projection as it is stored."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
@@ -104,6 +105,12 @@ def _converted(
 ) -> PureDict:
     """`params` of a target decoder with what `found` of a source decoder gives in their place."""
     own, given = flatten(params), flatten(found)
+    if source.vocab_size == target.vocab_size:
+        for path, axis in (("embedding_VD", 0), ("output_DV", 1)):
+            if path in given:
+                words = jax.lax.slice_in_dim(given[path], 0, source.vocab_size, axis=axis)
+                padding = (0, target.vocab_rows - source.vocab_size)
+                given[path] = jnp.pad(words, [padding if i == axis else (0, 0) for i in range(2)])
     optional: set[str] = set()
     if source.ffn.kind != target.ffn.kind:
         given, optional = _with_upcycled(source.ffn, target.ffn, noise, own, given, key)

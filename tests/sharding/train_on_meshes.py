@@ -93,9 +93,10 @@ def models():
     yield (
         "moex",
         dataclasses.replace(
-            model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
+            model, vocab_size=512, vocab_multiple=96, d_model=64, layers=2, attention=attention, ffn=ffn,
+            scan_layers=True, remat="full",
         ),
-    )
+    )  # fmt: skip
 
 
 def batches():

@@ -55,7 +55,7 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
 
 
 #: What says how a model starts or runs, not what it computes: a Hugging Face checkpoint has no place for it.
-NOT_STORED = ("init", "dtype", "param_dtype", "scan_layers", "remat", "layer_pattern")
+NOT_STORED = ("vocab_multiple", "init", "dtype", "param_dtype", "scan_layers", "remat", "layer_pattern")
 
 
 def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str, Any]]:
