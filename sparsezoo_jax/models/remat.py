@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION, PRODUCT
+from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION, PRODUCT, STATISTICS
 
 Remat = Literal["none", "full", "attention", "dots", "offload"]
 
@@ -25,9 +25,9 @@ def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     policy = {
         "full": None,
         "attention": policies.save_only_these_names(ATTENTION),
-        "dots": policies.save_only_these_names(*_KEPT),
+        "dots": policies.save_only_these_names(*_KEPT, STATISTICS),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
+            names_which_can_be_saved=[STATISTICS],  # too small to be worth a transfer
             names_which_can_be_offloaded=_KEPT,
             offload_src="device",
             offload_dst="pinned_host",

@@ -15,6 +15,9 @@ needs: without both the forward kernel runs again."""
 PRODUCT = "product"
 """A product of activations with a weight matrix: attention's projections, feed-forward maps, routers, fusions. Of forms
 that compute their hidden units again by themselves (experts sorted by group), the result only."""
+STATISTICS = "statistics"
+"""Two numbers a row, mean and deviation of a feed-forward network's scores: without them the backward pass reads all
+scores once more."""
 
 
 def product(y: jax.Array) -> jax.Array:

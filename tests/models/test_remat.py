@@ -45,7 +45,7 @@ def kept(name, remat):
 # The last product of a layer is missing where only a sum reads it, whose gradient needs no value.
 PRODUCTS = {
     "gemma2": ([32, 16, 16, 24], [32, 32, 24]),
-    "spark": ([32, 16, 16, 24], [48, 48, 24]),
+    "spark": ([32, 16, 16, 24], [48, 48, 24], [1, 1]),  # and two statistics of the scores
     "llama": ([32, 16, 16, 24], [32, 32]),
     "gpt2": ([24, 24, 24, 24], [32]),
     "blockffn": ([16, 12 + 4, 3 * 12, 3 * 14, 24], [8, 48]),

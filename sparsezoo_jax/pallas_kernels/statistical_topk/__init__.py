@@ -6,8 +6,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.checkpoint_names import STATISTICS
 from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, dispatch, pallas, plain
 from sparsezoo_jax.pallas_kernels.statistical_topk import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
@@ -104,6 +106,8 @@ def _forward(p: Problem, x, where, shift, statistics: RowStatistics | None = Non
     """Residuals are mean and deviation or, with a mask, all of `RowStatistics`."""
     if statistics is None:
         statistics = row_statistics(x, p.k, ddof=p.ddof, where=where, shift=shift, split_over=p.split_over)
+    mean, std = (checkpoint_name(value, STATISTICS) for value in (statistics.mean, statistics.std))
+    statistics = statistics._replace(mean=mean, std=std)
     y = reference.shrink(x.astype(statistics.mean.dtype), statistics.threshold, p.huber_delta)
     if where is not None:
         y = jnp.where(where, jnp.where(statistics.count > p.k, y, x), 0)
