@@ -16,9 +16,9 @@ from sparsezoo_jax.models.contract import Attention, AttentionKind, register_att
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.attention import flash_attention
-from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
 
@@ -154,8 +154,8 @@ class MLA(Attention):
 
     def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
-        q_BTR = self.q_a_norm(matmul(x_BTD, self.q_a_DR[...].astype(self.dtype)))
-        joint_BTC = matmul(x_BTD, self.kv_a_DC[...].astype(self.dtype))
+        q_BTR = self.q_a_norm(from_stream(x_BTD, self.q_a_DR[...].astype(self.dtype)))
+        joint_BTC = from_stream(x_BTD, self.kv_a_DC[...].astype(self.dtype))
         return self._per_head(q_BTR, self.q_b_RNH[...].astype(self.dtype)), joint_BTC
 
     def kv_up_weight(self) -> jax.Array:
@@ -182,7 +182,7 @@ class MLA(Attention):
 
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return product(jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_NHD[...].astype(self.dtype)))
+        return WHOLE.write(y_BTNH, self.o_NHD[...].astype(self.dtype))
 
     def _per_head(self, x_BTC: jax.Array, weight_CNH: jax.Array) -> jax.Array:
         latent, heads, width = weight_CNH.shape

@@ -18,7 +18,7 @@ from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, weighted_ffn
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.sharding import constrain
 
 
@@ -188,8 +188,8 @@ class MoEFFN(FFN):
 
     def shared_expert(self, x_BTD: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
         """The sum of the shared experts, which are fused into one of these weights."""
-        hidden = activation_fn(self.config.activation)(matmul(x_BTD, up_DF.astype(self.dtype)))
-        return matmul(constrain(hidden, ("batch", "length", "ffn")), down_FD.astype(self.dtype))
+        hidden = activation_fn(self.config.activation)(from_stream(x_BTD, up_DF.astype(self.dtype)))
+        return to_stream(constrain(hidden, ("batch", "length", "ffn")), down_FD.astype(self.dtype))
 
     def routed_experts(self, x_BTD: jax.Array, routing: Routing, up_EDW: jax.Array, down_EWD: jax.Array) -> jax.Array:
         """The weighted sum of the experts, of these weights, that the router gives each token."""

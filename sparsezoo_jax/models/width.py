@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream
+from sparsezoo_jax.sharding import gather_axis
 
 
 class Width(Protocol):
@@ -30,10 +31,13 @@ class WholeWidth:
     """Every dimension takes part."""
 
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:
-        return matmul(x_BTD, weight_DO)
+        return from_stream(x_BTD, weight_DO)
 
     def write(self, y: jax.Array, weight: jax.Array) -> jax.Array:
-        return matmul(y, weight) if weight.ndim == 2 else product(jnp.einsum("btnh,nhd->btd", y, weight))
+        if weight.ndim == 2:
+            return to_stream(y, weight)
+        weight = gather_axis(weight, -1) if y.shape[1] > 1 else weight
+        return product(jnp.einsum("btnh,nhd->btd", y, weight))
 
 
 WHOLE = WholeWidth()

@@ -16,6 +16,7 @@ from sparsezoo_jax.sharding import (
     check_batch,
     check_neurons,
     constrain,
+    gather_axis,
     narrow_columns,
     num_replicas,
     partition_spec,
@@ -169,6 +170,17 @@ def test_narrow_columns_name_a_mesh_that_avoids_them():
         "--mesh.tensor 4 leaves 64 columns of w to a device, where a TPU's tiles have 128"
     )
     assert narrow_columns({"w": SimpleNamespace(full_axes=("embed", "ffn"), shape=(512, 64))}, mesh(tensor=4)) is None
+
+
+def test_gathered_axes_leave_the_others_and_the_gradient_as_they_are():
+    w = jax.numpy.ones((8, 4))
+    gathered = lambda w: gather_axis(w, 0)  # noqa: E731
+    assert "sharding_constraint" not in str(jax.make_jaxpr(gathered)(w)), "no mesh"
+    with jax.sharding.use_abstract_mesh(mesh(fsdp=4, tensor=2)):
+        forward = str(jax.make_jaxpr(gathered)(w))
+        both = str(jax.make_jaxpr(jax.grad(lambda w: jax.numpy.sum(gathered(w) ** 2)))(w))
+    assert forward.count("sharding_constraint") == both.count("sharding_constraint") == 1
+    assert "UNCONSTRAINED" in forward.replace("unconstrained", "UNCONSTRAINED")
 
 
 def test_constraints_do_nothing_without_a_mesh():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream
 from sparsezoo_jax.sharding import constrain
 
 
@@ -14,8 +14,8 @@ def scaled_hidden(
 ) -> jax.Array:
     """Hidden state of all experts, each times its score, [..., F]; exactly 0 where the score is."""
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "ffn")
-    hidden = matmul(x, up)
-    hidden = jax.nn.silu(hidden) if gate is None else jax.nn.silu(matmul(x, gate)) * hidden
+    hidden = from_stream(x, up)
+    hidden = jax.nn.silu(hidden) if gate is None else jax.nn.silu(from_stream(x, gate)) * hidden
     hidden = constrain(hidden, names)
     per_expert = hidden.reshape(*scores.shape, expert_width) * scores[..., None].astype(x.dtype)
     return constrain(per_expert.reshape(hidden.shape), names)
@@ -25,7 +25,7 @@ def block_ffn(
     x: jax.Array, scores: jax.Array, up: jax.Array, down: jax.Array, gate: jax.Array | None, *, expert_width: int
 ) -> jax.Array:
     """The sum over all experts, as three dense operations."""
-    return matmul(scaled_hidden(x, scores, up, gate, expert_width=expert_width), down)
+    return to_stream(scaled_hidden(x, scores, up, gate, expert_width=expert_width), down)
 
 
 def union_of_experts(scores_NE: jax.Array, capacity: int) -> jax.Array:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+from sparsezoo_jax.sharding import gather_axis
 
-__all__ = ["matmul"]
+__all__ = ["from_stream", "matmul", "to_stream", "with_stored_gradient"]
 
 
 def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -22,6 +23,19 @@ def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Ar
     """
     y: Any = _matmul(x, w, dtype)
     return product(y)  # named out here: policies do not look into a custom_vjp
+
+
+def from_stream(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x W` for x [..., T, D] of the residual stream and W [D, O], whose rows all devices need: they are gathered.
+
+    For a single token it is left to the compiler whether to move the matrix or the sums.
+    """
+    return matmul(x, gather_axis(w, 0) if x.shape[-2:-1] > (1,) else w)
+
+
+def to_stream(y: jax.Array, w: jax.Array) -> jax.Array:
+    """`y W` for y [..., T, I] and W [I, D], the way back; the matrix's columns are gathered likewise."""
+    return matmul(y, gather_axis(w, 1) if y.shape[-2:-1] > (1,) else w)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -47,3 +61,16 @@ def _backward(dtype, residuals, g):
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def with_stored_gradient(y: jax.Array) -> jax.Array:
+    """`y`, a product, whose gradient exists in memory: for one that is made elementwise from several arrays.
+
+    Both products of the backward pass read it. The TPU compiler would make it in each of them again, from all of the
+    arrays that it is made of.
+    """
+    return y
+
+
+with_stored_gradient.defvjp(lambda y: (y, None), lambda _, g: (jax.lax.optimization_barrier(g),))

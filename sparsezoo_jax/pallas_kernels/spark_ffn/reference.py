@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream, with_stored_gradient
 from sparsezoo_jax.sharding import constrain, num_shards
 
 SAMPLE = 128
@@ -23,10 +23,10 @@ def spark_ffn(
     """`V [GELU(select(K1^T x[:r])) * (K2^T x[r:])]`, and the gate [..., F] whose non-zeros are the active neurons."""
     r = k1.shape[0]
     names = _names(x)
-    scores = constrain(matmul(x[..., :r], k1), names)
+    scores = constrain(from_stream(x[..., :r], k1), names)
     gate = jax.nn.gelu(select(scores), approximate=True)
-    hidden = gate * constrain(matmul(x[..., r:], k2), names)
-    return matmul(hidden, v), gate
+    hidden = gate * with_stored_gradient(constrain(from_stream(x[..., r:], k2), names))
+    return to_stream(hidden, v), gate
 
 
 def sampled_mean(x: jax.Array, k1: jax.Array) -> jax.Array:
