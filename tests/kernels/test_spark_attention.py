@@ -19,6 +19,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention import (
     tpu_grid,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Read, Tiles, bounds, padded_visibility, reads, walk
+from sparsezoo_jax.pallas_kernels.spark_attention.zigzag import Layout
 from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
@@ -381,6 +382,29 @@ def test_walk_leaves_out_what_nothing_can_see(window):
     assert not read.visible[1].all(), "several: what lies before a document is not read"
     idle = np.flatnonzero(~read.visible[1, 1:]) + 1
     assert (read.tile[1, idle] == read.tile[1, idle - 1]).all(), "nothing new is read"
+
+
+def test_walks_of_the_parts_of_a_sequence():
+    """32,768 tokens over 8 devices, tiles of 512 x 512: 260 on each in zigzag order, 36 to 484 as it is stored."""
+    tiles, layout = Tiles(512, 512), Layout("context", 8, 4096)
+    whole = Visibility.of_tokens(jnp.ones((1, 32_768), jnp.int32))
+    working = {}
+    for name, parts in (("contiguous", layout.contiguous), ("zigzag", layout.zigzag)):
+        found = []
+        for i, part in enumerate(parts):
+            places = np.concatenate([np.arange(place, place + 4096 // len(part)) for place in part])[None]
+            own = whole.replaced(jnp.asarray(places), whole.key_positions_BS, whole.query_segments_BT[:, :4096],
+                                 whole.key_segments_BS, ordered=False).part_of(parts, jnp.int32(i))  # fmt: skip
+            steps = walk(tiles, 8, range(64), own)
+            read = Read.of(reads(steps, tiles, own))
+            rows = places[0, ::512] // 512
+            walked = [(rows[q], k) for q, k, seen in zip(*steps[:2], np.asarray(read.visible), strict=True) if seen]
+            assert sorted(walked) == [(row, k) for row in sorted(rows) for k in range(row + 1)]
+            found.append(len(walked))
+        working[name] = found
+        assert len(steps.key_P) == max(found), "no longer than the busiest device needs"
+    assert working["zigzag"] == [260] * 8
+    assert (min(working["contiguous"]), max(working["contiguous"])) == (36, 484)
 
 
 def test_what_is_not_finite(attention):

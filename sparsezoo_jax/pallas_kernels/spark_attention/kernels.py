@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, pallas
-from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, tpu, tpu_backward
+from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, tpu, tpu_backward, zigzag
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import by_sequences
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
@@ -42,7 +42,11 @@ def kernels(
 
 
 def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, interpret):
-    """`attend` on each device's sequences, queries and heads; each has all keys of its sequences."""
+    """`attend` on each device's sequences, queries and heads; each has all keys of its sequences.
+
+    Under a causal mask late queries see more keys than early ones. Devices that split a sequence therefore exchange
+    halves of their queries, so that each has an early and a late piece, and give the results back (`zigzag`).
+    """
     group = q.shape[2] // k.shape[2]
 
     def on_shards(q, k, v, *rest):
@@ -55,7 +59,17 @@ def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, int
             wanted = (first + jnp.arange(served) * (own // served)) // group
             k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
         shard = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
-        return attend(q, k, v, shard, interpret)
+        if not visibility.ordered or not split["length"]:
+            return attend(q, k, v, shard, interpret)
+        (axis,), window = split["length"], visibility.window
+        layout = zigzag.Layout(axis, jax.lax.axis_size(axis), q.shape[1])
+        if not layout.even or (window is not None and window <= layout.length // 2):
+            # Within a short window all queries see as many keys.
+            return attend(q, k, v, shard.part_of(layout.contiguous, jax.lax.axis_index(axis)), interpret)
+        q, positions, segments = (layout.exchanged(x) for x in (q, shard.query_positions_BT, shard.query_segments_BT))
+        shard = shard.replaced(positions, shard.key_positions_BS, segments, shard.key_segments_BS, ordered=False)
+        results = attend(q, k, v, shard.part_of(layout.zigzag, jax.lax.axis_index(axis)), interpret)
+        return tuple(layout.returned(x) for x in results)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
     return shard_map(

@@ -5,8 +5,9 @@ Shapes: B batch, T query position, S key position, P steps of the walk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 #: Position of the keys that are added to fill up the last tile: behind every query, so that none sees them.
 BEHIND = int(jnp.iinfo(jnp.int32).max)
 #: Bits of `Walk.ends_P`.
-FIRST, LAST = 1, 2
+FIRST, LAST, IDLE = 1, 2, 4
 
 
 class Tiles(NamedTuple):
@@ -32,31 +33,59 @@ class Tiles(NamedTuple):
 class Walk(NamedTuple):
     """The tiles of scores in the order of a kernel's grid: by queries, and within them by keys."""
 
-    query_P: np.ndarray
+    query_P: Any
     """Tile of queries of each step."""
-    key_P: np.ndarray
+    key_P: Any
     """Tile of keys of each step."""
-    ends_P: np.ndarray
-    """Bits: FIRST in the first step of a tile of queries, LAST in its last one; both if there is only one."""
+    ends_P: Any
+    """Bits: FIRST in the first step of a tile of queries, LAST in its last one, both if there is only one; IDLE in
+    steps that fill up a walk to the length of another."""
 
 
 def walk(tiles: Tiles, queries: int, keys: range, visibility: Visibility) -> Walk:
     """The walk over `queries` tiles of queries and the tiles `keys` of keys.
 
     It leaves out tiles of scores of which the shapes alone tell that nothing in them is visible: above the diagonal, or
-    outside of the window. Every tile of queries is visited at least once, for something must write its results.
+    outside of the window. Every tile of queries is visited at least once, for something must write its results. Where
+    the queries are one of several parts, all parts' walks are as long as the longest of them.
     """
+    if visibility.ordered:
+        return Walk(*_steps([i * tiles.queries for i in range(queries)], tiles, keys, visibility.window))
+    parts = None if visibility.parts is None else _starts(visibility.parts, tiles, queries)
+    if parts is None:
+        return Walk(*_steps([None] * queries, tiles, keys, visibility.window))
+    walks = [_steps(starts, tiles, keys, visibility.window) for starts in parts]
+    longest = max(steps.shape[1] for steps in walks)
+    filled = [np.pad(steps, ((0, 0), (0, longest - steps.shape[1])), mode="edge") for steps in walks]
+    for steps, own in zip(filled, walks, strict=True):
+        steps[2, own.shape[1] :] = IDLE
+    assert visibility.part_B is not None, "parts come with the number of one"
+    return Walk(*jnp.asarray(np.stack(filled))[visibility.part_B[0]])
+
+
+def _starts(parts: Sequence[Sequence[int]], tiles: Tiles, queries: int) -> list[list[int | None]] | None:
+    """For each part the place at which each of its tiles of queries begins; None if pieces are no whole tiles."""
+    each, left = divmod(queries, len(parts[0]))
+    places = sorted(place for part in parts for place in part)
+    lengths = {b - a for a, b in itertools.pairwise(places)}
+    if left or lengths - {each * tiles.queries}:
+        return None
+    return [[place + i * tiles.queries for place in part for i in range(each)] for part in parts]
+
+
+def _steps(starts: Sequence[int | None], tiles: Tiles, keys: range, window: int | None) -> np.ndarray:
+    """A walk as int32 [3, P], for tiles of queries that begin at these places (None: anywhere)."""
     steps = []
-    for i in range(queries):
+    for i, place in enumerate(starts):
         start, stop = keys.start, keys.stop
-        if visibility.ordered:
-            stop = min(stop, ((i + 1) * tiles.queries - 1) // tiles.keys + 1)
-            if visibility.window is not None:
-                start = max(start, (i * tiles.queries - visibility.window + 1) // tiles.keys)
+        if place is not None:
+            stop = min(stop, (place + tiles.queries - 1) // tiles.keys + 1)
+            if window is not None:
+                start = max(start, (place - window + 1) // tiles.keys)
         row = list(range(start, stop)) or [keys.start]
-        for place, j in enumerate(row):
-            steps.append((i, j, FIRST * (place == 0) + LAST * (place == len(row) - 1)))
-    return Walk(*np.array(steps, np.int32).T)
+        for at, j in enumerate(row):
+            steps.append((i, j, FIRST * (at == 0) + LAST * (at == len(row) - 1)))
+    return np.array(steps, np.int32).T
 
 
 def extremes(visibility: Visibility, tiles: Tiles) -> list[tuple[jax.Array, jax.Array]]:
@@ -150,7 +179,7 @@ def reads(walk: Walk, tiles: Tiles, visibility: Visibility) -> jax.Array:
     places, segments, k_places, k_segments = extremes(visibility, tiles)
     queries = [x_BI[:, walk.query_P] for x_BI in (*places, *segments)]
     keys = [x_BJ[:, walk.key_P] for x_BJ in (*k_places, *k_segments)]
-    visible_BP = may_see(queries, keys, visibility.window)
+    visible_BP = may_see(queries, keys, visibility.window) & (jnp.asarray(walk.ends_P) != IDLE)
     steps_P = jnp.arange(len(walk.key_P))
     last_BP = jax.lax.cummax(jnp.where(visible_BP, steps_P, 0), axis=1)
     tile_BP = jnp.asarray(walk.key_P)[last_BP]
@@ -176,4 +205,6 @@ def padded_visibility(v: Visibility, tiles: Tiles) -> Visibility:
         key_segments_BS=padded(v.key_segments_BS.astype(jnp.int32), tiles.keys, 1, None),
         window=v.window,
         ordered=v.ordered,
+        parts=v.parts,
+        part_B=v.part_B,
     )

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS"),
-    meta_fields=("window", "ordered"),
+    data_fields=("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS", "part_B"),
+    meta_fields=("window", "ordered", "parts"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:
@@ -33,6 +33,11 @@ class Visibility:
     ordered: bool = False
     """Queries and keys are those of the same tokens and positions are their places, so that T = S and nothing behind
     the diagonal is visible: kernels then don't even look there."""
+    parts: tuple[tuple[int, ...], ...] | None = None
+    """Where the queries are one of several parts of an ordered sequence, and the keys all of it: for each part the
+    places at which its pieces, equally long, begin. Kernels then look at no more than their own part can see."""
+    part_B: jax.Array | None = None
+    """Which of `parts` the queries are, int32, the same for all sequences."""
 
     @classmethod
     def of_tokens(cls, segments_BT: jax.Array, window: int | None = None) -> Visibility:
@@ -56,6 +61,11 @@ class Visibility:
         """The same rule over other positions and segments, in the order of `arrays`."""
         names = ("query_positions_BT", "key_positions_BS", "query_segments_BT", "key_segments_BS")
         return dataclasses.replace(self, ordered=ordered, **dict(zip(names, arrays, strict=True)))
+
+    def part_of(self, parts: tuple[tuple[int, ...], ...], index: jax.Array) -> Visibility:
+        """The same, whose queries are number `index` of these `parts` of the sequence that the keys are."""
+        batch = self.query_positions_BT.shape[0]
+        return dataclasses.replace(self, ordered=False, parts=parts, part_B=jnp.broadcast_to(index, (batch,)))
 
     def within(self, window: int | None) -> Visibility:
         """The same positions and segments under another window."""
