@@ -6,6 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.interpreters import partial_eval
+
+
+def live(jaxpr: Any) -> Any:
+    """The jaxpr without equations whose results nothing reads, as compilers leave them out.
+
+    Rematerialisation traces some: a kernel within a choice by platform runs again for results that were kept.
+    """
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
 
 def matmul_flops(jaxpr: Any, platform: str) -> float:
     """FLOPs of all matrix products of a jaxpr on all of its devices, trips of loops multiplied in.

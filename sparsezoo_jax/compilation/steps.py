@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sparsezoo_jax.compilation.flops import matmul_flops
+from sparsezoo_jax.compilation.flops import live, matmul_flops
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import SparsezooWarning, UserError, require
 from sparsezoo_jax.inference import Sampling
@@ -98,7 +98,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         tokens=tokens,
         sparse_flops=needed(config.model),
         dense_flops=needed(dense_twin(config.model) or config.model),
-        traced_flops=matmul_flops(traced.jaxpr.jaxpr, platform_of(mesh)),
+        traced_flops=matmul_flops(live(traced.jaxpr.jaxpr), platform_of(mesh)),
         seconds=time.monotonic() - started,
     )
 

@@ -51,7 +51,7 @@ GEMMA2_2B = RunConfig(
         embedding_scale="sqrt_d_model",
         final_softcap=30.0,
         dtype="bfloat16",
-        remat="full",
+        remat="dots",
     ),
     train=TrainConfig(loss_chunk=512),
     data=DataConfig(batch_size=512, seq_len=8192),

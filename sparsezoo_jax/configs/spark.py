@@ -70,7 +70,7 @@ SPARK_2B = RunConfig(
         embedding_scale="sqrt_d_model",
         final_softcap=30.0,
         dtype="bfloat16",
-        remat="full",
+        remat="dots",
     ),
     train=TrainConfig(loss_chunk=512),  # logits of 8,192 positions of 256k words would take 8.4 GB a sequence
     data=DataConfig(batch_size=512, seq_len=8192),
