@@ -53,7 +53,7 @@ GEMMA2_2B = RunConfig(
         dtype="bfloat16",
         remat="dots",
     ),
-    train=TrainConfig(loss_chunk=512),
+    train=TrainConfig(loss_chunk=2048),
     data=DataConfig(batch_size=512, seq_len=8192),
 )
 

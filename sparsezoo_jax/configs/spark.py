@@ -72,7 +72,7 @@ SPARK_2B = RunConfig(
         dtype="bfloat16",
         remat="dots",
     ),
-    train=TrainConfig(loss_chunk=512),  # logits of 8,192 positions of 256k words would take 8.4 GB a sequence
+    train=TrainConfig(loss_chunk=2048),  # logits of 8,192 positions of 256k words would take 8.4 GB a sequence
     data=DataConfig(batch_size=512, seq_len=8192),
 )
 
