@@ -110,7 +110,7 @@ def _attention_cases(length: int) -> list[Case]:
     of a sequence of one tile, times the tiles on and below the diagonal.
     """
     heads, kv_heads, width, r, top_k = SPARK_ATTENTION["2b"]
-    tile, _ = launch_of("spark_attention_tpu", itemsize=2).tiles
+    tile = launch_of("spark_attention_tpu", itemsize=2).tiles[0]
     tiles = (length // tile) * (length // tile + 1) // 2
 
     def arrays(queries: int, keys: int, copies: int) -> list[Any]:

@@ -39,20 +39,33 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
     """Of a platform; in tiny ones two launches each, to try the search itself."""
     (topk, *_), few = shapes.topk(s, s.topk_columns[-1], BF16), s.tokens[0]
     spark, block, union = shapes.spark_rows(s, few, BF16), shapes.block_rows(s, few, BF16), shapes.union(s, 8, BF16)
-    attention = {width: next(shapes.attention(s, width, s.lengths[1], "long")) for width in s.widths}
+    attention = {width: tuple(shapes.attention(s, width, s.lengths[1], "long")) for width in s.widths}
     widths = [width for width in s.widths if width >= 64 or tiny]
     if platform == "tpu":
-        sides = [(256, 256), (256, 512), (512, 256), (512, 512), (512, 1024), (1024, 512)]
-        found = [Search("spark_attention_tpu", attention[width], grid(sides), width) for width in widths]
+        sides = [
+            (256, 512, 256),
+            (512, 512, 128),
+            (512, 512, 256),
+            (512, 1024, 128),
+            (512, 1024, 256),
+            (1024, 512, 256),
+        ]
+        names = ("spark_attention_tpu", "flash_attention_tpu")
+        found = [
+            Search(name, case, grid(sides), width)
+            for width in widths
+            for name, case in zip(names, attention[width], strict=True)
+        ]
     else:
         squares = [(128, 64), (128, 32), (64, 64), (64, 32), (64, 128)]
         slim = [(128, 16), (128, 32), (64, 32), (64, 64), (32, 64)]
         tall = [(64, 32), (32, 64), (64, 64), (32, 128), (32, 32)]
         found = []
         for width in widths:
-            case = attention[width]
+            case, flash = attention[width]
             for name, tiles in (("moments", squares), ("mix", squares), ("queries", slim), ("keys", tall)):
                 found.append(Search(f"spark_attention_{name}", case, grid(tiles, (4, 8), (2, 3)), width))
+            found.append(Search("spark_attention_all_keys", flash, grid(squares, (4, 8), (2, 3)), width))
         hidden = grid([(16, 64), (16, 128), (16, 256), (32, 128)], (2, 4), (2, 3))
         sums = grid([(32, 64, 16), (32, 128, 16), (32, 32, 16), (32, 64, 32), (64, 64, 16)], (2, 4), (2, 3))
         unions = grid([(32, 64), (16, 64), (32, 128), (64, 64)], (2, 4), (2, 3, 4))

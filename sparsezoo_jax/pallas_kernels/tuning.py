@@ -52,6 +52,10 @@ TABLE: dict[Key, Launch] = {
     # On TPUs: queries and keys at most, and queries worked on at a time, multiples of 128. With 128 of these the matrix
     # unit waits more often for the keys that it takes in (docs/kernels.md has the compiler's bundles).
     Key("spark_attention_tpu"): Launch((512, 512, 256)),
+    # In wider tiles the sums of all keys are scaled down less often; a v5p waits for its matrix unit all the same, and
+    # then they only waste more above the diagonal.
+    Key("flash_attention_tpu"): Launch((512, 1024, 256)),
+    Key("flash_attention_tpu", target="TPU v5", columns=256): Launch((512, 512, 256)),
     # Keys of a turn, terms of one matrix product, and keys of a program: a sequence has few heads, and a GPU 132
     # processors.
     Key("spark_attention_rows"): Launch((32, 64, 512), 4, 2),

@@ -24,7 +24,7 @@ DOCUMENTS = np.stack([np.repeat([1, 2, 0], n) for n in ([150, 130, 20], [290, 5,
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128, 128)))
+    monkeypatch.setitem(TABLE, Key("flash_attention_tpu"), Launch((128, 128, 128)))
 
 
 def inputs(kv_heads=2, width=12, values=12, queries=LENGTH, dtype=jnp.float32):

@@ -57,7 +57,8 @@ def all_of(batch, queries, keys):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of the kernel for TPUs that short sequences fill several of; those of the one for GPUs are small."""
-    monkeypatch.setitem(TABLE, Key("spark_attention_tpu"), Launch((128, 128, 128)))
+    for kernel in ("spark_attention_tpu", "flash_attention_tpu"):
+        monkeypatch.setitem(TABLE, Key(kernel), Launch((128, 128, 128)))
 
 
 def loops(q, k, v, visible, r, top_k, ddof=1, softcap=None):

@@ -47,7 +47,8 @@ def main():
             placed = [jax.device_put(x, place((*names[:2], kind, names[3]), x.shape)) for x, kind in
                       ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))]  # fmt: skip
             for form in ("pallas_tpu_interpret", "pallas_gpu_interpret"):
-                with trying(spark_attention_tpu=Launch((128, 128, 128))):
+                small = Launch((128, 128, 128))
+                with trying(spark_attention_tpu=small, flash_attention_tpu=small):
                     found = run(*placed, segments, form)
                 distances = [
                     float(jnp.max(jnp.abs(jax.device_get(a) - b))) for a, b in zip(found, expected, strict=True)

@@ -33,12 +33,15 @@ def kernels(
         return pallas(
             platform,
             partial(_sharded, partial(attend, p)),
-            lambda interpret: refusal(q, k, v, mask, p.selection, interpret=interpret),
+            lambda interpret: refusal(interpret=interpret),
             default=q.shape[1] >= _FEWEST_QUERIES,
             sharded=True,
         )
 
-    return [*of_platform("tpu", _attend_on_tpu, tpu.refusal), *of_platform("cuda", _attend_on_gpu, gpu.refusal)]
+    return [
+        *of_platform("tpu", _attend_on_tpu, partial(tpu.refusal, q, k, v, mask, p)),
+        *of_platform("cuda", _attend_on_gpu, partial(gpu.refusal, q, k, v, mask, p.selection)),
+    ]
 
 
 def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, interpret):
@@ -93,12 +96,12 @@ def _attend_on_tpu(p: Problem, q, k, v, visibility, interpret):
 
 def _forward_on_tpu(p: Problem, q, k, v, visibility, interpret):
     forward = partial(tpu.forward, p=p, interpret=interpret)
-    return _named(q, k, v, visibility, *by_sequences(forward, q, k, v, visibility))
+    return _named(q, k, v, visibility, *by_sequences(forward, p, q, k, v, visibility))
 
 
 def _backward_on_tpu(p: Problem, interpret, residuals, g):
     backward = partial(tpu_backward.backward, p=p, interpret=interpret)
-    return (*by_sequences(backward, *residuals, g[0]), None)
+    return (*by_sequences(backward, p, *residuals, g[0]), None)
 
 
 _attend_on_tpu.defvjp(_forward_on_tpu, _backward_on_tpu)

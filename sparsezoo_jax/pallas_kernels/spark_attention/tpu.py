@@ -174,7 +174,7 @@ def forward(q, k, v, visibility: Visibility, p: Problem, interpret: Any) -> tupl
 
     These are its threshold and its normaliser, the logarithm of the softmax's sum.
     """
-    queries, tiles = q.shape[1], tiles_for(q, k, v)
+    queries, tiles = q.shape[1], tiles_for(p, q, k, v)
     operands = arrange(q, k, v, p, tiles)
     padded = padded_visibility(visibility, tiles)
     grid, places = Grid.over(padded, tiles, range(operands.k1.shape[2] // tiles.keys)), Places.of(padded)
@@ -230,10 +230,10 @@ def _mix_selected(
     return y, sums[..., 1, :], jnp.stack([thresholds[..., 0, :], normaliser], axis=-2)
 
 
-def refusal(q, k, v, visibility: Any, selection: str, *, interpret: bool = False) -> str | None:
+def refusal(q, k, v, visibility: Any, p: Problem, *, interpret: bool = False) -> str | None:
     """Why the kernels can't take these arrays, or None if they can."""
-    if (shared := common.refusal(q, k, v, visibility, selection, interpret=interpret)) is not None:
+    if (shared := common.refusal(q, k, v, visibility, p.selection, interpret=interpret)) is not None:
         return shared
-    tiles = tiles_for(q, k, v)
+    tiles = tiles_for(p, q, k, v)
     steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
     return None if steps <= STEPS else f"walks over {steps} tiles of a head, more than {STEPS}"

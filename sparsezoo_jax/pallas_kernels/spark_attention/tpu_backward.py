@@ -139,7 +139,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned."""
     (batch, queries, heads, _), (_, length, kv_heads, _) = q.shape, k.shape
-    group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(q, k, v)
+    group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(p, q, k, v)
     operands = arrange(q, k, v, p, tiles)
     visibility = padded_visibility(visibility, tiles)
     delta_BKGT = to_heads(jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True), kv_heads, tiles)[..., 0]

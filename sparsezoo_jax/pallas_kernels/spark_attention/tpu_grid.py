@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsezoo_jax.pallas_kernels.spark_attention.common import Operands, accumulator_dtype, name_of
+from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import FIRST, LAST, Read, Tiles, Walk, reads, walk
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility, sees
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
@@ -211,9 +212,9 @@ class Grid(NamedTuple):
         )(self.read_BP, jnp.asarray(self.walk.query_P), jnp.asarray(self.walk.ends_P), *inputs)
 
 
-def by_sequences(function: Callable[..., Any], q, k, v, *rest: Any) -> Any:
+def by_sequences(function: Callable[..., Any], p: Problem, q, k, v, *rest: Any) -> Any:
     """`function` of arrays [B, ...], called for as many sequences at a time as the list of their steps has room for."""
-    batch, tiles = q.shape[0], tiles_for(q, k, v)
+    batch, tiles = q.shape[0], tiles_for(p, q, k, v)
     steps = -(-q.shape[1] // tiles.queries) * -(-k.shape[1] // tiles.keys)
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * steps <= STEPS))
     if size == batch:
@@ -223,12 +224,15 @@ def by_sequences(function: Callable[..., Any], q, k, v, *rest: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-def tiles_for(q: jax.Array, k: jax.Array, v: jax.Array) -> Tiles:
+def tiles_for(p: Problem, q: jax.Array, k: jax.Array, v: jax.Array) -> Tiles:
     """Tiles for queries [B, T, N, H], keys [B, S, K, H] and values [B, S, K, V].
 
-    They are of the largest size, or all that there are rounded up, with fewer queries where many heads share the keys.
+    They are of the largest size, or all that there are rounded up, with fewer queries where many heads share the keys,
+    and fewer keys where tiles that lie across the diagonal would be many of all.
     """
-    largest = launch_of("spark_attention_tpu", itemsize=q.dtype.itemsize, columns=q.shape[-1]).tiles
+    largest = list(launch_of(f"{name_of(p)}_tpu", itemsize=q.dtype.itemsize, columns=q.shape[-1]).tiles)
+    while largest[1] > max(512, k.shape[1] // 4):
+        largest[1] //= 2
     queries, keys = (min(most, -(-x.shape[1] // 128) * 128) for most, x in zip(largest, (q, k), strict=False))
     # Of each query in VMEM, the most that a kernel has, which is the one for gradients: blocks of it and of the
     # gradients of y and of itself, twice, for one is computed while the next moves; their sum, and three columns.
