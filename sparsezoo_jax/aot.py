@@ -125,6 +125,8 @@ def print_report(report: Report) -> None:
             for x in report.kernels
         ]
         cli.print_table("Pallas kernels in a step, by their own estimates", ("name", "calls", "TFLOP", "GB"), rows)
+    for note in report.notes:
+        print(note)
     if report.unknown_loops:
         print(f"Loops of an unknown number of trips, counted once: {', '.join(report.unknown_loops)}")
     if report.fits:

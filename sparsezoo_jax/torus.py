@@ -79,3 +79,8 @@ def all_gather(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
         x = jax.lax.all_gather(x, axis_name, axis=axis, tiled=True, axis_index_groups=groups if size < count else None)
         stride = period
     return x
+
+
+def largest_ring(axis_name: str, devices: int) -> int:
+    """Size of the longest ring of a mesh axis of so many devices."""
+    return max(dict(_RINGS.value).get(axis_name, (devices,)))

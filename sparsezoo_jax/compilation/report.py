@@ -85,6 +85,8 @@ class Report:
     """Memory that is needed according to the compiler, if it gave up."""
     buffers: list[Buffer] = field(default_factory=list)
     """Largest buffers of a step that does not fit."""
+    notes: list[str] = field(default_factory=list)
+    """How the mesh's devices share the work of layers, where there is a choice."""
     suggestions: list[str] = field(default_factory=list)
     """Flags that would help it to fit."""
 
@@ -198,6 +200,7 @@ def _report(
         devices=devices,
         mesh=mesh,
         tokens=lowered.tokens,
+        notes=lowered.notes,
         param_dtype=config.model.param_dtype,
         dtype=config.model.dtype,
         fits=fits,

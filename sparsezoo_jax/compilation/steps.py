@@ -42,6 +42,8 @@ class LoweredStep:
     """The same of the decoder of equal parameters that computes everything; `sparse_flops` where there is none."""
     traced_flops: float
     """FLOPs of the matrix products in the traced step, on all devices."""
+    notes: list[str]
+    """How devices share the work of layers, where there is a choice."""
     seconds: float
     """Time to trace and lower."""
 
@@ -82,6 +84,8 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
     with use_mesh(mesh):
         traced = function.trace(*arguments)
         lowered = traced.lower()
+        shape = (config.data.batch_size, new, config.model.d_model)
+        shares = {spec.ffn.on_mesh(shape) for spec in config.model.layer_specs()}
     every_token = step != "prefill"
     tokens = config.data.batch_size * new
     last_logits = 0 if every_token else 2 * config.model.d_model * config.model.vocab_size * config.data.batch_size
@@ -99,6 +103,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         sparse_flops=needed(config.model),
         dense_flops=needed(dense_twin(config.model) or config.model),
         traced_flops=matmul_flops(live(traced.jaxpr.jaxpr), platform_of(mesh)),
+        notes=sorted(note for note in shares if note is not None),
         seconds=time.monotonic() - started,
     )
 

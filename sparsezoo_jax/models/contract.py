@@ -162,6 +162,13 @@ class FFNKind(Kind):
         """Parameters that no token needs all at once: those of experts beyond a fixed number of chosen ones."""
         return 0
 
+    def on_mesh(self, shape: tuple[int, int, int]) -> str | None:
+        """One line on how the devices of the active mesh share the layer's work, for a stream [B, T, D] of this shape.
+
+        Default: None, nothing to say.
+        """
+        return None
+
     def dense_twin(self) -> FFNKind | None:
         """The layer of equal parameters that computes all neurons; None where there is none."""
         return None

@@ -17,7 +17,7 @@ from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
-from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, weighted_ffn
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, Moved, grouped_ffn, move_and_why, weighted_ffn
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.sharding import constrain
 
@@ -58,6 +58,9 @@ class MoEFFNConfig(FFNKind):
     """Standard deviation of the experts' initial weights. None: as `model.init` says, by the width of one expert."""
     implementation: Dispatch | None = None
     """Form of the experts' product where k is fixed. None picks by platform; remoe and topp compute all experts."""
+    moved: Moved | None = None
+    """What devices of mesh.expert send each other: all experts' weights, or tokens, to their experts and back. None:
+    whichever are fewer bytes (docs/moe.md)."""
 
     def __post_init__(self):
         name = "model.ffn"
@@ -122,6 +125,13 @@ class MoEFFNConfig(FFNKind):
         """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
         return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
 
+    def on_mesh(self, shape: tuple[int, int, int]) -> str | None:
+        """What devices that split the experts send each other."""
+        if self.router not in FIXED_COUNT or self.implementation == "dense":
+            return None
+        up = (self.routed, shape[-1], self.expert_width)
+        return move_and_why(self.moved, shape, self.k - self.shared, up, maps=2)
+
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEFFN:
         return MoEFFN(self, ctx, rngs)
 
@@ -158,6 +168,7 @@ class MoEFFN(FFN):
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(active_BTE, ctx)
         stats["max_load"] = jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1e-20)
+        stats |= routers.device_load(load_E)
         aux = LayerAux(
             losses=self._losses(routing, ctx),
             stats=stats,
@@ -204,6 +215,7 @@ class MoEFFN(FFN):
             *maps,
             activation=activation,
             implementation=self.config.implementation,
+            moved=self.config.moved,
         )
         return y_BTD
 

@@ -23,7 +23,14 @@ from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, grouped_ffn, hidden_units, pre_activations
+from sparsezoo_jax.pallas_kernels.grouped_ffn import (
+    Dispatch,
+    Moved,
+    grouped_ffn,
+    hidden_units,
+    move_and_why,
+    pre_activations,
+)
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import replicate
 
@@ -63,6 +70,9 @@ class MoEXFFNConfig(FFNKind):
     """Probabilities in the balance loss: softmax over the scores of all experts, or the weights of the chosen ones."""
     implementation: Dispatch | None = None
     """Form of the experts' product; None picks by platform."""
+    moved: Moved | None = None
+    """What devices of mesh.expert send each other: all experts' weights, or tokens, to their experts and back. None:
+    whichever are fewer bytes (docs/moe.md)."""
 
     def __post_init__(self):
         name = "model.ffn"
@@ -138,6 +148,12 @@ class MoEXFFNConfig(FFNKind):
             up_EDW = (up_EDW.astype(jnp.float32) * factor).astype(up_EDW.dtype)
         return {"up_EDW": up_EDW, "down_EWD": copies(weights["down_FD"])}
 
+    def on_mesh(self, shape: tuple[int, int, int]) -> str | None:
+        """What devices that split the experts send each other."""
+        if self.implementation == "dense":
+            return None
+        return move_and_why(self.moved, shape, self.k, (self.experts, shape[-1], self.expert_width), maps=2)
+
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEXFFN:
         return MoEXFFN(self, ctx, rngs)
 
@@ -206,6 +222,7 @@ class MoEXFFN(FFN):
             activation=activation_fn(self.config.activation),
             return_active=True,
             implementation=self.config.implementation,
+            moved=self.config.moved,
         )
         y_BTD, active_BTK = result
         return y_BTD, jnp.sum(active_BTK, axis=-1)
@@ -228,6 +245,7 @@ class MoEXFFN(FFN):
             "ffn_density": l0 / config.d_ff,
             "l0": l0,
             "max_load": jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1e-20),
+            **routers.device_load(load_E),
         }
         records = {
             EXPERT_SCORES: lambda: routing.weights_BTE,

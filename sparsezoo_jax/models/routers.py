@@ -13,6 +13,7 @@ from flax import nnx
 
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.pallas_kernels.grouped_ffn import spread
+from sparsezoo_jax.sharding import num_shards
 
 
 class RouterBias(nnx.Variable):
@@ -141,6 +142,15 @@ def loads(active_BTE: jax.Array, ctx: CallContext) -> jax.Array:
     real_BT = ctx.valid_BT.astype(jnp.float32)
     taken_E = jnp.einsum("bte,bt->e", jax.lax.stop_gradient(active_BTE).astype(jnp.float32), real_BT)
     return taken_E / jnp.maximum(jnp.sum(real_BT), 1)
+
+
+def device_load(load_E: jax.Array) -> dict[str, jax.Array]:
+    """Assignments of the device that has most, of the mean, where a mesh splits the experts: `max_device_load`."""
+    devices = num_shards("experts", load_E.size)
+    if devices == 1:
+        return {}
+    load_n = jnp.sum(load_E.reshape(devices, -1), axis=1)
+    return {"max_device_load": jnp.max(load_n) / jnp.maximum(jnp.mean(load_n), 1e-20)}
 
 
 def _mean_over_tokens(x_BTE: jax.Array, ctx: CallContext) -> jax.Array:

@@ -11,6 +11,8 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import ragged
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn, spread, weighted_ffn
 from sparsezoo_jax.pallas_kernels.grouped_ffn.by_expert import TILE
+from sparsezoo_jax.pallas_kernels.grouped_ffn.exchange import sends_fewer_bytes
+from sparsezoo_jax.torus import use_rings
 
 
 @pytest.fixture(params=["dense", "ragged", "loop"])
@@ -187,3 +189,21 @@ def test_weight_gradient_by_megablox(sizes, width):
     expected = ragged.dense_weight_gradient(x, g, jnp.array(sizes))
     found = ragged.megablox_weight_gradient(x, g, jnp.array(sizes), interpret=True)
     np.testing.assert_allclose(found, expected, atol=1e-4)  # sums over 700 rows in another order
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "experts", "width", "devices", "rings", "sends"),
+    [
+        (8192, 6, 48, 1408, 4, (4,), True),  # 196,608 < 270,336
+        (8192, 6, 48, 1408, 8, (8,), False),
+        (8192, 6, 48, 1408, 16, (4, 4), True),
+        (8192, 16, 1024, 64, 4, (4,), False),  # 524,288 > 262,144
+        (2048, 16, 1024, 64, 4, (4,), True),
+    ],
+)
+def test_what_is_sent_to_experts_on_other_devices(tokens, k, experts, width, devices, rings, sends):
+    with use_rings((("expert", rings),) if len(rings) > 1 else ()):
+        why = sends_fewer_bytes(tokens, k, experts, width, 2, devices, "expert")
+    assert (why is not None) == sends
+    if sends:
+        assert f"{max(rings)} * {tokens} tokens * k={k}" in why

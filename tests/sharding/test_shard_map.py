@@ -70,3 +70,16 @@ def test_spark_attention_on_meshes(on_eight_devices):
 def test_tensor_halves_the_work_of_every_kind_of_expert(on_eight_devices):
     for name, (whole, split) in on_eight_devices("split_widths").items():
         assert whole / split == pytest.approx(2, rel=0.1), f"{name}: a router and statistics are not split"
+
+
+@pytest.mark.slow
+def test_tokens_sent_to_their_experts(on_eight_devices):
+    """The same as one device gives, by sending tokens and, where a device lacks room, by gathering weights."""
+    report = on_eight_devices("exchanged_tokens")
+    assert len(report) == 4
+    for name, found in report.items():
+        assert found["sends"], name
+        assert (found["fullest"] > 1) == name.startswith("crowded"), name
+        assert len(found["distances"]) == 8, name
+        # Outputs near 100 are rounded by 1e-5 in float32, and so are their sines, of which the loss is made.
+        assert max(found["distances"]) < 1e-4, name
