@@ -29,7 +29,7 @@ class Aot(RunConfig):
 
     topology: str = "v5e:2x2"
     """Hardware: a TPU generation and its chips (v4:2x2x2, v5e:2x4, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1), or
-    h100:SLICESxHOSTSxGPUS. `--mesh.slices` takes so many of it."""
+    h100:SLICESxHOSTSxGPUS (also a100, l40s). `--mesh.slices` takes so many of it."""
     step: Literal["train", "decode", "prefill"] = "train"
     """What to compile: a train step, one more token with a cache, or the reading of a prompt into an empty cache."""
     context: int | None = None

@@ -103,6 +103,7 @@ def test_a_step_that_does_not_fit(monkeypatch, capsys):
         (("--topology", "v5e:2x2", "--step", "decode", "--context", "65"), "model.max_seq_len=64"),
         (("--topology", "v5e:2x2", "--step", "sleep"), "decode"),
         (("--topology", "h100:2x1x4"), "1xHOSTSxGPUS"),
+        (("--topology", "l40s:2x1x4"), "1xHOSTSxGPUS"),
         (("--matmul-efficiency", "1.5"), "must be above 0 and at most 1"),
     ],
 )

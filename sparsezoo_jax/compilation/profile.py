@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsezoo_jax.chips import GPUS
 from sparsezoo_jax.compilation.topologies import Topology
 from sparsezoo_jax.errors import ConfigError, UserError
 
@@ -34,7 +35,7 @@ def profile_command(args: Sequence[str], topology: Topology, top: int = 20) -> d
       ConfigError: not a TPU.
       UserError: the compiler failed, or needed more than `MEMORY_LIMIT` bytes or `TIME_LIMIT` seconds.
     """
-    if topology.generation == "h100":
+    if topology.generation in GPUS:
         raise ConfigError("--profile", topology.name, "works for TPUs only")
     kept = [arg for arg in args if arg not in ("--profile", "--no-profile")]
     command = [sys.executable, "-m", "sparsezoo_jax.aot", *kept]

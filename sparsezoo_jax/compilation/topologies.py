@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from sparsezoo_jax.chips import CHIPS, Chip
+from sparsezoo_jax.chips import CHIPS, GPUS, Chip
 from sparsezoo_jax.errors import ConfigError, UserError
 
 #: What libtpu wants to know on a machine without a TPU; without it, it prints complaints and asks the network.
@@ -30,7 +30,8 @@ ENVIRONMENT = {
 _ARGUMENTS = {"v4": {"chip_config_name": "megacore"}}
 
 EXAMPLES = (
-    "v4:2x2x2, v5e:2x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4 (chips along each side), h100:1x1x8 (slices x hosts x GPUs)"
+    "v4:2x2x2, v5e:2x4, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4 (chips along each side), h100:1x1x8 (slices x hosts x GPUs), "
+    "a100:1x1x8, l40s:1x1x1"
 )
 MAX_CHIPS = 1024
 
@@ -93,9 +94,9 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", layout):
         raise ConfigError("--topology", name, f"no such topology; there are {EXAMPLES}")
     sides = [int(side) for side in layout.split("x")]
-    if not 0 < math.prod(sides) * (1 if generation == "h100" else slices) <= MAX_CHIPS:
+    if not 0 < math.prod(sides) * (1 if generation in GPUS else slices) <= MAX_CHIPS:
         raise ConfigError("--topology", name, f"must have from 1 to {MAX_CHIPS} chips in all slices")
-    opened = _open_gpus(name, layout, sides, slices) if generation == "h100" else _open_tpus(name, sides, slices)
+    opened = _open_gpus(name, sides, slices) if generation in GPUS else _open_tpus(name, sides, slices)
     return Topology(name, generation, tuple(opened))
 
 
@@ -121,14 +122,15 @@ def _open_tpus(name: str, sides: list[int], slices: int) -> Any:
         raise ConfigError("--topology", name, f"{why}; for example {EXAMPLES}") from None
 
 
-def _open_gpus(name: str, layout: str, sides: list[int], slices: int) -> Any:
+def _open_gpus(name: str, sides: list[int], slices: int) -> Any:
     _needed("jax_cuda12_plugin", "GPUs")
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
     if len(sides) != 3 or sides[0] != slices:
         raise ConfigError("--topology", name, f"must be {slices}xHOSTSxGPUS for mesh.slices={slices}")
-    target = resources.files("sparsezoo_jax.compilation").joinpath("h100.textproto").read_text()
+    generation, _, layout = name.lower().partition(":")
+    target = resources.files("sparsezoo_jax.compilation").joinpath(f"{generation}.textproto").read_text()
     try:
         return topologies.get_topology_desc(platform="cuda", target_config=target, topology=layout).devices
     except (JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
