@@ -57,15 +57,15 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
             for name, case in zip(names, attention[width], strict=True)
         ]
     else:
-        squares = [(128, 64), (128, 32), (64, 64), (64, 32), (64, 128)]
-        slim = [(128, 16), (128, 32), (64, 32), (64, 64), (32, 64)]
+        squares = [(128, 64), (128, 32), (64, 64), (64, 32), (64, 128), (128, 128)]
+        slim = [(128, 16), (128, 32), (64, 32), (64, 64), (32, 64), (128, 64)]
         tall = [(64, 32), (32, 64), (64, 64), (32, 128), (32, 32)]
         found = []
         for width in widths:
-            case, flash = attention[width]
-            for name, tiles in (("moments", squares), ("mix", squares), ("queries", slim), ("keys", tall)):
-                found.append(Search(f"spark_attention_{name}", case, grid(tiles, (4, 8), (2, 3)), width))
-            found.append(Search("spark_attention_all_keys", flash, grid(squares, (4, 8), (2, 3)), width))
+            names = ("spark_attention", ("moments", "mix")), ("flash_attention", ("all_keys",))
+            for (name, forward), case in zip(names, attention[width], strict=True):
+                for part, tiles in (*((part, squares) for part in forward), ("queries", slim), ("keys", tall)):
+                    found.append(Search(f"{name}_{part}", case, grid(tiles, (4, 8), (2, 3)), width))
         hidden = grid([(16, 64), (16, 128), (16, 256), (32, 128)], (2, 4), (2, 3))
         sums = grid([(32, 64, 16), (32, 128, 16), (32, 32, 16), (32, 64, 32), (64, 64, 16)], (2, 4), (2, 3))
         unions = grid([(32, 64), (16, 64), (32, 128), (64, 64)], (2, 4), (2, 3, 4))

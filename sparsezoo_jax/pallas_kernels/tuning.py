@@ -40,15 +40,34 @@ class Key(NamedTuple):
 TABLE: dict[Key, Launch] = {
     # Queries and keys of a tile of scores.
     Key("spark_attention_moments"): Launch((32, 32), 8, 2),
-    Key("spark_attention_moments", 2): Launch((128, 64), 4, 2),
+    Key("spark_attention_moments", 2): Launch((128, 64), 8, 2),
     Key("spark_attention_mix"): Launch((32, 32), 8, 1),
     Key("spark_attention_mix", 2): Launch((128, 32), 8, 3),
-    Key("spark_attention_all_keys"): Launch((32, 32), 8, 1),
-    Key("spark_attention_all_keys", 2): Launch((128, 32), 8, 3),
+    Key("spark_attention_mix", 2, "8.0"): Launch((64, 32), 8, 2),
     Key("spark_attention_queries"): Launch((32, 32), 8, 1),
     Key("spark_attention_queries", 2): Launch((128, 16), 8, 3),
+    Key("spark_attention_queries", 2, "8.0"): Launch((64, 32), 8, 2),
     Key("spark_attention_keys"): Launch((32, 32), 8, 1),
     Key("spark_attention_keys", 2): Launch((64, 32), 8, 2),
+    # Likewise. An H100's asynchronous products have 64 rows at least, which the program's own tile makes. Older cards
+    # hold more of the operands in registers.
+    Key("flash_attention_all_keys"): Launch((32, 32), 8, 1),
+    Key("flash_attention_all_keys", 2): Launch((128, 64), 8, 2),
+    Key("flash_attention_all_keys", 2, columns=128): Launch((128, 128), 8, 2),
+    Key("flash_attention_all_keys", 2, "8.0"): Launch((64, 32), 8, 3),
+    Key("flash_attention_all_keys", 2, "8.0", 128): Launch((128, 64), 8, 2),
+    **{Key("flash_attention_all_keys", 2, card): Launch((64, 32), 8, 2) for card in ("8.6", "8.9")},
+    **{Key("flash_attention_all_keys", 2, card, 128): Launch((128, 32), 8, 2) for card in ("8.6", "8.9")},
+    Key("flash_attention_queries"): Launch((32, 32), 8, 1),
+    Key("flash_attention_queries", 2): Launch((128, 32), 8, 2),
+    Key("flash_attention_queries", 2, columns=128): Launch((128, 64), 8, 2),
+    Key("flash_attention_queries", 2, "8.0"): Launch((64, 32), 8, 2),
+    Key("flash_attention_queries", 2, "8.0", 128): Launch((128, 32), 8, 2),
+    **{Key("flash_attention_queries", 2, card): Launch((32, 32), 4, 1) for card in ("8.6", "8.9")},
+    **{Key("flash_attention_queries", 2, card, 128): Launch((64, 32), 8, 2) for card in ("8.6", "8.9")},
+    Key("flash_attention_keys"): Launch((32, 32), 8, 1),
+    Key("flash_attention_keys", 2): Launch((32, 64), 8, 2),
+    Key("flash_attention_keys", 2, columns=128): Launch((64, 64), 8, 2),
     # On TPUs: queries and keys at most, and queries worked on at a time, multiples of 128. With 128 of these the matrix
     # unit waits more often for the keys that it takes in (docs/kernels.md has the compiler's bundles).
     Key("spark_attention_tpu"): Launch((512, 512, 256)),

@@ -354,13 +354,30 @@ def test_bounds_leave_out_what_nothing_can_see(window):
     visible = Visibility.of_tokens(segments, window)
     positions = visible.key_positions_BS.at[2].set(511 - visible.key_positions_BS[2])
     visible = padded_visibility(dataclasses.replace(visible, key_positions_BS=positions, ordered=False), tiles)
-    needed_BIJ = np.asarray(visible.mask).reshape(3, 8, 64, 16, 32).any((2, 4))
-    for (first, stop), needed in zip(bounds(visible, tiles), (needed_BIJ, needed_BIJ.swapaxes(1, 2)), strict=True):
+    pairs = np.asarray(visible.mask).reshape(3, 8, 64, 16, 32)
+    for found, order in zip(bounds(visible, tiles), ((0, 1, 2), (0, 2, 1)), strict=True):
+        needed, whole = (x.transpose(order) for x in (pairs.any((2, 4)), pairs.all((2, 4))))
         for (b, i), here in np.ndenumerate(needed.any(-1)):
-            there = np.flatnonzero(needed[b, i])
-            assert not here or first[b, i] <= there[0] <= there[-1] < stop[b, i]
+            there, (first, full, rest, stop) = np.flatnonzero(needed[b, i]), (int(x[b, i]) for x in found)
+            assert not here or first <= there[0] <= there[-1] < stop
+            assert whole[b, i, full:rest].all()
+            assert rest - full == whole[b, i].sum()
+            assert not here or first <= full <= rest <= stop
             if b != 1:  # documents are told apart by tiles only
-                assert max(0, int(stop[b, i]) - int(first[b, i])) == len(there), "no tile is idle"
+                assert max(0, stop - first) == len(there), "no tile is idle"
+
+
+def test_one_run_of_tiles_is_without_a_mask():
+    """Places without order: of several runs the last; the tiles between them keep their masks."""
+    places = jnp.zeros((1, 256), jnp.int32).at[:, 64:128].set(5)
+    segments = jnp.ones((1, 256), jnp.int32)
+    visible = Visibility(
+        query_positions_BT=jnp.full((1, 64), 3),
+        key_positions_BS=places,
+        query_segments_BT=segments[:, :64],
+        key_segments_BS=segments,
+    )
+    assert [int(x[0, 0]) for x in bounds(visible, Tiles(64, 64))[0]] == [0, 2, 4, 4]
 
 
 @pytest.mark.parametrize("window", [None, 100])

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparsezoo_jax.pallas_kernels import spark_attention, spark_ffn_rows
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels import flash_attention, spark_attention, spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.tuning import (
     TABLE,
@@ -86,6 +87,21 @@ def test_kernels_are_traced_again_for_another_target():
     assert at_home == [(4,), (4,)], "two tiles of 128 queries for each of two heads"
     assert elsewhere[0] == (4,), "one part of the heads fits"
     assert elsewhere[1] > (4,)
+
+
+def test_attention_is_xla_s_where_no_tiles_fit():
+    x = jnp.zeros((1, 256, 2, 256))
+    visible = Visibility.of_tokens(jnp.ones((1, 256), jnp.int32))
+
+    def programs():
+        return len(grids(lambda x: flash_attention(x, x, x, visible), x))
+
+    with compiling_for(card("8.9", 101_376)):
+        assert programs() == 2, "the kernel of a TPU and that of a GPU"
+    with compiling_for(card("7.5", 65_536)):
+        assert programs() == 1
+        with pytest.raises(ConfigError, match="has no tiles of 256 columns that fit into shared memory"):
+            flash_attention(x, x, x, visible, implementation="pallas_gpu")
 
 
 def test_tried_launches_come_before_the_table():

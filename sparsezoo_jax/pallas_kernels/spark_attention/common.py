@@ -154,13 +154,16 @@ class Moments(NamedTuple):
 
     @classmethod
     def of_tile(cls, scores: jax.Array, visible: jax.Array | None, count: jax.Array) -> Moments:
-        """The moments of those scores [I, J] that are `visible` (None: all), of which each query has `count` [I, 1].
+        """The moments of those scores [I, J] that are `visible` (None: all), of which each query has `count`.
 
-        The squares take a second pass over the tile, from the mean that the first one found.
+        That is a column [I, 1] or an array [I], and so are they. The squares take a second pass over the tile, from the
+        mean that the first one found.
         """
-        mean = jnp.sum(where(visible, scores, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1)
-        squares = jnp.sum(where(visible, jnp.square(scores - mean), 0), axis=-1, keepdims=True)
-        return cls(mean, squares, jnp.max(where(visible, scores, NEGATIVE), axis=-1, keepdims=True))
+        columns = count.ndim == scores.ndim
+        mean = jnp.sum(where(visible, scores, 0), axis=-1, keepdims=columns) / jnp.maximum(count, 1)
+        distance = scores - (mean if columns else mean[..., None])
+        squares = jnp.sum(where(visible, jnp.square(distance), 0), axis=-1, keepdims=columns)
+        return cls(mean, squares, jnp.max(where(visible, scores, NEGATIVE), axis=-1, keepdims=columns))
 
     def merged(self, tile: Moments, before: jax.Array, share: jax.Array) -> Moments:
         """The moments of all scores so far and those of one more tile together.

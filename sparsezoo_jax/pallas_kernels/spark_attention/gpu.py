@@ -6,12 +6,14 @@ they may see: from the first to the last of them, by positions and segments.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value head,
 H head width, V width of values, I queries and J keys of a tile of scores, X = B * N heads of queries of all sequences,
-Y = B * K heads of keys. The width of an array is filled up to a power of two. Numbers of a tile's rows are columns
-[I, 1], those of its columns lines [1, J]: the program's own tile makes the rows, the tiles of its loop the columns.
+Y = B * K heads of keys. The width of an array is filled up to a power of two. Numbers of a tile's queries and keys are
+arrays [I] and [J], and become columns [I, 1] and lines [1, J] where they meet scores: kept as these, every thread would
+hold as many copies as it has scores. The program's own tile makes the rows, the tiles of its loop the columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     LOWEST_BEST,
     Moments,
     accumulator_dtype,
+    bounded,
     capped,
     chosen,
     from_heads,
@@ -67,7 +70,7 @@ class Parts(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Positions and segments of queries or of keys, [B, T, 1] as columns or [B, 1, T] as lines."""
+    """Positions and segments of queries or of keys, arrays [B, T] or references to them, or those of a tile."""
 
     positions: Any
     segments: Any
@@ -83,16 +86,63 @@ def load_tiles(refs: Any, row, tile, size: int) -> Any:
     return jax.tree.map(lambda ref: plgpu.load(tile_ref(ref, row, tile, size)), refs)
 
 
-def load_lines(refs: Any, row, tile, size: int) -> Any:
-    """A tile [1, size] of each of `refs` [rows, 1, T]."""
-    return jax.tree.map(lambda ref: plgpu.load(ref.at[row, pl.ds(jnp.int32(0), 1), pl.ds(tile * size, size)]), refs)
+def numbers_ref(ref, row, tile, size: int) -> Any:
+    """The reference to a tile [size] of `ref` [rows, T]."""
+    return ref.at[row, pl.ds(tile * size, size)]
 
 
-def places_of(v: Visibility, *, queries_own: bool) -> tuple[Places, Places]:
-    """Places of queries and of keys; columns for those that programs have a tile of, lines for the others."""
-    q_axis, k_axis = (2, 1) if queries_own else (1, 2)
-    queries = Places(*(jnp.expand_dims(x, q_axis) for x in (v.query_positions_BT, v.query_segments_BT)))
-    return queries, Places(*(jnp.expand_dims(x, k_axis) for x in (v.key_positions_BS, v.key_segments_BS)))
+def load_numbers(refs: Any, row, tile, size: int) -> Any:
+    """A tile [size] of each of `refs` [rows, T]."""
+    return jax.tree.map(lambda ref: plgpu.load(numbers_ref(ref, row, tile, size)), refs)
+
+
+def columns(numbers: Any) -> Any:
+    """Arrays [I] as columns [I, 1]."""
+    return jax.tree.map(lambda x: x[:, None], numbers)
+
+
+def lines(numbers: Any) -> Any:
+    """Arrays [J] as lines [1, J]."""
+    return jax.tree.map(lambda x: x[None, :], numbers)
+
+
+def places_of(v: Visibility) -> tuple[Places, Places]:
+    """Places of queries and of keys."""
+    return Places(v.query_positions_BT, v.query_segments_BT), Places(v.key_positions_BS, v.key_segments_BS)
+
+
+def over_tiles(bounds: Bounds, sequence, tile, step: Callable[..., Any], start: Any) -> Any:
+    """What `step(j, carry, masked=...)` makes of `start`, over the tiles j that `tile` of this sequence may see.
+
+    Those of which everything is visible come first, in a loop without a mask.
+    """
+    first, full, rest, stop = (ref[sequence, tile] for ref in bounds)
+    run = rest - full
+
+    def unmasked(n, carry):
+        return step(full + n, carry, masked=False)
+
+    def masked(n, carry):
+        j = first + n
+        return step(jnp.where(j < full, j, j + run), carry, masked=True)
+
+    # Counted from 0, the loops take fewer registers.
+    carry = jax.lax.fori_loop(jnp.int32(0), run, unmasked, start)
+    return jax.lax.fori_loop(jnp.int32(0), stop - first - run, masked, carry)
+
+
+def exp(x: jax.Array) -> jax.Array:
+    """`jnp.exp` by a power of two: two instructions in place of eight."""
+    return jnp.exp2(math.log2(math.e) * x)
+
+
+def scores_of(rows: jax.Array, columns: jax.Array, cap: float | None) -> jax.Array:
+    """The products of all rows [I, H] and columns [J, H], after their cap."""
+    scores = product(rows, columns, (1, 1))
+    if cap is None or rows.dtype != jnp.bfloat16:
+        return capped(scores, cap)
+    # tanh() to 1e-7, by half of the instructions of CUDA's, which is as exact near 0 as elsewhere.
+    return cap - 2 * cap / (1 + exp((2 / cap) * scores))
 
 
 def arrange(q, k, v, p: Problem) -> tuple[Parts, Parts]:
@@ -136,7 +186,7 @@ class Call(NamedTuple):
         return jax.lax.div(head, jnp.int32(self.heads)), head, jax.lax.div(head, jnp.int32(self.group)), tile
 
     def sees(self, queries: Places, keys: Places) -> jax.Array:
-        """Whether queries see keys, for all pairs of a column and a line."""
+        """Whether queries see keys, of which some are columns and the others lines."""
         return sees(queries.positions, keys.positions, queries.segments, keys.segments, self.window)
 
     def run(self, kernel: Callable, inputs: Sequence[Any], outputs: Sequence[Any], interpret: Any) -> Any:
@@ -164,23 +214,25 @@ def _moments_kernel(
     size, k_size = call.launch.tiles
     sequence, head, k_head, tile = call.query_program()
     q1 = load_tiles(q1_ref, head, tile, size)
-    of_queries = load_tiles(q_places, sequence, tile, size)
+    of_queries = load_numbers(q_places, sequence, tile, size)
 
-    def step(j, carry):
+    def step(j, carry, masked):
         before, moments = carry
         k1 = load_tiles(k1_ref, k_head, j, k_size)
-        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
-        scores = capped(product(q1, k1, (1, 1)), call.p.softcap)
-        here = jnp.sum(visible.astype(before.dtype), axis=-1, keepdims=True)
+        scores = scores_of(q1, k1, call.p.softcap)
+        visible, here = None, jnp.full_like(before, k_size)
+        if masked:
+            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, sequence, j, k_size)))
+            here = jnp.sum(visible.astype(before.dtype), axis=-1)
         count = before + here
         found = Moments.of_tile(scores, visible, here)
         return count, moments.merged(found, before, here / jnp.maximum(count, 1))
 
-    zero = jnp.zeros((size, 1), accumulator_dtype(q1_ref))
+    zero = jnp.zeros(size, accumulator_dtype(q1_ref))
     start = (zero, Moments(zero, zero, jnp.full_like(zero, NEGATIVE)))
-    count, moments = jax.lax.fori_loop(keys.first[sequence, tile], keys.stop[sequence, tile], step, start)
+    count, moments = over_tiles(keys, sequence, tile, step, start)
     for ref, value in zip((count_ref, *moment_refs), (count, *moments), strict=True):
-        plgpu.store(tile_ref(ref, head, tile, size), value)
+        plgpu.store(numbers_ref(ref, head, tile, size), value)
 
 
 class Selection(NamedTuple):
@@ -207,30 +259,32 @@ def _mix_kernel(
     (size, k_size), p = call.launch.tiles, call.p
     sequence, head, k_head, tile = call.query_program()
     q = load_tiles(queries, head, tile, size)
-    of_queries = load_tiles(q_places, sequence, tile, size)
-    threshold, best = load_tiles(selection, head, tile, size)
+    of_queries = load_numbers(q_places, sequence, tile, size)
+    threshold, best = load_numbers(selection, head, tile, size)
 
-    def step(j, carry):
+    def step(j, carry, masked):
         total, attended, mixed = carry
         k = load_tiles(keys, k_head, j, k_size)
-        scores = capped(product(q.predictor, k.predictor, (1, 1)), p.softcap)
-        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
-        selected = chosen(scores, visible, threshold, p)
-        weights = jnp.where(selected, jnp.exp(scores - best), 0)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        attended += jnp.sum(selected.astype(weights.dtype), axis=-1, keepdims=True)
+        scores = scores_of(q.predictor, k.predictor, p.softcap)
+        visible = None
+        if masked:
+            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, sequence, j, k_size)))
+        selected = chosen(scores, visible, columns(threshold), p)
+        weights = jnp.where(selected, exp(scores - columns(best)), 0)
+        total += jnp.sum(weights, axis=-1)
+        attended += jnp.sum(selected.astype(weights.dtype), axis=-1)
         if k.rest is not None:
-            weights *= softplus_and_slope(capped(product(q.rest, k.rest, (1, 1)), p.softcap_values))[0]
+            weights *= softplus_and_slope(scores_of(q.rest, k.rest, p.softcap_values))[0]
         return total, attended, mixed + product(weights.astype(k.values.dtype), k.values, (1, 0))
 
     zero = jnp.zeros_like(best)
     start = (zero, zero, jnp.zeros((size, keys.values.shape[-1]), best.dtype))
-    first, stop = bounds.first[sequence, tile], bounds.stop[sequence, tile]
-    total, attended, mixed = jax.lax.fori_loop(first, stop, step, start)
+    total, attended, mixed = over_tiles(bounds, sequence, tile, step, start)
     # A query that sees nothing has a softmax over nothing: its values are zero.
-    y = mixed / jnp.where(total == 0, 1, total)
-    for ref, value in ((y_ref, y), (total_ref, total), (attended_ref, attended)):
-        plgpu.store(tile_ref(ref, head, tile, size), value.astype(ref.dtype))
+    y = mixed / columns(jnp.where(total == 0, 1, total))
+    plgpu.store(tile_ref(y_ref, head, tile, size), y.astype(y_ref.dtype))
+    for ref, value in ((total_ref, total), (attended_ref, attended)):
+        plgpu.store(numbers_ref(ref, head, tile, size), value.astype(ref.dtype))
 
 
 def _all_keys_kernel(
@@ -246,33 +300,40 @@ def _all_keys_kernel(
 ):
     """Values mixed by the weights of all visible keys, and the logarithm of the softmax's sum, in one pass.
 
-    The best score so far stands for the best of all; sums are scaled down to a better one when it appears.
+    The best score so far stands for the best of all; sums are scaled down to a better one when it appears. Where a cap
+    bounds the scores, exponentials are summed as they are.
     """
     (size, k_size), p = call.launch.tiles, call.p
     sequence, head, k_head, tile = call.query_program()
     q = load_tiles(queries, head, tile, size)
-    of_queries = load_tiles(q_places, sequence, tile, size)
+    of_queries = load_numbers(q_places, sequence, tile, size)
 
-    def step(j, carry):
-        before, total, mixed = carry
+    def step(j, carry, masked):
+        best, total, mixed = carry
         k = load_tiles(keys, k_head, j, k_size)
-        scores = capped(product(q.predictor, k.predictor, (1, 1)), p.softcap)
-        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
-        scores = jnp.where(visible, scores, NEGATIVE)
-        best = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
-        weights, shrunk = jnp.exp(scores - best), jnp.exp(before - best)
-        total = shrunk * total + jnp.sum(weights, axis=-1, keepdims=True)
+        scores = scores_of(q.predictor, k.predictor, p.softcap)
+        if masked:
+            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, sequence, j, k_size)))
+            scores = jnp.where(visible, scores, NEGATIVE)
+        if best is not None:
+            before, best = best, jnp.maximum(best, jnp.max(scores, axis=-1))
+            shrunk, scores = exp(before - best), scores - columns(best)
+            total, mixed = shrunk * total, columns(shrunk) * mixed
+        weights = exp(scores)
+        total += jnp.sum(weights, axis=-1)
         if k.rest is not None:
-            weights *= softplus_and_slope(capped(product(q.rest, k.rest, (1, 1)), p.softcap_values))[0]
-        return best, total, shrunk * mixed + product(weights.astype(k.values.dtype), k.values, (1, 0))
+            weights *= softplus_and_slope(scores_of(q.rest, k.rest, p.softcap_values))[0]
+        return best, total, mixed + product(weights.astype(k.values.dtype), k.values, (1, 0))
 
-    zero = jnp.zeros((size, 1), accumulator_dtype(queries.predictor))
-    start = (jnp.full_like(zero, LOWEST_BEST), zero, jnp.zeros((size, keys.values.shape[-1]), zero.dtype))
-    best, total, mixed = jax.lax.fori_loop(bounds.first[sequence, tile], bounds.stop[sequence, tile], step, start)
+    zero = jnp.zeros(size, accumulator_dtype(queries.predictor))
+    best = None if bounded(p) else jnp.full_like(zero, LOWEST_BEST)
+    start = (best, zero, jnp.zeros((size, keys.values.shape[-1]), zero.dtype))
+    best, total, mixed = over_tiles(bounds, sequence, tile, step, start)
     # A query that sees nothing has a softmax over nothing: its values are zero.
     total = jnp.where(total == 0, 1, total)
-    for ref, value in ((y_ref, mixed / total), (normaliser_ref, best + jnp.log(total))):
-        plgpu.store(tile_ref(ref, head, tile, size), value.astype(ref.dtype))
+    normaliser = jnp.log(total) if best is None else best + jnp.log(total)
+    plgpu.store(tile_ref(y_ref, head, tile, size), (mixed / columns(total)).astype(y_ref.dtype))
+    plgpu.store(numbers_ref(normaliser_ref, head, tile, size), normaliser)
 
 
 def forward(
@@ -280,51 +341,51 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Mixed values [B, T, N, V], attended keys [B, T, N], and for `backward` threshold and normaliser of each query.
 
-    The normaliser is the logarithm of the softmax's sum; the two are [X, T, 1].
+    The normaliser is the logarithm of the softmax's sum; the two are [X, T].
     """
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     queries, keys = arrange(q, k, v, p)
     seen_BT = visibility.keys_seen  # the compiler leaves it out where nothing asks for it
     visibility = padded_visibility(visibility, TILES)
     all_heads, padded_length, _ = queries.predictor.shape
-    column = jax.ShapeDtypeStruct((all_heads, padded_length, 1), accumulator_dtype(q))
+    number = jax.ShapeDtypeStruct((all_heads, padded_length), accumulator_dtype(q))
 
     def run(kernel, launch: Launch, inputs, outputs):
         tiles = Tiles(*launch.tiles)
-        inputs = [bounds(visibility, tiles)[0], *places_of(visibility, queries_own=True), *inputs]
+        inputs = [bounds(visibility, tiles)[0], *places_of(visibility), *inputs]
         count = padded_length // tiles.queries
         call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
         return call.run(kernel, inputs, outputs, interpret)
 
     def by_query(x_XTH: jax.Array) -> jax.Array:
-        return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:]), length)
+        return from_heads(x_XTH.reshape(batch, kv_heads, -1, padded_length, x_XTH.shape[-1]), length)
 
     like_y = jax.ShapeDtypeStruct((all_heads, padded_length, keys.values.shape[-1]), v.dtype)
     if p.selection == "none":
-        launch = launch_for("all_keys", q, queries, keys)
-        y, normaliser = run(_all_keys_kernel, launch, [queries, keys], [like_y, column])
+        launch = launch_for("flash_attention_all_keys", q, queries, keys)
+        y, normaliser = run(_all_keys_kernel, launch, [queries, keys], [like_y, number])
         attended = jnp.broadcast_to(seen_BT[:, :, None], (batch, length, heads))
         return by_query(y)[..., : v.shape[-1]], attended, (jnp.full_like(normaliser, ALL), normaliser)
 
-    launch = launch_for("moments", q, [queries.predictor], [keys.predictor])
-    outputs = [column, Moments(column, column, column)]
+    launch = launch_for("spark_attention_moments", q, [queries.predictor], [keys.predictor])
+    outputs = [number, Moments(number, number, number)]
     count, moments = run(_moments_kernel, launch, [queries.predictor, keys.predictor], outputs)
     threshold = threshold_of(count, moments, p)
     y, total, attended = run(
         _mix_kernel,
-        launch_for("mix", q, queries, keys),
+        launch_for("spark_attention_mix", q, queries, keys),
         [Selection(threshold, moments.best), queries, keys],
-        [like_y, column, jax.ShapeDtypeStruct(column.shape, jnp.int32)],
+        [like_y, number, jax.ShapeDtypeStruct(number.shape, jnp.int32)],
     )
     normaliser = moments.best + jnp.log(jnp.where(total == 0, 1, total))
-    return by_query(y)[..., : v.shape[-1]], by_query(attended)[..., 0], (threshold, normaliser)
+    return by_query(y)[..., : v.shape[-1]], by_query(attended[..., None])[..., 0], (threshold, normaliser)
 
 
 def launch_for(kernel: str, q: jax.Array, queries: Any, keys: Any) -> Launch:
     """How to launch a kernel that reads tiles of these arrays, for heads like those of `q`."""
-    launch = launch_of(f"spark_attention_{kernel}", itemsize=q.dtype.itemsize, columns=q.shape[-1])
+    launch = launch_of(kernel, itemsize=q.dtype.itemsize, columns=q.shape[-1])
     row = [sum(x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves(arrays)) for arrays in (queries, keys)]
-    fits = fitting(launch, *row, own=1 if kernel == "keys" else 0)
+    fits = fitting(launch, *row, own=1 if kernel.endswith("attention_keys") else 0)
     assert fits is not None, "`refusal` refuses heads for which no tiles fit"
     return fits
 

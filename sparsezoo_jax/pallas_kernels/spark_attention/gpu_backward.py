@@ -19,12 +19,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     accumulator_dtype,
-    capped,
     chosen,
     from_heads,
     joined,
+    name_of,
     tile_gradients,
     to_heads,
+    where,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
     TILES,
@@ -32,11 +33,16 @@ from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
     Parts,
     Places,
     arrange,
+    columns,
+    exp,
     launch_for,
-    load_lines,
+    lines,
+    load_numbers,
     load_tiles,
     merge_heads,
+    over_tiles,
     places_of,
+    scores_of,
     tile_ref,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
@@ -47,7 +53,7 @@ from sparsezoo_jax.pallas_kernels.tuning import Launch
 
 
 class Statistics(NamedTuple):
-    """Numbers of each query: arrays [X, T, 1] or [X, 1, T], references to them, or those of a tile."""
+    """Numbers of each query: arrays [X, T], references to them, or those of a tile, as columns or lines."""
 
     threshold: Any
     """The score from which on keys are selected."""
@@ -63,12 +69,12 @@ def _of_tile(own: Parts, others: Parts, of_queries: Statistics, visible, p: Prob
     The program's `own` tile makes the rows of the scores, the `others` of its loop the columns: so the rows lie where
     the next product wants them.
     """
-    scores = capped(product(own.predictor, others.predictor, (1, 1)), p.softcap)
+    scores = scores_of(own.predictor, others.predictor, p.softcap)
     selected = chosen(scores, visible, of_queries.threshold, p)
-    softmax = jnp.where(selected, jnp.exp(scores - of_queries.normaliser), 0)
+    softmax = where(selected, exp(scores - of_queries.normaliser), 0)
     arguments = None
     if own.rest is not None:
-        arguments = capped(product(own.rest, others.rest, (1, 1)), p.softcap_values)
+        arguments = scores_of(own.rest, others.rest, p.softcap_values)
     dweights = product(own.values, others.values, (1, 1))
     weights, dscores, darguments = tile_gradients(softmax, scores, arguments, dweights, of_queries.delta, p)
     dtype = own.predictor.dtype
@@ -96,15 +102,17 @@ def _queries_kernel(
     (size, k_size), p = call.launch.tiles, call.p
     sequence, head, k_head, tile = call.query_program()
     own = load_tiles(queries, head, tile, size)
-    of_queries, numbers = load_tiles(q_places, sequence, tile, size), load_tiles(statistics, head, tile, size)
+    of_queries, numbers = load_numbers(q_places, sequence, tile, size), load_numbers(statistics, head, tile, size)
 
-    def step(j, sums):
+    def step(j, sums, masked):
         others = load_tiles(keys, k_head, j, k_size)
-        visible = call.sees(of_queries, load_lines(k_places, sequence, j, k_size))
-        return _add_products(sums, _of_tile(own, others, numbers, visible, p), others)
+        visible = None
+        if masked:
+            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, sequence, j, k_size)))
+        return _add_products(sums, _of_tile(own, others, columns(numbers), visible, p), others)
 
     start = jax.tree.map(lambda ref: jnp.zeros((size, ref.shape[-1]), accumulator_dtype(ref)), dq)
-    sums = jax.lax.fori_loop(keys_seen.first[sequence, tile], keys_seen.stop[sequence, tile], step, start)
+    sums = over_tiles(keys_seen, sequence, tile, step, start)
     for ref, total, scale in zip(dq[:2], sums[:2], (p.predictor_scale, p.value_scale), strict=True):
         if ref is not None:
             plgpu.store(tile_ref(ref, head, tile, size), (scale * total).astype(ref.dtype))
@@ -126,14 +134,15 @@ def _keys_kernel(
     head, tile = call.program()
     sequence = jax.lax.div(head, jnp.int32(call.heads // call.group))
     own = load_tiles(keys, head, tile, size)
-    of_keys = load_tiles(k_places, sequence, tile, size)
+    of_keys = load_numbers(k_places, sequence, tile, size)
 
     def step(q_head, i, sums):
         others = load_tiles(queries, q_head, i, q_size)
-        visible = call.sees(load_lines(q_places, sequence, i, q_size), of_keys)
-        numbers = load_lines(statistics, q_head, i, q_size)
+        visible = call.sees(lines(load_numbers(q_places, sequence, i, q_size)), columns(of_keys))
+        numbers = lines(load_numbers(statistics, q_head, i, q_size))
         return _add_products(sums, _of_tile(own, others, numbers, visible, call.p), others)
 
+    # Everything is masked: registers don't suffice for what a second loop keeps from one head to the next.
     def of_head(g, sums):
         of_one = partial(step, head * call.group + g)
         return jax.lax.fori_loop(seen_by.first[sequence, tile], seen_by.stop[sequence, tile], of_one, sums)
@@ -155,13 +164,12 @@ def backward(
     visibility = padded_visibility(visibility, TILES)
     dtype = accumulator_dtype(y)
     delta = jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True)
-    columns = Statistics(*statistics, to_heads(delta, kv_heads, TILES).reshape(statistics[0].shape))
+    numbers = Statistics(*statistics, to_heads(delta, kv_heads, TILES).reshape(statistics[0].shape))
 
     def run(kernel: Callable, launch: Launch, like: Parts, *, queries_own: bool) -> Parts:
         tiles = Tiles(*launch.tiles)
-        numbers = columns if queries_own else Statistics(*(x.swapaxes(1, 2) for x in columns))
         loops = bounds(visibility, tiles)[0 if queries_own else 1]
-        inputs = [loops, *places_of(visibility, queries_own=queries_own), numbers, queries, keys]
+        inputs = [loops, *places_of(visibility), numbers, queries, keys]
         all_heads, padded_length, _ = like.predictor.shape
         count = padded_length // (tiles.queries if queries_own else tiles.keys)
         call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
@@ -170,7 +178,7 @@ def backward(
         )
         return gradients
 
-    launches = (launch_for(name, q, queries, keys) for name in ("queries", "keys"))
+    launches = (launch_for(f"{name_of(p)}_{part}", q, queries, keys) for part in ("queries", "keys"))
     dq = run(_queries_kernel, next(launches), queries._replace(values=None), queries_own=True)
     dk = run(_keys_kernel, next(launches), keys, queries_own=False)
 

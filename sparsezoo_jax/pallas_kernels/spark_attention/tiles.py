@@ -130,6 +130,11 @@ class Bounds(NamedTuple):
 
     first: jax.Array
     """The first tile that may be visible."""
+    full: jax.Array
+    """The first tile of a run in which every query sees every key: the last such run, in which causal attention has
+    all of them, unless a tile holds the end of a document."""
+    rest: jax.Array
+    """The tile after that run; equal to `full` if there is none."""
     stop: jax.Array
     """The tile after the last one that may be visible; no larger than `first` if none may be."""
 
@@ -142,13 +147,19 @@ def bounds(visibility: Visibility, tiles: Tiles) -> tuple[Bounds, Bounds]:
     places, segments, k_places, k_segments = extremes(visibility, tiles)
     queries = [x_BI[:, :, None] for x_BI in (*places, *segments)]
     keys = [x_BJ[:, None, :] for x_BJ in (*k_places, *k_segments)]
-    visible_BIJ = may_see(queries, keys, visibility.window)
+    visible_BIJ, full_BIJ = (see(queries, keys, visibility.window) for see in (may_see, all_see))
 
     def along(axis: int) -> Bounds:
         count = visible_BIJ.shape[axis]
         number = jax.lax.broadcasted_iota(jnp.int32, visible_BIJ.shape, axis)
-        first = jnp.min(jnp.where(visible_BIJ, number, count), axis)
-        return Bounds(first, jnp.max(jnp.where(visible_BIJ, number + 1, 0), axis))
+
+        def last(which_BIJ: jax.Array) -> jax.Array:
+            return jnp.max(jnp.where(which_BIJ, number + 1, 0), axis)
+
+        first, stop, rest = jnp.min(jnp.where(visible_BIJ, number, count), axis), last(visible_BIJ), last(full_BIJ)
+        full = last(~full_BIJ & (number < jnp.expand_dims(rest, axis)))
+        full, rest = (jnp.where(rest == 0, first, x) for x in (full, rest))  # without a run both lie at the first tile
+        return Bounds(first, full, rest, stop)
 
     return along(2), along(1)
 
