@@ -22,6 +22,7 @@ from sparsezoo_jax.pallas_kernels import (
     block_ffn,
     block_ffn_rows,
     block_ffn_union,
+    flash_attention,
     spark_attention,
     spark_attention_rows,
     spark_ffn,
@@ -40,6 +41,8 @@ datasheet: bounds. Attention's blocks read keys again and again; 8,192 of a laye
 """
 #: Tokens of an attention.
 LENGTH = 8192
+#: Heads, heads of keys, width and softcap of Llama 3 8B.
+LLAMA = (32, 8, 128, None)
 
 
 class Case(NamedTuple):
@@ -97,7 +100,9 @@ def cases() -> list[Case]:
     grouped = [_array(8192, width_in), _array(count, width_in, width_out), _array(count, dtype=jnp.int32)]
     found.append(Case(f"ragged_dot 8192 x {width_in}, {count} experts of {width_out}", ragged_matmul, grouped))
     found += decoding()
-    return found + [attention(name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
+    for make in (attention, flash):
+        found += [make(name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
+    return [*found, flash("pallas_gpu", True, *LLAMA)]
 
 
 def decoding() -> list[Case]:
@@ -171,6 +176,36 @@ def attention(implementation: str | None, gradient: bool, length: int = LENGTH) 
         columns = r + (9 if gradient else 2) * width
     pairs = length**2 if implementation == "xla" else length * (length + 1) // 2
     name = f"spark_attention {length} tokens{' and its gradient' * gradient}, {implementation}"
+    arguments = [q, k, k] + [q] * gradient
+    return Case(name, both if gradient else forward, arguments, flops=2 * heads * columns * pairs)
+
+
+def flash(
+    implementation: str,
+    gradient: bool,
+    heads: int = 8,
+    kv_heads: int = 4,
+    width: int = 256,
+    softcap: float | None = 50.0,
+) -> Case:
+    """Attention to all keys of a layer, by default of Gemma 2 2B, causal; `gradient` as of `attention`."""
+
+    def forward(q, k, v):
+        visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
+        return flash_attention(q, k, v, visible, softcap=softcap, implementation=implementation)
+
+    def both(q, k, v, g):
+        y, pull = jax.vjp(forward, q, k, v)
+        return y, pull(g)
+
+    q, k = _array(1, LENGTH, heads, width), _array(1, LENGTH, kv_heads, width)
+    # Products of width columns: two forward and four backward; the kernels make the scores and the weights' gradient
+    # twice more backward, of the pairs on and below the diagonal.
+    kernel = implementation != "xla"
+    pairs = LENGTH * (LENGTH + 1) // 2 if kernel else LENGTH**2
+    columns = width * ((9 if kernel else 6) if gradient else 2)
+    shape = "" if softcap else f" of {heads} heads of {width}"
+    name = f"flash_attention {LENGTH} tokens{shape}{' and its gradient' * gradient}, {implementation}"
     arguments = [q, k, k] + [q] * gradient
     return Case(name, both if gradient else forward, arguments, flops=2 * heads * columns * pairs)
 

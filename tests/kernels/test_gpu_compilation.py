@@ -15,6 +15,7 @@ from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
 from sparsezoo_jax.pallas_kernels import (
     block_ffn_rows,
     block_ffn_union,
+    flash_attention,
     spark_attention,
     spark_attention_rows,
     spark_ffn_rows,
@@ -30,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("optimised")
 TRITON = "__gpu$xla.gpu.triton"
 
 
-def compiled(function, *arrays):
+def compiled(function, *arrays, topology="h100:1x1x1"):
     """The text of the program of a function of arrays of (shape, dtype)."""
-    device = open_topology("h100:1x1x1").devices[0]
+    device = open_topology(topology).devices[0]
     sharding = SingleDeviceSharding(device)
     with lowering_for(device):
         args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arrays]
@@ -177,6 +178,27 @@ def test_shared_memory_suffices_for_the_widest_heads(r, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("topology", "selects"), [("l40s:1x1x1", False), ("l40s:1x1x1", True), ("a100:1x1x1", False)])
+def test_cards_with_less_shared_memory(topology, selects, dtype):
+    """Heads of 256 by default, on cards with 99 kB and 163 kB for a block."""
+
+    def both(q, k, v, g):
+        visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
+
+        def attention(q, k, v):
+            if selects:
+                return spark_attention(q, k, v, visible, r=128, top_k=64, softcap=50.0)[0]
+            return flash_attention(q, k, v, visible, softcap=50.0)
+
+        y, pull = jax.vjp(attention, q, k, v)
+        return y, pull(g)
+
+    arrays = [((1, 300, heads, 256), dtype) for heads in (2, 1, 1, 2)]
+    assert compiled(both, *arrays, topology=topology).count(TRITON) == (4 if selects else 3)
+
+
+@pytest.mark.slow
 def test_memory_of_attention_is_linear_in_the_length():
     temporaries = [
         compile_case(attention("pallas_gpu", True, length)).memory_analysis().temp_size_in_bytes
@@ -205,6 +227,8 @@ def test_default_of_attention_holds_no_scores():
         ("spark_attention_rows 1 query, 8192 keys, 256 a head selected", 1, 0.25),
         # A tile's sums take the registers of half a multiprocessor or more.
         ("spark_attention 8192 tokens and its gradient", 4, 0.125),
+        ("flash_attention 8192 tokens and its gradient", 3, 0.125),
+        ("flash_attention 8192 tokens of 32 heads of 128 and its gradient", 3, 0.125),
     ],
 )
 def test_registers_suffice(name, count, occupancy):
