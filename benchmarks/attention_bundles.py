@@ -4,7 +4,7 @@ For each generation and heads, of the loops over tiles in which every query sees
 512 x 512 scores of one head on one core, forward and backward, beside the cycles that the products take at the matrix
 unit's peak; the sum of the larger ones, for bundles leave out waits; and temporaries of both passes over a whole
 sequence. With --splash the same of the splash attention that comes with jax, of whole kernels, start and end of a tile
-included. Nothing is measured on a device.
+included; with --spark of Spark attention, whose forward pass takes two kernels. Nothing is measured on a device.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from benchmarks.shapes import TPUS
 HEADS = {"8/4 x 256, cap 50": (8, 4, 256, 50.0), "32/8 x 128": (32, 8, 128, None)}
 #: Multiply-adds a cycle of the matrix units of one core.
 MATRIX_UNITS = {"v5e": 4 * 128**2, "v5p": 4 * 128**2, "v6e": 4 * 256**2, "tpu7x": 4 * 256**2}
+#: In the names of the kernels of a pass.
+KERNELS = ("all_keys", "moments", "mix", "backward")
+#: Spark 2B's predictor and target number of keys.
+SPARK: dict[str, Any] = {"r": 128, "top_k": 256}
 #: Side of a block, and whether one kernel makes all gradients (with sums of the queries' for every block of keys).
 SPLASH = {"two backward kernels": (512, False), "fused backward": (1024, True)}
 
@@ -52,19 +56,19 @@ def loops(folder: Path) -> list[Loop]:
                 start = i
             elif not inside and start is not None:
                 if i - start > 200:
-                    found.append(Loop("backward" if "backward" in path.name else "forward", i - start))
+                    found.append(Loop(next(x for x in KERNELS if x in path.name), i - start))
                 start = None
     return found
 
 
-def compile_one(generation: str, heads: str, length: int, splash: str | None) -> None:
+def compile_one(generation: str, heads: str, length: int, form: str | None) -> None:
     """Compile both passes and print the bytes of their temporaries; run with the dump switched on."""
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
     from sparsezoo_jax.compilation.memory import compiled_memory
     from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
-    from sparsezoo_jax.pallas_kernels import flash_attention
+    from sparsezoo_jax.pallas_kernels import flash_attention, spark_attention
     from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
     queries, keys, width, softcap = HEADS[heads]
@@ -74,7 +78,13 @@ def compile_one(generation: str, heads: str, length: int, splash: str | None) ->
         visible = Visibility.of_tokens(segments)
         return flash_attention(q, k, v, visible, softcap=softcap, implementation="pallas_tpu")
 
-    attend: Callable[..., jax.Array] = ours if splash is None else _splash(splash, length, queries // keys, softcap)
+    def spark(q, k, v, segments):
+        visible = Visibility.of_tokens(segments)
+        return spark_attention(q, k, v, visible, softcap=softcap, **SPARK, implementation="pallas_tpu")[0]
+
+    attend: Callable[..., jax.Array] = ours
+    if form is not None:
+        attend = spark if form == "spark" else _splash(form, length, queries // keys, softcap)
 
     def both(q, k, v, segments, g):
         y, pull = jax.vjp(lambda *x: attend(*x, segments), q, k, v)
@@ -84,7 +94,7 @@ def compile_one(generation: str, heads: str, length: int, splash: str | None) ->
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     q, k = array(1, length, queries, width), array(1, length, keys, width)
-    options: Any = None if splash is None else {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    options: Any = None if form not in SPLASH else {"xla_tpu_scoped_vmem_limit_kib": "65536"}
     with lowering_for(device):
         lowered = jax.jit(both).lower(q, k, k, array(1, length, dtype=jnp.int32), q)
         compiled = lowered.compile(compiler_options=options)
@@ -123,35 +133,40 @@ def _splash(form: str, length: int, group: int, softcap: float | None) -> Callab
     return attend
 
 
-def dumped(generation: str, heads: str, length: int, splash: str | None, folder: str) -> float:
+def dumped(generation: str, heads: str, length: int, form: str | None, folder: str) -> float:
     """Compile in a process of its own, with the schedules dumped into `folder`; megabytes of temporaries."""
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
     environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, "-m", "benchmarks.attention_bundles", "--compile-only", generation, heads, splash or ""]
+    command = [sys.executable, "-m", "benchmarks.attention_bundles", "--compile-only", generation, heads, form or ""]
     done = subprocess.run([*command, "--length", str(length)], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return int(done.stdout.split()[-1]) / 1e6
 
 
-def row(generation: str, heads: str, length: int) -> str:
-    """A line of the table."""
+def row(generation: str, heads: str, length: int, form: str | None = None) -> str:
+    """A line of the table: of flash attention, or of "spark"."""
     from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key
 
     queries, keys, width, _ = HEADS[heads]
-    special = TABLE.get(Key("flash_attention_tpu", target="TPU v5", columns=width)) if generation == "v5p" else None
-    _, tile_keys, rows = (special or TABLE[Key("flash_attention_tpu")]).tiles
+    kernel = "flash_attention_tpu" if form is None else "spark_attention_tpu"
+    target = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}[generation]
+    lines = (TABLE.get(Key(kernel, target=target, columns=columns)) for columns in (width, None))
+    _, tile_keys, rows = next((line for line in lines if line is not None), TABLE[Key(kernel)]).tiles
     tile_keys = min(tile_keys, max(512, length // 4))
     with tempfile.TemporaryDirectory() as folder:
-        temporaries, found = dumped(generation, heads, length, None, folder), loops(Path(folder))
-    passes = {name: next(x.bundles for x in found if x.kernel == name) for name in ("forward", "backward")}
-    # A trip has `rows` queries of all heads that share the keys.
-    forward, backward = (n * 512 / rows * 512 / tile_keys / (queries // keys) for n in passes.values())
-    products = 512 * 512 * width / MATRIX_UNITS[generation]
-    least = max(forward, 2 * products) + max(backward, 5 * products)
+        temporaries, found = dumped(generation, heads, length, form, folder), loops(Path(folder))
+    # Of the loops of a kernel the first one is that of full tiles; a trip has `rows` queries of all heads on the keys.
+    first = {loop.kernel: loop.bundles for loop in reversed(found)}
+    each = {name: n * 512 / rows * 512 / tile_keys / (queries // keys) for name, n in first.items()}
+    backward = each.pop("backward")
+    forward, product = sum(each.values()), 512 * 512 * width / MATRIX_UNITS[generation]
+    # Both forms multiply whole heads with keys and with values; Spark's makes the predictor's scores twice.
+    products = 2 * product if form is None else (2 + SPARK["r"] / width) * product
+    least = max(forward, products) + max(backward, 5 * product)
     return (
-        f"| {generation} | {heads} | 512 x {tile_keys} | {forward:,.0f} ({2 * products:,.0f}) | "
-        f"{backward:,.0f} ({5 * products:,.0f}) | {least:,.0f} | {temporaries:,.0f} |"
+        f"| {generation} | {heads}{'' if form is None else f', {form}'} | 512 x {tile_keys} | "
+        f"{forward:,.0f} ({products:,.0f}) | {backward:,.0f} ({5 * product:,.0f}) | {least:,.0f} | {temporaries:,.0f} |"
     )
 
 
@@ -176,17 +191,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of the sequence")
     parser.add_argument("--tpu", nargs="*", default=list(TPUS), choices=list(TPUS))
     parser.add_argument("--splash", action="store_true", help="splash attention's kernels, too")
+    parser.add_argument("--spark", action="store_true", help="Spark attention's kernels, too")
     parser.add_argument("--compile-only", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile_only:
-        generation, heads, splash = options.compile_only
-        compile_one(generation, heads, options.length, splash or None)
+        generation, heads, form = options.compile_only
+        compile_one(generation, heads, options.length, form or None)
         return
     print("| | heads x width | tile | forward (products) | backward (products) | at least | temporaries MB |")
     print("|---|---|---|---|---|---|---|")
     for generation in options.tpu:
         for heads in HEADS:
             print(row(generation, heads, options.length), flush=True)
+            if options.spark and HEADS[heads][2] > SPARK["r"]:
+                print(row(generation, heads, options.length, "spark"), flush=True)
             for form in SPLASH if options.splash else ():
                 print(splash_row(generation, heads, options.length, form), flush=True)
 

@@ -71,6 +71,7 @@ TABLE: dict[Key, Launch] = {
     # On TPUs: queries and keys at most, and queries worked on at a time, multiples of 128. With 128 of these the matrix
     # unit waits more often for the keys that it takes in (docs/kernels.md has the compiler's bundles).
     Key("spark_attention_tpu"): Launch((512, 512, 256)),
+    Key("spark_attention_tpu", target="TPU v6 lite"): Launch((512, 1024, 256)),
     # In wider tiles the sums of all keys are scaled down less often; a v5p waits for its matrix unit all the same, and
     # then they only waste more above the diagonal.
     Key("flash_attention_tpu"): Launch((512, 1024, 256)),

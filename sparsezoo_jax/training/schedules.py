@@ -79,7 +79,7 @@ def decayed(t: jax.Array, start: int, length: int, shape: DecayShape, min_ratio:
 @register_schedule
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Cosine(ScheduleKind):
-    """Linear warm-up, then half a cosine down to min_ratio * learning_rate at the last step."""
+    """Linear warm-up, then half a cosine, which would reach min_ratio * learning_rate one step after the last."""
 
     kind: Literal["cosine"] = "cosine"
     """Schedule kind."""
@@ -102,7 +102,7 @@ class Cosine(ScheduleKind):
 @register_schedule
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WSD(ScheduleKind):
-    """Warm-up, stable, decay: the decay ends at min_ratio * learning_rate at the last step (arXiv 2404.06395)."""
+    """Warm-up, stable, decay towards min_ratio * learning_rate one step after the last (arXiv 2404.06395)."""
 
     kind: Literal["wsd"] = "wsd"
     """Schedule kind."""
