@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsezoo_jax.compilation.flops import matmul_flops
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import flash_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
@@ -177,3 +178,18 @@ def test_kernels_take_no_mask_of_all_pairs(form):
     call = partial(flash_attention, q, k, v, jnp.ones((2, LENGTH, LENGTH), bool))
     with pytest.raises(ConfigError, match=rf'flash_attention.implementation={form}: .*takes a Visibility.*; use "xla"'):
         call(implementation=form)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_kernels_say_what_they_cost(window):
+    """Products of pairs that see each other, forward and backward: 2 and 5 on TPUs, 2 and 7 on GPUs."""
+    q, k, v, g = inputs(queries=1024)
+    k, v = (jnp.concatenate([x] * 4, axis=1)[:, :1024] for x in (k, v))
+    visible = Visibility.of_tokens(jnp.ones((2, 1024), jnp.int32), window)
+    pairs = int(visible.mask[0].sum())
+    assert visible.pairs == pairs
+    for form, products in (("pallas_tpu_interpret", 7), ("pallas_gpu_interpret", 9)):
+        jaxpr = jax.make_jaxpr(compiled(form))(q, k, v, visible, g)
+        needed = 2 * products * 12 * pairs * q.shape[0] * q.shape[2]
+        # Kernels for TPUs count whole tiles, of 128 x 128 here.
+        assert needed <= matmul_flops(jaxpr.jaxpr, "cpu") <= 2.6 * needed

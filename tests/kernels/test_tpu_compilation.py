@@ -111,16 +111,18 @@ def test_spark_attention(compiled, size, window):
 # Widths of keys and values, heads of queries and of keys: Gemma-2's, Llama's, a latent's, and one head of keys for all.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("compiled", "heads", "widths", "softcap"),
+    ("compiled", "heads", "widths", "softcap", "length"),
     [
-        ("v5e", (32, 8), (128, 128), None),
-        ("v5p", (8, 4), (256, 256), 50.0),
-        ("v6e", (4, 4), (192, 128), None),
-        ("tpu7x", (8, 1), (128, 128), None),
+        ("v5e", (32, 8), (128, 128), None, 1000),
+        ("v5p", (8, 4), (256, 256), 50.0, 1000),
+        ("v6e", (4, 4), (192, 128), None, 1000),
+        ("tpu7x", (8, 1), (128, 128), None, 1000),
+        # Gradients of narrow heads take whole lanes of VMEM, in chunks of keys that fit.
+        ("v5p", (12, 4), (64, 64), None, 32_768),
     ],
     indirect=["compiled"],
 )
-def test_flash_attention(compiled, heads, widths, softcap):
+def test_flash_attention(compiled, heads, widths, softcap, length):
     def both(q, k, v, segments, g):
         visible = Visibility.of_tokens(segments, 4096)
         attention = partial(flash_attention, mask=visible, softcap=softcap, implementation="pallas_tpu")
@@ -128,8 +130,8 @@ def test_flash_attention(compiled, heads, widths, softcap):
         return y, pull(g)
 
     shapes = [(heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1]), (heads[0], widths[1])]
-    q, k, v, g = (((1, 1000, *shape), jnp.bfloat16) for shape in shapes)
-    assert compiled(both, q, k, v, ((1, 1000), jnp.int32), g).count('custom_call_target="tpu_custom_call"') == 2
+    q, k, v, g = (((1, length, *shape), jnp.bfloat16) for shape in shapes)
+    assert compiled(both, q, k, v, ((1, length), jnp.int32), g).count('custom_call_target="tpu_custom_call"') >= 2
 
 
 @pytest.mark.slow

@@ -169,8 +169,17 @@ class Call(NamedTuple):
     launch: Launch
     all_heads: int
     """Heads of all sequences together: X where programs have tiles of queries, Y where they have tiles of keys."""
+    of_queries: bool
+    """Which of the two."""
     tiles: int
     """Tiles of one head."""
+    pairs: float
+    """Queries and keys of one head that see each other, as far as shapes tell."""
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of queries of all sequences, X."""
+        return self.all_heads if self.of_queries else self.all_heads * self.group
 
     def program(self) -> tuple[jax.Array, jax.Array]:
         """The head, of those of all sequences, and the tile that are this program's."""
@@ -189,9 +198,16 @@ class Call(NamedTuple):
         """Whether queries see keys, of which some are columns and the others lines."""
         return sees(queries.positions, keys.positions, queries.segments, keys.segments, self.window)
 
-    def run(self, kernel: Callable, inputs: Sequence[Any], outputs: Sequence[Any], interpret: Any) -> Any:
-        """The results of `kernel(*inputs, *outputs, call=self)` in all programs, with references in place of arrays."""
+    def run(
+        self, kernel: Callable, inputs: Sequence[Any], outputs: Sequence[Any], products: int, interpret: Any
+    ) -> Any:
+        """The results of `kernel(*inputs, *outputs, call=self)` in all programs, with references in place of arrays.
+
+        `products` are its multiply-adds for a query and a key of one head that see each other.
+        """
         in_memory = pl.BlockSpec(memory_space=pl.ANY)
+        scores = round(self.pairs) * self.query_heads
+        arrays = [x for x in jax.tree.leaves((list(inputs), list(outputs))) if x is not None]
         return pl.pallas_call(
             partial(kernel, call=self),
             grid=(self.all_heads * self.tiles,),
@@ -199,6 +215,12 @@ class Call(NamedTuple):
             out_specs=jax.tree.map(lambda _: in_memory, list(outputs)),
             out_shape=list(outputs),
             compiler_params=plgpu.CompilerParams(num_warps=self.launch.warps, num_stages=self.launch.stages),
+            # Each array is counted once: keys and values that are read again mostly come from the cache.
+            cost_estimate=pl.CostEstimate(
+                flops=2 * products * scores,
+                transcendentals=2 * scores,
+                bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+            ),
             interpret=interpret,
             name=f"{name_of(self.p)}{kernel.__name__}",
         )(*inputs)
@@ -345,17 +367,20 @@ def forward(
     """
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     queries, keys = arrange(q, k, v, p)
+    pairs = visibility.pairs
     seen_BT = visibility.keys_seen  # the compiler leaves it out where nothing asks for it
     visibility = padded_visibility(visibility, TILES)
     all_heads, padded_length, _ = queries.predictor.shape
     number = jax.ShapeDtypeStruct((all_heads, padded_length), accumulator_dtype(q))
 
-    def run(kernel, launch: Launch, inputs, outputs):
+    widths, values = (p.r, q.shape[-1] if p.weighting == "softplus" else p.r), v.shape[-1]
+
+    def run(kernel, launch: Launch, inputs, outputs, products: int):
         tiles = Tiles(*launch.tiles)
         inputs = [bounds(visibility, tiles)[0], *places_of(visibility), *inputs]
         count = padded_length // tiles.queries
-        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
-        return call.run(kernel, inputs, outputs, interpret)
+        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, True, count, pairs)
+        return call.run(kernel, inputs, outputs, products, interpret)
 
     def by_query(x_XTH: jax.Array) -> jax.Array:
         return from_heads(x_XTH.reshape(batch, kv_heads, -1, padded_length, x_XTH.shape[-1]), length)
@@ -363,19 +388,20 @@ def forward(
     like_y = jax.ShapeDtypeStruct((all_heads, padded_length, keys.values.shape[-1]), v.dtype)
     if p.selection == "none":
         launch = launch_for("flash_attention_all_keys", q, queries, keys)
-        y, normaliser = run(_all_keys_kernel, launch, [queries, keys], [like_y, number])
+        y, normaliser = run(_all_keys_kernel, launch, [queries, keys], [like_y, number], widths[1] + values)
         attended = jnp.broadcast_to(seen_BT[:, :, None], (batch, length, heads))
         return by_query(y)[..., : v.shape[-1]], attended, (jnp.full_like(normaliser, ALL), normaliser)
 
     launch = launch_for("spark_attention_moments", q, [queries.predictor], [keys.predictor])
     outputs = [number, Moments(number, number, number)]
-    count, moments = run(_moments_kernel, launch, [queries.predictor, keys.predictor], outputs)
+    count, moments = run(_moments_kernel, launch, [queries.predictor, keys.predictor], outputs, p.r)
     threshold = threshold_of(count, moments, p)
     y, total, attended = run(
         _mix_kernel,
         launch_for("spark_attention_mix", q, queries, keys),
         [Selection(threshold, moments.best), queries, keys],
         [like_y, number, jax.ShapeDtypeStruct(number.shape, jnp.int32)],
+        widths[1] + values,
     )
     normaliser = moments.best + jnp.log(jnp.where(total == 0, 1, total))
     return by_query(y)[..., : v.shape[-1]], by_query(attended[..., None])[..., 0], (threshold, normaliser)

@@ -161,6 +161,7 @@ def backward(
     (batch, length, heads, _), (_, k_length, kv_heads, _) = q.shape, k.shape
     queries, keys = arrange(q, k, v, p)
     queries = queries._replace(values=merge_heads(to_heads(dy, kv_heads, TILES)))
+    pairs = visibility.pairs
     visibility = padded_visibility(visibility, TILES)
     dtype = accumulator_dtype(y)
     delta = jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True)
@@ -172,10 +173,12 @@ def backward(
         inputs = [loops, *places_of(visibility), numbers, queries, keys]
         all_heads, padded_length, _ = like.predictor.shape
         count = padded_length // (tiles.queries if queries_own else tiles.keys)
-        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, count)
-        (gradients,) = call.run(
-            kernel, inputs, [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)], interpret
-        )
+        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, queries_own, count, pairs)
+        # Both make the scores and the gradients of weights; then follow those of queries, or of keys and values.
+        width, values = p.r if p.weighting == "none" else q.shape[-1], v.shape[-1]
+        products = 2 * width + values if queries_own else 2 * (width + values)
+        results = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)]
+        (gradients,) = call.run(kernel, inputs, results, products, interpret)
         return gradients
 
     launches = (launch_for(f"{name_of(p)}_{part}", q, queries, keys) for part in ("queries", "keys"))

@@ -84,6 +84,16 @@ class Visibility:
         )
 
     @property
+    def pairs(self) -> float:
+        """Queries and keys of a sequence that see each other, as far as shapes tell: all, or those of one document."""
+        queries, keys = self.query_positions_BT.shape[1], self.key_positions_BS.shape[1]
+        if not self.ordered and self.parts is None:
+            return queries * keys
+        # Query t of all sees min(t + 1, window) keys; a part of the sequence has an even share of these pairs.
+        limit = keys if self.window is None else min(self.window, keys)
+        return (limit * (limit + 1) / 2 + (keys - limit) * limit) * queries / keys
+
+    @property
     def keys_seen(self) -> jax.Array:
         """How many keys each query may see, int32 [B, T]; compiled programs count without storing the pairs."""
         return jnp.sum(self.mask, axis=-1, dtype=jnp.int32)
