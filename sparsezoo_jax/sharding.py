@@ -247,7 +247,7 @@ def replicate(x: jax.Array) -> jax.Array:
 
 def shard_map(
     function: Callable[..., Any],
-    arrays: Sequence[jax.Array],
+    arrays: Sequence[jax.Array | None],
     in_axes: Sequence[LogicalAxes],
     out_axes: Any,
 ) -> Any:
@@ -259,6 +259,7 @@ def shard_map(
       function: called as `function(*shards, split)`; `split` maps the name of every dimension to the mesh axes that
         split it, as `jax.lax.psum` and `sum_shards` take them (an empty tuple where it is not split, over which they do
         nothing).
+      arrays: None among them is passed on.
       in_axes: names of the dimensions of each array. An unnamed dimension is gathered.
       out_axes: names for the result, in its structure (a tuple of names for a single array).
 
@@ -270,10 +271,14 @@ def shard_map(
     if mesh is None:
         return function(*arrays, dict.fromkeys(names, ()))
     split: dict[str, tuple[str, ...]] = {}
+    in_axes = [() if array is None else axes for array, axes in zip(arrays, in_axes, strict=True)]
     for array, axes in zip(arrays, in_axes, strict=True):
-        for name, assigned in zip(axes, _assigned(axes, array.shape, mesh), strict=True):
+        shape = () if array is None else array.shape
+        for name, assigned in zip(axes, _assigned(axes, shape, mesh), strict=True):
             if name is not None and split.setdefault(name, assigned) != assigned:
                 raise ConfigError("mesh", dict(mesh.shape), f"splits '{name}' by {split[name]} and by {assigned}")
+    for name in names - split.keys():  # in no array but None
+        split[name] = ()
 
     def spec(axes: LogicalAxes) -> PartitionSpec:
         return PartitionSpec(*(split[name] or None if name is not None else None for name in axes))

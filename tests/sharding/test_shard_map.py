@@ -57,6 +57,37 @@ def test_operations_on_a_few_rows_on_eight_devices(on_eight_devices):
     assert all(found.values()), found
 
 
+@pytest.fixture(scope="module")
+def decoding_rows(on_eight_devices):
+    return on_eight_devices("decoding_rows")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "operation",
+    ["spark_ffn_rows", "spark_attention_rows", "block_ffn_rows", "block_ffn_union", "gradient of"],
+)
+def test_decoding_on_meshes(decoding_rows, operation):
+    found = {name: case for name, case in decoding_rows.items() if name.startswith(operation)}
+    assert len(found) == {"block_ffn_union": 6, "gradient of": 1}.get(operation, 9)
+    for name, case in found.items():
+        assert case["distance"] < 1e-5, name
+        assert case.get("counts", True), name
+
+
+@pytest.mark.slow
+def test_tokens_and_heads_of_decoding_stay_where_they_are(decoding_rows):
+    """Devices that split a batch or heads have their part of the results; `tensor` has 8, the keys' heads are 4."""
+    pieces = {name: case["pieces"] for name, case in decoding_rows.items() if "pallas_tpu_interpret" in name}
+    for mesh, tokens, heads in (("data 2, tensor 4", 2, 8), ("expert 4, tensor 2", 4, 8), ("tensor 8", 1, 1)):
+        for operation, count in (
+            ("spark_ffn_rows", tokens),
+            ("block_ffn_rows", tokens),
+            ("spark_attention_rows", heads),
+        ):
+            assert pieces[f"{operation}, pallas_tpu_interpret, {mesh}"] == count
+
+
 @pytest.mark.slow
 def test_spark_attention_on_meshes(on_eight_devices):
     report = on_eight_devices("split_attention")

@@ -14,6 +14,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.block_ffn import gpu, reference, tpu
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import union_of_experts
 from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, dispatch, pallas, plain, recomputed
+from sparsezoo_jax.sharding import num_shards, shard_map, sum_shards
 
 __all__ = ["block_ffn", "block_ffn_union", "union_of_experts"]
 
@@ -71,6 +72,10 @@ def block_ffn_union(
     The experts of the union are computed for every token and scaled by the token's own score, so those that the token
     itself does not activate drop out. For several chunks use `jax.vmap`.
 
+    On a mesh that divides the experts by "ffn" each device reads those of the union that it has, and their results are
+    summed; it has all tokens, and all weights where the mesh divides neurons but not experts. How many of a union lie
+    on one device is not known beforehand, so each has room for the whole capacity.
+
     Args:
       x: [N, D] the tokens of a chunk (or of a draft tree).
       scores: [N, E].
@@ -81,8 +86,8 @@ def block_ffn_union(
         superset of the active ones gives the same result; one that misses an active expert gives NaN.
       implementation: "xla" (gathers the experts' weights first), "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret",
         "pallas_gpu_interpret" (see `dispatch`), or None: the kernels on TPUs (for experts of a multiple of 128 neurons
-        that fit into VMEM) and GPUs (for up to 128 tokens), where everything is bfloat16 or all is float32 and the
-        compiler does not partition; "xla" elsewhere. The gradient is that of "xla" over the same experts.
+        that fit into VMEM) and GPUs (for up to 128 tokens), where everything is bfloat16 or all is float32; "xla"
+        elsewhere. The gradient is that of "xla" over the same experts.
 
     Returns:
       [N, D] in the dtype of `x`.
@@ -111,13 +116,31 @@ def block_ffn_union(
 
         return CustomVJP(fwd, bwd)
 
-    implementations = [
-        plain(xla),
-        *pallas("tpu", with_gradient_of_xla(tpu.union), lambda interpret: tpu.refusal(x, up, gate, expert_width)),
-        *pallas("cuda", with_gradient_of_xla(gpu.union), lambda interpret: gpu.refusal(x, up)),
-    ]
+    def on_shards(x, scores, up, down, gate, experts, split):
+        over, own = split.get("ffn", ()), up.shape[1] // expert_width
+        if over:
+            first = jax.lax.axis_index(over) * own
+            scores = jax.lax.dynamic_slice_in_dim(scores, first, own, axis=1)
+            # Places of other devices' experts go unused; unused ones come last.
+            experts = experts - first
+            experts = jnp.sort(jnp.where((experts >= 0) & (experts < own), experts, own))[:own]
+        implementations = [
+            plain(xla),
+            *pallas("tpu", with_gradient_of_xla(tpu.union), lambda interpret: tpu.refusal(x, up, gate, expert_width)),
+            *pallas("cuda", with_gradient_of_xla(gpu.union), lambda interpret: gpu.refusal(x, up)),
+        ]
+        apply = dispatch("block_ffn_union", implementation, implementations)
+        return sum_shards(apply(x, scores, up, down, gate, experts), over)
+
     experts = union_of_experts(scores, capacity) if experts is None else experts
-    return dispatch("block_ffn_union", implementation, implementations)(x, scores, up, down, gate, experts)
+    neurons = "ffn" if total % num_shards("ffn", total * expert_width) == 0 else None
+    columns, rows, tokens = (None, neurons), (neurons, None), (None, None)
+    return shard_map(
+        on_shards,
+        [x, scores, up, down, gate, experts],
+        [tokens, tokens, columns, rows, columns, (None,)],
+        tokens,
+    )
 
 
 def _check(operation: str, x, scores, up, down, gate, expert_width: int) -> None:

@@ -5,6 +5,8 @@ Shapes: M tokens, D model width, E experts of W neurons.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,9 +29,12 @@ from sparsezoo_jax.pallas_kernels.rows import (
     product,
     result_shapes,
     sum_over_active,
+    sum_over_devices,
 )
+from sparsezoo_jax.sharding import shard_map
 
 Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def block_ffn_rows(
@@ -49,6 +54,10 @@ def block_ffn_rows(
     With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`. Natively and on GPUs, rows of `down` whose
     hidden unit is 0 for all tokens are not read either.
 
+    On a mesh a device has its part of the tokens ("batch"), of the experts ("experts") and of their neurons ("ffn").
+    Where one mesh axis splits tokens and experts, its devices exchange tokens: each computes what its experts make of
+    the tokens of all. What the devices' experts and neurons add up to is summed.
+
     Args:
       x: [M, D], float32 or bfloat16.
       scores: [M, E] router scores, float32 or bfloat16; experts whose scores are all 0 are not read.
@@ -57,7 +66,7 @@ def block_ffn_rows(
       scales: float32 [E, W] of up, down and gate where these are int8.
       implementation: "xla" (a loop over active experts), "native", "pallas_gpu", "pallas_tpu", either of these with
         "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a GPU or TPU (not
-        of exact gelu), else "xla".
+        of exact gelu), else "xla". Limits are those of a device's part, exchanged tokens counted.
       return_active: also return how many hidden units of a token's experts are not 0.
 
     Returns:
@@ -68,7 +77,7 @@ def block_ffn_rows(
 
     Source: BlockFFN (arXiv 2507.08771), sections 3.1 and 3.4.
     """
-    (m, d), (experts, width, _) = x.shape, up.shape
+    m, (experts, width, d) = len(x), up.shape
     shape = (experts, width, d)
     check_shapes(
         "block_ffn_rows",
@@ -86,76 +95,109 @@ def block_ffn_rows(
     require(activation in ACTIVATIONS, "block_ffn_rows.activation", activation, f"must be one of {allowed}")
     act = ACTIVATIONS[activation]
 
-    def flat(up, down, gate):
-        arrays = [up, down] if gate is None else [gate, up, down]
-        return [array.reshape(1, -1, d) for array in arrays]
+    def on_shards(x, scores, up, down, gate, up_scale, down_scale, gate_scale, split):
+        dtype, summed = x.dtype, split["experts"] + split["ffn"]
+        exchanging = tuple(axis for axis in split["experts"] if axis in split["batch"])
+        for axis in exchanging:
+            x, scores = (jax.lax.all_gather(array, axis, tiled=True) for array in (x, scores))
+        if split["experts"]:
+            first = jax.lax.axis_index(split["experts"]) * len(up)
+            scores = jax.lax.dynamic_slice_in_dim(scores, first, len(up), axis=1)
+        few, cpp_refusal = len(x) <= MOST_ROWS, native_refusal(x=x, scores=scores)
+        tpu_refusal = partial(_tpu_refusal, activation, x, scores, up, down, gate)
+        implementations = [
+            plain(partial(_in_a_loop, act)),
+            native_cpu(partial(_natively, activation, bool(summed)), cpp_refusal, default=few),
+            *pallas("cuda", partial(_on_gpu, act), lambda interpret: rows_gpu.refusal(x, scores, activation)),
+            *pallas("tpu", partial(_on_tpu, act), tpu_refusal, default=few),
+        ]
+        apply = dispatch("block_ffn_rows", implementation, implementations)
+        y, count = apply(x, scores, up, down, gate, (up_scale, down_scale, gate_scale))
+        for axis in exchanging:
+            y, count = (jax.lax.psum_scatter(array, axis, tiled=True) for array in (y, count))
+        y, count = sum_over_devices(y, count, tuple(axis for axis in summed if axis not in exchanging))
+        return y.astype(dtype), count
 
-    def xla(x, scores, up, down, gate, scales):
-        def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
-            return None if array is None else jax.lax.dynamic_index_in_dim(array, expert, keepdims=False)
-
-        def add(total, places, valid, weights):
-            (expert,) = places
-            up_e, down_e, gate_e = (of_expert(a, expert) for a in weights)
-            factors = [of_expert(a, expert) for a in scales]
-            hidden = product(x, up_e, factors[0])
-            hidden = act(hidden) if gate is None else act(product(x, gate_e, factors[2])) * hidden
-            # A token without the expert gets nothing of it, whatever the product of its numbers is.
-            score = scores[:, expert, None].astype(jnp.float32)
-            y, count = total
-            count += jnp.sum((hidden != 0) & (score != 0), axis=-1, dtype=jnp.int32)
-            return y + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1]), count
-
-        active = jnp.any(scores != 0, axis=0)
-        nothing = jnp.zeros((m, d), jnp.float32), jnp.zeros(m, jnp.int32)
-        y, count = sum_over_active(active, 1, nothing, add, (up, down, gate))
-        return y.astype(x.dtype), count
-
-    def cpp(x, scores, up, down, gate, scales):
-        gates = jnp.zeros(0, up.dtype) if gate is None else gate
-        factors = (or_empty(scales[2]), or_empty(scales[0]), or_empty(scales[1]))
-        results, code = result_shapes((x.shape, x.dtype), ((m,), jnp.int32)), native.ACTIVATIONS[activation]
-        return native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
-
-    def gpu(x, scores, up, down, gate, scales, *, interpret):
-        y, count = rows_gpu.sum_over_experts(x, scores, up, down, gate, scales, act, interpret)
-        return y.astype(x.dtype), count
-
-    def tpu(x, scores, up, down, gate, scales, *, interpret):
-        up_scale, down_scale, gate_scale = (None if scale is None else scale.reshape(-1) for scale in scales)
-        weights = jnp.repeat(scores.astype(jnp.float32), width, axis=1)
-        factors = [up_scale] if gate is None else [gate_scale, up_scale]
-        factors_FS = [jnp.ones(experts * width) if scale is None else scale for scale in factors]
-        y, count = weighted_rows.weighted_rows(
-            x[None].astype(jnp.float32),
-            (weights if down_scale is None else weights * down_scale)[None],
-            flat(up, down, gate),
-            lambda first, *second: act(first) * second[0] if second else act(first),
-            None if gate_scale is None and up_scale is None else jnp.stack(factors_FS)[None],
-            name="block_ffn_rows_kernel",
-            interpret=interpret,
-        )
-        return y[0].astype(x.dtype), count[0]
-
-    def tpu_refusal(interpret):
-        return native_refusal(x=x, scores=scores) or _tpu_refusal(m, activation, flat(up, down, gate), interpret)
-
-    few = m <= MOST_ROWS
-    implementations = [
-        plain(xla),
-        native_cpu(cpp, native_refusal(x=x, scores=scores), default=few),
-        *pallas("cuda", gpu, lambda interpret: rows_gpu.refusal(x, scores, activation)),
-        *pallas("tpu", tpu, tpu_refusal, default=few),
-    ]
-    y, count = dispatch("block_ffn_rows", implementation, implementations)(x, scores, up, down, gate, scales)
+    weights, factors = ("experts", "ffn", None), ("experts", "ffn")
+    y, count = shard_map(
+        on_shards,
+        [x, scores, up, down, gate, *scales],
+        [("batch", None), ("batch", None), *[weights] * 3, *[factors] * 3],
+        (("batch", None), ("batch",)),
+    )
     return (y, count) if return_active else y
 
 
-def _tpu_refusal(m: int, activation: str, rows: list[jax.Array], interpret: bool) -> str | None:
+# The implementations return sums in float32 and the number of hidden units that are not 0.
+
+
+def _in_a_loop(act: Activation, x, scores, up, down, gate, scales: Scales):
+    def of_expert(array: jax.Array | None, expert: jax.Array) -> Any:
+        return None if array is None else jax.lax.dynamic_index_in_dim(array, expert, keepdims=False)
+
+    def add(total, places, valid, weights):
+        (expert,) = places
+        up_e, down_e, gate_e = (of_expert(a, expert) for a in weights)
+        factors = [of_expert(a, expert) for a in scales]
+        hidden = product(x, up_e, factors[0])
+        hidden = act(hidden) if gate is None else act(product(x, gate_e, factors[2])) * hidden
+        # A token without the expert gets nothing of it, whatever the product of its numbers is.
+        score = scores[:, expert, None].astype(jnp.float32)
+        y, count = total
+        count += jnp.sum((hidden != 0) & (score != 0), axis=-1, dtype=jnp.int32)
+        return y + combination(jnp.where(score != 0, score * hidden, 0), down_e, factors[1]), count
+
+    active = jnp.any(scores != 0, axis=0)
+    nothing = jnp.zeros(x.shape, jnp.float32), jnp.zeros(len(x), jnp.int32)
+    return sum_over_active(active, 1, nothing, add, (up, down, gate))
+
+
+def _natively(activation: str, summed: bool, x, scores, up, down, gate, scales: Scales):
+    # Results have the dtype of x, to which those that devices add up must not be rounded.
+    x = x.astype(jnp.float32) if summed else x
+    gates = jnp.zeros(0, up.dtype) if gate is None else gate
+    factors = (or_empty(scales[2]), or_empty(scales[0]), or_empty(scales[1]))
+    results, code = result_shapes((x.shape, x.dtype), ((len(x),), jnp.int32)), native.ACTIVATIONS[activation]
+    y, count = native.call("block_ffn", results, x, scores, gates, up, down, *factors, activation=code)
+    return y.astype(jnp.float32), count
+
+
+def _on_gpu(act: Activation, x, scores, up, down, gate, scales: Scales, *, interpret):
+    return rows_gpu.sum_over_experts(x, scores, up, down, gate, scales, act, interpret)
+
+
+def _on_tpu(act: Activation, x, scores, up, down, gate, scales: Scales, *, interpret):
+    experts, width, _ = up.shape
+    up_scale, down_scale, gate_scale = (None if scale is None else scale.reshape(-1) for scale in scales)
+    weights = jnp.repeat(scores.astype(jnp.float32), width, axis=1)
+    factors = [up_scale] if gate is None else [gate_scale, up_scale]
+    factors_FS = [jnp.ones(experts * width) if scale is None else scale for scale in factors]
+    y, count = weighted_rows.weighted_rows(
+        x[None].astype(jnp.float32),
+        (weights if down_scale is None else weights * down_scale)[None],
+        _flat(up, down, gate),
+        lambda first, *second: act(first) * second[0] if second else act(first),
+        None if gate_scale is None and up_scale is None else jnp.stack(factors_FS)[None],
+        name="block_ffn_rows_kernel",
+        interpret=interpret,
+    )
+    return y[0], count[0]
+
+
+def _flat(up: jax.Array, down: jax.Array, gate: jax.Array | None) -> list[jax.Array]:
+    """The maps as one list of all experts' neurons each, in the order of `weighted_rows`."""
+    arrays = [up, down] if gate is None else [gate, up, down]
+    return [array.reshape(1, -1, array.shape[-1]) for array in arrays]
+
+
+def _tpu_refusal(activation: str, x, scores, up, down, gate, interpret: bool) -> str | None:
     if activation == "gelu" and not interpret:
         return "has no error function for gelu"
+    rows = _flat(up, down, gate)
     factors = any(array.dtype == jnp.int8 for array in rows)
-    return weighted_rows.refusal(m, rows[-1].shape[-1], *rows, factors=factors, interpret=interpret)
+    return native_refusal(x=x, scores=scores) or weighted_rows.refusal(
+        len(x), rows[-1].shape[-1], *rows, factors=factors, interpret=interpret
+    )
 
 
 def reference(

@@ -24,6 +24,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.reference import (
     softcapped,
     softplus,
 )
+from sparsezoo_jax.sharding import num_shards, shard_map
 
 #: Selected keys of a query that the implementation in plain JAX gathers at a time.
 GROUP = 64
@@ -47,7 +48,9 @@ def spark_attention_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """`spark_attention` of one query per sequence: all of the predictor is read, and the rows of attended keys.
 
-    In float32; no gradient.
+    In float32; no gradient. On a mesh a device has its part of the sequences ("batch") and of the heads ("heads",
+    "kv_heads"). Where the mesh divides the heads of queries but not those of keys, each has all heads: taking those
+    that its queries need would copy them out of the cache.
 
     Args:
       q: [B, N, H], float32 or bfloat16.
@@ -68,7 +71,7 @@ def spark_attention_rows(
 
     Source: Spark Transformer (arXiv 2506.06644), section 3, Spark-Attn.
     """
-    (batch, heads, width), r = q.shape, k1.shape[-1]
+    (heads, width), (kv_heads, r) = q.shape[1:], (k1.shape[1], k1.shape[-1])
     limit = width if weighting == "none" else width - 1
     require(1 <= r <= limit, "spark_attention_rows.k1", k1.shape, f"must be from 1 to {limit} wide, for q")
     check_cache("spark_attention_rows", q, mask, k1=k1, rest=rest)
@@ -97,7 +100,7 @@ def spark_attention_rows(
     def cpp(q, k1, rest, mask):
         return native.call(
             "spark_attention",
-            result_shapes((q.shape, q.dtype), ((batch, heads), jnp.int32)),
+            result_shapes((q.shape, q.dtype), (q.shape[:2], jnp.int32)),
             *(q, k1, rest, mask, jnp.zeros(0, jnp.float32)),
             top_k=0.0 if selection == "none" else float(top_k),
             ddof=ddof,
@@ -108,18 +111,27 @@ def spark_attention_rows(
             softplus=weighting == "softplus",
         )
 
-    def tpu_refusal(interpret):
-        group = heads // k1.shape[1]
-        return native_refusal(q=q) or weighted_rows.refusal(group, width - r, rest, interpret=interpret)
+    def on_shards(q, k1, rest, mask, split):
+        del split
 
-    cpp_refusal = 'selection="exact" has no native form' if selection == "exact" else native_refusal(q=q)
-    implementations = [
-        plain(partial(selecting, _gathered)),
-        native_cpu(cpp, cpp_refusal),
-        *pallas("cuda", partial(on_device, rows_gpu.mixture), lambda interpret: rows_gpu.refusal(q)),
-        *pallas("tpu", partial(on_device, _on_tpu), tpu_refusal),
-    ]
-    return dispatch("spark_attention_rows", implementation, implementations)(q, k1, rest, mask)
+        def tpu_refusal(interpret):
+            group = q.shape[1] // k1.shape[1]
+            return native_refusal(q=q) or weighted_rows.refusal(group, width - r, rest, interpret=interpret)
+
+        cpp_refusal = 'selection="exact" has no native form' if selection == "exact" else native_refusal(q=q)
+        implementations = [
+            plain(partial(selecting, _gathered)),
+            native_cpu(cpp, cpp_refusal),
+            *pallas("cuda", partial(on_device, rows_gpu.mixture), lambda interpret: rows_gpu.refusal(q)),
+            *pallas("tpu", partial(on_device, _on_tpu), tpu_refusal),
+        ]
+        return dispatch("spark_attention_rows", implementation, implementations)(q, k1, rest, mask)
+
+    together = num_shards("heads", heads) == num_shards("kv_heads", kv_heads)
+    queries, keys = ("batch", "heads", None), ("batch", "kv_heads", None, None)
+    if not together:
+        queries, keys = ("batch", None, None), ("batch", None, None, None)
+    return shard_map(on_shards, [q, k1, rest, mask], [queries, keys, keys, ("batch", None)], (queries, queries[:2]))
 
 
 def _on_tpu(q2_BNA, weights_BNS, rest_BKSW, softcap_values, weighting, interpret):

@@ -1,0 +1,88 @@
+"""Operations of decoding on meshes of eight devices: prints how far each is from one device, and in how many pieces."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsezoo_jax.pallas_kernels import (
+    block_ffn_rows,
+    block_ffn_union,
+    spark_attention_rows,
+    spark_ffn_rows,
+)
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, use_mesh
+from tests.kernels.few_rows import Draw
+
+MESHES = {
+    "data 2, tensor 4": MeshConfig(data=2, tensor=4),
+    "expert 4, tensor 2": MeshConfig(expert=4, tensor=2),
+    "tensor 8": MeshConfig(tensor=8),
+}
+
+
+def cases() -> dict[str, tuple]:
+    """Each operation and its arrays; int8 weights, so that factors are split as well."""
+    draw, weights = Draw("float32"), Draw("int8", 1)
+    x, (k1, s1), (rows, _) = draw.tokens(8, 24), weights.weights(64, 8), weights.weights(64, 40)
+    s2 = jnp.abs(draw.tokens(64, 2)) / 127
+    spark = partial(spark_ffn_rows, top_k=9)
+    scores = jax.nn.relu(draw.tokens(8, 8) - 0.8)
+    (up, u), (down, d), (gate, g) = (weights.weights(8, 16, 24) for _ in range(3))
+    q, cache = draw.tokens(8, 8, 16), draw.tokens(8, 4, 24, 32)
+    mask = jnp.asarray(np.random.default_rng(2).random((8, 24)) < 0.8)
+    columns, neurons, in_union = draw.tokens(24, 128), draw.tokens(128, 24), scores.at[:, ::3].set(0)
+    return {
+        "spark_ffn_rows": (lambda x, k1, rows, *s, **how: spark(x, k1, rows, scales=s, **how), x, k1, rows, s1, s2),
+        "spark_attention_rows": (partial(spark_attention_rows, top_k=6), q, cache[..., :4], cache[..., 4:], mask),
+        "block_ffn_rows": (
+            lambda x, scores, up, down, gate, *s, **how: block_ffn_rows(
+                x, scores, up, down, gate, scales=s, return_active=True, **how
+            ),
+            *(x, scores, up, down, gate, u, d, g),
+        ),
+        "block_ffn_union": (
+            lambda *a, **how: (block_ffn_union(*a, expert_width=16, capacity=7, **how),),
+            *(x, in_union, columns, neurons),
+        ),
+    }
+
+
+def gradients_apart(operation: Callable, *arrays: jax.Array) -> float:
+    """How far gradients in all arrays are from those on one device."""
+    loss = lambda *arrays: jnp.sum(operation(*arrays)[0] ** 2)  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, argnums=range(len(arrays))))
+    expected = gradients(*arrays)
+    with use_mesh(build_mesh(MeshConfig(data=2, tensor=4))):
+        found = gradients(*arrays)
+    pairs = zip(jax.device_get(found), jax.device_get(expected), strict=True)
+    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
+
+
+def main() -> None:
+    """Compare each implementation on each mesh with plain JAX on one device."""
+    report = {}
+    for name, (operation, *arrays) in cases().items():
+        expected = jax.jit(partial(operation, implementation="xla"))(*arrays)
+        forms = [None, "pallas_tpu_interpret", "pallas_gpu_interpret"]
+        if name == "block_ffn_union":
+            forms.remove("pallas_tpu_interpret")  # it takes experts of whole tiles
+        for mesh_name, config in MESHES.items():
+            for form in forms:
+                with use_mesh(build_mesh(config)):
+                    found = jax.jit(partial(operation, implementation=form))(*arrays)
+                ours, wanted = jax.device_get((found, expected))
+                report[f"{name}, {form}, {mesh_name}"] = {
+                    "distance": float(np.max(np.abs(ours[0] - wanted[0])) / np.max(np.abs(wanted[0]))),
+                    "counts": bool(all(np.array_equal(a, b) for a, b in zip(ours[1:], wanted[1:], strict=True))),
+                    "pieces": len({str(shard.index) for shard in found[0].addressable_shards}),
+                }
+    report["gradient of block_ffn_union"] = {"distance": gradients_apart(*cases()["block_ffn_union"])}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
