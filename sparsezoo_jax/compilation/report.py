@@ -201,7 +201,7 @@ def _report(
         mesh=mesh,
         tokens=lowered.tokens,
         notes=lowered.notes,
-        param_dtype=config.model.param_dtype,
+        param_dtype=config.model.param_dtype if step == "train" else config.model.dtype,
         dtype=config.model.dtype,
         fits=fits,
         hbm=chip.device_hbm,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from sparsezoo_jax.compilation.flops import live, matmul_flops
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import SparsezooWarning, UserError, require
-from sparsezoo_jax.inference import Sampling
+from sparsezoo_jax.inference import Sampling, packed
 from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin, flops_per_token
 from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, narrow_columns, use_mesh
@@ -116,7 +116,7 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     place, batch = named_sharding(mesh), config.data.batch_size
     rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     require(batch % rows == 0, "data.batch_size", batch, f"must be a multiple of {rows}, the devices that split it")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0)).unstacked()))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: packed(Decoder(config.model, rngs=nnx.Rngs(0)))))
 
     def spec(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place(axes, shape))
@@ -129,10 +129,10 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     flat = [(path, of_variable(variable)) for path, variable in nnx.to_flat_state(state)]
     state = nnx.from_flat_state(flat)
     model = nnx.merge(graphdef, state)
-    cache_axes = {4: ("batch", None, "kv_heads", "head_dim"), 2: ("batch", None), 0: ()}
-    cache = jax.tree.map(
-        lambda x: spec(x.shape, x.dtype, cache_axes[x.ndim]), jax.eval_shape(lambda: model.init_cache(batch, context))
-    )
+    cache: Any = jax.eval_shape(lambda: model.init_cache(batch, context))
+    layers = (jax.tree.map(lambda x, axes=layer.axes: spec(x.shape, x.dtype, axes), layer) for layer in cache.layers)
+    positions, end = (spec(x.shape, x.dtype, ("batch", None)[: x.ndim]) for x in (cache.positions_BS, cache.end))
+    cache = cache._replace(layers=tuple(layers), positions_BS=positions, end=end)
     ints = spec((batch, new), jnp.int32, ("batch", None))
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = spec((), jnp.int32, ())

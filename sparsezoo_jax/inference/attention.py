@@ -21,26 +21,30 @@ from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_ro
 
 
 class PackedProjections(nnx.Module):
-    """`Projections` with query, key and value maps as one matrix; `active` as in `StreamMap`."""
+    """`Projections` with query, key and value maps as one matrix; `active` as in `StreamMap`.
+
+    Of each key/value head its queries' maps, its keys' and its values' follow one another, so that a device of a mesh
+    that splits the heads has all three.
+    """
 
     def __init__(self, source: Projections, form: WeightFormat, active: float | None = None):
         self.dtype = source.dtype
-        maps = [source.q_DNH[...], source.k_DKH[...], source.v_DKH[...]]
-        self.heads = tuple(weight.shape[1] for weight in maps)
-        d = maps[0].shape[0]
-        qkv_DO = jnp.concatenate([weight.reshape(d, -1) for weight in maps], axis=-1)
-        self.qkv_map = InputMap(qkv_DO, active, form, source.dtype)
-        self.output_map = OutputMap(source.o_NHD[...].reshape(-1, d), active, form, source.dtype)
+        d, self.kv_heads, self.width = source.k_DKH.shape
+        q_DKGH = source.q_DNH[...].reshape(d, self.kv_heads, -1, self.width)
+        k_DK1H, v_DK1H = source.k_DKH[...][:, :, None], source.v_DKH[...][:, :, None]
+        qkv_DO = jnp.concatenate([q_DKGH, k_DK1H, v_DK1H], axis=2).reshape(d, -1)
+        self.qkv_map = InputMap(qkv_DO, active, form, source.dtype, "heads")
+        self.output_map = OutputMap(source.o_NHD[...].reshape(-1, d), active, form, source.dtype, "heads")
         self.q_bias, self.k_bias, self.v_bias = source.q_bias, source.k_bias, source.v_bias
         self.o_bias, self.q_norm, self.k_norm = source.o_bias, source.q_norm, source.k_norm
 
     def restore(self, source: Projections) -> None:
         """Put the weights back into `source`."""
-        weights = [source.q_DNH, source.k_DKH, source.v_DKH]
-        sizes = [weight.shape[1] * weight.shape[2] for weight in weights]
-        parts = jnp.split(self.qkv_map.restored(), [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        for weight, part in zip(weights, parts, strict=True):
-            assign(weight, part)
+        qkv_DO = self.qkv_map.restored()
+        qkv_DKAH = qkv_DO.reshape(len(qkv_DO), self.kv_heads, -1, self.width)
+        assign(source.q_DNH, qkv_DKAH[:, :, :-2])
+        assign(source.k_DKH, qkv_DKAH[:, :, -2])
+        assign(source.v_DKH, qkv_DKAH[:, :, -1])
         assign(source.o_NHD, self.output_map.restored())
 
     def bytes_read(self) -> float:
@@ -51,9 +55,10 @@ class PackedProjections(nnx.Module):
 
     def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
-        all_BTAH = self.qkv_map(x_BTD, stream).reshape(*x_BTD.shape[:2], sum(self.heads), -1)
-        n, k, _ = self.heads
-        parts = [all_BTAH[:, :, :n], all_BTAH[:, :, n : n + k], all_BTAH[:, :, n + k :]]
+        shape = x_BTD.shape[:2]
+        all_BTKAH = self.qkv_map(x_BTD, stream).reshape(*shape, self.kv_heads, -1, self.width)
+        queries_BTKGH = all_BTKAH[:, :, :, :-2]
+        parts = [queries_BTKGH.reshape(*shape, -1, self.width), all_BTKAH[:, :, :, -2], all_BTKAH[:, :, :, -1]]
         biases = (self.q_bias, self.k_bias, self.v_bias)
         q, k, v = (
             part if bias is None else part + bias[...].astype(self.dtype)
@@ -140,17 +145,17 @@ class PackedMLA(MLA, DecodingLayout):
         self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
         self.q_a_norm, self.kv_a_norm = source.q_a_norm, source.kv_a_norm
 
-        def rows(weight_NK: jax.Array) -> Rows:
-            return Rows(weight_NK, form, source.dtype)
+        def rows(weight_NK: jax.Array, *axes: str | None) -> Rows:
+            return Rows(weight_NK, form, source.dtype, axes)
 
         nope, kv_b_CNH = self.config.qk_nope_head_dim, source.kv_b_CNH[...]
-        self.down = rows(jnp.concatenate([source.q_a_DR[...], source.kv_a_DC[...]], axis=-1).T)
-        self.q_up = rows(source.q_b_RNH[...].reshape(self.config.q_lora_rank, -1).T)
+        self.down = rows(jnp.concatenate([source.q_a_DR[...], source.kv_a_DC[...]], axis=-1).T, "latent", "embed")
+        self.q_up = rows(source.q_b_RNH[...].reshape(self.config.q_lora_rank, -1).T, "heads", "latent")
         # An array for each head: cutting one out of a stack would copy it.
         heads = range(self.config.heads)
-        self.key_up = nnx.List([rows(kv_b_CNH[:, head, :nope]) for head in heads])
-        self.value_up = nnx.List([rows(kv_b_CNH[:, head, nope:].T) for head in heads])
-        self.output_rows = rows(source.o_NHD[...].reshape(-1, source.o_NHD.shape[-1]).T)
+        self.key_up = nnx.List([rows(kv_b_CNH[:, head, :nope], None, None) for head in heads])
+        self.value_up = nnx.List([rows(kv_b_CNH[:, head, nope:].T, None, None) for head in heads])
+        self.output_rows = rows(source.o_NHD[...].reshape(-1, source.o_NHD.shape[-1]).T, "embed", "heads")
 
     def restore(self, source: MLA) -> None:
         """Put the weights back into `source`."""

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels import put_slots
 
+#: Logical axes of the arrays of these caches.
+BY_HEAD = ("batch", "kv_heads", None, None)
+
 
 def _written(cache_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
     """`cache_BKSH` with `new_BTKH` in slots `slot` and following."""
@@ -20,6 +23,8 @@ def _written(cache_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax
 
 class HeadCache(NamedTuple):
     """Keys and values of one layer by head, [B, K, S, H] each."""
+
+    axes = BY_HEAD
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -42,6 +47,8 @@ class HeadCache(NamedTuple):
 class LatentCache(NamedTuple):
     """The cache of latent attention: of each token its latent and its rotated key as one row, [B, 1, S, C + P]."""
 
+    axes = BY_HEAD
+
     row_B1SC: jax.Array
 
     @classmethod
@@ -61,6 +68,8 @@ class LatentCache(NamedTuple):
 
 class SplitCache(NamedTuple):
     """The cache of Spark attention: the keys' dimensions that select, all of which are read, apart from the rest."""
+
+    axes = BY_HEAD
 
     k1_BKSR: jax.Array
     rest_BKSE: jax.Array

@@ -19,6 +19,9 @@ from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 
+#: Logical axes of experts' weights, rows of neurons.
+EXPERTS = ("experts", "ffn", "embed")
+
 
 class PackedBlockFFN(BlockFFN, DecodingLayout):
     """`BlockFFN` without losses; router and scales stay as they are."""
@@ -29,7 +32,7 @@ class PackedBlockFFN(BlockFFN, DecodingLayout):
         experts, d = source.config.experts, source.up_DF.shape[0]
 
         def by_expert(rows_FD: jax.Array) -> Rows:
-            return Rows(rows_FD.reshape(experts, -1, d), form, source.dtype)
+            return Rows(rows_FD.reshape(experts, -1, d), form, source.dtype, EXPERTS)
 
         self.up, self.down = by_expert(source.up_DF[...].T), by_expert(source.down_FD[...])
         self.gate = None if source.gate_DF is None else by_expert(source.gate_DF[...].T)
@@ -49,7 +52,8 @@ class PackedBlockFFN(BlockFFN, DecodingLayout):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         _, _, scores_BTE = self.route(x_BTD)
-        aux, rows = LayerAux(stats=activation_stats(scores_BTE != 0, ctx)), few_tokens(x_BTD)
+        aux = LayerAux(stats=activation_stats(scores_BTE != 0, ctx))
+        rows = few_tokens(x_BTD, self.config.experts)
         if rows is not None:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
             gate, g = (None, None) if self.gate is None else self.gate.arrays
@@ -73,7 +77,7 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
             shape = (self.config.shared, *up_EWD.shape[1:])
             up_EWD = jnp.concatenate([source.shared_up_DF[...].T.reshape(shape), up_EWD])
             down_EWD = jnp.concatenate([source.shared_down_FD[...].reshape(shape), down_EWD])
-        self.up, self.down = Rows(up_EWD, form, source.dtype), Rows(down_EWD, form, source.dtype)
+        self.up, self.down = (Rows(weight, form, source.dtype, EXPERTS) for weight in (up_EWD, down_EWD))
 
     def restore(self, source: MoEFFN) -> None:
         """Put the weights back into `source`."""
@@ -90,7 +94,7 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
-        rows = few_tokens(x_BTD)
+        rows = few_tokens(x_BTD, self.config.experts)
         if rows is not None:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
             weights_ME = self.with_shared(routing.weights_BTE).reshape(len(rows), -1)
@@ -113,8 +117,8 @@ class PackedMoEXFFN(MoEXFFN, DecodingLayout):
     def __init__(self, source: MoEXFFN, form: WeightFormat):
         self.config, self.dtype, self.router_DE = source.config, source.dtype, source.router_DE
         self.mean_ED, self.variance_ED = source.mean_ED, source.variance_ED
-        self.up = Rows(source.up_EDW[...].swapaxes(1, 2), form, source.dtype)
-        self.down = Rows(source.down_EWD[...], form, source.dtype)
+        self.up = Rows(source.up_EDW[...].swapaxes(1, 2), form, source.dtype, EXPERTS)
+        self.down = Rows(source.down_EWD[...], form, source.dtype, EXPERTS)
 
     def restore(self, source: MoEXFFN) -> None:
         """Put the weights back into `source`."""
@@ -134,7 +138,7 @@ class PackedMoEXFFN(MoEXFFN, DecodingLayout):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
-        rows = few_tokens(x_BTD)
+        rows = few_tokens(x_BTD, self.config.experts)
         if rows is None:
             return super().mixed(x_BTD, routing)
         (up, u), (down, d) = self.up.arrays, self.down.arrays

@@ -20,15 +20,18 @@ from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 
+#: Logical axes of weights by rows of neurons.
+NEURONS = ("ffn", "embed")
+
 
 class PackedGatedFFN(FFN, DecodingLayout):
     """`GatedFFN` with every neuron's weights as rows; for layers without biases that compute every neuron."""
 
     def __init__(self, source: GatedFFN, form: WeightFormat):
         self.activation = source.config.activation
-        self.gate = Rows(source.gate_DF[...].T, form, source.dtype)
-        self.up = Rows(source.up_DF[...].T, form, source.dtype)
-        self.down = Rows(source.down_FD[...], form, source.dtype)
+        self.gate = Rows(source.gate_DF[...].T, form, source.dtype, NEURONS)
+        self.up = Rows(source.up_DF[...].T, form, source.dtype, NEURONS)
+        self.down = Rows(source.down_FD[...], form, source.dtype, NEURONS)
 
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
@@ -57,8 +60,8 @@ class MappedGatedFFN(GatedFFN, DecodingLayout):
         self.config, self.dtype = source.config, source.dtype
         self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
         inner_DF = jnp.concatenate([source.gate_DF[...], source.up_DF[...]], axis=-1)
-        self.inner_map = InputMap(inner_DF, active, form, source.dtype)
-        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype)
+        self.inner_map = InputMap(inner_DF, active, form, source.dtype, "ffn")
+        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype, "ffn")
 
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
@@ -87,8 +90,8 @@ class MappedPlainFFN(PlainFFN, DecodingLayout):
     def __init__(self, source: PlainFFN, form: WeightFormat, active: float | None):
         self.config, self.dtype = source.config, source.dtype
         self.up_bias, self.down_bias = source.up_bias, source.down_bias
-        self.inner_map = InputMap(source.up_DF[...], active, form, source.dtype)
-        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype)
+        self.inner_map = InputMap(source.up_DF[...], active, form, source.dtype, "ffn")
+        self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype, "ffn")
 
     def restore(self, source: PlainFFN) -> None:
         """Put the weights back into `source`."""
@@ -121,8 +124,8 @@ class PackedSparkFFN(FFN, DecodingLayout):
 
     def __init__(self, source: SparkFFN, form: WeightFormat, predictor: WeightFormat):
         self.config = source.config
-        self.k1 = Rows(source.k1_RF[...].T, predictor, source.dtype)
-        self.rest = Rows((source.k2_DF[...].T, source.v_FD[...]), form, source.dtype)
+        self.k1 = Rows(source.k1_RF[...].T, predictor, source.dtype, ("ffn", "predictor"))
+        self.rest = Rows((source.k2_DF[...].T, source.v_FD[...]), form, source.dtype, NEURONS)
 
     def restore(self, source: SparkFFN) -> None:
         """Put the weights back into `source`."""

@@ -14,6 +14,7 @@ from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
+from sparsezoo_jax.sharding import LogicalAxes, num_shards
 
 WeightFormat = Literal["model", "float32", "bfloat16", "int8"]
 
@@ -23,10 +24,14 @@ def assign(target: nnx.Variable, value: jax.Array) -> None:
     target[...] = value.reshape(target.shape).astype(target.dtype)
 
 
-def few_tokens(x: jax.Array) -> jax.Array | None:
-    """`x` [..., D] as rows [M, D], or None where they are too many for the operations that read active weights only."""
+def few_tokens(x: jax.Array, experts: int = 0) -> jax.Array | None:
+    """`x` [..., D] as rows [M, D], or None where they are too many for the operations that read active weights only.
+
+    On a mesh those of one device count; with `experts` that it splits, those of all devices that exchange tokens.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    return rows if len(rows) <= MOST_ROWS else None
+    on_device = len(rows) // num_shards("batch", len(rows)) * (num_shards("experts", experts) if experts else 1)
+    return rows if on_device <= MOST_ROWS else None
 
 
 class Packed(nnx.Variable):
@@ -44,16 +49,26 @@ def quantised(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 class Rows(nnx.Module):
     """A matrix [..., N, K] stored by rows, as int8 with a factor for each row.
 
-    It can also hold two matrices, [N, K] and [N, L], whose rows lie side by side; then there are factors [N, 2].
+    It can also hold two matrices, [N, K] and [N, L], whose rows lie side by side; then there are factors [N, 2]. `axes`
+    are the logical names of the dimensions, as a parameter has them; none: a mesh splits nothing.
     """
 
-    def __init__(self, rows: jax.Array | tuple[jax.Array, jax.Array], form: WeightFormat, dtype: jnp.dtype):
+    def __init__(
+        self,
+        rows: jax.Array | tuple[jax.Array, jax.Array],
+        form: WeightFormat,
+        dtype: jnp.dtype,
+        axes: LogicalAxes | None = None,
+    ):
         parts = rows if isinstance(rows, tuple) else (rows,)
         self.dtype, self.first = dtype, parts[0].shape[-1]
+        axes = (None,) * parts[0].ndim if axes is None else axes
         scale = None
         if form == "int8":
             parts, scales = zip(*map(quantised, parts), strict=True)
-            scale = Packed(scales[0] if len(scales) == 1 else jnp.stack(scales, axis=-1))
+            scale = Packed(scales[0], axes=axes[:-1])
+            if len(scales) == 2:
+                scale = Packed(jnp.stack(scales, axis=-1), axes=(*axes[:-1], None))
         self.scale = scale
         stored = jnp.dtype({"model": dtype, "int8": jnp.int8}.get(form, form))
         parts = [part.astype(stored) for part in parts]
@@ -61,7 +76,7 @@ class Rows(nnx.Module):
         # Rows of active neurons lie far apart: with huge pages fewer of them miss the address translation.
         if not isinstance(laid_out, Tracer) and {device.platform for device in laid_out.devices()} == {"cpu"}:
             native.advise_huge_pages(laid_out)
-        self.rows = Packed(laid_out)
+        self.rows = Packed(laid_out, axes=axes)
 
     @property
     def arrays(self) -> tuple[jax.Array, jax.Array | None]:
@@ -105,12 +120,14 @@ class StreamMap(nnx.Module):
     """A map from the residual stream or back to it, of which a few tokens read the slabs of their active blocks only.
 
     `active` is the share of the stream's width that a token's sublayer has where a residual connection routes it; None
-    is a map of the whole width.
+    is a map of the whole width. `axes` are the logical axes of the rows; a mesh does not split the width of slabs,
+    which are read here and there. Of the maps below, `other` is the axis beside the width.
     """
 
-    def __init__(self, rows: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
+    def __init__(self, rows: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype, axes: LogicalAxes):
         self.active = active
-        self.rows = Rows(rows, form, dtype)
+        axes = axes if active is None else tuple(None if name == "embed" else name for name in axes)
+        self.rows = Rows(rows, form, dtype, axes)
 
     @property
     def bytes_read(self) -> float:
@@ -121,8 +138,9 @@ class StreamMap(nnx.Module):
 class InputMap(StreamMap):
     """`x W` for x [B, T, D]: rows of outputs, or rows of inputs where the width is routed."""
 
-    def __init__(self, weight_DO: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
-        super().__init__(weight_DO.T if active is None else weight_DO, active, form, dtype)
+    def __init__(self, weight_DO: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype, other: str):
+        rows, axes = (weight_DO.T, (other, "embed")) if active is None else (weight_DO, ("embed", other))
+        super().__init__(rows, active, form, dtype, axes)
 
     def restored(self) -> jax.Array:
         """W, [D, O], in the activations' dtype."""
@@ -144,8 +162,8 @@ class InputMap(StreamMap):
 class OutputMap(StreamMap):
     """`y W`, [B, T, D]: rows of outputs."""
 
-    def __init__(self, weight_ID: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype):
-        super().__init__(weight_ID.T, active, form, dtype)
+    def __init__(self, weight_ID: jax.Array, active: float | None, form: WeightFormat, dtype: jnp.dtype, other: str):
+        super().__init__(weight_ID.T, active, form, dtype, ("embed", other))
 
     def restored(self) -> jax.Array:
         """W, [I, D], in the activations' dtype."""

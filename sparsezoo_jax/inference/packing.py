@@ -15,7 +15,7 @@ from flax import nnx
 from sparsezoo_jax.errors import SparsezooWarning
 from sparsezoo_jax.inference import attention, experts, ffn  # noqa: F401  # register the layouts of the package's kinds
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, laid_out
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign
+from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign
 from sparsezoo_jax.inference.routed_head import RoutedRows
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.embedding import Tables
@@ -37,13 +37,11 @@ class PackedDecoder(Decoder):
         if isinstance(head, RoutedHead) and head.config.grouped:
             rows = RoutedRows(output_VD.T, head.config, form, dtype)
         else:
-            rows = Rows(output_VD, form, dtype)
+            rows = Rows(output_VD, form, dtype, ("vocab", "embed"))
         self.output_rows = rows
         # Rows of the embedding are only looked up, in the activations' dtype.
-        stored = rows.arrays[0]
-        tied = source.output_DV is None and stored.dtype == dtype and not isinstance(rows, RoutedRows)
-        table = stored if tied else embedding_VD.astype(dtype)
-        self.embedding_VD = nnx.Param(table, axes=("vocab", "embed"))
+        shared = source.output_DV is None and rows.rows.dtype == dtype and not isinstance(rows, RoutedRows)
+        self.embedding_VD = rows.rows if shared else Packed(embedding_VD.astype(dtype), axes=("vocab", "embed"))
         self.output_DV = None
 
     def _project(self, hidden_BTD: jax.Array, tables: Tables | None) -> jax.Array:

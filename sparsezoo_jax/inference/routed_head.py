@@ -15,7 +15,7 @@ class RoutedRows(Rows):
     """W [D, V] by rows of inputs: a few tokens read the slabs of their active blocks only."""
 
     def __init__(self, weight_DV: jax.Array, config: MoHDConfig, form: WeightFormat, dtype: jnp.dtype):
-        super().__init__(weight_DV, form, dtype)
+        super().__init__(weight_DV, form, dtype, (None, "vocab"))
         self.config = config
 
     def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

@@ -14,8 +14,10 @@ class LayerCache(NamedTuple):
     """Keys and values of one layer, [B, S, K, H] each; slots that were not written yet hold zeros.
 
     Attention that makes both from something smaller keeps that here instead: latent attention its latent and the
-    rotated key. The attention configuration's `cache_shapes` gives both [K, H].
+    rotated key. The attention configuration's `cache_shapes` gives both [K, H]. `axes` are the logical axes of each.
     """
+
+    axes = ("batch", None, "kv_heads", "head_dim")
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array

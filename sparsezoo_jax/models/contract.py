@@ -71,7 +71,10 @@ class Attention(Part):
         raise NotImplementedError
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        """A cache for `length` tokens of each of `batch` sequences. Default: one array for each of `cache_shapes`."""
+        """A cache for `length` tokens of each of `batch` sequences. Default: one array for each of `cache_shapes`.
+
+        A cache of another class has an attribute `axes`, the logical axes of its arrays.
+        """
         return LayerCache(*(jnp.zeros((batch, length, *shape), self.dtype) for shape in self.config.cache_shapes))
 
 

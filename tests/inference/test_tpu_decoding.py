@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from sparsezoo_jax.compilation.report import compile_report
 from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.inference import Sampling, packed
 from sparsezoo_jax.inference.generation import next_token
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.pallas_kernels import without_kernels
+from sparsezoo_jax.sharding import MeshConfig
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install 'sparsezoo-jax[aot]'")
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -65,3 +67,28 @@ def test_without_kernels_rows_are_looked_up_in_a_loop(compiled):
         text = compiled(*decode_step("blockffn", "2_8b", layers=1)).as_text()
     assert "tpu_custom_call" not in text
     assert " while(" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size", "kernel", "rows", "width"),
+    [
+        ("spark", "2b", "spark_ffn_rows_kernel", 13824, 2304 - 1024 + 2304),
+        ("blockffn", "2_8b", "block_ffn_rows_kernel", 128 * 128, 2 * 2048),
+    ],
+)
+def test_a_token_on_a_mesh(arch, size, kernel, rows, width):
+    """Four chips that split heads and neurons: the kernels run on each, over its quarter of the rows."""
+    run = preset(arch, size)
+    config = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, layers=1, dtype="bfloat16", layer_pattern=("global",)),
+        mesh=MeshConfig(tensor=4),
+        data=dataclasses.replace(run.data, batch_size=8),
+    )
+    report = compile_report(config, open_topology("v5p:2x2x1"), "decode", 1024)
+    kernels = {found["name"]: found for found in report.kernels}
+    assert len(kernels) == (2 if arch == "spark" else 1)
+    assert kernels[kernel]["flops"] == 2 * 8 * rows / 4 * width
+    assert report.unknown_loops == []
+    assert not any(found["kind"] == "all-to-all" for found in report.collectives)

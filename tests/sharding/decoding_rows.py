@@ -7,15 +7,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
+from sparsezoo_jax.inference import packed
+from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.pallas_kernels import (
     block_ffn_rows,
     block_ffn_union,
     spark_attention_rows,
     spark_ffn_rows,
 )
-from sparsezoo_jax.sharding import MeshConfig, build_mesh, use_mesh
+from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
 from tests.kernels.few_rows import Draw
+from tests.models.conftest import CONFIGS
 
 MESHES = {
     "data 2, tensor 4": MeshConfig(data=2, tensor=4),
@@ -51,6 +56,30 @@ def cases() -> dict[str, tuple]:
     }
 
 
+def step(config: DecoderConfig, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """Logits of one more token after a prompt, by a packed model, and the share of active neurons in each layer."""
+    graphdef, state = nnx.split(packed(Decoder(config, rngs=nnx.Rngs(0))))
+    if mesh is not None:
+        place = named_sharding(mesh)
+
+        def placed(variable: nnx.Variable) -> nnx.Variable:
+            axes = variable.get_metadata()["axes"]
+            return variable.replace(jax.device_put(variable[...], place(axes, variable.shape)))
+
+        state = nnx.from_flat_state([(path, placed(variable)) for path, variable in nnx.to_flat_state(state)])
+    tokens = jax.random.randint(jax.random.key(1), (8, 7), 0, config.vocab_size)
+
+    @jax.jit
+    def run(state):
+        model = nnx.merge(graphdef, state)
+        cache = model(tokens[:, :-1], cache=model.init_cache(8, 8), logits=False).cache
+        out = model(tokens[:, -1:], cache=cache)
+        return out.logits, out.stats["ffn_density"]
+
+    with use_mesh(mesh):
+        return jax.device_get(run(state))
+
+
 def gradients_apart(operation: Callable, *arrays: jax.Array) -> float:
     """How far gradients in all arrays are from those on one device."""
     loss = lambda *arrays: jnp.sum(operation(*arrays)[0] ** 2)  # noqa: E731
@@ -65,6 +94,12 @@ def gradients_apart(operation: Callable, *arrays: jax.Array) -> float:
 def main() -> None:
     """Compare each implementation on each mesh with plain JAX on one device."""
     report = {}
+    for name in ("spark", "blockffn", "moe"):
+        found, expected = (step(CONFIGS[name], mesh) for mesh in (build_mesh(MeshConfig(expert=4, tensor=2)), None))
+        report[f"a step of {name}"] = {
+            "distance": float(np.max(np.abs(found[0] - expected[0]))),
+            "counts": bool(np.allclose(found[1], expected[1], atol=1e-6)),
+        }
     for name, (operation, *arrays) in cases().items():
         expected = jax.jit(partial(operation, implementation="xla"))(*arrays)
         forms = [None, "pallas_tpu_interpret", "pallas_gpu_interpret"]

@@ -65,11 +65,11 @@ def decoding_rows(on_eight_devices):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "operation",
-    ["spark_ffn_rows", "spark_attention_rows", "block_ffn_rows", "block_ffn_union", "gradient of"],
+    ["spark_ffn_rows", "spark_attention_rows", "block_ffn_rows", "block_ffn_union", "gradient of", "a step of"],
 )
 def test_decoding_on_meshes(decoding_rows, operation):
     found = {name: case for name, case in decoding_rows.items() if name.startswith(operation)}
-    assert len(found) == {"block_ffn_union": 6, "gradient of": 1}.get(operation, 9)
+    assert len(found) == {"block_ffn_union": 6, "gradient of": 1, "a step of": 3}.get(operation, 9)
     for name, case in found.items():
         assert case["distance"] < 1e-5, name
         assert case.get("counts", True), name
