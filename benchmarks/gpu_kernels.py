@@ -5,6 +5,7 @@ benchmarks.gpu_kernels`. No GPU is needed, and nothing is measured on one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,15 +29,16 @@ from sparsezoo_jax.pallas_kernels import (
     spark_ffn,
     spark_ffn_rows,
     statistical_topk,
+    without_kernels,
 )
-from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
+from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
 NOTES = """
 Bytes are the operands and results of every kernel, for the union and the rows those in use; what the 50 MB of L2 keep
 between kernels is counted all the same. Occupancy is the share of a multiprocessor's threads that its registers and
-shared memory have room for. Times are bytes / bandwidth and, of attention, FLOPs of matrix products / FLOP/s of the
+shared memory have room for. Times are bytes / bandwidth and, of attention and experts, FLOPs of products / those of the
 datasheet: bounds. Attention's blocks read keys again and again; 8,192 of a layer are 33 MB, which L2 keeps.
 """
 #: Tokens of an attention.
@@ -96,13 +98,33 @@ def cases() -> list[Case]:
     for implementation in ("xla", "one_pass"):
         ffn = lambda *a, name=implementation: spark_ffn(*a, top_k=1106, implementation=name)  # noqa: E731
         found.append(Case(f"spark_ffn 2048 tokens, 2b, {implementation}", ffn, [_array(*s) for s in shapes]))
-    width_in, count, width_out, _ = MOE_FFN["moex_chess"]
-    grouped = [_array(8192, width_in), _array(count, width_in, width_out), _array(count, dtype=jnp.int32)]
-    found.append(Case(f"ragged_dot 8192 x {width_in}, {count} experts of {width_out}", ragged_matmul, grouped))
+    experts = MOE_FFN["moe_xlarge"], (MOE_FFN["moe_xlarge"][0], 1024, 64, 16)
+    for shape in experts:
+        found += [grouped(shape, name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
     found += decoding()
     for make in (attention, flash):
         found += [make(name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
     return [*found, flash("pallas_gpu", True, *LLAMA)]
+
+
+def grouped(shape: tuple[int, int, int, int], implementation: str, gradient: bool, tokens: int = 4096) -> Case:
+    """Experts without gates; `shape`: model width, experts, neurons of one, experts of a token."""
+    d, count, width, k = shape
+
+    def forward(x, weights, up, down, chosen):
+        with without_kernels() if implementation == "xla" else contextlib.nullcontext():
+            return grouped_ffn(x, chosen, weights, up, down, implementation="ragged")
+
+    def both(x, weights, up, down, chosen, g):
+        y, pull = jax.vjp(lambda *floats: forward(*floats, chosen=chosen), x, weights, up, down)
+        return y, pull(g)
+
+    x, chosen = _array(tokens, d), _array(tokens, k, dtype=jnp.int32)
+    arguments = [x, _array(tokens, k), _array(count, d, width), _array(count, width, d), chosen, *[x] * gradient]
+    name = f"grouped_ffn {tokens} tokens, {k} of {count} experts of {width}{' and its gradient' * gradient}"
+    # XLA multiplies all rows for every expert.
+    flops = (6 if gradient else 2) * 2 * tokens * k * d * width * (count if implementation == "xla" else 1)
+    return Case(f"{name}, {implementation}", both if gradient else forward, arguments, flops=flops)
 
 
 def decoding() -> list[Case]:

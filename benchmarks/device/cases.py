@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,17 @@ import jax.numpy as jnp
 
 from benchmarks.device.attention_cases import attention, attention_rows, latent
 from benchmarks.device.case import BF16, F32, INT8, Case, Cost, Draw, Result, Sizes, dtype_name, union_size
-from sparsezoo_jax.pallas_kernels import block_ffn_rows, block_ffn_union, spark_ffn_rows, statistical_topk
+from sparsezoo_jax.pallas_kernels import (
+    block_ffn_rows,
+    block_ffn_union,
+    spark_ffn_rows,
+    statistical_topk,
+    without_kernels,
+)
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import from_blocks
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks
+from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
 
 
 def cases(s: Sizes) -> list[Case]:
@@ -30,6 +38,7 @@ def cases(s: Sizes) -> list[Case]:
         *timed,
         union(s, 8, BF16),
         *grouped(s),
+        *ragged(s),
     ]
     found += [attention_rows(s, keys, dtype) for keys, dtype in ((s.keys[-1], BF16), (s.keys[0], F32))]
     found += [case for width in s.widths[1:] for case in attention(s, width, s.lengths[0], "packed window softcap")]
@@ -211,7 +220,7 @@ def union(s: Sizes, tokens: int, dtype: Any) -> Case:
 
 
 def grouped(s: Sizes) -> Iterator[Case]:
-    """The products of experts, by the libraries, against all experts for all tokens."""
+    """Experts whose tokens are sorted, against all experts for all tokens."""
     tokens, d, experts, width, k = s.grouped
 
     def make(draw):
@@ -225,6 +234,10 @@ def grouped(s: Sizes) -> Iterator[Case]:
         y: Any = grouped_ffn(x, chosen, weights, up, down, implementation=form)
         return Result(y)
 
+    def libraries(*arguments):
+        with without_kernels():
+            return call("ragged", *arguments).y
+
     size = 2 * (2 * experts * d * width + 2 * tokens * d)
     yield Case(
         f"grouped_ffn {tokens} tokens, {k} of {experts} experts bf16",
@@ -235,6 +248,7 @@ def grouped(s: Sizes) -> Iterator[Case]:
         kernel="ragged",
         cost=Cost(4 * tokens * k * d * width, size),
         backward=3,
+        rivals={"ragged_dot": libraries},
     )
     blocks = Blocks(count=experts, shared=1)
 
@@ -248,3 +262,28 @@ def grouped(s: Sizes) -> Iterator[Case]:
 
     name = f"from_blocks {tokens} tokens, {k} of {experts} blocks bf16"
     yield Case(name, make_blocks, call_blocks, BF16, differentiable=(0, 2), kernel="ragged")
+
+
+def ragged(s: Sizes) -> Iterator[Case]:
+    """Products whose sizes fill no tile, of groups that end within one; weights of an empty group are NaN."""
+    rows, inner, outer = s.lengths[0], 352, 96
+    sizes = [0, rows // 2, 1, 0, rows - rows // 2 - 8]
+
+    def make(draw, dtype):
+        w = draw(len(sizes), inner, outer, dtype=dtype, scale=inner**-0.5)
+        return [draw(rows, inner, dtype=dtype), w, jnp.asarray(sizes, jnp.int32)]
+
+    def call(form, x, w, sizes):
+        # TPUs have the libraries' products alone.
+        return Result(ragged_matmul(x, w, sizes, implementation=None if "tpu" in form else form))
+
+    for dtype in (BF16, F32):
+        yield Case(
+            f"ragged_matmul {rows} x {inner} {dtype_name(dtype)}",
+            partial(make, dtype=dtype),
+            call,
+            dtype,
+            differentiable=(0, 1),
+            poisoned=lambda x, w, sizes: [x, w.at[3].set(jnp.nan), sizes],
+            poisoned_on=("gpu",),
+        )

@@ -68,6 +68,8 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
                     found.append(Search(f"{name}_{part}", case, grid(tiles, (4, 8), (2, 3)), width))
         hidden = grid([(16, 64), (16, 128), (16, 256), (32, 128)], (2, 4), (2, 3))
         sums = grid([(32, 64, 16), (32, 128, 16), (32, 32, 16), (32, 64, 32), (64, 64, 16)], (2, 4), (2, 3))
+        products = grid([(128, 128, 64), (128, 128, 32), (64, 128, 64), (128, 64, 64), (64, 64, 64)], (4, 8), (3, 4))
+        experts, *_ = shapes.grouped(s)
         unions = grid([(32, 64), (16, 64), (32, 128), (64, 64)], (2, 4), (2, 3, 4))
         rows = grid([(32, 64, 512), (32, 64, 256), (32, 128, 512), (64, 64, 512), (16, 64, 256)], (4, 8), (2, 3))
         found += [
@@ -80,6 +82,7 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
                 Search(f"{name}_sum", case, sums)
                 for name, case in (("spark_ffn_rows", spark), ("block_ffn_rows", block))
             ),
+            *(Search(f"ragged_{part}", experts, products) for part in ("rows", "weights")),
             *(Search(f"block_ffn_union_{part}", union, unions) for part in ("hidden", "sum")),
             Search("spark_attention_rows", shapes.attention_rows(s, s.keys[0], BF16), rows, s.spark_attention[2]),
         ]

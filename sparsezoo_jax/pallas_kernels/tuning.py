@@ -88,6 +88,12 @@ TABLE: dict[Key, Launch] = {
     # would leave processors idle.
     Key("spark_ffn_rows_sum"): Launch((32, 64, 16), 4, 3),
     Key("block_ffn_rows_sum"): Launch((32, 64, 16), 4, 3),
+    # Rows of one group, columns of the result, terms of one matrix product; for the weights' gradient inputs, outputs,
+    # rows of a turn.
+    Key("ragged_rows"): Launch((64, 64, 32), 4, 2),
+    Key("ragged_rows", 2): Launch((128, 128, 64), 8, 3),
+    Key("ragged_weights"): Launch((64, 64, 32), 4, 2),
+    Key("ragged_weights", 2): Launch((128, 128, 64), 8, 3),
     # Neurons (columns of the result) of a program: few, for a union has few experts; terms of one matrix product.
     Key("block_ffn_union_hidden"): Launch((32, 64), 4, 3),
     Key("block_ffn_union_sum"): Launch((32, 64), 4, 3),

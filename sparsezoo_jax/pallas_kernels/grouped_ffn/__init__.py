@@ -58,7 +58,7 @@ def grouped_ffn(
       activation: pointwise.
       return_active: also return how many hidden units of each chosen expert are not 0.
       implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
-        expert and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one expert and loops over these.
+        expert and multiplies by `ragged_matmul`; "loop" sorts them into tiles of one expert and loops over these.
         None: "loop" where the program is lowered for a CPU, "ragged" elsewhere, both computing the hidden layer again
         in the backward pass. On a mesh the sorting two sort each device's tokens by themselves. Each device has of W
         only its part where the mesh splits FFN neurons, and the parts of the sum are added up.

@@ -28,7 +28,7 @@ def ragged(
     gate_EDW: jax.Array | None,
     activation: Activation,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sort the assignments by expert, multiply by `jax.lax.ragged_dot`, put the rows back and add them up.
+    """Sort the assignments by expert, multiply by `ragged_matmul`, put the rows back and add them up.
 
     Returns the sums [N, D] and the number of non-zero hidden units of each assignment, float32 [N, k].
     """

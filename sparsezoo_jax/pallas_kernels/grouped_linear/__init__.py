@@ -40,7 +40,7 @@ def from_blocks(
       blocks: how D is cut.
       dtype: of the result; None: that of x.
       implementation: "dense" multiplies all blocks by a mask and is the definition; "ragged" sorts the tokens by block
-        and multiplies by `jax.lax.ragged_dot`; "loop" sorts them into tiles of one block and loops over these. Both
+        and multiplies by `ragged_matmul`; "loop" sorts them into tiles of one block and loops over these. Both
         multiply the shared blocks in one product. None: "loop" where the program is lowered for a CPU, "ragged"
         elsewhere. On a mesh the sorting two sort each device's tokens by themselves, and O stays split where the mesh
         splits FFN neurons.

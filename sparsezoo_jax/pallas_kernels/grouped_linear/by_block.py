@@ -231,7 +231,7 @@ def _unsorted(y_A: jax.Array, order_A: jax.Array, k: int) -> jax.Array:
 
 
 def ragged_from_blocks(x_ND, routed_NK, w_DO, blocks: Blocks, dtype) -> jax.Array:
-    """Sort the assignments by block, multiply by `jax.lax.ragged_dot`, put the rows back and add them up."""
+    """Sort the assignments by block, multiply by `ragged_matmul`, put the rows back and add them up."""
     if blocks.shared == blocks.count:
         return matmul(x_ND, w_DO, dtype)
     x_NCI = x_ND.reshape(x_ND.shape[0], blocks.count, -1)

@@ -1,7 +1,8 @@
-"""The libraries' grouped matrix products under one name: `jax.lax.ragged_dot`, and jax's megablox where that is dense.
+"""Grouped matrix products: `jax.lax.ragged_dot`, and kernels where XLA multiplies all rows for every group.
 
 XLA for TPUs computes `ragged_dot` and its input's gradient group by group, but the weights' gradient as a product of
-all rows for every group, E times the work; megablox' `tgmm` does it group by group. (Figures in docs/kernels.md.)
+all rows for every group, E times the work; jax's megablox (`tgmm`) does it group by group. For GPUs it makes such
+products in all three directions, and `gpu` has kernels for them. (Figures in docs/kernels.md.)
 """
 
 from __future__ import annotations
@@ -11,35 +12,51 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, plain
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, pallas, plain
+from sparsezoo_jax.pallas_kernels.ragged import gpu
 
 
-def ragged_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def ragged_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    dtype: jnp.dtype | None = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
     """Rows of `x` times the matrix of their group; differentiable in x and w.
 
     Args:
       x: [A, I], sorted by group.
       w: [E, I, O], of the dtype of x.
-      sizes: int32 [E], how many rows each group has; they add up to A.
+      sizes: int32 [E], how many rows each group has. Rows past their sum belong to none: the result there is 0.
       dtype: of the result; None: that of x.
+      implementation: "xla", "megablox" (TPU: for the weights' gradient), "pallas_gpu", "pallas_gpu_interpret"; None:
+        the platform's kernels for bfloat16 and float32.
 
     Returns:
       [A, O].
+
+    Raises:
+      ConfigError: no such implementation, or it can't take the arguments.
     """
 
-    def refusal() -> str | None:
-        if x.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"takes bfloat16 or float32, not {x.dtype}"
-        return None if x.size else "needs at least one row"
+    def refusal(interpret: bool = False) -> str | None:
+        del interpret
+        if x.dtype not in (jnp.bfloat16, jnp.float32) or w.dtype != x.dtype:
+            return f"takes bfloat16 or float32 throughout, not {x.dtype} and {w.dtype}"
+        return None if x.size and w.size else "needs at least one row, one group and one column"
 
     forward = partial(_forward, dtype=dtype)
+    kernels = CustomVJP(partial(_gpu_forward, dtype=dtype or x.dtype), _gpu_backward)
     implementations = [
         plain(CustomVJP(forward, partial(_backward, dense_weight_gradient))),
         Implementation(
             "megablox", CustomVJP(forward, partial(_backward, megablox_weight_gradient)), "tpu", refusal, kernel=True
         ),
+        *pallas("cuda", kernels, refusal),
     ]
-    return dispatch("ragged_matmul", None, implementations)(x, w, sizes)
+    return dispatch("ragged_matmul", implementation, implementations)(x, w, sizes)
 
 
 def _forward(x, w, sizes, *, dtype):
@@ -52,6 +69,18 @@ def _backward(weight_gradient, arrays, residuals, g):
     g = g.astype(x.dtype)
     dx = jax.lax.ragged_dot(g, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=x.dtype)
     return dx, weight_gradient(x, g, sizes), None
+
+
+def _gpu_forward(x, w, sizes, *, dtype, interpret):
+    return gpu.times_groups(x, w, sizes, dtype, interpret=interpret), ()
+
+
+def _gpu_backward(arrays, residuals, g, *, interpret):
+    del residuals
+    x, w, sizes = arrays
+    g = g.astype(x.dtype)
+    dx = gpu.times_groups(g, w, sizes, x.dtype, transposed=True, interpret=interpret)
+    return dx, gpu.weight_gradient(x, g, sizes, interpret=interpret), None
 
 
 def dense_weight_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
