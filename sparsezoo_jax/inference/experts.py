@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign, few_tokens
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import CallContext, LayerAux
-from sparsezoo_jax.models.moe import MoEFFN
+from sparsezoo_jax.models.moe import Maps, MoEFFN
 from sparsezoo_jax.models.moex import MoEXFFN
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
@@ -72,43 +73,59 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
     def __init__(self, source: MoEFFN, form: WeightFormat):
         self.config, self.dtype = source.config, source.dtype
         self.router_DE, self.bias_E = source.router_DE, source.bias_E
-        up_EWD, down_EWD = source.up_EDW[...].swapaxes(1, 2), source.down_EWD[...]
-        if source.shared_up_DF is not None and source.shared_down_FD is not None:
-            shape = (self.config.shared, *up_EWD.shape[1:])
-            up_EWD = jnp.concatenate([source.shared_up_DF[...].T.reshape(shape), up_EWD])
-            down_EWD = jnp.concatenate([source.shared_down_FD[...].reshape(shape), down_EWD])
-        self.up, self.down = (Rows(weight, form, source.dtype, EXPERTS) for weight in (up_EWD, down_EWD))
+
+        def by_expert(routed: nnx.Param, shared: nnx.Param | None, columns: bool) -> Rows:
+            rows_EWD = routed[...].swapaxes(1, 2) if columns else routed[...]
+            if shared is not None:
+                rows_FD = shared[...].T if columns else shared[...]
+                rows_EWD = jnp.concatenate([rows_FD.reshape(-1, *rows_EWD.shape[1:]), rows_EWD])
+            return Rows(rows_EWD, form, source.dtype, EXPERTS)
+
+        self.up = by_expert(source.up_EDW, source.shared_up_DF, True)
+        self.down = by_expert(source.down_EWD, source.shared_down_FD, False)
+        self.gate = None if source.gate_EDW is None else by_expert(source.gate_EDW, source.shared_gate_DF, True)
 
     def restore(self, source: MoEFFN) -> None:
         """Put the weights back into `source`."""
-        up_EDW, down_EWD, shared_up_DF, shared_down_FD = self._weights()
-        assign(source.up_EDW, up_EDW)
-        assign(source.down_EWD, down_EWD)
-        if source.shared_up_DF is not None and source.shared_down_FD is not None:
-            assign(source.shared_up_DF, shared_up_DF)
-            assign(source.shared_down_FD, shared_down_FD)
+        routed, shared = self._weights()
+        into = (source.up_EDW, source.down_EWD, source.gate_EDW)
+        into_shared = (source.shared_up_DF, source.shared_down_FD, source.shared_gate_DF)
+        for param, value in zip((*into, *into_shared), (*routed, *shared), strict=True):
+            if param is not None and value is not None:
+                assign(param, value)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads with this share of the experts active."""
-        return self.router_DE[...].nbytes + density * (self.up.nbytes + self.down.nbytes)
+        experts = self.up.nbytes + self.down.nbytes + (0 if self.gate is None else self.gate.nbytes)
+        return self.router_DE[...].nbytes + density * experts
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
         rows = few_tokens(x_BTD, self.config.experts)
         if rows is not None:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
+            gate, g = (None, None) if self.gate is None else self.gate.arrays
             weights_ME = self.with_shared(routing.weights_BTE).reshape(len(rows), -1)
-            form = {"activation": self.config.activation, "scales": (u, d, None)}
-            return block_ffn_rows(rows, weights_ME, up, down, **form).reshape(x_BTD.shape)
-        up_EDW, down_EWD, shared_up_DF, shared_down_FD = self._weights()
-        y_BTD = self.routed_experts(x_BTD, routing, up_EDW, down_EWD)
-        return y_BTD + self.shared_expert(x_BTD, shared_up_DF, shared_down_FD) if self.config.shared else y_BTD
+            form = {"activation": self.config.activation, "scales": (u, d, g)}
+            return block_ffn_rows(rows, weights_ME, up, down, gate, **form).reshape(x_BTD.shape)
+        routed, shared = self._weights()
+        y_BTD = self.routed_experts(x_BTD, routing, routed)
+        return y_BTD + self.shared_expert(x_BTD, shared) if self.config.shared else y_BTD
 
-    def _weights(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Both maps of the routed experts, and of the shared ones, as `MoEFFN` has them."""
-        up_EWD, down_EWD, shared = self.up.restored(), self.down.restored(), self.config.shared
-        shared_up, shared_down = (w[:shared].reshape(-1, w.shape[-1]) for w in (up_EWD, down_EWD))
-        return up_EWD[shared:].swapaxes(1, 2), down_EWD[shared:], shared_up.T, shared_down
+    def _weights(self) -> tuple[Maps, Maps]:
+        """The maps of the routed experts, and of the shared ones, as `MoEFFN` has them."""
+        count = self.config.shared
+
+        def split(rows: Rows) -> tuple[jax.Array, jax.Array]:
+            rows_EWD = rows.restored()
+            return rows_EWD[count:], rows_EWD[:count].reshape(-1, rows_EWD.shape[-1])
+
+        (up_EWD, up_FD), (down_EWD, down_FD) = split(self.up), split(self.down)
+        gate_EDW, gate_DF = None, None
+        if self.gate is not None:
+            gate_EWD, gate_FD = split(self.gate)
+            gate_EDW, gate_DF = gate_EWD.swapaxes(1, 2), gate_FD.T
+        return (up_EWD.swapaxes(1, 2), down_EWD, gate_EDW), (up_FD.T, down_FD, gate_DF)
 
 
 class PackedMoEXFFN(MoEXFFN, DecodingLayout):

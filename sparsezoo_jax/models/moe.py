@@ -21,13 +21,17 @@ from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, Moved, grouped_ff
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.sharding import constrain
 
+Maps = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Up and down maps of experts, and those of their gates where they have some."""
+
 
 @register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoEFFNConfig(FFNKind):
     """`sum_e w_e W_down,e act(W_up,e x)` over the experts that a router gives each token; no token is dropped.
 
-    Losses, to be weighted by objectives: `balance`; for remoe `l1_balance` in its place; for topp `router_entropy` too.
+    Losses, to be weighted by objectives: `balance` and `router_z`; for remoe `l1_balance` in their place; for topp
+    `router_entropy` too.
     """
 
     kind: Literal["moe"] = "moe"
@@ -39,11 +43,18 @@ class MoEFFNConfig(FFNKind):
     """Experts of a token, shared ones included. remoe and topp: the number aimed at (a budget for objectives)."""
     router: RouterName = "topk"
     """topk: softmax, k best, renormalised. deepseek: the same beside shared experts. grin: SparseMixer-v2. remoe: ReLU.
-    topp: as many as make up `top_p`. ling: sigmoid, and a bias in place of a balance loss."""
+    topp: as many as make up `top_p`. ling: sigmoid, the best groups of experts first, and a bias in place of
+    a balance loss."""
     shared_experts: int | None = None
     """Experts that every token takes with weight 1, fused into one. None: 2 for deepseek, 0 for the others."""
     activation: ActivationName = "silu"
     """Non-linearity of the experts."""
+    gated: bool = False
+    """Experts are `W_down,e (act(W_gate,e x) * (W_up,e x))`."""
+    groups: int = 1
+    """Groups of neighbouring experts in equal numbers, from the best of which a token's come (ling)."""
+    kept_groups: int = 1
+    """How many groups a token's experts may come from (ling)."""
     top_p: float = 0.4
     """Probability that the experts of a token exceed together (topp)."""
     competition: float = 0.1
@@ -76,6 +87,7 @@ class MoEFFNConfig(FFNKind):
             require(getattr(self, field) >= 0, f"{name}.{field}", getattr(self, field), "must be at least 0")
         require(self.routed_scale > 0, f"{name}.routed_scale", self.routed_scale, "must be above 0")
         require(self.router_std >= 0, f"{name}.router_std", self.router_std, "must be at least 0")
+        self._check_groups(name)
         std = self.expert_std
         require(std is None or std > 0, f"{name}.expert_std", std, "must be above 0 or None")
         computes_all = self.router not in FIXED_COUNT
@@ -85,6 +97,29 @@ class MoEFFNConfig(FFNKind):
             self.implementation,
             f"must be dense or None for router={self.router}, which gives tokens different numbers of experts",
         )
+
+    def _check_groups(self, name: str) -> None:
+        groups, kept = self.groups, self.kept_groups
+        require(groups > 0, f"{name}.groups", groups, "must be above 0")
+        require(0 < kept <= groups, f"{name}.kept_groups", kept, f"must be from 1 to {groups} groups")
+        if groups == 1:
+            return
+        require(self.router == "ling", f"{name}.groups", groups, f"must be 1 for router={self.router}; ling has groups")
+        require(
+            self.routed % groups == 0 and self.routed >= 2 * groups,
+            f"{name}.groups",
+            groups,
+            f"must divide the {self.routed} routed experts into groups of at least 2",
+        )
+        routed_k, reach = self.k - self.shared, self.routed // groups * kept
+        require(
+            routed_k <= reach, f"{name}.kept_groups", kept, f"must hold {routed_k} experts for a token, not {reach}"
+        )
+
+    @property
+    def maps(self) -> int:
+        """Matrices of one expert."""
+        return 3 if self.gated else 2
 
     @property
     def shared(self) -> int:
@@ -114,23 +149,23 @@ class MoEFFNConfig(FFNKind):
 
     def weights(self, d_model: int, active: float | None = None) -> float:
         """Weights that one token needs with `active` neurons (None: those of k experts), the router's included."""
-        return d_model * (self.routed + 2 * (self.k * self.expert_width if active is None else active))
+        return d_model * (self.routed + self.maps * (self.k * self.expert_width if active is None else active))
 
     def idle_parameters(self, d_model: int) -> int:
         """Parameters of the experts that a token does not take; 0 where their number is not fixed."""
         fixed = self.router in FIXED_COUNT
-        return 2 * d_model * (self.experts - self.k) * self.expert_width if fixed else 0
+        return self.maps * d_model * (self.experts - self.k) * self.expert_width if fixed else 0
 
     def dense_twin(self) -> GatedFFNConfig:
-        """The SwiGLU layer of as many parameters, to half a neuron: (2 d_ff + routed experts) / 3 wide."""
-        return GatedFFNConfig(d_ff=round((2 * self.d_ff + self.routed) / 3), activation="silu")
+        """The SwiGLU layer of as many parameters, to half a neuron: (maps d_ff + routed experts) / 3 wide."""
+        return GatedFFNConfig(d_ff=round((self.maps * self.d_ff + self.routed) / 3), activation="silu")
 
     def on_mesh(self, shape: tuple[int, int, int]) -> str | None:
         """What devices that split the experts send each other."""
         if self.router not in FIXED_COUNT or self.implementation == "dense":
             return None
         up = (self.routed, shape[-1], self.expert_width)
-        return move_and_why(self.moved, shape, self.k - self.shared, up, maps=2)
+        return move_and_why(self.moved, shape, self.k - self.shared, up, maps=self.maps)
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEFFN:
         return MoEFFN(self, ctx, rngs)
@@ -153,10 +188,14 @@ class MoEFFN(FFN):
 
         # Every device routes its own tokens over all experts, so the router's columns are not split.
         self.router_DE = normal(config.router_std, (d, routed), ("embed", None))
-        self.up_EDW = weight((routed, d, width), ("experts", "embed", "ffn"), d, False)
+        columns = ((routed, d, width), ("experts", "embed", "ffn"), d, False)
+        self.gate_EDW = weight(*columns) if config.gated else None
+        self.up_EDW = weight(*columns)
         self.down_EWD = weight((routed, width, d), ("experts", "ffn", "embed"), width, True)
         fused = config.shared * width
-        self.shared_up_DF = weight((d, fused), ("embed", "ffn"), d, False) if fused else None
+        columns = ((d, fused), ("embed", "ffn"), d, False)
+        self.shared_gate_DF = weight(*columns) if fused and config.gated else None
+        self.shared_up_DF = weight(*columns) if fused else None
         self.shared_down_FD = weight((fused, d), ("ffn", "embed"), width, True) if fused else None
         self.bias_E = RouterBias(jnp.zeros(routed), axes=(None,)) if config.router == "ling" else None
 
@@ -170,7 +209,7 @@ class MoEFFN(FFN):
         stats["max_load"] = jnp.max(load_E) / jnp.maximum(jnp.mean(load_E), 1e-20)
         stats |= routers.device_load(load_E)
         aux = LayerAux(
-            losses=self._losses(routing, ctx),
+            losses=self._losses(scores_BTE, routing, ctx),
             stats=stats,
             records=ctx.recorded({EXPERT_SCORES: lambda: self.with_shared(routing.weights_BTE)}),
             observed={} if self.bias_E is None else {"load": load_E},
@@ -187,24 +226,29 @@ class MoEFFN(FFN):
         if config.router == "topp":
             return routers.top_p(scores_BTE, config.top_p)
         if self.bias_E is not None:
-            return routers.biased_sigmoid(scores_BTE, self.bias_E[...], k, config.routed_scale)
+            form = (k, config.routed_scale, config.groups, config.kept_groups)
+            return routers.biased_sigmoid(scores_BTE, self.bias_E[...], *form)
         return routers.top_k(scores_BTE, k)
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
-        y_BTD = self.routed_experts(x_BTD, routing, self.up_EDW[...], self.down_EWD[...])
-        if self.shared_up_DF is None or self.shared_down_FD is None:
+        y_BTD = self.routed_experts(x_BTD, routing, _values(self.up_EDW, self.down_EWD, self.gate_EDW))
+        if self.shared_up_DF is None:
             return y_BTD
-        return y_BTD + self.shared_expert(x_BTD, self.shared_up_DF[...], self.shared_down_FD[...])
+        maps = _values(self.shared_up_DF, self.shared_down_FD, self.shared_gate_DF)
+        return y_BTD + self.shared_expert(x_BTD, maps)
 
-    def shared_expert(self, x_BTD: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-        """The sum of the shared experts, which are fused into one of these weights."""
-        hidden = activation_fn(self.config.activation)(from_stream(x_BTD, up_DF.astype(self.dtype)))
-        return to_stream(constrain(hidden, ("batch", "length", "ffn")), down_FD.astype(self.dtype))
+    def shared_expert(self, x_BTD: jax.Array, maps: Maps) -> jax.Array:
+        """The sum of the shared experts, which are fused into one of these maps [D, F], [F, D], [D, F]."""
+        up_DF, down_FD, gate_DF = self._cast(maps)
+        activation = activation_fn(self.config.activation)
+        hidden = from_stream(x_BTD, up_DF)
+        hidden = activation(hidden) if gate_DF is None else activation(from_stream(x_BTD, gate_DF)) * hidden
+        return to_stream(constrain(hidden, ("batch", "length", "ffn")), down_FD)
 
-    def routed_experts(self, x_BTD: jax.Array, routing: Routing, up_EDW: jax.Array, down_EWD: jax.Array) -> jax.Array:
-        """The weighted sum of the experts, of these weights, that the router gives each token."""
-        maps = (up_EDW.astype(self.dtype), down_EWD.astype(self.dtype))
+    def routed_experts(self, x_BTD: jax.Array, routing: Routing, maps: Maps) -> jax.Array:
+        """The weighted sum of each token's experts, of these maps [E, D, W], [E, W, D], [E, D, W]."""
+        maps = self._cast(maps)
         activation = activation_fn(self.config.activation)
         if routing.experts_BTK is None or routing.weights_BTK is None:
             return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
@@ -219,10 +263,14 @@ class MoEFFN(FFN):
         )
         return y_BTD
 
-    def _losses(self, routing: Routing, ctx: CallContext) -> dict[str, jax.Array]:
+    def _cast(self, maps: Maps) -> Maps:
+        up, down, gate = maps
+        return up.astype(self.dtype), down.astype(self.dtype), None if gate is None else gate.astype(self.dtype)
+
+    def _losses(self, scores_BTE: jax.Array, routing: Routing, ctx: CallContext) -> dict[str, jax.Array]:
         if self.config.router == "remoe":
             return {"l1_balance": routers.l1_balance_loss(routing, ctx, self.config.k - self.config.shared)}
-        losses = {"balance": routers.balance_loss(routing, ctx)}
+        losses = {"balance": routers.balance_loss(routing, ctx), "router_z": routers.z_loss(scores_BTE, ctx)}
         if self.config.router == "topp":
             losses["router_entropy"] = routers.entropy_loss(routing, ctx)
         return losses
@@ -234,4 +282,11 @@ class MoEFFN(FFN):
     def after_step(self, observed: Observed) -> None:
         """Move the router's bias by the loads of the experts, [E] or stacked [layers, E] as the bias is."""
         if self.bias_E is not None:
-            self.bias_E[...] = routers.balanced_bias(self.bias_E[...], observed["load"], self.config.bias_rate)
+            load_E, rate = observed["load"], self.config.bias_rate
+            self.bias_E[...] = routers.balanced_bias(self.bias_E[...], load_E, rate, zero_mean=True)
+
+
+def _values(up: nnx.Param | None, down: nnx.Param | None, gate: nnx.Param | None) -> Maps:
+    assert up is not None
+    assert down is not None
+    return up[...], down[...], None if gate is None else gate[...]

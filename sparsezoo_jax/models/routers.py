@@ -47,28 +47,47 @@ def top_k(scores_BTE: jax.Array, k: int) -> Routing:
     return _chosen(experts_BTK, best_BTK / jnp.sum(best_BTK, axis=-1, keepdims=True), q_BTE)
 
 
-def biased_sigmoid(scores_BTE: jax.Array, bias_E: jax.Array, k: int, scale: float) -> Routing:
-    """Sigmoid scores; those of the k largest score + bias, renormalised to sum `scale`.
+def biased_sigmoid(
+    scores_BTE: jax.Array, bias_E: jax.Array, k: int, scale: float, groups: int = 1, kept_groups: int = 1
+) -> Routing:
+    """Sigmoid scores; those of the k largest score + bias in the best groups of experts, renormalised to sum `scale`.
 
-    The bias takes part in the choice only, and gets no gradient: `balanced_bias` moves it.
+    The bias takes part in the choice only, and gets no gradient: `balanced_bias` moves it. With several `groups`,
+    neighbouring experts in equal numbers, a token's experts come from the `kept_groups` whose two largest
+    score + bias have the largest sum.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; the loss-free balancing of arXiv 2408.15664.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; the loss-free balancing of arXiv 2408.15664; Ling 2.0 (arXiv
+    2510.22115) for the groups.
     """
     q_BTE = jax.nn.sigmoid(scores_BTE)
-    experts_BTK = best_with_bias(q_BTE, bias_E, k)
+    experts_BTK = best_with_bias(q_BTE, bias_E, k, groups, kept_groups)
     best_BTK = jnp.take_along_axis(q_BTE, experts_BTK, axis=-1)
     weights_BTK = scale * best_BTK / (jnp.sum(best_BTK, axis=-1, keepdims=True) + 1e-20)
     return _chosen(experts_BTK, weights_BTK, q_BTE / (jnp.sum(q_BTE, axis=-1, keepdims=True) + 1e-20))
 
 
-def best_with_bias(q_BTE: jax.Array, bias_E: jax.Array, k: int) -> jax.Array:
-    """The k experts of largest q + bias, int [B, T, k]; the choice has no gradient."""
-    return jax.lax.top_k(jax.lax.stop_gradient(q_BTE + bias_E), k)[1]
+def best_with_bias(q_BTE: jax.Array, bias_E: jax.Array, k: int, groups: int = 1, kept_groups: int = 1) -> jax.Array:
+    """The k experts of largest q + bias in the best groups, int [B, T, k]; the choice has no gradient."""
+    biased_BTE = jax.lax.stop_gradient(q_BTE + bias_E)
+    if groups > 1:
+        biased_BTGE = biased_BTE.reshape(*biased_BTE.shape[:-1], groups, -1)
+        group_BTG = jnp.sum(jax.lax.top_k(biased_BTGE, 2)[0], axis=-1)
+        kept_BTK = jax.lax.top_k(group_BTG, kept_groups)[1]
+        kept_BTG = jnp.any(kept_BTK[..., None] == jnp.arange(groups), axis=-2)
+        biased_BTE = jnp.where(kept_BTG[..., None], biased_BTGE, -jnp.inf).reshape(biased_BTE.shape)
+    return jax.lax.top_k(biased_BTE, k)[1]
 
 
-def balanced_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
-    """The bias after a step: up by `rate` for experts with less than the mean load, down for those with more."""
-    return bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+def balanced_bias(bias_E: jax.Array, load_E: jax.Array, rate: float, *, zero_mean: bool = False) -> jax.Array:
+    """The bias after a step: up by `rate` for experts with less than the mean load, down for those with more.
+
+    `zero_mean` takes the mean of these changes from each: the bias then only tells experts apart, and does not drift
+    where more experts lie on one side of the mean load than on the other (Ling 2.0, arXiv 2510.22115).
+    """
+    change_E = jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+    if zero_mean:
+        change_E -= jnp.mean(change_E, axis=-1, keepdims=True)
+    return bias_E + rate * change_E
 
 
 def sparse_mixer(scores_BTE: jax.Array, k: int, eps: float, rng: jax.Array | None) -> Routing:
@@ -177,6 +196,11 @@ def l1_balance_loss(routing: Routing, ctx: CallContext, k: int) -> jax.Array:
     """
     load_E = loads(routing.active_BTE, ctx)
     return load_E.size / k * jnp.sum(_mean_over_tokens(routing.weights_BTE, ctx) * load_E)
+
+
+def z_loss(scores_BTE: jax.Array, ctx: CallContext) -> jax.Array:
+    """Mean over real tokens of the squared log-sum-exp of the scores (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return ctx.mean_over_tokens(jnp.square(jax.nn.logsumexp(scores_BTE, axis=-1)))
 
 
 def entropy_loss(routing: Routing, ctx: CallContext) -> jax.Array:

@@ -36,7 +36,7 @@ KINDS = {
     "gemma3n": dataclasses.replace(
         CONFIGS["gemma3n"], layers=1, ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9,))
     ),
-    "moe": mixture(k=4, router="deepseek", activation="gelu_tanh"),
+    "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
 }
 LAID_OUT = {

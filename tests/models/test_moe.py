@@ -51,7 +51,8 @@ def result(config, tokens):
 @pytest.mark.slow
 def test_every_router_gives_its_losses_statistics_and_records(config, result):
     router = config.ffn.router
-    expected = {"remoe": {"l1_balance"}, "topp": {"balance", "router_entropy"}}.get(router, {"balance"})
+    usual = {"balance", "router_z"}
+    expected = {"remoe": {"l1_balance"}, "topp": {*usual, "router_entropy"}}.get(router, usual)
     assert set(result.losses) == expected
     assert {"ffn_density", "chunk_density_8", "expert_reuse", "max_load"} <= set(result.stats)
     recorded = jnp.stack(result.records["expert_scores"])
@@ -67,7 +68,7 @@ def test_every_router_gives_its_losses_statistics_and_records(config, result):
 @pytest.mark.slow
 def test_dispatch_forms_agree_in_the_model(tokens):
     def loss_and_grads(implementation):
-        graphdef, state = nnx.split(build(with_ffn(router="deepseek", implementation=implementation)))
+        graphdef, state = nnx.split(build(with_ffn(router="deepseek", gated=True, implementation=implementation)))
 
         def loss(state):
             out = nnx.merge(graphdef, state)(tokens)
@@ -82,9 +83,10 @@ def test_dispatch_forms_agree_in_the_model(tokens):
 
 
 @pytest.mark.slow
-def test_layer_by_hand(tokens):
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_by_hand(gated, tokens):
     """One layer's output is the weighted sum of its experts' outputs, shared experts beside them."""
-    model = build(with_ffn(router="deepseek", implementation="loop"))
+    model = build(with_ffn(router="deepseek", gated=gated, implementation="loop"))
     ffn = model.unstacked().segments[0].blocks[0].ffn
     x = jax.random.normal(jax.random.key(0), (1, 5, 24))
     ctx = model._call_context(tokens[:1, :5], None, None, None)
@@ -95,10 +97,15 @@ def test_layer_by_hand(tokens):
     )
     silu = lambda h: h / (1 + np.exp(-h))  # noqa: E731
     wide = np.asarray(x[0], np.float64)
-    expected = silu(wide @ shared_up) @ shared_down
+    gates, shared_gate = (np.asarray(ffn.gate_EDW), np.asarray(ffn.shared_gate_DF)) if gated else (None, None)
+
+    def hidden(up, gate):
+        return silu(wide @ up) if gate is None else silu(wide @ gate) * (wide @ up)
+
+    expected = hidden(shared_up, shared_gate) @ shared_down
     weights = np.asarray(aux.records["expert_scores"], np.float64)[0, :, 2:]
     for e in range(6):
-        expected += weights[:, e : e + 1] * (silu(wide @ up[e]) @ down[e])
+        expected += weights[:, e : e + 1] * (hidden(up[e], None if gates is None else gates[e]) @ down[e])
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
 
 
@@ -168,6 +175,10 @@ def test_parameters_and_cost():
         # The router and 4 experts of 6 neurons, two matrices each; the target or as measured.
         assert config.ffn.weights(24) == 24 * (routed + 2 * 4 * 6)
         assert config.ffn.flops(24, active=12) == 2 * 24 * (routed + 2 * 12)
+    gated = with_ffn(router="deepseek", gated=True)
+    assert gated.ffn.weights(24) == 24 * (6 + 3 * 4 * 6)
+    assert count_parameters(gated).total - count_parameters(with_ffn(router="deepseek")).total == 3 * 24 * 8 * 6
+    assert count_parameters(gated).total - count_parameters(gated).active == 3 * 3 * 24 * 4 * 6
     assert with_ffn(router="topp").ffn.target_active is None
     assert flops_per_token(BASE, 8) > 0
     assert bytes_per_token(BASE, 8) > 0
@@ -194,6 +205,11 @@ def test_dense_twin():
         ({"k": 2, "router": "deepseek"}, r"model.ffn.k=2: must be from 3 to 8"),
         ({"shared_experts": 8}, r"model.ffn.shared_experts=8: must be from 0 to 7"),
         ({"top_p": 1.0}, r"model.ffn.top_p=1.0"),
+        ({"groups": 2}, r"model.ffn.groups=2: must be 1 for router=topk; ling has groups"),
+        ({"router": "ling", "groups": 3}, r"model.ffn.groups=3: must divide the 8 routed experts into groups of at"),
+        ({"router": "ling", "groups": 8, "kept_groups": 4}, r"model.ffn.groups=8: must divide"),
+        ({"router": "ling", "groups": 4, "kept_groups": 5}, r"model.ffn.kept_groups=5: must be from 1 to 4 groups"),
+        ({"router": "ling", "groups": 4}, r"model.ffn.kept_groups=1: must hold 4 experts for a token, not 2"),
         ({"router": "remoe", "implementation": "loop"}, r"model.ffn.implementation=loop: must be dense or None"),
     ],
 )

@@ -51,6 +51,33 @@ def test_biased_sigmoid_chooses_by_bias_and_weighs_without():
     np.testing.assert_allclose(biased.weights_BTE[0, 0, [0, 2]], 2.5 * gates / gates.sum(), rtol=1e-6)
 
 
+def test_groups_by_a_restatement():
+    """Token by token in float64: the groups of largest two best, then the best in these; weights without the bias."""
+    count, groups, kept, k = 24, 6, 2, 5
+    rng = np.random.default_rng(0)
+    s, bias = 2 * rng.normal(size=(1, 200, count)), 0.3 * rng.normal(size=count)
+    routing = routers.biased_sigmoid(jnp.asarray(s), jnp.asarray(bias), k, 2.5, groups, kept)
+    plain = routers.biased_sigmoid(jnp.asarray(s), jnp.asarray(bias), k, 2.5)
+    expected = np.zeros(s.shape)
+    for t, token in enumerate(s[0]):
+        gates = 1 / (1 + np.exp(-token))
+        biased = gates + bias
+        by_group = [sorted(biased[g * 4 : g * 4 + 4])[-2:] for g in range(groups)]
+        best = np.argsort([sum(pair) for pair in by_group])[-kept:]
+        allowed = [e for e in range(count) if e // 4 in best]
+        chosen = sorted(allowed, key=lambda e: -biased[e])[:k]
+        expected[0, t, chosen] = 2.5 * gates[chosen] / gates[chosen].sum()
+    np.testing.assert_allclose(routing.weights_BTE, expected, atol=1e-6)
+    assert np.mean(np.any(plain.active_BTE != routing.active_BTE, axis=-1)) > 0.5
+
+
+def test_a_group_that_is_left_out_is_left_out_whatever_the_bias():
+    """Scores + bias of the kept group may be negative: a masked one must not come in as a zero."""
+    s = one([3.0, 3.0, -1.0, -1.0])
+    routing = routers.biased_sigmoid(s, jnp.asarray([-2.0, -2.0, -3.0, -3.0]), 2, 1.0, 2, 1)
+    np.testing.assert_array_equal(routing.active_BTE[0, 0], [True, True, False, False])
+
+
 def test_bias_has_no_gradient_and_moves_against_the_load():
     def total(bias):
         return jnp.sum(routers.biased_sigmoid(scores(), bias, 2, 1.0).weights_BTE[..., 0])
@@ -58,6 +85,9 @@ def test_bias_has_no_gradient_and_moves_against_the_load():
     np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(8)), 0)
     moved = routers.balanced_bias(jnp.zeros((2, 3)), jnp.array([[0.9, 0.5, 0.1], [0.5, 0.5, 0.5]]), 0.1)
     np.testing.assert_allclose(moved, [[-0.1, 0, 0.1], [0, 0, 0]], atol=1e-7)
+    uneven = jnp.array([0.9, 0.1, 0.1, 0.1])  # one above the mean, three below it
+    moved = routers.balanced_bias(jnp.ones(4), uneven, 0.1, zero_mean=True)
+    np.testing.assert_allclose(moved, [1 - 0.15, 1.05, 1.05, 1.05], atol=1e-7)
 
 
 def test_loss_free_bias_evens_out_the_loads():
@@ -159,6 +189,12 @@ def test_balance_loss_is_one_for_even_routing_and_e_for_collapse():
     np.testing.assert_allclose(routers.balance_loss(routers.Routing(lone, lone > 0, lone), ctx), 4)
 
 
+def test_z_loss_by_the_formula():
+    s = scores(1, 10, 6)
+    expected = np.mean(np.log(np.exp(np.asarray(s, np.float64)).sum(-1)) ** 2)
+    np.testing.assert_allclose(routers.z_loss(s, context(jnp.ones((1, 10), jnp.int32))), expected, rtol=1e-6)
+
+
 def test_l1_loss_by_the_formula():
     length, count, k = 10, 6, 2
     routing = routers.relu(scores(1, length, count))
@@ -175,6 +211,7 @@ def test_l1_loss_by_the_formula():
         lambda s, ctx: routers.balance_loss(routers.top_k(s, 3), ctx),
         lambda s, ctx: routers.l1_balance_loss(routers.relu(s), ctx, 3),
         lambda s, ctx: routers.entropy_loss(routers.top_p(s, 0.4), ctx),
+        routers.z_loss,
         lambda s, ctx: routers.loads(s > 0, ctx).max(),
     ],
 )

@@ -68,7 +68,7 @@ def models():
     )
 
     model = preset("moe", "tiny").model
-    ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens")
+    ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens", gated=True)
     yield (
         "moe",
         dataclasses.replace(
