@@ -90,7 +90,8 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, ro
     require(kv_heads > 0, f"{field}.kv_heads", kv_heads, "must be above 0")
     require(heads % kv_heads == 0, f"{field}.kv_heads", kv_heads, f"must divide {field}.heads={heads}")
     require(head_dim > 0, f"{field}.head_dim", head_dim, "must be above 0")
-    require(rope is None or head_dim % 2 == 0, f"{field}.head_dim", head_dim, "must be even to rotate")
+    if rope is not None:
+        rope.check(head_dim, f"{field}.head_dim")
     require(window is None or window > 0, f"{field}.window", window, "must be above 0")
 
 

@@ -59,8 +59,7 @@ class MLAConfig(AttentionKind):
         field = "model.attention"
         for name in ("heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, f"{field}.{name}", getattr(self, name), "must be above 0")
-        rotated = self.qk_rope_head_dim
-        require(rotated % 2 == 0, f"{field}.qk_rope_head_dim", rotated, "must be even to rotate")
+        self.rope.check(self.qk_rope_head_dim, f"{field}.qk_rope_head_dim")
         require(self.latent_norm_eps > 0, f"{field}.latent_norm_eps", self.latent_norm_eps, "must be above 0")
         for name in ("window", "kv_up_init_std"):
             value = getattr(self, name)

@@ -23,6 +23,14 @@ class RopeConfig:
     def __post_init__(self):
         require(0 < self.fraction <= 1, "model.attention.rope.fraction", self.fraction, "must be in (0, 1]")
 
+    def check(self, width: int, field: str) -> None:
+        """Raise `ConfigError` if this can't rotate heads of this width, the value of `field`: pairs are whole."""
+        require(width % 2 == 0, field, width, "must be even to rotate")
+        rotated = self.fraction * width
+        whole = abs(rotated - round(rotated)) < 1e-6 and round(rotated) % 2 == 0
+        name = "model.attention.rope.fraction"
+        require(whole, name, self.fraction, f"must rotate an even number of dimensions, not {rotated:g} of {width}")
+
     def base_of(self, layer_type: str) -> float:
         return self.local_base if layer_type == "local" and self.local_base is not None else self.base
 
@@ -33,7 +41,7 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, fraction
     Frequencies are `base^(-2i/R)` over the R = fraction * H first dimensions, pairs are (i, i + R/2); the remaining
     dimensions pass through. Angles and rotation are float32.
     """
-    rotated = int(x_BTNH.shape[-1] * fraction) // 2 * 2
+    rotated = round(x_BTNH.shape[-1] * fraction)
     frequency = base ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     angle_BT1R = positions_BT[..., None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle_BT1R), jnp.cos(angle_BT1R)
