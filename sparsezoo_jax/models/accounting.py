@@ -186,11 +186,11 @@ def dense_twin(config: DecoderConfig) -> DecoderConfig | None:
 
     `config` itself when it is dense; None when its FFN has no gated form of equal parameters.
     """
-    ffn = config.ffn.dense_twin()
-    if ffn is None:
+    ffn, first = config.ffn.dense_twin(), None if config.first_ffn is None else config.first_ffn.dense_twin()
+    if ffn is None or (config.first_ffn is not None and first is None):
         return None
     attention, residual = config.attention.dense_twin(), config.residual.dense_twin()
-    return dataclasses.replace(config, ffn=ffn, attention=attention, residual=residual)
+    return dataclasses.replace(config, ffn=ffn, first_ffn=first, attention=attention, residual=residual)
 
 
 def _width(config: DecoderConfig, sublayer: Literal["attention", "ffn", "head"]) -> int:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
-from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, ResidualConfig
+from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, FFNKind, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.remat import Remat
 from sparsezoo_jax.models.residual import PreNormConfig
@@ -51,7 +51,11 @@ class DecoderConfig:
     attention: AttentionConfig
     """The attention kind of every layer."""
     ffn: FFNConfig
-    """The feed-forward kind of every layer."""
+    """The feed-forward kind of every layer, or of those after `first_layers`."""
+    first_layers: int = 0
+    """Layers at the bottom that have `first_ffn` in place of `ffn` (dense ones below mixtures of experts)."""
+    first_ffn: FFNConfig | None = None
+    """The feed-forward kind of these layers."""
     residual: ResidualConfig = PreNormConfig()
     """How sublayers join the residual stream."""
     norm: NormConfig = NormConfig()
@@ -95,8 +99,13 @@ class DecoderConfig:
             "must be set, for model.layer_pattern has local layers",
         )
         self.attention.check(self.d_model)
-        self.ffn.check(self.d_model)
-        self.residual.check(self.d_model, self.attention, self.ffn)
+        first, below = self.first_layers, self.first_ffn
+        require(0 <= first < self.layers, "model.first_layers", first, f"must be from 0 to {self.layers - 1}")
+        allowed = "must be above 0 with a model.first_ffn, and 0 without one"
+        require((first > 0) == (below is not None), "model.first_layers", first, allowed)
+        for ffn in (self.ffn, *([] if below is None else [below])):
+            ffn.check(self.d_model)
+            self.residual.check(self.d_model, self.attention, ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 
     @property
@@ -108,9 +117,12 @@ class DecoderConfig:
         """What each layer is made of, in order."""
         pattern = self.layer_pattern
         return tuple(
-            LayerSpec(pattern[i % len(pattern)], self.attention, self.ffn.for_layer(i, self.layers))
+            LayerSpec(pattern[i % len(pattern)], self.attention, self._ffn_of(i).for_layer(i, self.layers))
             for i in range(self.layers)
         )
+
+    def _ffn_of(self, layer: int) -> FFNKind:
+        return self.ffn if self.first_ffn is None or layer >= self.first_layers else self.first_ffn
 
     def segments(self) -> tuple[SegmentSpec, ...]:
         """Runs of equal periods: the units that are scanned. Layers past the last whole period form their own."""

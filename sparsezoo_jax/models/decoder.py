@@ -77,7 +77,8 @@ class Decoder(nnx.Module):
             output = drawn.replace(jnp.pad(drawn[...], ((0, 0), (0, padding))))
         self.output_DV = output
         # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
-        self.noise = nnx.RngStream(rngs.params(), tag="noise") if config.ffn.samples else None
+        samples = any(spec.ffn.samples for spec in config.layer_specs())
+        self.noise = nnx.RngStream(rngs.params(), tag="noise") if samples else None
 
     def __call__(
         self,

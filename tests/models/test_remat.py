@@ -25,7 +25,8 @@ def kept(name, remat):
     """Numbers a token of each array that one layer of a sample keeps beside its inputs; nothing is computed."""
     # The last layer: of the samples whose layers differ, one like the others.
     spec = CONFIGS[name].layer_specs()[-1]
-    config = dataclasses.replace(CONFIGS[name], layers=1, layer_pattern=(spec.layer_type,), ffn=spec.ffn)
+    alike = dataclasses.replace(CONFIGS[name], first_layers=0, first_ffn=None)
+    config = dataclasses.replace(alike, layers=1, layer_pattern=(spec.layer_type,), ffn=spec.ffn)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked())
     graphdef, state = nnx.split(model.segments[0])
     x_BTD = jax.ShapeDtypeStruct((B, T, config.d_model), jnp.float32)
@@ -50,7 +51,7 @@ PRODUCTS = {
     "gpt2": ([24, 24, 24, 24], [32]),
     "blockffn": ([16, 12 + 4, 3 * 12, 3 * 14, 24], [8, 48]),
     # The experts' hidden units are computed again whatever the policy.
-    "moe": ([16, 8, 8, 24], [5, 8]),
+    "moe": ([16, 8, 8, 24], [6, 8, 8]),
     "moex": ([24, 24, 24, 24], [8, 8]),
     "mohd": ([16, 8, 8, 24], [32, 32, 24], [6, 24, 24, 6, 24]),
     "gemma3n": ([16, 8, 8, 24], [64, 64]),
