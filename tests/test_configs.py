@@ -27,6 +27,10 @@ PARAMETERS = {
     ("dense", "gemma2_2b"): (2_024_517_888, 2_614_636_800),
     ("dense", "0_1b"): (75_516_672, 124_668_672),
     ("dense", "gpt2"): (85_056_000, 124_439_808),
+    ("ling", "tiny"): (1_549_696, 2_073_984),
+    ("ling", "mini"): (15_611_812_864, 16_255_638_528),
+    ("ling", "flash"): (101_602_045_952, 102_889_697_280),
+    ("ling", "1t"): (997_130_006_528, 999_705_309_184),
     ("moe", "tiny"): (1_021_568, 1_545_856),
     ("moe", "tiny_remoe"): (1_021_568, 1_545_856),
     ("moe", "small"): (119_382_784, 307_931_392),
@@ -115,6 +119,15 @@ def test_moex_parameters_of_a_token_are_the_papers(size, active):
     assert size not in ALPHA_4 or dense(1) == ALPHA_4[size]
 
 
+@pytest.mark.parametrize(("size", "total", "active"), [("mini", 16.256, 1.433), ("flash", 103, 6.1), ("1t", 1000, 51)])
+def test_ling_is_the_reports(size, total, active):
+    """To the digits of the report (of the release for mini): billions in all, and of a token."""
+    count = count_parameters(preset("ling", size).model)
+    assert (count.total / 1e9, count.active / 1e9) == (pytest.approx(total, rel=2e-3), pytest.approx(active, rel=1e-2))
+    # 789 M without embeddings, the release's figure; norms are 89,088 of ours.
+    assert size != "mini" or count.active - count.embedding == 789_053_440 + 89_088
+
+
 ALPHA_4 = {"chess": 25_714_688, "small": 124_337_664}
 
 
@@ -141,7 +154,7 @@ def test_blockffn_scalings():
 def test_unknown_presets():
     with pytest.raises(
         ConfigError,
-        match=r"--arch=sparc: must be one of blockffn, dense, moe, moex, mohd, spark \(did you mean spark\?\)",
+        match=r"--arch=sparc: must be one of blockffn, dense, ling, moe, moex, mohd, spark \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, dense, moe, moex, mohd, spark
+from sparsezoo_jax.configs import blockffn, dense, ling, moe, moex, mohd, spark
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
     "blockffn": blockffn.PRESETS,
     "dense": dense.PRESETS,
+    "ling": ling.PRESETS,
     "moe": moe.PRESETS,
     "moex": moex.PRESETS,
     "mohd": mohd.PRESETS,
