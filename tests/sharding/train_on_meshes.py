@@ -37,6 +37,7 @@ COVERED = {
     "mohd": ("fsdp 2, context 2, tensor 2",),
     "moex": ("expert 2, tensor 4",),
     "moe": ("data 2, expert 2, tensor 2",),
+    "ling": ("data 2, expert 2, tensor 2",),
 }
 SHAPE = (8, 32)
 
@@ -68,12 +69,19 @@ def models():
     )
 
     model = preset("moe", "tiny").model
-    ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens", gated=True)
+    ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens")
     yield (
         "moe",
         dataclasses.replace(
             model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
         ),
+    )
+
+    model = preset("ling", "tiny").model
+    ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, moved="tokens")
+    yield (
+        "ling",
+        dataclasses.replace(model, vocab_size=512, d_model=64, layers=3, ffn=ffn, scan_layers=True, remat="full"),
     )
 
     model = preset("mohd", "tiny").model
