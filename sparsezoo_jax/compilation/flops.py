@@ -1,10 +1,11 @@
-"""FLOPs of the matrix products in a traced function; a multiply-add counts 2."""
+"""FLOPs of the matrix products in a traced function, and what its kernels take; a multiply-add counts 2."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from jax.interpreters import partial_eval
 
@@ -45,6 +46,49 @@ def matmul_flops(jaxpr: Any, platform: str) -> float:
             inner = [matmul_flops(found, platform) for value in params.values() for found in _jaxprs(value)]
             total += _times(eqn) * sum(inner)
     return total
+
+
+class KernelCall(NamedTuple):
+    """What one call of a Pallas kernel takes on one device."""
+
+    flops: float
+    bytes: float
+    """Moved to and from HBM."""
+
+
+def kernel_calls(jaxpr: Any, platform: str) -> dict[str, KernelCall]:
+    """What the kernels of a jaxpr take for each call, by name; the mean where the calls of a name differ.
+
+    As they declare it (`pl.CostEstimate`). A kernel that declares nothing takes the products in all steps of its grid,
+    and the bytes of its arguments and results. Of a choice by platform the branch of `platform` counts.
+    """
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for times, eqn in _kernels(jaxpr, platform, 1):
+        declared = eqn.params["cost_estimate"]
+        if declared is None:
+            flops = _times(eqn) * matmul_flops(eqn.params["jaxpr"], platform)
+            moved = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
+        else:
+            flops, moved = declared.flops, declared.bytes_accessed
+        entry = totals[eqn.params["name"] or "pallas_call"]
+        for index, value in enumerate((1, flops, moved)):
+            entry[index] += times * value
+    return {name: KernelCall(flops / calls, moved / calls) for name, (calls, flops, moved) in totals.items()}
+
+
+def _kernels(jaxpr: Any, platform: str, times: int) -> Iterator[tuple[int, Any]]:
+    """The equations that call kernels, and how often each runs."""
+    for eqn in jaxpr.eqns:
+        params = eqn.params
+        if eqn.primitive.name == "pallas_call":
+            yield times, eqn
+        elif (platforms := params.get("branches_platforms")) is not None:
+            yield from _kernels(params["branches"][_branch(platforms, platform)].jaxpr, platform, times)
+        else:
+            inside = times * (1 if eqn.primitive.name == "shard_map" else _times(eqn))
+            for value in params.values():
+                for found in _jaxprs(value):
+                    yield from _kernels(found, platform, inside)
 
 
 def _dot(eqn: Any) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sparsezoo_jax.compilation.flops import KernelCall
 from sparsezoo_jax.compilation.hlo import Instruction, Module
 
 #: Targets of the custom calls that Pallas makes for TPUs (Mosaic) and GPUs (Triton).
@@ -21,20 +23,28 @@ class Kernel:
     count: float
     """Calls a step, trips of loops multiplied in."""
     flops: float
-    """Of all these calls, by the kernel's own cost estimate; 0 if it has none."""
+    """Of all these calls, by the kernel's own cost estimate."""
     bytes: float
     """Moved to and from HBM, likewise."""
 
 
-def find_kernels(module: Module) -> list[Kernel]:
-    """Pallas kernels in one call of the module, by name."""
+def find_kernels(module: Module, traced: Mapping[str, KernelCall]) -> list[Kernel]:
+    """Pallas kernels in one call of the module, by name.
+
+    Args:
+      traced: what a call of each kernel takes by the trace. It counts where the compiled program carries no estimate,
+        as on GPUs.
+    """
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for computation, times in module.runs()[0].items():
         for item in module.computations[computation].instructions.values():
             target = re.search(r'custom_call_target="([^"]*)"', item.attributes)
             if item.opcode == "custom-call" and target and target[1] in _TARGETS:
-                entry = totals[_name(item)]
-                for index, value in enumerate((1, _estimate(item, "flops"), _estimate(item, "bytes_accessed"))):
+                name = _name(item)
+                entry, known = totals[name], traced.get(name, KernelCall(0.0, 0.0))
+                flops = _estimate(item, "flops") or known.flops
+                moved = _estimate(item, "bytes_accessed") or known.bytes
+                for index, value in enumerate((1, flops, moved)):
                     entry[index] += times * value
     return [Kernel(name, *values) for name, values in sorted(totals.items())]
 
@@ -46,7 +56,7 @@ def _name(item: Instruction) -> str:
     return words[-1] if words else item.name
 
 
-def _estimate(item: Instruction, what: str) -> int:
+def _estimate(item: Instruction, what: str) -> float:
     found = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"(\d+)"', item.attributes)
     return int(found[1]) if found else 0
 

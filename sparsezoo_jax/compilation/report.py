@@ -129,7 +129,7 @@ def compile_report(
         collectives=[asdict(found) for found in find_collectives(module, axes)],
         unknown_loops=module.runs()[1],
         xla_flops=costs.get("flops"),
-        kernels=[asdict(found) for found in find_kernels(module)],
+        kernels=[asdict(found) for found in find_kernels(module, lowered.kernels)],
         cycles=scheduled_cycles(module),
         traffic=step_traffic(module),
         matmul_efficiency=matmul_efficiency,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sparsezoo_jax.compilation.flops import live, matmul_flops
+from sparsezoo_jax.compilation.flops import KernelCall, kernel_calls, live, matmul_flops
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import SparsezooWarning, UserError, require
 from sparsezoo_jax.inference import Sampling, packed
@@ -42,6 +42,8 @@ class LoweredStep:
     """The same of the decoder of equal parameters that computes everything; `sparse_flops` where there is none."""
     traced_flops: float
     """FLOPs of the matrix products in the traced step, on all devices."""
+    kernels: dict[str, KernelCall]
+    """What a call of each Pallas kernel in the traced step takes on one device, by name."""
     notes: list[str]
     """How devices share the work of layers, where there is a choice."""
     seconds: float
@@ -83,6 +85,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         length, position, passes = context, "last" if step == "decode" else "mean", 1
     with use_mesh(mesh):
         traced = function.trace(*arguments)
+        jaxpr = live(traced.jaxpr.jaxpr)
         lowered = traced.lower()
         shape = (config.data.batch_size, new, config.model.d_model)
         shares = {spec.ffn.on_mesh(shape) for spec in config.model.layer_specs()}
@@ -102,7 +105,8 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         tokens=tokens,
         sparse_flops=needed(config.model),
         dense_flops=needed(dense_twin(config.model) or config.model),
-        traced_flops=matmul_flops(live(traced.jaxpr.jaxpr), platform_of(mesh)),
+        traced_flops=matmul_flops(jaxpr, platform_of(mesh)),
+        kernels=kernel_calls(jaxpr, platform_of(mesh)),
         notes=sorted(note for note in shares if note is not None),
         seconds=time.monotonic() - started,
     )

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from sparsezoo_jax.compilation.flops import live, matmul_flops
+from sparsezoo_jax.compilation.flops import KernelCall, kernel_calls, live, matmul_flops
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.models import Decoder, flops_per_token
 from sparsezoo_jax.pallas_kernels.matmul import matmul
@@ -74,9 +74,9 @@ def test_every_device_of_a_shard_map_counts():
     assert count(repeated, x, w) == 4 * ONE, "all devices do the same"
 
 
-@pytest.mark.parametrize("declared", [None, pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0)])
+@pytest.mark.parametrize("declared", [None, pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=9)])
 def test_kernels(declared):
-    """A kernel over two halves of the rows."""
+    """A kernel over two halves of the rows; for each call it is one device's, as often as its loop runs."""
 
     def kernel(x_ref, w_ref, y_ref):
         y_ref[...] = x_ref[...] @ w_ref[...]
@@ -89,8 +89,21 @@ def test_kernels(declared):
         out_shape=jax.ShapeDtypeStruct((ROWS, OUT), jnp.float32),
         cost_estimate=declared,
         interpret=True,
+        name="halves",
     )
     assert count(call, x, w) == (ONE if declared is None else 7)
+
+    def chosen(x, w):
+        looped = jax.lax.fori_loop(0, 5, lambda i, y: y + call(x, w), call(x, w))
+        return looped + jax.lax.platform_dependent(x, w, tpu=lambda x, w: call(x, w), default=jnp.matmul)
+
+    moved = 4 * (ROWS * INNER + INNER * OUT + ROWS * OUT)
+    expected = {"halves": KernelCall(ONE, moved) if declared is None else KernelCall(7, 9)}
+    traced = jax.make_jaxpr(chosen)(x, w).jaxpr
+    assert kernel_calls(traced, "tpu") == kernel_calls(traced, "cuda") == expected
+    only_on_tpus = jax.make_jaxpr(lambda x, w: jax.lax.platform_dependent(x, w, tpu=call, default=jnp.matmul))(x, w)
+    assert kernel_calls(only_on_tpus.jaxpr, "tpu") == expected
+    assert kernel_calls(only_on_tpus.jaxpr, "cuda") == {}
 
 
 @pytest.mark.slow

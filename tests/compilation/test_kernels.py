@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from sparsezoo_jax.compilation.flops import KernelCall
 from sparsezoo_jax.compilation.hlo import parse
 from sparsezoo_jax.compilation.kernels import Kernel, find_kernels, scheduled_cycles
 from sparsezoo_jax.compilation.topologies import open_topology
@@ -42,7 +43,9 @@ ENTRY %main (x.2: f32[16]) -> f32[16] {
 
 def test_trips_of_loops_multiply_kernels_and_cycles():
     module = parse(LOOP)
-    assert find_kernels(module) == [Kernel("b.1", 3, 0, 0), Kernel("shrink", 3, 120, 384)]
+    traced = {"b.1": KernelCall(2.5, 10.0), "shrink": KernelCall(1.0, 1.0)}
+    assert find_kernels(module, traced) == [Kernel("b.1", 3, 7.5, 30), Kernel("shrink", 3, 120, 384)]
+    assert find_kernels(module, {})[0] == Kernel("b.1", 3, 0, 0)
     assert scheduled_cycles(module) == 3 * 70 + 5
 
 
@@ -58,7 +61,7 @@ def test_kernels_of_a_scanned_program():
     step = jax.jit(jax.grad(loss))
 
     def found():
-        return find_kernels(parse(step.lower(*arguments).compile().as_text()))
+        return find_kernels(parse(step.lower(*arguments).compile().as_text()), {})
 
     kernels = {kernel.name: kernel for kernel in found()}
     assert {name: kernel.count for name, kernel in kernels.items()} == {
