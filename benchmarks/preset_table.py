@@ -13,7 +13,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
+
+from sparsezoo_jax.models.remat import Remat
 
 #: Architecture and size; sequences a chip.
 PRESETS = {
@@ -43,7 +45,11 @@ PODS = {
 }
 
 
-def command(preset: str, pod: Pod) -> list[str]:
+#: Stands for what the preset itself says of `model.remat`.
+OWN = "own"
+
+
+def command(preset: str, pod: Pod, remat: str) -> list[str]:
     """The aot command of a cell."""
     arch, size = preset.split()
     chips = pod.slices * math.prod(int(side) for side in pod.topology.split(":")[1].split("x"))
@@ -56,6 +62,8 @@ def command(preset: str, pod: Pod) -> list[str]:
         "data.batch-size": chips * PRESETS[preset],
         "train.accumulation": 1,
     }
+    if remat != OWN:
+        flags["model.remat"] = remat
     return [
         sys.executable,
         "-m",
@@ -65,11 +73,11 @@ def command(preset: str, pod: Pod) -> list[str]:
     ]
 
 
-def cell(preset: str, name: str, folder: Path) -> dict[str, Any]:
+def cell(preset: str, name: str, remat: str, folder: Path) -> dict[str, Any]:
     """What aot says, kept in `folder`; `error` where it ends without figures."""
-    path = folder / f"{preset} {name}.json".replace(":", "_").replace(" ", "_")
+    path = folder / f"{label(preset, remat)} {name}.json".replace(":", "_").replace(" ", "_")
     if not path.exists():
-        done = subprocess.run(command(preset, PODS[name]), capture_output=True, text=True)
+        done = subprocess.run(command(preset, PODS[name], remat), capture_output=True, text=True)
         if done.returncode in (0, 1) and "{" in done.stdout:
             found = json.loads(done.stdout[done.stdout.index("{") :])
         else:
@@ -78,6 +86,11 @@ def cell(preset: str, name: str, folder: Path) -> dict[str, Any]:
         partial.write_text(json.dumps(found, indent=1))
         partial.rename(path)
     return json.loads(path.read_text())
+
+
+def label(preset: str, remat: str) -> str:
+    """What a row is called."""
+    return preset if remat == OWN else f"{preset} {remat}"
 
 
 def row(preset: str, name: str, found: dict[str, Any]) -> str:
@@ -102,6 +115,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of finished cells")
     parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--pods", nargs="*", default=list(PODS), choices=list(PODS))
+    parser.add_argument(
+        "--remat",
+        nargs="*",
+        default=[OWN],
+        choices=[OWN, *get_args(Remat)],
+        help="values of model.remat, each a row; own: as the preset has it",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     print(
@@ -111,7 +131,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for preset in options.presets:
         for name in options.pods:
-            print(row(preset, name, cell(preset, name, options.out)), flush=True)
+            for remat in options.remat:
+                print(row(label(preset, remat), name, cell(preset, name, remat, options.out)), flush=True)
 
 
 if __name__ == "__main__":

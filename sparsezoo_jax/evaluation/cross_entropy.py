@@ -63,7 +63,9 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array)
     targets_BT = jnp.where(mask_BT, targets_BT, 0)
     weights_BT = mask_BT.astype(jnp.float32)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # A masked sum instead of a lookup, whose gradient would be scattered into zeros of the size of all logits.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     return TokenLoss(
         cross_entropy_sum=jnp.sum((log_z_BT - target_logits_BT) * weights_BT),
         z_sum=jnp.sum(jnp.square(log_z_BT) * weights_BT),
@@ -77,11 +79,15 @@ def chunked_token_loss(
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     chunk: int,
-) -> TokenLoss:
-    """`token_loss(logits_of(hidden), ...)` with the logits of only `chunk` positions of each sequence at a time.
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, TokenLoss]:
+    """`objective(token_loss(logits_of(hidden), ...))` with the logits of `chunk` positions of each sequence at a time.
 
-    The backward pass computes them again. A chunk takes every (T / chunk)-th position, so that a sequence split over
-    devices is split in every chunk.
+    Where a gradient is asked for, that of each chunk is made with its loss, so that no logits are computed twice. A
+    chunk takes every (T / chunk)-th position, so that a sequence split over devices is split in every chunk.
+
+    Returns:
+      The objective, and the sums that it is made of, which have no gradient.
 
     Raises:
       ConfigError: `chunk` does not divide T.
@@ -92,17 +98,53 @@ def chunked_token_loss(
     def chunks(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0], chunk, length // chunk, *x.shape[2:]), 2, 0)
 
-    def body(total: TokenLoss, piece: tuple[jax.Array, jax.Array, jax.Array]):
-        hidden, targets, mask = piece
-        return jax.tree.map(jnp.add, total, token_loss(logits_of(hidden), targets, mask)), None
-
-    zero = TokenLoss(*(jnp.float32(0.0) for _ in TokenLoss._fields))
     pieces = (chunks(hidden_BTD), chunks(targets_BT), chunks(mask_BT))
-    return jax.lax.scan(jax.checkpoint(body), zero, pieces)[0]
+    # Weights that `logits_of` holds become arguments, for a custom gradient is one of arguments.
+    project, weights = jax.closure_convert(logits_of, pieces[0][0])
+
+    def piece_loss(weights: list[jax.Array], hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array):
+        sums = token_loss(project(hidden_BTD, *weights), targets_BT, mask_BT)
+        return objective(sums, z_loss), sums
+
+    def add(total: Any, new: Any) -> Any:
+        return jax.tree.map(jnp.add, total, new)
+
+    nothing = (jnp.float32(0.0), TokenLoss(*(jnp.float32(0.0) for _ in TokenLoss._fields)))
+
+    @jax.custom_vjp
+    def whole(weights: list[jax.Array], pieces: tuple[jax.Array, ...]):
+        return jax.lax.scan(lambda total, piece: (add(total, piece_loss(weights, *piece)), None), nothing, pieces)[0]
+
+    def forward(weights: list[jax.Array], pieces: tuple[jax.Array, ...]):
+        def body(carry: Any, piece: tuple[jax.Array, ...]):
+            new, (weight_gradients, hidden_gradient) = gradient(weights, *piece)
+            return add(carry, (new, weight_gradients)), hidden_gradient
+
+        gradient = jax.value_and_grad(piece_loss, argnums=(0, 1), has_aux=True)
+        carry = (nothing, jax.tree.map(jnp.zeros_like, weights))
+        (total, weight_gradients), hidden_gradients = jax.lax.scan(body, carry, pieces)
+        return total, (weight_gradients, hidden_gradients)
+
+    def backward(gradients: Any, cotangents: Any):
+        weight_gradients, hidden_gradients = jax.tree.map(lambda x: x * cotangents[0].astype(x.dtype), gradients)
+        return weight_gradients, (hidden_gradients, None, None)
+
+    whole.defvjp(forward, backward)
+    total, sums = whole(weights, pieces)
+    return total, jax.lax.stop_gradient(sums)
 
 
-def model_loss(model: Any, batch: Batch, chunk: int | None = None) -> tuple[TokenLoss, ModelOutput]:
-    """A model's loss on a batch, and what it returned.
+def objective(sums: TokenLoss, z_loss: float) -> jax.Array:
+    """What is trained on: the sum of cross-entropy and `z_loss` times that of log^2 Z, float32 scalar."""
+    return sums.cross_entropy_sum + z_loss * sums.z_sum
+
+
+def model_loss(
+    model: Any, batch: Batch, chunk: int | None = None, z_loss: float = 0.0
+) -> tuple[jax.Array, TokenLoss, ModelOutput]:
+    """A model's objective on a batch (`objective`), the sums that it is made of, and what the model returned.
+
+    Only the objective and what the model returned have gradients.
 
     Args:
       batch: arrays [B, T]: tokens, targets, segment_ids, positions (int) and mask (bool).
@@ -111,7 +153,8 @@ def model_loss(model: Any, batch: Batch, chunk: int | None = None) -> tuple[Toke
     """
     if chunk is None:
         out = call_model(model, batch)
-        return token_loss(out.logits, batch["targets"], batch["mask"]), out
+        sums = token_loss(out.logits, batch["targets"], batch["mask"])
+        return objective(sums, z_loss), jax.lax.stop_gradient(sums), out
     out: Any = call_model(model, batch, logits=False)
     logits_of = partial(model.logits_of, tables=out.tables)
-    return chunked_token_loss(logits_of, out.hidden, batch["targets"], batch["mask"], chunk), out
+    return *chunked_token_loss(logits_of, out.hidden, batch["targets"], batch["mask"], chunk, z_loss), out

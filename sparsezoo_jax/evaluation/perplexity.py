@@ -51,7 +51,7 @@ class Evaluation:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _eval_step(graphdef: nnx.GraphDef, loss_chunk: int | None, state: Any, batch: Batch):
-    sums, out = model_loss(nnx.merge(graphdef, state), batch, loss_chunk)
+    _, sums, out = model_loss(nnx.merge(graphdef, state), batch, loss_chunk)
     # Every process reads the results, so they are not to be split.
     return jax.tree.map(replicate, (sums.cross_entropy_sum, sums.count, out.stats))
 

@@ -57,9 +57,9 @@ def build_train_step(
     def objective_sum(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
         model = template.merge(params, model_state)
         model.train()
-        sums, out = model_loss(model, batch, config.loss_chunk)
+        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss)
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
-        total = sums.cross_entropy_sum + config.z_loss * sums.z_sum + sums.count * auxiliary
+        total = trained + sums.count * auxiliary
         averages = {**{f"losses/{name}": loss for name, loss in out.losses.items()}, **out.stats}
         weighted = {name: sums.count * value.astype(jnp.float32) for name, value in averages.items()}
         _, model_state = template.split(model)

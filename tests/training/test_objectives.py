@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from sparsezoo_jax.compilation.flops import matmul_flops
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.evaluation.cross_entropy import chunked_token_loss, token_loss
+from sparsezoo_jax.evaluation.cross_entropy import chunked_token_loss, objective, token_loss
 from sparsezoo_jax.training.objectives import (
     AdaptiveFactor,
     FixedObjective,
@@ -36,20 +37,33 @@ def test_the_loss_in_chunks_is_that_of_all_logits(chunk):
     mask = jnp.asarray(rng.random((2, 12)) < 0.6).at[:, 4].set(False).at[:, 0].set(True).at[:, ::4].set(False)
 
     def whole(hidden, weight):
-        return token_loss(hidden @ weight, targets, mask)
+        sums = token_loss(hidden @ weight, targets, mask)
+        return objective(sums, 0.1), sums
 
     def chunked(hidden, weight):
-        return chunked_token_loss(lambda h: h @ weight, hidden, targets, mask, chunk)
+        return chunked_token_loss(lambda h: h @ weight, hidden, targets, mask, chunk, z_loss=0.1)
 
     def all_of(loss):
         def weighed(*arrays):
-            found = loss(*arrays)
-            return found.cross_entropy_sum + 0.1 * found.z_sum, found
+            value, sums = loss(*arrays)
+            return 3 * value, (value, sums)
 
-        return jax.jit(jax.grad(weighed, argnums=(0, 1), has_aux=True))(hidden, weight)
+        without = jax.jit(weighed)(hidden, weight)
+        return without, jax.jit(jax.grad(weighed, argnums=(0, 1), has_aux=True))(hidden, weight)
 
     for ours, theirs in zip(jax.tree.leaves(all_of(chunked)), jax.tree.leaves(all_of(whole)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_in_chunks_makes_no_logits_twice():
+    """Three products a chunk: logits, and the gradients of states and weights."""
+    hidden, weight, targets = jnp.ones((2, 12, 5)), jnp.ones((5, 7)), jnp.zeros((2, 12), int)
+
+    def loss(hidden, weight):
+        return chunked_token_loss(lambda h: h @ weight, hidden, targets, targets == 0, 3)[0]
+
+    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, weight).jaxpr
+    assert matmul_flops(traced, "cpu") == 3 * 2 * (2 * 12) * 5 * 7
 
 
 @pytest.mark.slow
