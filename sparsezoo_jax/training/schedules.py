@@ -14,7 +14,8 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.registry import Kind, Registry
 
 Schedule = Callable[[jax.Array | int], jax.Array]
-DecayShape = Literal["linear", "1-sqrt", "exponential", "cosine"]
+DecayShape = Literal["linear", "1-sqrt", "exponential", "cosine", "halving"]
+"""`halving` is 2 * 0.5^u - 1: an exponential decay to a half, stretched to end at 0 (Megatron's exponential WSD)."""
 
 
 def steps_of(length: float, steps: int) -> int:
@@ -64,7 +65,12 @@ def decay_fraction(shape: DecayShape, u: jax.Array, min_ratio: float) -> jax.Arr
     """Fraction of the peak left at `u` in [0, 1] of a decay that starts at 1 and ends at `min_ratio`."""
     if shape == "exponential":
         return jnp.power(jnp.float32(min_ratio), u)
-    g = {"linear": 1 - u, "1-sqrt": 1 - jnp.sqrt(u), "cosine": 0.5 * (1 + jnp.cos(jnp.pi * u))}[shape]
+    g = {
+        "linear": 1 - u,
+        "1-sqrt": 1 - jnp.sqrt(u),
+        "cosine": 0.5 * (1 + jnp.cos(jnp.pi * u)),
+        "halving": 2 * jnp.exp2(-u) - 1,
+    }[shape]
     return min_ratio + (1 - min_ratio) * g
 
 

@@ -31,6 +31,7 @@ def test_constant_stays():
         ("1-sqrt", 0.1 + 0.9 * (1 - math.sqrt(0.5))),
         ("cosine", 0.1 + 0.9 * 0.5),
         ("exponential", 0.1**0.5),
+        ("halving", 0.1 + 0.9 * (math.sqrt(2) - 1)),
     ],
 )
 def test_wsd_decays_over_its_last_steps(shape, half):
