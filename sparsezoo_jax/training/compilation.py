@@ -99,8 +99,10 @@ def _check(config: TrainConfig, template: ModelTemplate, abstract: TrainState, b
     ints = jax.ShapeDtypeStruct((batch_size // count, batch_shape[1]), jnp.int32)
     batch = {"tokens": ints, "segment_ids": ints, "positions": ints}
 
-    def losses(params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
-        return call_model(template.merge(params, model_state), batch).losses
+    def returned(params: Any, model_state: Any, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        out = call_model(template.merge(params, model_state), batch)
+        return out.losses, out.stats
 
-    known = jax.eval_shape(losses, abstract.params, abstract.model_state, batch) if config.objectives else {}
-    check_objectives(config.objectives, list(known))
+    if config.objectives:
+        losses, statistics = jax.eval_shape(returned, abstract.params, abstract.model_state, batch)
+        check_objectives(config.objectives, list(losses), list(statistics))

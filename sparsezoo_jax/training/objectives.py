@@ -24,6 +24,11 @@ class Objective(Kind):
     loss: str
     """Name of the entry of `out.losses` that this objective weights."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the model's statistics that `update` needs. Default: none."""
+        return ()
+
     def init(self) -> Any:
         """State before the first step. Default: none."""
         return {}
@@ -182,12 +187,13 @@ class AdaptiveFactor(Objective):
 @register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DensityTarget(Objective):
-    """A weight that grows while more of the FFN is active than wanted, and shrinks while less is (ReMoE).
+    """A weight that grows while more of the FFN is active than wanted, and shrinks while less is (ReMoE, DECO).
 
-    After each step it is multiplied by `factor` if the layers' mean `ffn_density`, in percent, exceeds
-    round(100 * target, 2), else divided by it, but never below where it started.
+    After each step it is multiplied by `factor` if the mean of `statistic` over layers and tokens of the whole batch,
+    in percent, exceeds round(100 * target, 2), else divided by it, but never below `floor`.
 
-    Source: ReMoE (arXiv 2412.14711), section 3.3, with the constants of BlockFFN's baseline (arXiv 2507.08771).
+    Source: ReMoE (arXiv 2412.14711), section 3.3, with the constants of BlockFFN's baseline (arXiv 2507.08771); DECO's
+    released code (arXiv 2605.10933).
     """
 
     kind: Literal["density_target"] = "density_target"
@@ -196,16 +202,30 @@ class DensityTarget(Objective):
     """Name of the model's auxiliary loss."""
     target: float
     """Wanted share of the FFN that a token activates, k / experts; in (0, 1)."""
+    statistic: str = "ffn_density"
+    """Statistic of the layers that is steered; layers without it do not count."""
     weight: float = 1e-8
-    """Weight at the start, and its floor; above 0."""
+    """Weight at the start; above 0."""
+    floor: float | None = None
+    """Smallest weight, above 0 and at most `weight`; None: where it started."""
     factor: float = 1.05
-    """Change of the weight in a step, above 1."""
+    """Change of the weight in a step, above 1; short runs need a larger one."""
+    decimals: int | None = None
+    """Decimals that the percentage is rounded to before it is compared (DECO: 2); None: it is not rounded."""
 
     def __post_init__(self):
         name = "train.objectives"
         require(0 < self.target < 1, f"{name}.target", self.target, "must be above 0 and below 1")
         require(self.weight > 0, f"{name}.weight", self.weight, "must be above 0")
+        allowed = f"must be above 0 and at most the weight at the start ({self.weight:g}), or None"
+        require(self.floor is None or 0 < self.floor <= self.weight, f"{name}.floor", self.floor, allowed)
         require(self.factor > 1, f"{name}.factor", self.factor, "must be above 1")
+        decimals = self.decimals
+        require(decimals is None or 0 <= decimals <= 4, f"{name}.decimals", decimals, "must be from 0 to 4, or None")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.statistic,)
 
     def init(self) -> dict[str, jax.Array]:
         return {"weight": jnp.float32(self.weight)}
@@ -214,15 +234,19 @@ class DensityTarget(Objective):
         return state["weight"]
 
     def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
-        active = 100 * jnp.nanmean(metrics["ffn_density"])
+        active = 100 * jnp.nanmean(metrics[self.statistic])
+        active = active if self.decimals is None else jnp.round(active, self.decimals)
         weight = state["weight"]
-        less = jnp.maximum(weight / self.factor, self.weight)
+        less = jnp.maximum(weight / self.factor, self.weight if self.floor is None else self.floor)
         return {"weight": jnp.where(active > round(100 * self.target, 2), weight * self.factor, less)}
 
 
-def check_objectives(objectives: Sequence[Objective], losses: Sequence[str]) -> None:
-    """Raise `ConfigError` if an objective names a loss that the model, which returns `losses`, does not produce."""
-    known = ", ".join(sorted(losses)) or "none"
+def check_objectives(objectives: Sequence[Objective], losses: Sequence[str], statistics: Sequence[str]) -> None:
+    """Raise `ConfigError` if an objective names none of the model's losses, or reads none of its statistics."""
+    known, counted = (", ".join(sorted(names)) or "none" for names in (losses, statistics))
     for objective in objectives:
         if objective.loss not in losses:
             raise ConfigError("train.objectives.loss", objective.loss, f"the model's auxiliary losses are: {known}")
+        for name in objective.reads:
+            if name not in statistics:
+                raise ConfigError("train.objectives.statistic", name, f"the model's statistics are: {counted}")

@@ -165,5 +165,5 @@ def test_an_unknown_loss_lists_those_that_exist():
     with pytest.raises(
         ConfigError, match=r"train\.objectives\.loss=balanse: the model's auxiliary losses are: a, balance"
     ):
-        check_objectives((FixedObjective(loss="balanse", weight=1),), ["balance", "a"])
-    check_objectives((FixedObjective(loss="a", weight=1),), ["balance", "a"])
+        check_objectives((FixedObjective(loss="balanse", weight=1),), ["balance", "a"], [])
+    check_objectives((FixedObjective(loss="a", weight=1),), ["balance", "a"], [])
