@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -176,16 +177,27 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     Console(file=file).print(table)
 
 
+def without_nan(figures: Any) -> Any:
+    """Figures as JSON can hold them: what is not a number, such as a statistic of a layer that lacks it, is null."""
+    if isinstance(figures, Mapping):
+        return {name: without_nan(value) for name, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [without_nan(value) for value in figures]
+    return None if isinstance(figures, float) and math.isnan(figures) else figures
+
+
 def print_layers(figures: Mapping[str, Any]) -> None:
-    """Print per-layer statistics: FFN density, attended keys and, where it is routed, active width."""
+    """Print per-layer statistics: FFN density, attended keys and, where there are, routed experts and active width."""
     kinds = (("ffn_density", "active neurons", ".2%"), ("attended_keys", "attended keys", ".1f"))
-    kinds += (("width_density", "active width", ".2%"),) if figures.get("width_density") else ()
     if not all(figures.get(name) for name, _, _ in kinds):
         return
-    columns = [[*figures[name], sum(figures[name]) / len(figures[name])] for name, _, _ in kinds]
+    routed = (("routed_density", "active routed experts", ".2%"), ("width_density", "active width", ".2%"))
+    kinds += tuple(kind for kind in routed if figures.get(kind[0]))
+    columns = []
+    for name, _, form in kinds:
+        values = [value for value in figures[name] if not math.isnan(value)]
+        cells = ["-" if math.isnan(value) else format(value, form) for value in figures[name]]
+        columns.append([*cells, format(sum(values) / len(values), form)])
     layers = [*map(str, range(len(columns[0]) - 1)), "mean"]
-    rows = [
-        (layer, *(format(value, form) for value, (_, _, form) in zip(values, kinds, strict=True)))
-        for layer, *values in zip(layers, *columns, strict=True)
-    ]
+    rows = list(zip(layers, *columns, strict=True))
     print_table("Sparsity on the validation split", ("layer", *(title for _, title, _ in kinds)), rows)

@@ -75,7 +75,7 @@ def main(args: Sequence[str]) -> None:
     compute, show = (chosen[0].evaluate, chosen[0].show) if chosen else (evaluate, print_evaluation)
     figures = compute(command)
     if command.json:
-        print(json.dumps(figures))
+        print(json.dumps(cli.without_nan(figures)))
     else:
         show(command.directory, figures)
 

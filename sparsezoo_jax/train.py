@@ -7,7 +7,6 @@ resumed; the same flags must be given.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 import warnings
@@ -398,9 +397,8 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
     try:
-        path.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(cli.without_nan(figures), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
 

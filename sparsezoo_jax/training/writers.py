@@ -274,11 +274,13 @@ class TensorBoardWriter:
             self._events.close()
 
 
-def _density(metrics: Row) -> float | None:
-    density = metrics.get("ffn_density")
-    if density is None or np.isnan(density).all():
-        return None
-    return float(np.nanmean(density))
+def _density(metrics: Row) -> str:
+    """The share that is active over the layers that have one; of routed experts where dense layers are beside them."""
+    for name, title in (("routed_density", "active experts"), ("ffn_density", "FFN density")):
+        density = metrics.get(name)
+        if density is not None and not np.isnan(density).all():
+            return f"  {title} {float(np.nanmean(density)):.1%}"
+    return ""
 
 
 class ProgressWriter:
@@ -307,9 +309,7 @@ class ProgressWriter:
             return
         if "tokens_per_second" in metrics:
             text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
-        density = _density(metrics)
-        if density is not None:
-            text += f"  FFN density {density:.1%}"
+        text += _density(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
