@@ -15,7 +15,7 @@ from sparsezoo_jax.training.schedules import build_schedule
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
-# (non-embedding, total), from the BlockFFN, Spark and Gemma 2 papers, from GPT-2's release, and by hand otherwise.
+# (non-embedding, total), from the BlockFFN, DECO, Spark and Gemma 2 papers, GPT-2's release, and by hand otherwise.
 PARAMETERS = {
     ("blockffn", "tiny"): (1_021_664, 1_545_952),
     ("blockffn", "small"): (119_383_552, 307_932_160),
@@ -23,6 +23,11 @@ PARAMETERS = {
     ("blockffn", "large"): (817_236_992, 1_194_334_208),
     ("blockffn", "xlarge"): (1_187_830_952, 1_627_777_704),
     ("blockffn", "2_8b"): (2_802_997_760, 2_953_419_264),
+    ("deco", "tiny"): (1_026_844, 1_551_132),
+    ("deco", "0_1b"): (109_038_390, 221_854_518),
+    ("deco", "0_2b"): (242_325_755, 392_747_259),
+    ("deco", "0_5b"): (533_273_426, 721_300_306),
+    ("deco", "1_2b"): (1_187_533_082, 1_450_770_714),
     ("dense", "tiny"): (985_216, 1_509_504),
     ("dense", "gemma2_2b"): (2_024_517_888, 2_614_636_800),
     ("dense", "0_1b"): (75_516_672, 124_668_672),
@@ -154,7 +159,7 @@ def test_blockffn_scalings():
 def test_unknown_presets():
     with pytest.raises(
         ConfigError,
-        match=r"--arch=sparc: must be one of blockffn, dense, ling, moe, moex, mohd, spark \(did you mean spark\?\)",
+        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, spark \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

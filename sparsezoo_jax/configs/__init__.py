@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, dense, ling, moe, moex, mohd, spark
+from sparsezoo_jax.configs import blockffn, deco, dense, ling, moe, moex, mohd, spark
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
     "blockffn": blockffn.PRESETS,
+    "deco": deco.PRESETS,
     "dense": dense.PRESETS,
     "ling": ling.PRESETS,
     "moe": moe.PRESETS,

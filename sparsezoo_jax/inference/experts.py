@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax.inference.ffn import PackedGatedFFN
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign, few_tokens
+from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign, few_tokens
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import CallContext, LayerAux
+from sparsezoo_jax.models.deco import DECOFFN, statistics
 from sparsezoo_jax.models.moe import Maps, MoEFFN
 from sparsezoo_jax.models.moex import MoEXFFN
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
+from sparsezoo_jax.pallas_kernels.deco_ffn import deco_ffn
+from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
+from sparsezoo_jax.pallas_kernels.rows import dequantised
 
 #: Logical axes of experts' weights, rows of neurons.
 EXPERTS = ("experts", "ffn", "embed")
@@ -165,6 +170,47 @@ class PackedMoEXFFN(MoEXFFN, DecodingLayout):
         return y.reshape(x_BTD.shape), active_M.reshape(x_BTD.shape[:2])
 
 
+class PackedDECOFFN(DECOFFN, DecodingLayout):
+    """`DECOFFN` without its loss: the mean over all units is a product with the mean of the rows, made once.
+
+    A mesh splits the shared expert only: the routed ones of a device would be a part of what the mean is over.
+    """
+
+    def __init__(self, source: DECOFFN, formats: Formats):
+        self.config, self.dtype = source.config, source.dtype
+        self.router_DE, self.router_scale_E = source.router_DE, source.router_scale_E
+        self.norm_scale_W = source.norm_scale_W
+        self.up = Rows(source.expert_up_DF[...].T, formats.weights, source.dtype)
+        self.down = Rows(source.expert_down_FD[...], formats.weights, source.dtype)
+        # Of the rows as they are stored: rounded ones have another mean.
+        self.mean_row_D = Packed(jnp.mean(dequantised(*self.up.arrays), axis=0), axes=(None,))
+        self.shared = PackedGatedFFN(source.shared, formats.weights)
+
+    def restore(self, source: DECOFFN) -> None:
+        """Put the weights back into `source`."""
+        assign(source.expert_up_DF, self.up.restored().T)
+        assign(source.expert_down_FD, self.down.restored())
+        self.shared.restore(source.shared)
+
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads with this share of the routed experts active."""
+        every = self.router_DE[...].nbytes + self.router_scale_E[...].nbytes + self.shared.bytes_read()
+        return every + density * (self.up.nbytes + self.down.nbytes)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        positive_BTE, scores_BTE = self.route(x_BTD)
+        form, rows = self.form(), few_tokens(x_BTD)
+        if rows is None:
+            y_BTD = deco_ffn(x_BTD, scores_BTE, self.up.restored().T, self.down.restored(), **form)
+        else:
+            (up, u), (down, d) = self.up.arrays, self.down.arrays
+            # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
+            scores_ME = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0).reshape(len(rows), -1)
+            y = deco_ffn_rows(rows, scores_ME, up, down, self.mean_row_D[...], scales=(u, d), **form)
+            y_BTD = y.reshape(x_BTD.shape)
+        return y_BTD + self.shared(x_BTD, ctx)[0], LayerAux(stats=statistics(positive_BTE, ctx))
+
+
 def _neurons(rows: Rows) -> jax.Array:
     """The rows of all experts, [F, D]."""
     weight = rows.restored()
@@ -174,6 +220,11 @@ def _neurons(rows: Rows) -> jax.Array:
 @packs(BlockFFN)
 def _block_ffn(source: BlockFFN, formats: Formats, active: float | None) -> PackedBlockFFN:
     return PackedBlockFFN(source, formats.weights)
+
+
+@packs(DECOFFN)
+def _deco(source: DECOFFN, formats: Formats, active: float | None) -> PackedDECOFFN:
+    return PackedDECOFFN(source, formats)
 
 
 @packs(MoEFFN)

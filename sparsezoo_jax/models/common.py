@@ -61,6 +61,8 @@ class BuildContext:
     layer_type: LayerType = "global"
     stream_fan_in: int | None = None
     """Fan-in of sublayers' maps from the residual stream. None: all of its width."""
+    first_layers: int = 0
+    """Layers at the bottom that have another feed-forward network."""
 
     @property
     def fan_in(self) -> int:

@@ -146,4 +146,5 @@ class DecoderConfig:
             jnp.dtype(self.dtype),
             layer_type,
             self.residual.fan_in(self.d_model),
+            self.first_layers,
         )

@@ -114,7 +114,8 @@ def test_a_traced_train_step_holds_what_sparsity_needs(arch):
     As lowered for TPUs: for CPUs experts loop over as many tiles as the routing asks for, which count once.
     """
     config = preset(arch, "tiny")
-    model = dataclasses.replace(config.model, remat="none", layers=len(config.model.layer_pattern))
+    layers = len(config.model.layer_pattern) + config.model.first_layers
+    model = dataclasses.replace(config.model, remat="none", layers=layers)
     step = prepare_step(config.train, lambda rngs: Decoder(model, rngs=rngs), (2, 64), first_device)
     traced = step.train_step.trace(step.abstract, step.batch).jaxpr.jaxpr
     sparse = 3 * 2 * 64 * flops_per_token(model, 64, logits=True)

@@ -12,7 +12,7 @@ from sparsezoo_jax.errors import ConfigError, SparsezooWarning
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restore
 from sparsezoo_jax.inference.attention import PackedGQA, PackedMLA, PackedSparkAttention
 from sparsezoo_jax.inference.cost import bytes_read
-from sparsezoo_jax.inference.experts import PackedBlockFFN, PackedMoEFFN, PackedMoEXFFN
+from sparsezoo_jax.inference.experts import PackedBlockFFN, PackedDECOFFN, PackedMoEFFN, PackedMoEXFFN
 from sparsezoo_jax.inference.ffn import MappedGatedFFN, MappedPlainFFN, PackedGatedFFN, PackedSparkFFN
 from sparsezoo_jax.inference.matrices import Rows
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
@@ -33,6 +33,7 @@ def mixture(**ffn):
 KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
     **{kind: dataclasses.replace(CONFIGS[kind], layers=1) for kind in ("llama", "gpt2", "blockffn", "moex", "mohd")},
+    "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
         CONFIGS["gemma3n"], layers=1, ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9,))
     ),
@@ -45,6 +46,7 @@ LAID_OUT = {
     "llama": (PackedGQA, PackedGatedFFN),
     "gpt2": (PackedGQA, MappedPlainFFN),
     "blockffn": (PackedMLA, PackedBlockFFN),
+    "deco": (PackedGQA, PackedDECOFFN),
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),
     "gemma3n": (PackedGQA, MappedGatedFFN),
@@ -177,7 +179,7 @@ def test_all_parameters_come_back_exactly(model, laid_out):
 
 MIXED = Formats("float32", predictor="int8", head="int8")
 PROMPTS = [("spark", MIXED), ("llama", "bfloat16"), ("blockffn", "int8")]
-STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "moe", "moex", "mohd")]
+STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "deco", "moe", "moex", "mohd")]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
+from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
@@ -56,6 +57,14 @@ CONFIGS = {
         logit_divisor=2.0,
         tie_embeddings=False,
         init=InitConfig(kind="fixed", scale=0.1, width_base=256, embedding_std=0.1, output_std=0.1),
+    ),
+    "deco": DecoderConfig(
+        **{**BASE, "layers": 3},
+        attention=GQAConfig(heads=2, kv_heads=2, head_dim=8),
+        first_layers=1,
+        first_ffn=GatedFFNConfig(d_ff=32, activation="silu"),
+        ffn=DECOConfig(experts=8, expert_width=6, shared_width=12),
+        norm=NormConfig(eps=1e-5),
     ),
     "llama": DecoderConfig(
         **TWO,

@@ -34,4 +34,4 @@ def test_meshes_agree_with_one_device(differences, arch, mesh):
 @pytest.mark.parametrize(("arch", "mesh"), CASES)
 def test_only_norm_scales_and_routers_are_repeated_within_a_model_copy(differences, arch, mesh):
     """Each device routes its own tokens over all experts, so that columns of a mixture's router are not split."""
-    assert all(name.endswith(("/scale", "/router_DE")) for name in differences[arch][mesh]["held"])
+    assert all(name.endswith(("/scale", "/norm_scale_W", "/router_DE")) for name in differences[arch][mesh]["held"])

@@ -34,6 +34,7 @@ COVERED = {
     "dense": ("data 8", "fsdp 2, context 2, tensor 2", "data 2, expert 2, tensor 2"),
     "spark": ("fsdp 2, context 2, tensor 2", "data 2, expert 2, tensor 2"),
     "blockffn": ("fsdp 2, context 2, tensor 2", "data 2, expert 2, tensor 2", "fsdp 4, tensor 2"),
+    "deco": ("fsdp 2, context 2, tensor 2",),
     "mohd": ("fsdp 2, context 2, tensor 2",),
     "moex": ("expert 2, tensor 4",),
     "moe": ("data 2, expert 2, tensor 2",),
@@ -82,6 +83,13 @@ def models():
     yield (
         "ling",
         dataclasses.replace(model, vocab_size=512, d_model=64, layers=3, ffn=ffn, scan_layers=True, remat="full"),
+    )
+
+    model = preset("deco", "tiny").model
+    ffn = dataclasses.replace(model.ffn, experts=16, expert_width=16)
+    yield (
+        "deco",
+        dataclasses.replace(model, vocab_size=512, d_model=64, layers=2, ffn=ffn, scan_layers=True, remat="full"),
     )
 
     model = preset("mohd", "tiny").model
