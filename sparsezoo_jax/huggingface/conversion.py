@@ -19,7 +19,7 @@ from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.errors import StorageError, UserError
-from sparsezoo_jax.huggingface.layouts import Entry, Layout, read_model, write_model
+from sparsezoo_jax.huggingface.layouts import Entry, Layout, layout_of, read_model, write_model
 from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
@@ -81,7 +81,12 @@ def from_hf(source: Path, directory: Path) -> Conversion:
             f"{source}: no such directory; download the checkpoint first (hf download NAME --local-dir DIR)"
         )
     _require_empty(directory)
-    layout, model = read_model(_read_json(source / "config.json"), source / "config.json")
+    values = _read_json(source / "config.json")
+    completed = layout_of(values, source / "config.json").completed
+    if completed is not None:
+        with open_tensors(source) as files:
+            values = completed(values, files.shapes)
+    layout, model = read_model(values, source / "config.json")
     tokenizer = find_tokenizer(source)
     _check_vocabulary(source, tokenizer, model)
     with open_tensors(source) as files:

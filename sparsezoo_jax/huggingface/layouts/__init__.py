@@ -14,6 +14,7 @@ from typing import Any
 from sparsezoo_jax.config import flatten
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.fields import Fields
+from sparsezoo_jax.huggingface.layouts.deco import DECO
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
@@ -22,9 +23,9 @@ from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
-__all__ = ["LAYOUTS", "Entry", "Layout", "read_model", "register_layout", "write_model"]
+__all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
-for _layout in (LLAMA, GEMMA2, GPT2, MINICPM):
+for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO):
     register_layout(_layout)
 
 
@@ -34,9 +35,7 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
     Raises:
       UserError: another model type, or fields that are missing or not supported, all in one message.
     """
-    layout = LAYOUTS.get(str(values.get("model_type")))
-    if layout is None:
-        raise UserError(f"{source}: model_type={values.get('model_type')}: must be one of {', '.join(LAYOUTS)}")
+    layout = layout_of(values, source)
     fields = Fields(values)
     found = layout.read(fields)
     if fields.problems:
@@ -52,6 +51,19 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     return layout, model
+
+
+def layout_of(values: Mapping[str, Any], source: object) -> Layout:
+    """The layout of a `config.json`, by what it has or else by its model type.
+
+    Raises:
+      UserError: another model type.
+    """
+    layout = next((one for one in LAYOUTS.values() if one.recognises(values)), None)
+    layout = LAYOUTS.get(str(values.get("model_type"))) if layout is None else layout
+    if layout is None:
+        raise UserError(f"{source}: model_type={values.get('model_type')}: must be one of {', '.join(LAYOUTS)}")
+    return layout
 
 
 #: What says how a model starts or runs, not what it computes: a Hugging Face checkpoint has no place for it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,10 @@ class Layout:
     """Architecture of the run."""
     train: Callable[[Any], TrainConfig] = lambda model: TrainConfig()
     """How a run of this decoder would train."""
+    recognises: Callable[[Mapping[str, Any]], bool] = lambda values: False
+    """Whether a config.json is of this family whatever model type it names."""
+    completed: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    """From config.json and the tensors' shapes by name to config.json with what it lacked, if it may lack sizes."""
 
     def key(self, name: str) -> str:
         """A tensor's name without the prefix."""
