@@ -65,7 +65,7 @@ TINY = RunConfig(
         eval_every=100,
         schedule=WSD(learning_rate=0.004, warmup_steps=0.1, decay_steps=0.2, decay="halving"),
         optimizer=OPTIMIZER,
-        objectives=sparsity_control(1.005, weight=3.5e-4),
+        objectives=sparsity_control(1.005, weight=4.2e-4),
     ),
 )
 
