@@ -32,11 +32,12 @@ Observed = Mapping[str, Any]
 class Part(nnx.Module):
     """What all modules of a layer share."""
 
-    def after_step(self, observed: Observed) -> None:
-        """Move variables that are no parameters (a router's bias), after an optimizer step.
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
+        """Move variables that no gradient moves (a router's bias, dead neurons), after an optimizer step.
 
         Args:
           observed: what `LayerAux.observed` had, averaged over the step's batch; stacked over layers as variables are.
+          key: of random numbers; another one in every step and for every part.
         """
         raise NotImplementedError(f"{type(self).__name__} observes {', '.join(observed)} and defines no after_step")
 

@@ -150,19 +150,20 @@ class Decoder(nnx.Module):
         unused = None if logits else tables
         return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused)
 
-    def after_step(self, observed: tuple[Observed, ...]) -> None:
-        """Let the layers update variables that are no parameters (router biases), after an optimizer step.
+    def after_step(self, observed: tuple[Observed, ...], key: jax.Array) -> None:
+        """Let the layers update what no gradient moves (router biases, dead neurons), after an optimizer step.
 
         Args:
           observed: `Output.observed` of the step's batch, averaged over its micro-batches. Modules that observe
             something have a method `after_step` that gets theirs, stacked as their variables are.
+          key: of the random numbers of this step's updates.
         """
         rest = list(observed)
-        for segment in self.segments:
+        for i, segment in enumerate(self.segments):
             own, rest = rest[: segment.layers], rest[segment.layers :]
-            segment.after_step(own)
+            segment.after_step(own, jax.random.fold_in(key, i))
         if rest:
-            self.head.after_step(rest[0])
+            self.head.after_step(rest[0], jax.random.fold_in(key, len(self.segments)))
 
     def _tables(self) -> Tables:
         dtype = jnp.dtype(self.config.dtype)

@@ -94,10 +94,10 @@ class Block(nnx.Module):
         observed = {name: part.observed for name, part in parts.items() if part.observed}
         return x_BTD, watch.recorded(aux._replace(observed=observed), self.spec), cache
 
-    def after_step(self, observed: Observed) -> None:
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Let the parts that observed something move their variables; values are stacked as these are."""
-        for name, values in observed.items():
-            getattr(self, name).after_step(values)
+        for i, (name, values) in enumerate(observed.items()):
+            getattr(self, name).after_step(values, jax.random.fold_in(key, i))
 
 
 class Segment(nnx.Module):
@@ -189,12 +189,13 @@ class Segment(nnx.Module):
         """An empty cache for each layer."""
         return [block.attention.empty_cache(batch, length) for _ in range(self.spec.repeats) for block in self.blocks]
 
-    def after_step(self, observed: Sequence[Observed]) -> None:
+    def after_step(self, observed: Sequence[Observed], key: jax.Array) -> None:
         """Let the layers move their variables by what each of them observed."""
         width = len(self.spec.period)
         for i, block in enumerate(self.blocks):
             own = observed[i::width]
-            block.after_step(jax.tree.map(lambda *x: jnp.stack(x), *own) if self.stacked else own[0])
+            values = jax.tree.map(lambda *x: jnp.stack(x), *own) if self.stacked else own[0]
+            block.after_step(values, jax.random.fold_in(key, i))
 
     def unstacked(self) -> list[Segment]:
         """A segment for each layer, with parameters of its own; FFNs derive there what decoding needs (`prepare`)."""

@@ -279,7 +279,7 @@ class MoEFFN(FFN):
         """Routed experts' values behind those of the shared experts, which are 1."""
         return jnp.pad(x_BTE, ((0, 0), (0, 0), (self.config.shared, 0)), constant_values=1)
 
-    def after_step(self, observed: Observed) -> None:
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Move the router's bias by the loads of the experts, [E] or stacked [layers, E] as the bias is."""
         if self.bias_E is not None:
             load_E, rate = observed["load"], self.config.bias_rate

@@ -306,7 +306,7 @@ class BlockRouter(nnx.Module):
             observed={"load": load_E} if moves else {},
         )
 
-    def after_step(self, observed: Observed) -> None:
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Move the bias by the loads of the routed blocks, [E] or stacked [layers, E]; count the step."""
         if self.bias_E is not None:
             self.bias_E[...] = routers.balanced_bias(self.bias_E[...], observed["load"], self.config.bias_rate)
@@ -415,10 +415,10 @@ class MoHD(Residual):
         """Its routers and its fusion."""
         return tuple(part for part in (self.router, self.output_router, self.fusion) if part is not None)
 
-    def after_step(self, observed: Observed) -> None:
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Let the routers move what is no parameter; values are single or stacked as their variables are."""
-        for name, values in observed.items():
-            getattr(self, name).after_step(values)
+        for i, (name, values) in enumerate(observed.items()):
+            getattr(self, name).after_step(values, jax.random.fold_in(key, i))
 
 
 def routed_blocks(hidden_BTD: jax.Array, config: MoHDConfig) -> jax.Array:
@@ -458,6 +458,6 @@ class RoutedHead(Head):
         """Its router."""
         return (self.router,)
 
-    def after_step(self, observed: Observed) -> None:
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Let the router move what is no parameter."""
-        self.router.after_step(observed)
+        self.router.after_step(observed, key)

@@ -21,6 +21,11 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
+def real_tokens(batch: Batch) -> jax.Array:
+    """Number of tokens that are no padding, over which layers average; float32."""
+    return jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+
+
 def build_train_step(
     config: TrainConfig,
     template: ModelTemplate,
@@ -36,11 +41,12 @@ def build_train_step(
         (sum of cross-entropy + z_loss * sum of log^2 Z) / target tokens + sum over objectives of coefficient * loss
 
     over the whole batch, however many micro-batches it is cut into. Auxiliary losses and statistics of micro-batches
-    are averaged with their target tokens as weights: exact for means over target tokens; a loss that is not one (a
-    product of averages, as in load balancing) is taken within each micro-batch.
+    are averaged with their real tokens (of a segment other than 0) as weights: exact for means over real tokens; a loss
+    that is not one (a product of averages, as in load balancing) is taken within each micro-batch.
 
     The model is called in training mode (`model.train()`). What it returns as `observed` is averaged like statistics
-    and given to its method `after_step`, which may change variables that are no parameters.
+    and given, with a key of this step, to its method `after_step`, after the optimizer's update. That may change
+    parameters too (dead neurons); moments of the optimizer stay as they are.
 
     If loss or gradient norm is not finite, or the loss above `loss_limit` (a scalar), parameters, optimizer, objectives
     and model state stay as they are and the step is counted in `skipped`.
@@ -54,33 +60,45 @@ def build_train_step(
     schedule = build_schedule(config.schedule, config.steps)
     count = config.accumulation
 
-    def objective_sum(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
+    def objective_sum(
+        params: PureDict,
+        model_state: PureDict,
+        batch: Batch,
+        coefficients: dict[str, jax.Array],
+        targets_per_token: jax.Array,
+    ):
         model = template.merge(params, model_state)
         model.train()
         trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss)
+        weight = targets_per_token * real_tokens(batch)
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
-        total = trained + sums.count * auxiliary
+        total = trained + weight * auxiliary
         averages = {**{f"losses/{name}": loss for name, loss in out.losses.items()}, **out.stats}
-        weighted = {name: sums.count * value.astype(jnp.float32) for name, value in averages.items()}
+        weighted = {name: weight * value.astype(jnp.float32) for name, value in averages.items()}
         _, model_state = template.split(model)
         metrics = {"loss": sums.cross_entropy_sum, "z_loss": sums.z_sum, **weighted}
         # A model without `after_step` observes nothing.
-        observed = jax.tree.map(lambda x: sums.count * x, getattr(out, "observed", ()))
+        observed = jax.tree.map(lambda x: weight * x, getattr(out, "observed", ()))
         return total, (model_state, sums.count, (metrics, observed))
 
     gradient = jax.grad(objective_sum, has_aux=True)
 
     def accumulated(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
         """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
+        # Weights of micro-batches are to add up to the target tokens, by which everything is divided in the end.
+        targets = jnp.sum(batch["mask"], dtype=jnp.float32)
+        ratio = targets / jnp.maximum(real_tokens(batch), 1)
         if count == 1:
-            grads, (model_state, tokens, metrics) = gradient(params, model_state, batch, coefficients)
+            grads, (model_state, tokens, metrics) = gradient(params, model_state, batch, coefficients, ratio)
             return grads, model_state, tokens, metrics
         # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
         micro = {k: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
 
         def body(carry: Any, batch: Batch):
             grads, model_state, tokens, metrics = carry
-            new_grads, (model_state, new_tokens, new_metrics) = gradient(params, model_state, batch, coefficients)
+            new_grads, (model_state, new_tokens, new_metrics) = gradient(
+                params, model_state, batch, coefficients, ratio
+            )
             # Sums are float32 also for bfloat16 parameters.
             sums = jax.tree.map(
                 lambda a, b: a + b.astype(a.dtype), (grads, tokens, metrics), (new_grads, new_tokens, new_metrics)
@@ -88,7 +106,7 @@ def build_train_step(
             return (sums[0], model_state, sums[1], sums[2]), None
 
         first = {name: x[0] for name, x in micro.items()}
-        shapes = jax.eval_shape(gradient, params, model_state, first, coefficients)
+        shapes = jax.eval_shape(gradient, params, model_state, first, coefficients, ratio)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
         (grads, model_state, tokens, metrics), _ = jax.lax.scan(
             body, (zeros[0], model_state, zeros[1], zeros[2]), micro
@@ -104,10 +122,6 @@ def build_train_step(
         total = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
         metrics, observed = jax.tree.map(lambda value: value / total, sums)
-        if jax.tree.leaves(observed):
-            model = template.merge(state.params, model_state)
-            model.after_step(jax.lax.stop_gradient(observed))
-            _, model_state = template.split(model)
         raw_grads = grads
         grads, grad_norm = clip_gradients(grads, config)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
@@ -130,7 +144,13 @@ def build_train_step(
             norms |= norms_by_layer("grad_norms_by_layer", raw_grads, stacked)
             norms |= norms_by_layer("param_norms_by_layer", state.params, stacked)
             norms |= norms_by_layer("update_norms_by_layer", updates, stacked)
-        new = (optax.apply_updates(state.params, updates), model_state, opt_state, objectives)
+        params: Any = optax.apply_updates(state.params, updates)
+        if jax.tree.leaves(observed):
+            model = template.merge(params, model_state)
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            model.after_step(jax.lax.stop_gradient(observed), key)
+            params, model_state = template.split(model)
+        new = (params, model_state, opt_state, objectives)
         old = (state.params, state.model_state, state.opt_state, state.objectives)
         params, model_state, opt_state, objectives = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         bad = 1 - good.astype(jnp.int32)

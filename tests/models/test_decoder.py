@@ -213,7 +213,7 @@ class CountingAttention(GQA):
         y, aux, cache = super().__call__(x_BTD, ctx, cache)
         return y, aux._replace(observed={"keys": aux.stats["attended_keys"]}), cache
 
-    def after_step(self, observed):
+    def after_step(self, observed, key):
         self.seen[...] += observed["keys"]
 
 
@@ -224,8 +224,8 @@ def test_what_attention_observes_reaches_it(monkeypatch, tokens, unstacked):
     model = Decoder(CONFIGS["llama"], rngs=nnx.Rngs(0))
     model = model.unstacked() if unstacked else model
     observed = model(tokens).observed
-    model.after_step(observed)
-    model.after_step(observed)
+    model.after_step(observed, jax.random.key(0))
+    model.after_step(observed, jax.random.key(0))
     seen = [segment.blocks[0].attention.seen[...] for segment in model.segments]
     # Query t of 30 sees t + 1 keys.
     np.testing.assert_allclose(jnp.stack(seen).ravel(), [2 * 15.5] * 2, rtol=1e-6)
@@ -233,4 +233,4 @@ def test_what_attention_observes_reaches_it(monkeypatch, tokens, unstacked):
 
 def test_a_module_that_observes_must_use_it():
     with pytest.raises(NotImplementedError, match="PlainFFN observes load and defines no after_step"):
-        build(CONFIGS["gpt2"]).segments[0].blocks[0].ffn.after_step({"load": jnp.zeros(3)})
+        build(CONFIGS["gpt2"]).segments[0].blocks[0].ffn.after_step({"load": jnp.zeros(3)}, jax.random.key(0))

@@ -277,7 +277,7 @@ def test_bias_evens_out_loads_without_moving_gates():
     config = with_residual(balance="bias", bias_rate=0.25, masked_head=True)
     model = build(config)
     out = forward(model)(jnp.zeros((1, 6), jnp.int32))
-    model.after_step(out.observed)
+    model.after_step(out.observed, jax.random.key(0))
     for layer in range(2):
         for name in ("attention_residual", "ffn_residual"):
             load = out.observed[layer][name]["router"]["load"]
@@ -303,7 +303,7 @@ def test_warmup_goes_from_all_blocks_to_the_active_ones():
         counts.append(int(count[0, 0]))
         assert (count == count[0, 0]).all()
         np.testing.assert_allclose(jnp.mean(chosen.gates_BTN, axis=-1), np.sqrt(count / 8), rtol=1e-5)
-        router.after_step(aux.observed)
+        router.after_step(aux.observed, jax.random.key(0))
     assert counts == [8, 7, 6, 5, 4, 4]
 
 

@@ -92,8 +92,11 @@ def test_accumulation_equals_one_large_batch(count):
     _, state, one = setup(**changes)
     _, _, many = setup(accumulation=count, **changes)
     batch = batch_number()
-    counts = batch["mask"].reshape(BATCH // count, count, -1).sum((0, 2))
-    assert len(set(counts.tolist())) > 1, "micro-batches of equal size could not tell tokens from micro-batches"
+    # Some tokens have no target: losses of layers are means over all tokens, the cross-entropy is over targets.
+    batch["mask"] = batch["mask"].at[0, 0].set(False)
+    for name in ("mask", "segment_ids"):
+        counts = batch[name].reshape(BATCH // count, count, -1).sum((0, 2))
+        assert len(set(counts.tolist())) > 1, "micro-batches of equal size could not tell tokens from micro-batches"
     state_one, metrics_one = one(state, batch)
     state_many, metrics_many = many(state, batch)
     for name in metrics_one:
@@ -120,7 +123,7 @@ class ObservingModel(ToyModel):
         mean = jnp.sum(tokens_BT * real) / jnp.maximum(jnp.sum(real), 1)
         return ObservingOutput(*out, {"mean": mean})
 
-    def after_step(self, observed):
+    def after_step(self, observed, key):
         self.seen[...] = observed["mean"]
 
 
@@ -132,12 +135,49 @@ class ObservingOutput(NamedTuple):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_what_is_observed_is_a_mean_over_all_target_tokens(count):
+def test_what_is_observed_is_a_mean_over_all_real_tokens(count):
     batch = batch_number()
-    assert len(set(batch["mask"].sum(axis=1).tolist())) > 1, "equal micro-batches could not tell tokens from batches"
+    real = batch["segment_ids"] > 0
+    assert len(set(real.sum(axis=1).tolist())) > 1, "equal micro-batches could not tell tokens from batches"
+    batch["mask"] = batch["mask"].at[0, 0].set(False)
     _, state, step = setup(ObservingModel, accumulation=count)
     after, _ = step(state, batch)
-    np.testing.assert_allclose(after.model_state["seen"], batch["tokens"][batch["mask"]].mean(), rtol=1e-6)
+    np.testing.assert_allclose(after.model_state["seen"], batch["tokens"][real].mean(), rtol=1e-6)
+
+
+class Revived(ToyModel):
+    """Draws part of a parameter anew after each step, and counts."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.seen = Observed(jnp.zeros(()))
+
+    def __call__(self, tokens_BT, *, segment_ids, positions):
+        out = super().__call__(tokens_BT, segment_ids=segment_ids, positions=positions)
+        return ObservingOutput(*out, {"one": jnp.ones(())})
+
+    def after_step(self, observed, key):
+        self.seen[...] += observed["one"]
+        self.router[...] = self.router[...] + jax.random.normal(key, self.router[...].shape)
+
+
+def test_what_is_drawn_after_a_step_depends_on_its_number_alone():
+    """It comes on top of the optimizer's update, from the same key in every run of one seed."""
+    frozen = {"groups": (ParameterGroup(pattern="router", lr_multiplier=0.0),)}
+    _, state, step = setup(Revived, **frozen)
+    first, _ = step(state, batch_number(0))
+    second, _ = step(first, batch_number(1))
+    drawn = [np.asarray(b.params["router"] - a.params["router"]) for a, b in ((state, first), (first, second))]
+    assert all(0.8 < x.std() < 1.2 for x in drawn)
+    assert not np.allclose(*drawn)
+    again, _ = step(first, batch_number(5))
+    np.testing.assert_array_equal(again.params["router"], second.params["router"])
+    assert second.model_state["seen"] == 2
+    # A skipped step draws nothing.
+    skipped, _ = step(first, batch_number(1), jnp.float32(0))
+    assert_equal(skipped.params, first.params)
+    _, _, other = setup(Revived, seed=1, **frozen)
+    assert not np.allclose(other(first, batch_number(1))[0].params["router"], second.params["router"])
 
 
 def test_loss_falls():
