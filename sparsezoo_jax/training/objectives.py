@@ -54,7 +54,7 @@ ObjectiveConfig = Annotated[Objective, OBJECTIVES]
 @register_objective
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FixedObjective(Objective):
-    """A constant weight."""
+    """A constant weight, which may be reached along a line: 0 up to step `warmup_start`, whole from `warmup_end` on."""
 
     kind: Literal["fixed"] = "fixed"
     """Objective kind."""
@@ -62,12 +62,23 @@ class FixedObjective(Objective):
     """Name of the model's auxiliary loss."""
     weight: float
     """Its weight, at least 0."""
+    warmup_start: int = 0
+    """Train steps before the weight begins to rise."""
+    warmup_end: int = 0
+    """Train step from which on it is whole; 0: from the first on."""
 
     def __post_init__(self):
         require(self.weight >= 0, "train.objectives.weight", self.weight, "must be at least 0")
+        start, end = self.warmup_start, self.warmup_end
+        require(start >= 0, "train.objectives.warmup_start", start, "must be at least 0")
+        allowed = f"must be above train.objectives.warmup_start={start}, or both 0"
+        require(end > start or end == start == 0, "train.objectives.warmup_end", end, allowed)
 
     def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
-        return jnp.float32(self.weight)
+        if self.warmup_end == 0:
+            return jnp.float32(self.weight)
+        risen = (jnp.asarray(step, jnp.float32) - self.warmup_start) / (self.warmup_end - self.warmup_start)
+        return self.weight * jnp.clip(risen, 0.0, 1.0)
 
 
 @register_objective

@@ -93,6 +93,15 @@ def test_fixed_objective():
     assert objective.coefficient(objective.init(), jnp.int32(7)) == 0.25
 
 
+def test_fixed_objective_rises_along_a_line():
+    objective = FixedObjective(loss="l1", weight=0.5, warmup_start=10, warmup_end=20)
+    found = [float(objective.coefficient({}, jnp.int32(step))) for step in (0, 10, 11, 15, 20, 1000)]
+    np.testing.assert_allclose(found, [0, 0, 0.05, 0.25, 0.5, 0.5], rtol=1e-6)
+    for start, end in ((5, 5), (3, 0), (7, 6)):
+        with pytest.raises(ConfigError, match=f"warmup_end={end}: must be above train.objectives.warmup_start={start}"):
+            FixedObjective(loss="l1", weight=1, warmup_start=start, warmup_end=end)
+
+
 def test_sine_progressive_follows_the_formula():
     peaks, steps = (0.1, 0.5, 0.4, 2.0), (10, 30, 40, 100)
     objective = SineProgressive(loss="l1", peaks=peaks, steps=steps)
