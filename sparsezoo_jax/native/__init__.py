@@ -25,6 +25,7 @@ OPERATIONS = (
     "linear",
     "gated_ffn",
     "spark_ffn",
+    "relu_ffn",
     "block_ffn",
     "attention",
     "spark_attention",

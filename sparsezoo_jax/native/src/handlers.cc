@@ -59,6 +59,16 @@ ffi::Error SparkFfn(ffi::ThreadPool threads, Array x, Array k1, Array rows, Arra
   return ffi::Error::Success();
 }
 
+ffi::Error ReluFfn(ffi::ThreadPool threads, Array x, Array first, Array rows, Array first_scale, Array rows_scale,
+                   Result y, Result active) {
+  const bool gated = width_of(rows) > width_of(x);
+  const Matrix up = matrix(rows, rows_scale, 0, gated ? 2 : 1);
+  relu_ffn(pool_of(threads), tokens(x), matrix(first, first_scale), up,
+           gated ? matrix(rows, rows_scale, width_of(x), 2) : up, gated, rows_of(first), tokens(*y),
+           static_cast<int*>(active->untyped_data()));
+  return ffi::Error::Success();
+}
+
 ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
                     Array up_scale, Array down_scale, Result y, Result active, int64_t activation) {
   Matrix gates = matrix(gate, gate_scale);
@@ -164,6 +174,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_ffn, SparkFfn,
                                   .Attr<double>("quantile")
                                   .Attr<int64_t>("ddof")
                                   .Attr<double>("huber_delta"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn, ReluFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
                               BIND.Arg<Array>()

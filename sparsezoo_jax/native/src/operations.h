@@ -176,6 +176,10 @@ struct Selection {
 void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
                long neurons, double top_k, const Selection& selection, const Tokens& y, int* active);
 
+// `up` and `down` are the two parts of the same rows, or `down` is all of them; `active` [M] counts neurons.
+void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
+              long neurons, const Tokens& y, int* active);
+
 // `scores` [M, E]; `gate.data` may be null; `active` [M] counts the hidden units of a token's experts that are not 0.
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active);

@@ -1,4 +1,5 @@
-// Spark FFN (arXiv 2506.06644): all of the predictor, and the rows of the neurons that it selects.
+// Layers that read all of one matrix, and the rows of the neurons that its scores select: Spark FFN (arXiv 2506.06644)
+// by a threshold, SparseLM (arXiv 2603.23198) by a ReLU.
 #include <algorithm>
 #include <cmath>
 
@@ -16,21 +17,30 @@ void shrink(const float* scores, const int* places, long n, float threshold, flo
   }
 }
 
-}  // namespace
+// Columns first .. first + width - 1 of the tokens.
+struct Columns {
+  long first, width;
+};
 
-void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
-               long neurons, double top_k, const Selection& selection, const Tokens& y, int* active) {
+// y = sum over selected neurons of gate (k2 . values) v; a width of 0 leaves the product out. `threshold(scores)` is that
+// of one token, above which a neuron is selected; `gates(scores, places, n, threshold, g)` makes the gates of n neurons.
+template <class Threshold, class Gates>
+void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns valued, const Matrix& k1, const Matrix& k2,
+                   const Matrix& v, long neurons, double expected, const Threshold& threshold, const Gates& gates_of,
+                   const Tokens& y, int* active) {
   const long m = x.count, d = x.width;
-  const Vectors in(x, k1.type, 0, r), values(x, k2.type, r, d - r), scores(m, neurons);
+  const Vectors in(x, k1.type, scored.first, scored.width), values(x, k2.type, valued.first, valued.width);
+  const Vectors scores(m, neurons);
 
   const long row = k1.ld * size_of(k1.type), scanned = neurons * row;
   const long chunk = 1 + (128 << 10) / row, chunks = (neurons + chunk - 1) / chunk;
-  const long bytes = long(top_k * double((d - r) * size_of(k2.type) + d * size_of(v.type)));
+  const long row_bytes = valued.width * size_of(k2.type) + d * size_of(v.type);
+  const long bytes = long(expected * double(row_bytes));
   const long parts = parts_for(bytes, neurons);
   Team team = pool.team(std::max(chunks, parts), scanned + bytes);
   team.run(chunks, [&](long i) {
     const long first = i * chunk, n = std::min(chunk, neurons - first);
-    k1.dot(first, n, r, in.pointers(), m, scores[0] + first, scores.stride(), k1.ahead_of(first));
+    k1.dot(first, n, scored.width, in.pointers(), m, scores[0] + first, scores.stride(), k1.ahead_of(first));
   });
 
   std::vector<float> thresholds(m);
@@ -38,9 +48,7 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
   std::vector<unsigned char> selected(m > 1 ? neurons : 0);
   long count = 0;
   for (long j = 0; j < m; j++) {
-    const float mean = float(loops().moments(scores[j], neurons).sum / double(neurons));
-    const double variance = loops().squares(mean, scores[j], neurons) / double(std::max(neurons - selection.ddof, 1L));
-    thresholds[j] = mean + float(std::sqrt(variance)) * selection.quantile;
+    thresholds[j] = threshold(scores[j]);
     count = loops().select(thresholds[j], true, scores[j], 0, neurons, places.data());
     active[j] = int(count);
     if (m > 1)
@@ -62,21 +70,49 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
                                             int(first_of(p + 1, parts, neurons)));
     const long n = end - begin;
     const Vectors gates(m, n + 1);
-    for (long j = 0; j < m; j++) {
-      shrink(scores[j], begin, n, thresholds[j], selection.huber_delta, gates[j]);
-      loops().activate(kGeluTanh, gates[j], n);
-    }
+    for (long j = 0; j < m; j++) gates_of(scores[j], begin, n, thresholds[j], gates[j]);
     std::vector<float> hidden(m);
     // Rows lie far apart, where the processor does not foresee them: each is fetched while those before are used.
-    const long ahead = rows_ahead((d - r) * size_of(k2.type) + d * size_of(v.type));
+    const long ahead = rows_ahead(row_bytes);
     for (long i = 0; i < n; i++) {
       const long next = begin[i + ahead < n ? i + ahead : i];
-      k2.dot(begin[i], 1, d - r, values.pointers(), m, hidden.data(), 1, k2.row(next));
+      if (valued.width)
+        k2.dot(begin[i], 1, valued.width, values.pointers(), m, hidden.data(), 1, k2.row(next));
+      else
+        std::fill(hidden.begin(), hidden.end(), 1.0f);
       for (long j = 0; j < m; j++) hidden[j] *= gates[j][i];
       v.axpy(begin[i], 1, d, hidden.data(), 1, m, out, v.row(next));
     }
   });
   sums.write(y, v.type);
+}
+
+}  // namespace
+
+void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
+               long neurons, double top_k, const Selection& selection, const Tokens& y, int* active) {
+  const auto threshold = [&](const float* scores) {
+    const float mean = float(loops().moments(scores, neurons).sum / double(neurons));
+    const double variance = loops().squares(mean, scores, neurons) / double(std::max(neurons - selection.ddof, 1L));
+    return mean + float(std::sqrt(variance)) * selection.quantile;
+  };
+  const auto gates = [&](const float* scores, const int* places, long n, float above, float* g) {
+    shrink(scores, places, n, above, selection.huber_delta, g);
+    loops().activate(kGeluTanh, g, n);
+  };
+  selected_rows(pool, x, {0, r}, {r, x.width - r}, k1, k2, v, neurons, top_k, threshold, gates, y, active);
+}
+
+void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
+              long neurons, const Tokens& y, int* active) {
+  const auto threshold = [](const float*) { return 0.0f; };
+  const auto gates = [](const float* scores, const int* places, long n, float, float* g) {
+    for (long i = 0; i < n; i++) g[i] = std::max(scores[places[i]], 0.0f);
+  };
+  // How many there are decides how the work is cut: a tenth is more than such layers have once they are trained.
+  const double expected = double(neurons) / 10;
+  selected_rows(pool, x, {0, x.width}, {0, gated ? x.width : 0}, first, up, down, neurons, expected, threshold, gates, y,
+                active);
 }
 
 }  // namespace sparsezoo

@@ -1,0 +1,101 @@
+"""A feed-forward layer whose hidden units are exactly zero where a ReLU is, with their L1 norm and what it did.
+
+Shapes: B batch, T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsezoo_jax.errors import require
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, plain
+from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.pallas_kernels.relu_ffn import stored
+from sparsezoo_jax.sharding import constrain
+
+__all__ = ["ReluFFN", "Storage", "relu_ffn"]
+
+HIDDEN = ("batch", "length", "ffn")
+Storage = stored.Storage
+
+
+class ReluFFN(NamedTuple):
+    """What the layer returns. Only `y` and `l1` have gradients."""
+
+    y: jax.Array
+    """[B, T, D] in the dtype of x."""
+    l1: jax.Array
+    """Sum of the absolute hidden units of each token, float32 [B, T]."""
+    active: jax.Array
+    """Number of hidden units of each token that are not 0, float32 [B, T]."""
+    fired: jax.Array
+    """Number of tokens, of those that count, in which each neuron was not 0, float32 [F]."""
+    stored: jax.Array
+    """1 if all that the backward pass needs was stored, 0 if it computes the scores again; float32 scalar."""
+
+
+def relu_ffn(
+    x: jax.Array,
+    gate: jax.Array | None,
+    up: jax.Array,
+    down: jax.Array,
+    where: jax.Array,
+    *,
+    storage: Storage | None = None,
+    implementation: str | None = None,
+) -> ReluFFN:
+    """`y = h W_down` with `h = max(x W_gate, 0) * (x W_up)`, or `h = max(x W_up, 0)` without a gate.
+
+    Derivatives of the ReLU and of |h| are 0 at 0. Sums over neurons and tokens are float32, whatever the dtype of x.
+
+    Args:
+      x: [B, T, D], float32 or bfloat16 (float64 where jax has it).
+      gate, up: [D, F] in the dtype of x; gate may be None.
+      down: [F, D] likewise.
+      where: bool [B, T], the tokens that `fired` counts.
+      storage: keep active neurons by their numbers for the backward pass, in place of all. None: all.
+      implementation: "xla", or None, which is that.
+
+    Raises:
+      ConfigError: shapes or dtypes that don't fit, or an implementation that there is not.
+
+    Source: Sparser, Faster, Lighter Transformer Language Models (arXiv 2603.23198), section 2; the L1 norm as its code
+    has it, a sum over neurons.
+    """
+    d, neurons = up.shape
+    require(x.ndim == 3 and x.shape[-1] == d, "relu_ffn.x", x.shape, f"must be [B, T, {d}] for up {up.shape}")
+    require(gate is None or gate.shape == up.shape, "relu_ffn.gate", gate is None or gate.shape, f"must be {up.shape}")
+    require(down.shape == (neurons, d), "relu_ffn.down", down.shape, f"must be {(neurons, d)}")
+    require(where.shape == x.shape[:2], "relu_ffn.where", where.shape, f"must be {x.shape[:2]}")
+    form = dense if storage is None else stored.rule(storage, scores, output)
+    return dispatch("relu_ffn", implementation, [plain(form)])(x, gate, up, down, where)
+
+
+def scores(x: jax.Array, gate: jax.Array | None, up: jax.Array) -> tuple[jax.Array, ...]:
+    """What hidden units are made of, [B, T, F] each: of the gate and of the map beside it, or of the one map."""
+    return tuple(constrain(matmul(x, w), HIDDEN) for w in (gate, up) if w is not None)
+
+
+def output(parts: tuple[jax.Array, ...], down: jax.Array, where: jax.Array) -> ReluFFN:
+    """The layer's results, from `scores`."""
+    hidden = jax.nn.relu(parts[0])
+    if len(parts) == 2:
+        hidden = hidden * parts[1]
+    hidden = constrain(hidden, HIDDEN)
+    wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    nonzero = jax.lax.stop_gradient(hidden != 0)
+    return ReluFFN(
+        y=matmul(hidden, down),
+        l1=jnp.sum(jnp.abs(wide), axis=-1),
+        active=jnp.sum(nonzero, axis=-1, dtype=jnp.float32),
+        fired=jnp.sum(nonzero & where[..., None], axis=(0, 1), dtype=jnp.float32),
+        stored=jnp.float32(1),
+    )
+
+
+def dense(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array, where: jax.Array) -> ReluFFN:
+    """The definition: every neuron of every token, by automatic differentiation."""
+    return output(scores(x, gate, up), down, where)

@@ -1,0 +1,79 @@
+"""The sparse ReLU layer of a few tokens against its definition, and against the form that is trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
+from sparsezoo_jax.pallas_kernels.relu_ffn.rows import reference, relu_ffn_rows
+from tests.kernels.few_rows import Draw, close, compiled, implementation
+
+FORMS = [
+    (name, gated)
+    for name in ("xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret")
+    for gated in (True, False)
+    if gated or "gpu" not in name
+]
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{'gated' if form[1] else 'plain'}")
+def form(request):
+    name, gated = request.param
+    return compiled(relu_ffn_rows, implementation(name)), gated
+
+
+def layer(draw, d, neurons, gated):
+    """Weights of which about a twentieth of the neurons of a token are above 0."""
+    (first, first_scale), (down, down_scale) = draw.weights(neurons, d), draw.weights(neurons, d)
+    if not gated:
+        return (first, down), (first_scale, down_scale)
+    up, up_scale = draw.weights(neurons, d)
+    scale = None if up_scale is None else jnp.stack([up_scale, down_scale], axis=1)
+    return (first, jnp.concatenate([up, down], axis=1)), (first_scale, scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("storage", "m", "sizes"), [("float32", 3, (37, 101)), ("bfloat16", 1, (40, 300)), ("int8", 8, (24, 64))]
+)
+def test_is_the_definition(form, storage, m, sizes):
+    (apply, gated), draw = form, Draw(storage)
+    x, (weights, scales) = draw.tokens(m, sizes[0]), layer(draw, *sizes, gated)
+    y, active = apply(x, *weights, scales=scales)
+    expected, expected_active = jax.jit(reference)(x, *weights, scales=scales)
+    close(y, expected)
+    np.testing.assert_array_equal(active, expected_active)
+
+
+def test_is_the_form_that_is_trained(form):
+    (apply, gated), draw = form, Draw("float32")
+    x, ((first, rows), _) = draw.tokens(2, 24), layer(draw, 24, 60, gated)
+    first = first.at[:50].set(-jnp.abs(first[:50]))
+    x = jnp.abs(x).at[0].multiply(-1)  # the first token fires, the second has 10 neurons at most
+    y, active = apply(x, first, rows)
+    gate, up = (first.T, rows[:, :24].T) if gated else (None, first.T)
+    expected = relu_ffn(x[None], gate, up, rows[:, -24:], jnp.ones((1, 2), bool))
+    close(y, expected.y[0])
+    np.testing.assert_array_equal(active, expected.active[0])
+    assert active[0] >= 50
+    assert active[1] <= 10
+
+
+def test_tokens_of_which_no_neuron_fires(form):
+    (apply, gated), draw = form, Draw("float32")
+    x, ((first, rows), _) = jnp.abs(draw.tokens(2, 12)), layer(draw, 12, 64, gated)
+    y, active = apply(x, -jnp.abs(first), rows)
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(active, 0)
+
+
+def test_wrong_shapes():
+    x, first = jnp.zeros((2, 8)), jnp.zeros((16, 8))
+    with pytest.raises(ConfigError, match=r"relu_ffn_rows.rows=\(16, 9\): must be \(16, 8\) or \(16, 16\)"):
+        relu_ffn_rows(x, first, jnp.zeros((16, 9)))
+    with pytest.raises(ConfigError, match=r"relu_ffn_rows.first=\(16, 9\): must be \[F, 8\] for x"):
+        relu_ffn_rows(x, jnp.zeros((16, 9)), jnp.zeros((16, 8)))
+    with pytest.raises(ConfigError, match='takes layers with a gate only; use "xla"'):
+        relu_ffn_rows(x, first, jnp.zeros((16, 8)), implementation="pallas_gpu_interpret")
