@@ -15,7 +15,7 @@ from sparsezoo_jax.training.schedules import build_schedule
 
 ALL = [(arch, size) for arch, sizes in PRESETS.items() for size in sizes]
 
-# (non-embedding, total), from the BlockFFN, DECO, Spark and Gemma 2 papers, GPT-2's release, and by hand otherwise.
+# (non-embedding, total), from the BlockFFN, DECO, Spark, SparseLM and Gemma 2 papers, GPT-2's release, or by hand.
 PARAMETERS = {
     ("blockffn", "tiny"): (1_021_664, 1_545_952),
     ("blockffn", "small"): (119_383_552, 307_932_160),
@@ -72,6 +72,12 @@ PARAMETERS = {
     ("spark", "small"): (75_535_104, 100_111_104),
     ("spark", "2b"): (2_024_517_888, 2_614_636_800),
     ("spark", "9b"): (8_324_201_984, 9_242_164_736),
+    ("sparselm", "tiny"): (1_049_728, 1_574_016),
+    ("sparselm", "0_5b"): (411_076_608, 511_739_904),
+    ("sparselm", "1b"): (924_919_808, 1_025_583_104),
+    ("sparselm", "1_5b"): (1_438_763_008, 1_539_426_304),
+    ("sparselm", "1_5b_plain"): (1_409_402_880, 1_510_066_176),
+    ("sparselm", "2b"): (1_952_606_208, 2_053_269_504),
 }
 
 
@@ -159,7 +165,7 @@ def test_blockffn_scalings():
 def test_unknown_presets():
     with pytest.raises(
         ConfigError,
-        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, spark \(did you mean spark\?\)",
+        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, sparselm \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

@@ -15,8 +15,11 @@ from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, Lay
 from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
 from sparsezoo_jax.models.spark import SparkFFN
+from sparsezoo_jax.models.sparselm import SparseLMFFN
 from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
+from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
+from sparsezoo_jax.pallas_kernels.relu_ffn.rows import relu_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 
@@ -152,6 +155,48 @@ class PackedSparkFFN(FFN, DecodingLayout):
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
 
 
+class PackedSparseLMFFN(FFN, DecodingLayout):
+    """`SparseLMFFN` with the rows of the map before the ReLU, and the rest of each neuron as one row."""
+
+    def __init__(self, source: SparseLMFFN, form: WeightFormat):
+        self.config, self.dtype = source.config, source.dtype
+        gate, up, down = source.gate_DF, source.up_DF, source.down_FD
+        first = up if gate is None else gate
+        self.first = Rows(first[...].T, form, source.dtype, NEURONS)
+        rest = down[...] if gate is None else (up[...].T, down[...])
+        self.rest = Rows(rest, form, source.dtype, NEURONS)
+
+    def _maps(self) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        """Maps of gate, up and down as `SparseLMFFN.weights` gives them."""
+        first_DF = self.first.restored().T
+        if not self.config.gated:
+            return None, first_DF, self.rest.restored()
+        up_FD, down_FD = self.rest.parts()
+        return first_DF, up_FD.T, down_FD
+
+    def restore(self, source: SparseLMFFN) -> None:
+        """Put the weights back into `source`."""
+        for target, value in zip((source.gate_DF, source.up_DF, source.down_FD), self._maps(), strict=True):
+            if target is not None and value is not None:
+                assign(target, value)
+
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads with this share of the neurons active."""
+        return self.first.nbytes + density * self.rest.nbytes
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        rows = few_tokens(x_BTD)
+        if rows is not None:
+            (first, s1), (rest, s2) = self.first.arrays, self.rest.arrays
+            y, active_M = relu_ffn_rows(rows, first, rest, scales=(s1, s2))
+            active_BT = active_M.reshape(x_BTD.shape[:2])
+        else:
+            found = relu_ffn(x_BTD, *self._maps(), ctx.valid_BT)
+            y, active_BT = found.y, found.active
+        density = ctx.mean_over_tokens(active_BT) / self.config.d_ff
+        return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
+
+
 @packs(GatedFFN)
 def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGatedFFN | MappedGatedFFN:
     config = source.config
@@ -164,6 +209,11 @@ def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGa
 @packs(PlainFFN)
 def _plain(source: PlainFFN, formats: Formats, active: float | None) -> MappedPlainFFN:
     return MappedPlainFFN(source, formats.weights, active)
+
+
+@packs(SparseLMFFN)
+def _sparselm(source: SparseLMFFN, formats: Formats, active: float | None) -> PackedSparseLMFFN:
+    return PackedSparseLMFFN(source, formats.weights)
 
 
 @packs(SparkFFN)

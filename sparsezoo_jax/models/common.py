@@ -85,12 +85,16 @@ class BuildContext:
         `output=True` marks a projection that writes to the residual stream. A given `std` takes the place of that of
         the decoder's `init`; `scale` multiplies the latter.
         """
-        width_base = self.d_model if self.init.width_base is None else self.init.width_base
-        own = self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
-        deviation = scale * own * math.sqrt(width_base / self.d_model) if std is None else std
+        deviation = scale * self.deviation(inputs) if std is None else std
         if output and self.init.residual_depth_scaling:
             deviation /= math.sqrt(2 * self.layers)
         return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, self.param_dtype), axes=axes)
+
+    def deviation(self, inputs: int) -> float:
+        """Standard deviation of the initial weights of a map with this fan-in."""
+        width_base = self.d_model if self.init.width_base is None else self.init.width_base
+        own = self.init.scale * (inputs**-0.5 if self.init.kind == "fan_in" else 1.0)
+        return own * math.sqrt(width_base / self.d_model)
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A parameter that starts at `value` everywhere (norm scales, biases)."""

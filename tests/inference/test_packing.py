@@ -13,7 +13,13 @@ from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restore
 from sparsezoo_jax.inference.attention import PackedGQA, PackedMLA, PackedSparkAttention
 from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.experts import PackedBlockFFN, PackedDECOFFN, PackedMoEFFN, PackedMoEXFFN
-from sparsezoo_jax.inference.ffn import MappedGatedFFN, MappedPlainFFN, PackedGatedFFN, PackedSparkFFN
+from sparsezoo_jax.inference.ffn import (
+    MappedGatedFFN,
+    MappedPlainFFN,
+    PackedGatedFFN,
+    PackedSparkFFN,
+    PackedSparseLMFFN,
+)
 from sparsezoo_jax.inference.matrices import Rows
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
@@ -32,7 +38,10 @@ def mixture(**ffn):
 # One layer where all are alike.
 KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
-    **{kind: dataclasses.replace(CONFIGS[kind], layers=1) for kind in ("llama", "gpt2", "blockffn", "moex", "mohd")},
+    **{
+        kind: dataclasses.replace(CONFIGS[kind], layers=1)
+        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm")
+    },
     "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
         CONFIGS["gemma3n"], layers=1, ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9,))
@@ -49,6 +58,7 @@ LAID_OUT = {
     "deco": (PackedGQA, PackedDECOFFN),
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),
+    "sparselm": (PackedGQA, PackedSparseLMFFN),
     "gemma3n": (PackedGQA, MappedGatedFFN),
     "moe": (PackedGQA, PackedMoEFFN),
     "remoe": (PackedGQA, PackedMoEFFN),

@@ -21,6 +21,7 @@ from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
+from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
 
 BASE = {"vocab_size": 61, "d_model": 24, "layers": 5, "max_seq_len": 48}
 TWO = {**BASE, "layers": 2}  # where all layers are alike
@@ -112,6 +113,12 @@ CONFIGS = {
         residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
         norm=NormConfig(eps=1e-5),
         init=InitConfig(kind="fixed", scale=0.1, embedding_std=1.0),
+    ),
+    "sparselm": DecoderConfig(
+        **TWO,
+        attention=GQAConfig(heads=2, kv_heads=2, head_dim=8, rope=RopeConfig(base=1e5)),
+        ffn=SparseLMFFNConfig(d_ff=32, stored_neurons=20),
+        norm=NormConfig(eps=1e-5),
     ),
     "gemma3n": DecoderConfig(
         **BASE,

@@ -15,10 +15,11 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, device_put, named_sharding, num_replicas, use_mesh
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.objectives import FixedObjective
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.optimizers import AdamW
 from sparsezoo_jax.training.schedules import Constant
-from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, state_shardings
+from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, map_with_path, state_shardings
 from sparsezoo_jax.training.step import build_train_step
 
 MESHES = {
@@ -39,7 +40,11 @@ COVERED = {
     "moex": ("expert 2, tensor 4",),
     "moe": ("data 2, expert 2, tensor 2",),
     "ling": ("data 2, expert 2, tensor 2",),
+    "sparselm": ("fsdp 2, context 2, tensor 2",),
 }
+#: What weighs the auxiliary losses; and micro-batches of a step on these meshes, one device having one.
+OBJECTIVES = {"sparselm": (FixedObjective(loss="l1", weight=0.01),)}
+ACCUMULATION = {("sparselm", "fsdp 2, context 2, tensor 2"): 4}
 SHAPE = (8, 32)
 
 
@@ -114,6 +119,16 @@ def models():
         ),
     )  # fmt: skip
 
+    model = preset("sparselm", "tiny").model
+    attention = dataclasses.replace(model.attention, heads=8, kv_heads=8, head_dim=16)
+    ffn = dataclasses.replace(model.ffn, d_ff=256, dead_after=1, stored_neurons=150)
+    yield (
+        "sparselm",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
+        ),
+    )
+
 
 def batches():
     """Three batches of packed documents."""
@@ -132,10 +147,15 @@ def batches():
         }
 
 
-def train(config, mesh):
+def train(config, mesh, objectives=(), accumulation=1):
     """Metrics, the first gradients, the final parameters, and on how many devices of a model copy each of them is."""
     settings = TrainConfig(
-        steps=3, schedule=Constant(learning_rate=1e-2), optimizer=AdamW(eps=1e-2), accumulation=1, loss_chunk=16
+        steps=3,
+        schedule=Constant(learning_rate=1e-2),
+        optimizer=AdamW(eps=1e-2),
+        accumulation=accumulation,
+        loss_chunk=16,
+        objectives=objectives,
     )
 
     def build(rngs):
@@ -146,7 +166,7 @@ def train(config, mesh):
     place = named_sharding(mesh)
 
     def initialise(key):
-        return initial_state(template, build, optimizer, (), key)
+        return with_dead_neurons(initial_state(template, build, optimizer, objectives, key))
 
     key = jax.random.key(0)
     shardings = state_shardings(template, jax.eval_shape(initialise, key), place)
@@ -173,6 +193,17 @@ def train(config, mesh):
     return rows, gradients, flatten(jax.device_get(state.params)), held
 
 
+def with_dead_neurons(state):
+    """Where silent neurons are counted, a quarter of them: so that layers that revive them do."""
+    if not any(path.endswith("silent_F") for path in flatten(state.model_state)):
+        return state
+
+    def cleared(path, array):
+        return array.at[..., ::4].set(0) if path.endswith("ffn/gate_DF") else array
+
+    return dataclasses.replace(state, params=map_with_path(cleared, state.params))
+
+
 def distance(a, b):
     """Largest relative distance, in the 2-norm, among arrays of one name; absolute from one that is 0."""
     sizes = {name: np.linalg.norm(array) or 1 for name, array in b.items()}
@@ -185,11 +216,14 @@ def main():
     for arch, config in models():
         if wanted and arch not in wanted:
             continue
-        rows, gradients, parameters, _ = train(config, build_mesh(MeshConfig(), jax.devices()[:1]))
+        objectives = OBJECTIVES.get(arch, ())
+        rows, gradients, parameters, _ = train(config, build_mesh(MeshConfig(), jax.devices()[:1]), objectives)
         report[arch] = {}
         for name in COVERED[arch]:
             axes = MESHES[name]
-            sharded_rows, sharded_gradients, sharded, held = train(config, build_mesh(MeshConfig(**axes)))
+            sharded_rows, sharded_gradients, sharded, held = train(
+                config, build_mesh(MeshConfig(**axes)), objectives, ACCUMULATION.get((arch, name), 1)
+            )
             report[arch][name] = {
                 "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, sharded_rows, strict=True)),
                 "grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(rows, sharded_rows, strict=True)),
