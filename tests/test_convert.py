@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import sparsezoo_jax
 from sparsezoo_jax import cli, convert, huggingface
+from sparsezoo_jax.config import read_config
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface.layouts import LAYOUTS, read_model
@@ -52,6 +53,15 @@ CONFIGS = {
         "attention_bias": True,
         "mlp_bias": True,
         "tie_word_embeddings": False,
+    },
+    "llama_sparse_relu": {
+        "model_type": "llama_sparse_relu",
+        **SIZES,
+        "num_hidden_layers": 2,
+        "hidden_act": "relu",
+        "attention_bias": False,
+        "sparsity_gated_mlp": True,
+        "tie_word_embeddings": True,
     },
     "gpt2": {
         "model_type": "gpt2",
@@ -153,10 +163,11 @@ def test_round_trip_is_bit_exact(name, dtype, tmp_path):
 
 
 #: First six logits after tokens 0..11 of the checkpoints above, scaled by 0.3, as transformers 5 computes them in
-#: float32 (eager attention).
+#: float32 (eager attention); SparseLM, which it lacks, by NumPy in float64, which gives Llama's numbers as well.
 GOLDEN = {
     "gemma2": [-0.37965, -1.03692, -2.66351, -0.67734, -0.80705, 0.19384],
     "llama": [-0.92912, -0.17903, 0.03796, 0.1825, 0.82719, -0.4067],
+    "llama_sparse_relu": [-0.21841, -0.29364, -0.99401, -0.93664, 0.10712, -1.00103],
     "gpt2": [-1.49771, 0.2459, -0.02707, -1.21553, -0.11611, 0.17474],
 }
 
@@ -222,6 +233,52 @@ def test_names_without_prefix_and_tensors_that_are_no_parameters(tmp_path):
         huggingface.from_hf(write(tmp_path / name, config, bare), tmp_path / f"{name}-run")
         huggingface.to_hf(tmp_path / f"{name}-run", tmp_path / f"{name}-back")
         assert_same(load_file(tmp_path / f"{name}-back" / "model.safetensors"), tensors)
+
+
+def test_sparselm_as_its_authors_store_it(tmp_path):
+    """A ReLU whatever `hidden_act` says; matrices as their kernels hold them; a copy of the embedding as the head."""
+    config = {**CONFIGS["llama_sparse_relu"], "hidden_act": "silu", "sparsity_new_intermediate_size": 20}
+    config["intermediate_size"] = 99
+    tensors = tensors_of(CONFIGS["llama_sparse_relu"])
+    mlp = {key: tensors[key] for key in tensors if ".mlp." in key}
+    rest = {key: tensors[key] for key in tensors.keys() - mlp.keys()}
+    rest |= {"lm_head.weight": tensors["model.embed_tokens.weight"], "tracker.counts": np.zeros((3,), np.float32)}
+
+    def stored(names):
+        parts = {"gate_proj.weight": names[0], "up_proj.weight": names[1], "down_proj.weight": names[2]}
+        for key, value in mlp.items():
+            layer, name = key.rsplit(".mlp.", 1)
+            other, transposed = parts[name]
+            yield f"{layer}.mlp.{other}", np.ascontiguousarray(value.T if transposed else value)
+
+    forms = {
+        "kernels": (("gate_weight", True), ("up_weight", False), ("down_weight", True)),
+        "older": (("GATE", False), ("UP", False), ("DOWN", True)),
+        "torch": (("gate_proj.weight", False), ("up_proj.weight", False), ("down_proj.weight", False)),
+    }
+    for form, names in forms.items():
+        run, back = tmp_path / f"{form}-run", tmp_path / f"{form}-back"
+        huggingface.from_hf(write(tmp_path / form, config, rest | dict(stored(names))), run)
+        huggingface.to_hf(run, back)
+        assert_same(load_file(back / "model.safetensors"), tensors)
+    assert read_config(run / "config.json").train.objectives[0].weight == pytest.approx(64 * 2e-5)
+    rest["lm_head.weight"] = rest["lm_head.weight"] + 1
+    with pytest.raises(UserError, match=r"lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings"):
+        huggingface.from_hf(write(tmp_path / "untied", config, rest | mlp), tmp_path / "untied-run")
+
+
+def test_sparselm_without_a_gate(tmp_path):
+    config = {**CONFIGS["llama_sparse_relu"], "sparsity_gated_mlp": False}
+    tensors = {key: x for key, x in tensors_of(CONFIGS["llama_sparse_relu"]).items() if "gate_proj" not in key}
+    kernels = {key: x for key, x in tensors.items() if ".mlp." not in key}
+    for i in range(2):
+        for name in ("up", "down"):
+            matrix = tensors[f"model.layers.{i}.mlp.{name}_proj.weight"]
+            kernels[f"model.layers.{i}.mlp.{name}_weight"] = np.ascontiguousarray(matrix.T)
+    for form, stored in (("torch", tensors), ("kernels", kernels)):
+        huggingface.from_hf(write(tmp_path / form, config, stored), tmp_path / f"{form}-run")
+        huggingface.to_hf(tmp_path / f"{form}-run", tmp_path / f"{form}-back")
+        assert_same(load_file(tmp_path / f"{form}-back" / "model.safetensors"), tensors)
 
 
 def test_mixed_types_become_float32(tmp_path):

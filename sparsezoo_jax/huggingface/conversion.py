@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
@@ -24,7 +25,7 @@ from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
 from sparsezoo_jax.training.parameters import read_params, save_params
-from sparsezoo_jax.training.state import ModelTemplate
+from sparsezoo_jax.training.state import ModelTemplate, initial_variables
 from sparsezoo_jax.untrusted import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -90,7 +91,7 @@ def from_hf(source: Path, directory: Path) -> Conversion:
     tokenizer = find_tokenizer(source)
     _check_vocabulary(source, tokenizer, model)
     with open_tensors(source) as files:
-        parameters = _parameters(model)
+        parameters, layout = _parameters(model), layout.named_as(files.shapes)
         names, dtype, notes = _check(source, layout, model, files, list(places(layout, model, parameters)))
         model = dataclasses.replace(model, param_dtype=dtype, dtype="bfloat16" if dtype == "bfloat16" else "float32")
         config = RunConfig(
@@ -109,7 +110,7 @@ def from_hf(source: Path, directory: Path) -> Conversion:
             )
         )
         with _mapped(directory.absolute().parent, parameters, jnp.dtype(dtype), parts) as arrays:
-            save_params(directory / CHECKPOINTS, arrays)
+            save_params(directory / CHECKPOINTS, arrays, _variables(model))
     _copy_tokenizer(source, directory)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
@@ -261,6 +262,16 @@ def _parameters(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {path: variable.shape for path, variable in template.parameters.items()}
 
 
+def _variables(model: DecoderConfig) -> dict[str, Any]:
+    """What a checkpoint does not have of a model, as it is before training (counts of silent steps, for example)."""
+
+    def build(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(model, rngs=rngs)
+
+    template = ModelTemplate(build)
+    return initial_variables(template, build) if template.variables else {}
+
+
 def _check(
     source: Path, layout: Layout, model: DecoderConfig, files: TensorFiles, wanted: Sequence[Place]
 ) -> tuple[dict[str, str], Any, tuple[str, ...]]:
@@ -288,12 +299,24 @@ def _check(
         f"wrong type (must be {', '.join(DTYPES)})": types,
     }
     found = [f"{kind}: {_listed(items)}" for kind, items in problems.items() if items]
+    if model.tie_embeddings and (untied := _untied_head(layout, files, names)):
+        found.append(untied)
     if found:
         raise UserError(f"{source}: tensors do not fit its config.json: {'; '.join(found)}")
     dtypes = sorted({DTYPES[files.dtypes[name]] for name in names.values()})
     if dtypes in (["float32"], ["bfloat16"]):
         return names, dtypes[0], ()
     return names, "float32", (f"tensors are {' and '.join(dtypes)}: parameters are stored as float32",)
+
+
+def _untied_head(layout: Layout, files: TensorFiles, names: Mapping[str, str]) -> str | None:
+    """What is wrong with a head that is stored although the embedding takes its place; None if they are equal."""
+    head = next((name for name in files.shapes if layout.key(name) == "lm_head.weight"), None)
+    embedding = next((names[e.name] for e in layout.entries if e.paths == ("embedding_VD",) and e.name in names), None)
+    if head is None or embedding is None:
+        return None
+    equal = files.shapes[head] == files.shapes[embedding] and np.array_equal(files.read(head), files.read(embedding))
+    return None if equal else f"{head} is not {embedding}, though tie_word_embeddings says so"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -112,12 +112,15 @@ def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
         raise _damaged(directory, chosen, error) from error
 
 
-def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int = 0) -> None:
-    """Write a step that holds parameters and nothing else: enough to load a model, not to go on training.
+def save_params(
+    directory: Path | str, params: Mapping[str, Any], model_state: Mapping[str, Any] | None = None, *, step: int = 0
+) -> None:
+    """Write a step that holds a model and nothing else: enough to load it, not to go on training.
 
     Args:
       directory: the checkpoint directory; made if absent.
       params: arrays by path, as `flatten` gives them, of jax or numpy.
+      model_state: its other variables likewise. None: it has none.
       step: number of the step.
 
     Raises:
@@ -125,10 +128,13 @@ def save_params(directory: Path | str, params: Mapping[str, Any], *, step: int =
     """
     directory = Path(directory).absolute()
     arrays: dict[str, list[Any]] = {}
-    for path, array in params.items():
-        # One by one: arrays of numpy are copied to the device.
-        arrays |= describe({f"model/params/{path}": array})
-    tree = {"params": nested(dict(params))}
+    tree: dict[str, Any] = {}
+    for part, values in (("params", params), ("model_state", model_state or {})):
+        for path, array in values.items():
+            # One by one: arrays of numpy are copied to the device.
+            arrays |= describe({f"model/{part}/{path}": array})
+        if values:
+            tree[part] = nested(dict(values))
     # Left to itself, orbax holds a file of 2 GB in memory until it is full, and compresses whole arrays at once.
     in_flight: Any = 4 * WRITE_BYTES / 1e9
     handlers: dict[str, Any] = {

@@ -174,6 +174,11 @@ def initial_state(
     )
 
 
+def initial_variables(template: ModelTemplate, build: Build) -> dict[str, jax.Array]:
+    """What a new model has beside its parameters, by path as in `flatten`; no parameter is made."""
+    return flatten(jax.jit(lambda key: template.split(build(nnx.Rngs(key)))[1])(jax.random.key(0)))
+
+
 Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding]
 """From the logical axes and the shape of an array (both empty for a scalar) to its sharding."""
 

@@ -19,13 +19,14 @@ from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
 from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
+from sparsezoo_jax.huggingface.layouts.sparselm import SPARSELM
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
-for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO):
+for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO, SPARSELM):
     register_layout(_layout)
 
 
@@ -40,7 +41,8 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
     found = layout.read(fields)
     if fields.problems:
         raise UserError(f"{source}: {'; '.join(dict.fromkeys(fields.problems))}")
-    layout = dataclasses.replace(layout, entries=found.pop("entries", layout.entries))
+    tables = {name: found.pop(name, getattr(layout, name)) for name in ("entries", "variants")}
+    layout = dataclasses.replace(layout, **tables)
     defaults = {"attention": layout.attention_kinds[0], "ffn": layout.ffn_kind}
     try:
         registries = {"attention": ATTENTION_KINDS, "ffn": FFN_KINDS}

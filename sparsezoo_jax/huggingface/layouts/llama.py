@@ -24,7 +24,7 @@ from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.untrusted import MAX_LAYERS
 
-_COMMON = (
+COMMON = (
     *EMBEDDING_AND_NORMS,
     *GROUPED_QUERY,
     *linear("model.layers.{layer}.mlp.gate_proj", "ffn/gate_DF"),
@@ -34,7 +34,7 @@ _COMMON = (
 _LAYER_TYPES: dict[str, LayerType] = {"sliding_attention": "local", "full_attention": "global"}
 
 
-def _sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
+def read_sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
     return {
         "vocab_size": f.integer("vocab_size"),
         "d_model": f.integer("hidden_size"),
@@ -44,7 +44,7 @@ def _sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _write_sizes(model: DecoderConfig) -> dict[str, Any]:
+def write_sizes(model: DecoderConfig) -> dict[str, Any]:
     attention = model.attention
     assert isinstance(attention, GQAConfig)  # other kinds were refused before
     return {
@@ -68,7 +68,7 @@ def _read_gemma2(f: Fields) -> dict[str, Any]:
     scalar = f.number("query_pre_attn_scalar", 256)
     f.require("use_bidirectional_attention", False)
     return {
-        **_sizes(f, 8192, tied=True),
+        **read_sizes(f, 8192, tied=True),
         "layer_pattern": _read_layer_types(f),
         "attention": {
             "heads": heads,
@@ -117,7 +117,7 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
     names = {ours: name for name, ours in _LAYER_TYPES.items()}
     activation = activation_name(model.ffn.activation)
     return {
-        **_write_sizes(model),
+        **write_sizes(model),
         "hidden_act": activation,
         "hidden_activation": activation,
         "query_pre_attn_scalar": scalar,
@@ -131,7 +131,7 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
 def _read_llama(f: Fields) -> dict[str, Any]:
     heads = f.integer("num_attention_heads")
     return {
-        **_sizes(f, 2048, tied=False),
+        **read_sizes(f, 2048, tied=False),
         "attention": {
             "heads": heads,
             "kv_heads": f.integer("num_key_value_heads", heads),
@@ -150,7 +150,7 @@ def _read_llama(f: Fields) -> dict[str, Any]:
 
 def _write_llama(model: Any) -> dict[str, Any]:
     return {
-        **_write_sizes(model),
+        **write_sizes(model),
         "hidden_act": activation_name(model.ffn.activation),
         "mlp_bias": model.ffn.bias,
     }
@@ -161,7 +161,7 @@ GEMMA2 = Layout(
     "Gemma2ForCausalLM",
     "model.",
     (
-        *_COMMON,
+        *COMMON,
         vector("model.layers.{layer}.post_attention_layernorm.weight", "attention_residual/post/scale"),
         Entry("model.layers.{layer}.pre_feedforward_layernorm.weight", FFN_NORM),
         vector("model.layers.{layer}.post_feedforward_layernorm.weight", "ffn_residual/post/scale"),
@@ -177,7 +177,7 @@ LLAMA = Layout(
     "llama",
     "LlamaForCausalLM",
     "model.",
-    (*_COMMON, Entry("model.layers.{layer}.post_attention_layernorm.weight", FFN_NORM)),
+    (*COMMON, Entry("model.layers.{layer}.post_attention_layernorm.weight", FFN_NORM)),
     INV_FREQ,
     _read_llama,
     _write_llama,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from sparsezoo_jax.huggingface.fields import ACTIVATIONS, Fields
@@ -47,6 +47,8 @@ class Layout:
     ffn_kind: str
     suits: Callable[[DecoderConfig], bool]
     """Whether this is the layout that a decoder of these kinds belongs in, going by its other parts."""
+    variants: tuple[tuple[Entry, ...], ...] = ()
+    """Other tables by which the tensors of a checkpoint may be named; only read. `read` may give these, too."""
     not_stored: tuple[str, ...] = ()
     """Fields of the decoder, beside `NOT_STORED`, for which a checkpoint has no place."""
     arch: str = "dense"
@@ -57,6 +59,13 @@ class Layout:
     """Whether a config.json is of this family whatever model type it names."""
     completed: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     """From config.json and the tensors' shapes by name to config.json with what it lacked, if it may lack sizes."""
+
+    def named_as(self, names: Collection[str]) -> Layout:
+        """The layout with that table, of its own and `variants`, of which a checkpoint with these tensors has most."""
+        stems = {re.sub(r"(?<=layers\.)\d+(?=\.)", "{layer}", self.key(name)) for name in names}
+        tables = (self.entries, *self.variants)
+        best = max(tables, key=lambda entries: len({self.key(entry.name) for entry in entries} & stems))
+        return replace(self, entries=best)
 
     def key(self, name: str) -> str:
         """A tensor's name without the prefix."""
