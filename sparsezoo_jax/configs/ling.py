@@ -21,9 +21,9 @@ from sparsezoo_jax.training.schedules import Constant
 OPTIMIZER = AdamW(b1=0.9, b2=0.95, weight_decay=0.1, decay_embeddings=True)
 
 
-def router_z(layers: int) -> FixedObjective:
-    """3.5e-6 for each layer that routes: the model's loss is the mean over them."""
-    return FixedObjective(loss="router_z", weight=3.5e-6 * layers)
+def objectives(routing: int) -> tuple[FixedObjective, ...]:
+    """3.5e-6 times the routers' z-loss in each of `routing` layers (losses are means over these), and the MTP loss."""
+    return FixedObjective(loss="router_z", weight=3.5e-6 * routing), FixedObjective(loss="mtp", weight=0.1)
 
 
 TINY = RunConfig(
@@ -48,6 +48,7 @@ TINY = RunConfig(
             routed_scale=2.5,
             gated=True,
         ),
+        mtp_layers=1,
         scan_layers=False,  # on a CPU a step is faster, and four layers compile as quickly
     ),
     train=TrainConfig(
@@ -55,7 +56,7 @@ TINY = RunConfig(
         eval_every=100,
         schedule=Constant(learning_rate=8e-3, warmup_steps=0.1),
         optimizer=OPTIMIZER,
-        objectives=(router_z(3),),
+        objectives=objectives(4),
     ),
 )
 
@@ -99,6 +100,7 @@ def _sized(
                 gated=True,
                 router_std=0.006,
             ),
+            mtp_layers=1,
             tie_embeddings=False,
             init=InitConfig(kind="fixed", scale=0.006),
             dtype="bfloat16",
@@ -110,7 +112,7 @@ def _sized(
             loss_chunk=512,
             schedule=Constant(learning_rate=learning_rate, warmup_steps=2000),
             optimizer=OPTIMIZER,
-            objectives=(router_z(layers - dense),),
+            objectives=objectives(layers - dense + 1),
         ),
         data=DataConfig(batch_size=batch_size, seq_len=4096),
     )

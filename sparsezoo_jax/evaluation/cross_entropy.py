@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.models.mtp import shifted
 
 Batch = Mapping[str, jax.Array]
 
@@ -150,11 +151,35 @@ def model_loss(
       batch: arrays [B, T]: tokens, targets, segment_ids, positions (int) and mask (bool).
       chunk: positions of a sequence whose logits exist at one time; None: all. The model then has to take
         `logits=False`, return its final state as `hidden` and `tables`, and have a method `logits_of` of both.
+
+    A model that predicts further tokens (`models.mtp`) gets their loss as `mtp`, the mean over the depths: each is the
+    mean over the tokens that have a target of their own document, wherever the mask lets that target count.
     """
-    if chunk is None:
+    ahead = predicts_ahead(model)
+    if chunk is None and not ahead:
         out = call_model(model, batch)
         sums = token_loss(out.logits, batch["targets"], batch["mask"])
         return objective(sums, z_loss), jax.lax.stop_gradient(sums), out
     out: Any = call_model(model, batch, logits=False)
     logits_of = partial(model.logits_of, tables=out.tables)
-    return *chunked_token_loss(logits_of, out.hidden, batch["targets"], batch["mask"], chunk, z_loss), out
+
+    def loss(hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, z_loss: float):
+        if chunk is not None:
+            return chunked_token_loss(logits_of, hidden_BTD, targets_BT, mask_BT, chunk, z_loss)
+        sums = token_loss(logits_of(hidden_BTD), targets_BT, mask_BT)
+        return objective(sums, z_loss), jax.lax.stop_gradient(sums)
+
+    total, sums = loss(out.hidden, batch["targets"], batch["mask"], z_loss)
+    if not ahead:
+        return total, sums, out
+    losses = []
+    for depth, (hidden_BTD, valid_BT) in enumerate(out.ahead, 1):
+        targets_BT, mask_BT = (shifted(batch[name], depth) for name in ("targets", "mask"))
+        own, own_sums = loss(hidden_BTD, targets_BT, mask_BT & valid_BT, 0.0)
+        losses.append(own / jnp.maximum(own_sums.count, 1))
+    return total, sums, out._replace(losses={**out.losses, "mtp": jnp.mean(jnp.stack(losses))})
+
+
+def predicts_ahead(model: Any) -> bool:
+    """Whether a call of the model, in the mode that it is in, predicts further tokens."""
+    return bool(getattr(model, "mtp", ())) and not model.deterministic

@@ -30,6 +30,7 @@ class PackedDecoder(Decoder):
         self.config, self.deterministic, self.formats = source.config, source.deterministic, formats
         self.positions_PD, self.segments, self.noise = source.positions_PD, source.segments, source.noise
         self.final_norm, self.head = source.final_norm, source.head
+        self.mtp = nnx.List([])  # for training only
         dtype, form = jnp.dtype(source.config.dtype), formats.head or formats.weights
         embedding_VD = source.embedding_VD[: source.config.vocab_size]
         output_VD = embedding_VD if source.output_DV is None else source.output_DV[:, : source.config.vocab_size].T
@@ -84,7 +85,8 @@ def packed(model: Decoder, formats: Formats | WeightFormat = "model") -> PackedD
 def restore(model: PackedDecoder, like: Decoder) -> None:
     """Write the weights of a `packed` model back into `like`, a model of the same configuration, unstacked.
 
-    The inverse of `packed`: exact where formats hold the weights exactly.
+    The inverse of `packed`: exact where formats hold the weights exactly. Modules of multi-token prediction, which are
+    not packed, stay as they are.
     """
     # What has no layout of its own, norms and routers for example, is at the same place in both.
     found, target = (dict(nnx.to_flat_state(nnx.state(part, nnx.Param))) for part in (model, like))

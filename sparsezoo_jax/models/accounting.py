@@ -26,6 +26,8 @@ class ParameterCount:
     """Token and position embeddings, and the output projection where it is untied."""
     active: int
     """Those of one token's forward pass: all but the experts that a fixed number of chosen ones leaves out."""
+    mtp: int = 0
+    """Of the modules of multi-token prediction, which only training uses: not among the others."""
 
     @property
     def non_embedding(self) -> int:
@@ -46,9 +48,10 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
 
     tables = (model.embedding_VD, model.positions_PD, model.output_DV)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
-    total = size(nnx.state(model, nnx.Param))
+    mtp = size(nnx.state(model.mtp, nnx.Param))
+    total = size(nnx.state(model, nnx.Param)) - mtp
     idle = sum(spec.ffn.idle_parameters(config.d_model) for spec in config.layer_specs())
-    return ParameterCount(total, embedding, total - idle)
+    return ParameterCount(total, embedding, total - idle, mtp)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,7 @@ def flops_per_token(
     total = 0.0
     for spec, active, attended in _layers(config, sparsity):
         mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
-        total += spec.attention.projection_flops(_width(config, "attention")) + mixing
-        total += spec.ffn.flops(_width(config, "ffn"), active) + 2 * _connections(config)
+        total += _layer_flops(config, spec, mixing, active)
     return total + (2 * _head_weights(config) if logits else 0)
 
 
@@ -122,7 +124,18 @@ class TrainFlops(NamedTuple):
 
 def train_flops_per_token(config: DecoderConfig, length: int) -> TrainFlops:
     """Of sequences of `length` tokens; where there is no `dense_twin`, `dense` is the same as `sparse`."""
-    dense, sparse = (3 * flops_per_token(each, length, logits=True) for each in (dense_twin(config) or config, config))
+
+    def forward(config: DecoderConfig) -> float:
+        flops = flops_per_token(config, length, logits=True)
+        if config.mtp_layers:
+            # A module is the last layer once more, a matrix [2 D, D] and the output projection.
+            last = config.layer_specs()[-1]
+            mixing = _over_positions(last.attention.mixing_flops, last, length, "mean")
+            own = _layer_flops(config, last, mixing, None) + 4 * config.d_model**2 + 2 * _head_weights(config)
+            flops += config.mtp_layers * own
+        return flops
+
+    dense, sparse = (3 * forward(each) for each in (dense_twin(config) or config, config))
     return TrainFlops(dense, sparse)
 
 
@@ -201,6 +214,11 @@ def _width(config: DecoderConfig, sublayer: Literal["attention", "ffn", "head"])
 def _connections(config: DecoderConfig) -> float:
     """Weights of a layer's two residual connections (routers, fusion) that one token needs."""
     return sum(config.residual.weights(config.d_model, sublayer) for sublayer in ("attention", "ffn"))
+
+
+def _layer_flops(config: DecoderConfig, spec: LayerSpec, mixing: float, active: float | None) -> float:
+    attention = spec.attention.projection_flops(_width(config, "attention")) + mixing
+    return attention + spec.ffn.flops(_width(config, "ffn"), active) + 2 * _connections(config)
 
 
 def _layer_weights(config: DecoderConfig, spec: LayerSpec, active: float | None) -> float:

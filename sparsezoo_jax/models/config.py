@@ -66,6 +66,9 @@ class DecoderConfig:
     """Factor on embeddings, rounded to the activations' dtype first."""
     learned_positions: bool = False
     """Add a learned embedding of each position (GPT-2)."""
+    mtp_layers: int = 0
+    """Modules of multi-token prediction, each with one layer like the last: while the decoder trains, that of depth d
+    predicts the token d places after the next, for the loss `mtp`. Evaluation and decoding leave them out."""
     tie_embeddings: bool = True
     """Use the embedding as the output projection."""
     logit_divisor: float = 1.0
@@ -91,6 +94,9 @@ class DecoderConfig:
         require(self.layers <= MAX_LAYERS, "model.layers", self.layers, f"must be at most {MAX_LAYERS}")
         for name in ("vocab_size", "vocab_multiple", "d_model", "layers", "max_seq_len"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be above 0")
+        require(self.mtp_layers >= 0, "model.mtp_layers", self.mtp_layers, "must be at least 0")
+        allowed = f"must be below model.max_seq_len={self.max_seq_len}"
+        require(self.mtp_layers < self.max_seq_len, "model.mtp_layers", self.mtp_layers, allowed)
         require(self.logit_divisor > 0, "model.logit_divisor", self.logit_divisor, "must be above 0")
         require(
             "local" not in self.layer_pattern or self.attention.window is not None,
@@ -135,6 +141,10 @@ class DecoderConfig:
             else:
                 segments.append(SegmentSpec(period, 1))
         return tuple(segments)
+
+    def mtp_segment(self) -> SegmentSpec:
+        """The layer of a module of multi-token prediction."""
+        return SegmentSpec(self.layer_specs()[-1:], 1)
 
     def build_context(self, layer_type: LayerType = "global") -> BuildContext:
         """What layer kinds need to know to build themselves into this decoder."""

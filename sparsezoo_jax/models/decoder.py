@@ -16,6 +16,7 @@ from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.contract import Observed
 from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
 from sparsezoo_jax.models.layers import STREAM, Segment
+from sparsezoo_jax.models.mtp import Ahead, MTPModule, same_document, shifted
 from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain, gather_copies
@@ -40,16 +41,19 @@ class Output(NamedTuple):
     records: dict[str, tuple[jax.Array | None, ...]] = {}
     """What was asked to be recorded: name to one array per layer, None where a layer has no such array."""
     observed: tuple[Observed, ...] = ()
-    """For each layer what `Decoder.after_step` updates its variables from; last, where it has any, for the head."""
+    """For each layer, and each module of multi-token prediction in training mode, what `Decoder.after_step` updates its
+    variables from; last, where it has any, for the head."""
     tables: Tables | None = None
     """For `Decoder.logits_of`, if logits were not asked for and there is no cache."""
+    ahead: tuple[Ahead, ...] = ()
+    """In training mode, what the modules of multi-token prediction made, by depth."""
 
 
 class Decoder(nnx.Module):
     """A decoder-only transformer; see `DecoderConfig`.
 
-    After `train()` layers that sample (routers with noise) do so, and every call takes the next of the model's random
-    streams; as built, or after `eval()`, a call is deterministic.
+    After `train()` layers that sample (routers with noise) do so, every call takes the next of the model's random
+    streams, and modules of multi-token prediction run; as built, or after `eval()`, a call is deterministic.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -70,6 +74,7 @@ class Decoder(nnx.Module):
         self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
         self.segments = nnx.List([Segment.build(config, segment, rngs) for segment in config.segments()])
         self.final_norm = config.norm.build(ctx)
+        self.mtp = nnx.List([MTPModule(config, rngs) for _ in range(config.mtp_layers)])
         self.head = config.residual.build_head(ctx, rngs)
         output = None
         if not config.tie_embeddings:
@@ -113,18 +118,7 @@ class Decoder(nnx.Module):
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
         ctx.record, ctx.summarise, ctx.edit = checked(record), summarise, edit
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
-        dtype = jnp.dtype(config.dtype)
-        tables: Tables | None = None
-        x_BTD: Any
-        if cache is None:
-            x_BTD, tables = lookup_in_copies(self._tables(), tokens_BT, dtype)
-        else:
-            x_BTD = lookup(self.embedding_VD[...], tokens_BT, dtype)
-        scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
-        x_BTD = x_BTD * jnp.asarray(scale, dtype)
-        if self.positions_PD is not None:
-            x_BTD = x_BTD + lookup(self.positions_PD[...], ctx.positions_BT, dtype, "positions")
-        x_BTD = constrain(x_BTD, STREAM)
+        x_BTD, tables = self._embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
         auxes: list[LayerAux] = []
         caches: list[Any] = []
@@ -139,16 +133,60 @@ class Decoder(nnx.Module):
             caches.extend(updated)
 
         hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
-        losses, stats = _collect(auxes, head_aux)
+        ahead, extra, head_auxes = (), [], [head_aux]
+        if tables is not None and not self.deterministic:
+            ahead, tables, extra, further = self._predict_ahead(tokens_BT, hidden_BTD, ctx, tables)
+            head_auxes += further
+        losses, stats = _collect(auxes, [*extra, *head_auxes])
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
         made = jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
         if logits:
             made = self.logits_of(hidden_BTD, tables)[..., : config.vocab_size]
-        observed = (*(aux.observed for aux in auxes), *([head_aux.observed] if head_aux.observed else []))
+        modules = (
+            {"layer": layer.observed, "head": head.observed} for layer, head in zip(extra, head_auxes[1:], strict=True)
+        )
+        observed = (*(aux.observed for aux in auxes), *modules, *([head_aux.observed] if head_aux.observed else []))
         unused = None if logits else tables
-        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused)
+        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused, ahead)
+
+    def _embedded(
+        self, tokens_BT: jax.Array, ctx: CallContext, tables: Tables | None
+    ) -> tuple[jax.Array, Tables | None]:
+        """The stream below the first layer, and the tables for their next use; None: without copies, to decode."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x_BTD: Any
+        if tables is None:
+            x_BTD = lookup(self.embedding_VD[...], tokens_BT, dtype)
+        else:
+            x_BTD, tables = lookup_in_copies(tables, tokens_BT, dtype)
+        scale = config.d_model**0.5 if config.embedding_scale == "sqrt_d_model" else config.embedding_scale
+        x_BTD = x_BTD * jnp.asarray(scale, dtype)
+        if self.positions_PD is not None:
+            x_BTD = x_BTD + lookup(self.positions_PD[...], ctx.positions_BT, dtype, "positions")
+        return constrain(x_BTD, STREAM), tables
+
+    def _predict_ahead(
+        self, tokens_BT: jax.Array, hidden_BTD: jax.Array, ctx: CallContext, tables: Tables
+    ) -> tuple[tuple[Ahead, ...], Tables | None, list[LayerAux], list[LayerAux]]:
+        """What the modules of multi-token prediction make of the final states, and their layers' and heads' results."""
+        ahead: list[Ahead] = []
+        auxes: list[LayerAux] = []
+        head_auxes: list[LayerAux] = []
+        left: Tables | None = tables
+        for depth, module in enumerate(self.mtp, 1):
+            valid_BT = same_document(ctx.segments_BT, depth)
+            # What has no token of its own document ahead is padding to the module: nothing sees it, no load counts it.
+            segments_BT = jnp.where(valid_BT, ctx.segments_BT, 0)
+            own = self._call_context(tokens_BT, segments_BT, ctx.positions_BT, None)
+            own.rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, self.config.layers + depth)
+            embedded_BTD, left = self._embedded(shifted(tokens_BT, depth), own, left)
+            hidden_BTD, aux, head_aux = module(embedded_BTD, hidden_BTD, own)
+            ahead.append(Ahead(hidden_BTD, valid_BT))
+            auxes.append(aux)
+            head_auxes.append(head_aux)
+        return tuple(ahead), left, auxes, head_auxes
 
     def after_step(self, observed: tuple[Observed, ...], key: jax.Array) -> None:
         """Let the layers update what no gradient moves (router biases, dead neurons), after an optimizer step.
@@ -162,6 +200,8 @@ class Decoder(nnx.Module):
         for i, segment in enumerate(self.segments):
             own, rest = rest[: segment.layers], rest[segment.layers :]
             segment.after_step(own, jax.random.fold_in(key, i))
+        for depth, module in enumerate(self.mtp, 1):
+            module.after_step(rest.pop(0), jax.random.fold_in(key, len(self.segments) + depth))
         if rest:
             self.head.after_step(rest[0], jax.random.fold_in(key, len(self.segments)))
 
@@ -251,9 +291,9 @@ def _limit(config: DecoderConfig) -> str:
     return f"must be at most model.max_seq_len={config.max_seq_len}"
 
 
-def _collect(auxes: list[LayerAux], head: LayerAux) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Losses averaged over the layers (and the head) that have them; statistics as one array over all layers."""
-    having = [*auxes, head]
+def _collect(auxes: list[LayerAux], others: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Losses averaged over the layers, and the others, that have them; statistics as one array over all layers."""
+    having = [*auxes, *others]
     loss_names = sorted({name for aux in having for name in aux.losses})
     losses = {
         name: jnp.mean(jnp.stack([aux.losses[name] for aux in having if name in aux.losses])) for name in loss_names

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.evaluation.cross_entropy import call_model
+from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import check_objectives
 from sparsezoo_jax.training.optimizer import build_optimizer
@@ -96,11 +96,13 @@ def _check(config: TrainConfig, template: ModelTemplate, abstract: TrainState, b
     """Raise `ConfigError` for what can be found out without computing anything."""
     batch_size, count = batch_shape[0], config.accumulation
     require(batch_size % count == 0, "train.accumulation", count, f"must divide data.batch_size={batch_size}")
-    ints = jax.ShapeDtypeStruct((batch_size // count, batch_shape[1]), jnp.int32)
-    batch = {"tokens": ints, "segment_ids": ints, "positions": ints}
+    shape = (batch_size // count, batch_shape[1])
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
 
     def returned(params: Any, model_state: Any, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        out = call_model(template.merge(params, model_state), batch)
+        model = template.merge(params, model_state)
+        model.train()
+        out = model_loss(model, batch, config.loss_chunk)[2]
         return out.losses, out.stats
 
     if config.objectives:
