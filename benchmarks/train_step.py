@@ -7,6 +7,9 @@ with the threshold taken from a sort; "autodiff" differentiates the mean and the
 the closed form.
 
 blockffn: with its losses and objectives, and without; beside it top-k and ReMoE mixtures of the same sizes.
+
+sparselm: as trained, about half of the neurons active at first; and with one in a hundred that can be, the others being
+silent, the backward pass from all neurons and from 64 stored ones.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig
+from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
 from sparsezoo_jax.pallas_kernels.statistical_topk import reference
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizer import build_optimizer
-from sparsezoo_jax.training.state import ModelTemplate, TrainState, initial_state
+from sparsezoo_jax.training.state import ModelTemplate, TrainState, initial_state, map_with_path
 from sparsezoo_jax.training.step import build_train_step
 
 
@@ -58,10 +62,15 @@ def compiled_step(config: DecoderConfig, batch: Mapping[str, Any], train: TrainC
     return step.lower(state, batch).compile(), state
 
 
-def step_of(config: DecoderConfig, batch: dict[str, np.ndarray], objectives: tuple[ObjectiveConfig, ...] = ()):
-    """A function that makes one train step and returns its metrics."""
+def step_of(
+    config: DecoderConfig,
+    batch: dict[str, np.ndarray],
+    objectives: tuple[ObjectiveConfig, ...] = (),
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
+):
+    """A function that makes one train step and returns its metrics; it begins from `begin` of a new state."""
     compiled, state = compiled_step(config, batch, TrainConfig(objectives=objectives))
-    held = [state]
+    held = [begin(state)]
 
     def run():
         held[0], metrics = compiled(held[0], batch)
@@ -140,7 +149,29 @@ def blockffn_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarr
     return variants
 
 
-VARIANTS = {"spark": spark_variants, "blockffn": blockffn_variants}
+def sparselm_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Steps by name, the dense twin's first."""
+    assert isinstance(model.ffn, SparseLMFFNConfig)
+    objectives = preset("sparselm", size).train.objectives
+    still = dataclasses.replace(model.ffn, revival=0)  # the silent ones are to stay so
+
+    def silenced(state: TrainState) -> TrainState:
+        def cleared(path: str, array: jax.Array) -> jax.Array:
+            return array.at[..., model.ffn.d_ff // 100 :].set(0) if path.endswith("ffn/gate_DF") else array
+
+        return dataclasses.replace(state, params=map_with_path(cleared, state.params))
+
+    variants = {
+        "dense": step_of(dataclasses.replace(model, ffn=model.ffn.dense_twin()), batch),
+        "SparseLM": step_of(model, batch, objectives),
+    }
+    for name, stored in (("SparseLM, 1 %", None), ("SparseLM, 1 %, stored", min(64, model.ffn.d_ff))):
+        config = dataclasses.replace(model, ffn=dataclasses.replace(still, stored_neurons=stored))
+        variants[name] = step_of(config, batch, objectives, silenced)
+    return variants
+
+
+VARIANTS = {"spark": spark_variants, "blockffn": blockffn_variants, "sparselm": sparselm_variants}
 
 
 def _selecting(config: DecoderConfig, selection: str) -> DecoderConfig:

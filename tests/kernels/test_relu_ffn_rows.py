@@ -25,7 +25,7 @@ def form(request):
 
 
 def layer(draw, d, neurons, gated):
-    """Weights of which about a twentieth of the neurons of a token are above 0."""
+    """The map before the ReLU, the other rows, and their factors."""
     (first, first_scale), (down, down_scale) = draw.weights(neurons, d), draw.weights(neurons, d)
     if not gated:
         return (first, down), (first_scale, down_scale)
@@ -35,9 +35,7 @@ def layer(draw, d, neurons, gated):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("storage", "m", "sizes"), [("float32", 3, (37, 101)), ("bfloat16", 1, (40, 300)), ("int8", 8, (24, 64))]
-)
+@pytest.mark.parametrize(("storage", "m", "sizes"), [("bfloat16", 3, (37, 101)), ("int8", 8, (24, 64))])
 def test_is_the_definition(form, storage, m, sizes):
     (apply, gated), draw = form, Draw(storage)
     x, (weights, scales) = draw.tokens(m, sizes[0]), layer(draw, *sizes, gated)
