@@ -45,7 +45,7 @@ class DECOConfig(FFNKind):
     """Neurons of one routed expert (code: 64 in all sizes)."""
     shared_width: int = 128
     """Neurons of the shared SwiGLU expert, which every token takes with weight 1 (code: 128 in all sizes)."""
-    activation: ExpertActivation = "norm_silu"
+    expert_activation: ExpertActivation = "norm_silu"
     """norm_silu: as above. no_mean: without removing the mean. no_rms: removing it only. silu: neither, as BlockFFN."""
     scale_init: float = 0.1
     """Initial value of the learned factors g of the experts' scores (code)."""
@@ -107,7 +107,7 @@ class DECOFFN(FFN):
         self.expert_up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d)
         # Not marked as an output: the depth of the decoder does not scale it.
         self.expert_down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f)
-        normalises = config.activation in NORMALISE
+        normalises = config.expert_activation in NORMALISE
         self.norm_scale_W = ctx.constant(1.0, (config.expert_width,), (None,)) if normalises else None
         self.shared = GatedFFNConfig(d_ff=config.shared_width, activation="silu").build(ctx, rngs)
         # The loss is the layers' sum over the number of all layers, dense ones included; the decoder averages it over
@@ -130,7 +130,7 @@ class DECOFFN(FFN):
             "scale": scale_W,
             "expert_width": config.expert_width,
             "eps": config.norm_eps,
-            "activation": config.activation,
+            "activation": config.expert_activation,
         }
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:

@@ -371,7 +371,7 @@ def test_initial_weights():
         ({"dense_twin_d_ff": 0}, "model.ffn.dense_twin_d_ff=0: must be above 0 or None"),
         ({"scale_init": 0.0}, "model.ffn.scale_init=0.0: must be above 0"),
         ({"expected_density": 1.5}, "model.ffn.expected_density=1.5: must be in (0, 1]"),
-        ({"activation": "norm_gelu"}, "activation"),
+        ({"expert_activation": "norm_gelu"}, "expert_activation"),
     ],
 )
 def test_impossible_configurations(change, message):
