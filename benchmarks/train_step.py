@@ -10,6 +10,8 @@ blockffn: with its losses and objectives, and without; beside it top-k and ReMoE
 
 sparselm: as trained, about half of the neurons active at first; and with one in a hundred that can be, the others being
 silent, the backward pass from all neurons and from 64 stored ones.
+
+deco: with its loss and controller; with plain SiLU in place of NormSiLU.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from flax import nnx
 
 from benchmarks.timing import interleaved, print_ratios
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
+from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig
 from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
@@ -171,7 +174,26 @@ def sparselm_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarr
     return variants
 
 
-VARIANTS = {"spark": spark_variants, "blockffn": blockffn_variants, "sparselm": sparselm_variants}
+def deco_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Steps by name, the dense twin's first."""
+    twin = dense_twin(model)
+    assert isinstance(model.ffn, DECOConfig)
+    assert twin is not None
+    plain = dataclasses.replace(model.ffn, expert_activation="silu")
+    objectives = preset("deco", size).train.objectives
+    return {
+        "dense": step_of(twin, batch),
+        "DECO": step_of(model, batch, objectives),
+        "DECO, SiLU": step_of(dataclasses.replace(model, ffn=plain), batch, objectives),
+    }
+
+
+VARIANTS = {
+    "spark": spark_variants,
+    "blockffn": blockffn_variants,
+    "sparselm": sparselm_variants,
+    "deco": deco_variants,
+}
 
 
 def _selecting(config: DecoderConfig, selection: str) -> DecoderConfig:
