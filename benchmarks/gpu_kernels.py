@@ -248,9 +248,9 @@ def longest(implementation: str, gradient: bool) -> tuple[int, float]:
         length, fits = 2 * length, (length, total / 1e9)
 
 
-def compile_case(case: Case) -> Any:
+def compile_case(case: Case, topology: str = "h100:1x1x1") -> Any:
     """The compiled program of a case."""
-    device = open_topology("h100:1x1x1").devices[0]
+    device = open_topology(topology).devices[0]
     sharding = SingleDeviceSharding(device)
     with lowering_for(device):
         arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in case.arguments]
@@ -263,10 +263,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="programs whose name contains this")
     parser.add_argument("--longest", action="store_true", help="the most tokens of an attention that fit, and end")
     parser.add_argument("--compile-only", type=int, help="compile one program, for the assembler, and end")
+    parser.add_argument("--topology", default="h100:1x1x1", help="what to compile that program for")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     if args.compile_only is not None:
-        compile_case(cases()[args.compile_only])
+        compile_case(cases()[args.compile_only], args.topology)
         return
     if args.longest:
         for implementation in ("xla", "pallas_gpu"):

@@ -36,7 +36,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Share of a multiprocessor's threads that can be resident at once."""
+        """Share of an H100 multiprocessor's threads that can be resident at once."""
         # Registers are handed out to warps in units of 256.
         per_warp = -(-self.registers * 32 // 256) * 256
         warps = -(-self.threads // 32)
@@ -79,7 +79,8 @@ def kernels(command: Sequence[str]) -> list[Kernel]:
         assembled = ""
         for path in sorted(Path(folder).glob("*.ptx")):
             if path.stat().st_size:
-                run = [str(ptxas), "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"]
+                target = re.findall(r"^\.target (\w+)", path.read_text(), re.MULTILINE)[0]
+                run = [str(ptxas), "-v", f"-arch={target}", str(path), "-o", "/dev/null"]
                 assembled += subprocess.run(run, capture_output=True, text=True, check=True).stderr
         launches = "".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
     return summarise(launches, assembled)
