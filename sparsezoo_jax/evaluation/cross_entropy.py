@@ -63,15 +63,46 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array)
     logits_BTV = jnp.where(mask_BT[..., None], logits_BTV.astype(jnp.float32), 0.0)
     targets_BT = jnp.where(mask_BT, targets_BT, 0)
     weights_BT = mask_BT.astype(jnp.float32)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A masked sum instead of a lookup, whose gradient would be scattered into zeros of the size of all logits.
-    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    log_z_BT, target_logits_BT = _log_z_and_targets(logits_BTV, targets_BT)
     return TokenLoss(
         cross_entropy_sum=jnp.sum((log_z_BT - target_logits_BT) * weights_BT),
         z_sum=jnp.sum(jnp.square(log_z_BT) * weights_BT),
         count=jnp.sum(weights_BT),
     )
+
+
+@jax.custom_vjp
+def _log_z_and_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logarithm of the partition function, and the logit of the target, [B, T] each."""
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_z_BT, jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def _log_z_forward(logits_BTV: jax.Array, targets_BT: jax.Array):
+    found = _log_z_and_targets(logits_BTV, targets_BT)
+    return found, (logits_BTV, targets_BT, found[0])
+
+
+def _log_z_backward(residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):
+    logits_BTV, targets_BT, log_z_BT = residuals
+    log_z_gradient_BT, target_gradient_BT = cotangents
+    gradient_BTV = jnp.exp(logits_BTV - log_z_BT[..., None]) * log_z_gradient_BT[..., None]
+
+    def compared(gradient_BTV: jax.Array, update_BT: jax.Array) -> jax.Array:
+        is_target_BTV = jnp.arange(gradient_BTV.shape[-1]) == targets_BT[..., None]
+        return gradient_BTV + jnp.where(is_target_BTV, update_BT[..., None], 0.0)
+
+    def scattered(gradient_BTV: jax.Array, update_BT: jax.Array) -> jax.Array:
+        rows = jnp.indices(targets_BT.shape, sparse=True)
+        return gradient_BTV.at[(*rows, targets_BT)].add(update_BT)
+
+    # Comparing merges into the products that read the gradient, so that accelerators never write it down. CPUs write it
+    # anyway, and add to single entries faster than they compare all.
+    found = jax.lax.platform_dependent(gradient_BTV, target_gradient_BT, cpu=scattered, default=compared)
+    return found, None
+
+
+_log_z_and_targets.defvjp(_log_z_forward, _log_z_backward)
 
 
 def chunked_token_loss(
