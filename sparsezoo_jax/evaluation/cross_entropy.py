@@ -74,8 +74,21 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array)
 @jax.custom_vjp
 def _log_z_and_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logarithm of the partition function, and the logit of the target, [B, T] each."""
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return log_z_BT, jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+    def looked_up(logits_BTV: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+    def compared(logits_BTV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0.0), axis=-1)
+
+    # Comparing merges into the pass that sums, where a lookup would have accelerators write the logits down once more.
+    # For a CPU a lookup is the faster.
+    target_logits_BT = jax.lax.platform_dependent(logits_BTV, cpu=looked_up, default=compared)
+    return jax.nn.logsumexp(logits_BTV, axis=-1), target_logits_BT
+
+
+def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
 
 
 def _log_z_forward(logits_BTV: jax.Array, targets_BT: jax.Array):
@@ -89,15 +102,13 @@ def _log_z_backward(residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Arra
     gradient_BTV = jnp.exp(logits_BTV - log_z_BT[..., None]) * log_z_gradient_BT[..., None]
 
     def compared(gradient_BTV: jax.Array, update_BT: jax.Array) -> jax.Array:
-        is_target_BTV = jnp.arange(gradient_BTV.shape[-1]) == targets_BT[..., None]
-        return gradient_BTV + jnp.where(is_target_BTV, update_BT[..., None], 0.0)
+        return gradient_BTV + jnp.where(_is_target(gradient_BTV, targets_BT), update_BT[..., None], 0.0)
 
     def scattered(gradient_BTV: jax.Array, update_BT: jax.Array) -> jax.Array:
         rows = jnp.indices(targets_BT.shape, sparse=True)
         return gradient_BTV.at[(*rows, targets_BT)].add(update_BT)
 
-    # Comparing merges into the products that read the gradient, so that accelerators never write it down. CPUs write it
-    # anyway, and add to single entries faster than they compare all.
+    # Likewise, products that read the gradient make it themselves. CPUs write it down, and add to few entries faster.
     found = jax.lax.platform_dependent(gradient_BTV, target_gradient_BT, cpu=scattered, default=compared)
     return found, None
 
