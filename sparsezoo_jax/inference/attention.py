@@ -149,8 +149,10 @@ class PackedMLA(MLA, DecodingLayout):
             return Rows(weight_NK, form, source.dtype, axes)
 
         nope, kv_b_CNH = self.config.qk_nope_head_dim, source.kv_b_CNH[...]
-        self.down = rows(jnp.concatenate([source.q_a_DR[...], source.kv_a_DC[...]], axis=-1).T, "latent", "embed")
-        self.q_up = rows(source.q_b_RNH[...].reshape(self.config.q_lora_rank, -1).T, "heads", "latent")
+        q_DF = _query_map(source)[...].reshape(source.kv_a_DC.shape[0], -1)
+        self.down = rows(jnp.concatenate([q_DF, source.kv_a_DC[...]], axis=-1).T, "latent", "embed")
+        q_up = source.q_b_RNH
+        self.q_up = None if q_up is None else rows(q_up[...].reshape(q_up.shape[0], -1).T, "heads", "latent")
         # An array for each head: cutting one out of a stack would copy it.
         heads = range(self.config.heads)
         self.key_up = nnx.List([rows(kv_b_CNH[:, head, :nope], None, None) for head in heads])
@@ -159,16 +161,24 @@ class PackedMLA(MLA, DecodingLayout):
 
     def restore(self, source: MLA) -> None:
         """Put the weights back into `source`."""
-        down_DC = self.down.restored().T
-        assign(source.q_a_DR, down_DC[:, : self.config.q_lora_rank])
-        assign(source.kv_a_DC, down_DC[:, self.config.q_lora_rank :])
-        assign(source.q_b_RNH, self.q_up.restored().T)
+        q_DF, kv_DC = jnp.split(self.down.restored().T, [self._query_width], axis=-1)
+        assign(_query_map(source), q_DF)
+        assign(source.kv_a_DC, kv_DC)
+        if self.q_up is not None and source.q_b_RNH is not None:
+            assign(source.q_b_RNH, self.q_up.restored().T)
         assign(source.kv_b_CNH, self.kv_up_weight())
         assign(source.o_NHD, self.output_rows.restored().T)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads, whatever the density."""
-        return sum(rows.nbytes for rows in (self.down, self.q_up, *self.key_up, *self.value_up, self.output_rows))
+        q_up = [] if self.q_up is None else [self.q_up]
+        return sum(rows.nbytes for rows in (self.down, *q_up, *self.key_up, *self.value_up, self.output_rows))
+
+    @property
+    def _query_width(self) -> int:
+        """Columns of the map down that are queries, or their latent."""
+        config = self.config
+        return config.heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
 
     def empty_cache(self, batch: int, length: int) -> LatentCache:
         """A cache of `length` slots."""
@@ -176,9 +186,10 @@ class PackedMLA(MLA, DecodingLayout):
 
     def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
-        down_BTC, r = self.down.product(x_BTD), self.config.q_lora_rank
-        q_BTF = self.q_up.product(self.q_a_norm(down_BTC[..., :r]))
-        return q_BTF.reshape(*q_BTF.shape[:2], self.config.heads, -1), down_BTC[..., r:]
+        q_BTF, joint_BTC = jnp.split(self.down.product(x_BTD), [self._query_width], axis=-1)
+        if self.q_up is not None and self.q_a_norm is not None:
+            q_BTF = self.q_up.product(self.q_a_norm(q_BTF))
+        return q_BTF.reshape(*q_BTF.shape[:2], self.config.heads, -1), joint_BTC
 
     def kv_up_weight(self) -> jax.Array:
         """The map from the latent to all heads' keys and values, [C, N, H] in the activations' dtype."""
@@ -213,6 +224,13 @@ class PackedMLA(MLA, DecodingLayout):
     def output(self, y_BTNH: jax.Array) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
         return self.output_rows.product(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+
+
+def _query_map(source: MLA) -> nnx.Param:
+    """The map of queries from the stream, or that to their latent."""
+    weight = source.q_a_DR if source.q_DNH is None else source.q_DNH
+    assert weight is not None
+    return weight
 
 
 @packs(GQA)

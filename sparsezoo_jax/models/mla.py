@@ -26,7 +26,7 @@ from sparsezoo_jax.sharding import constrain
 @register_attention
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MLAConfig(AttentionKind):
-    """`softmax(q k) v` with q from a query latent, and k, v from a key/value latent that alone is cached.
+    """`softmax(q k) v` with q from a query latent (or none), and k, v from a key/value latent that alone is cached.
 
     Each head's query and key have a part without position and a rotated part; the rotated key is shared by all heads.
     """
@@ -34,8 +34,8 @@ class MLAConfig(AttentionKind):
     kind: Literal["mla"] = "mla"
     heads: int
     """Heads."""
-    q_lora_rank: int = 768
-    """Width of the query latent."""
+    q_lora_rank: int | None = 768
+    """Width of the query latent; None: queries come from the stream itself (PLM)."""
     kv_lora_rank: int = 256
     """Width of the key/value latent."""
     qk_nope_head_dim: int = 128
@@ -57,11 +57,11 @@ class MLAConfig(AttentionKind):
 
     def __post_init__(self):
         field = "model.attention"
-        for name in ("heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        for name in ("heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             require(getattr(self, name) > 0, f"{field}.{name}", getattr(self, name), "must be above 0")
         self.rope.check(self.qk_rope_head_dim, f"{field}.qk_rope_head_dim")
         require(self.latent_norm_eps > 0, f"{field}.latent_norm_eps", self.latent_norm_eps, "must be above 0")
-        for name in ("window", "kv_up_init_std"):
+        for name in ("q_lora_rank", "window", "kv_up_init_std"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{field}.{name}", value, "must be above 0 or None")
 
@@ -88,8 +88,9 @@ class MLAConfig(AttentionKind):
         return 2 * self.heads * (self.qk_head_dim + self.v_head_dim) * keys
 
     def projection_weights(self, d_model: int) -> int:
-        """Weights of the five maps; every token needs all."""
-        queries = self.q_lora_rank * (d_model + self.heads * self.qk_head_dim)
+        """Weights of the five maps (four without a query latent); every token needs all."""
+        wide = self.heads * self.qk_head_dim
+        queries = d_model * wide if self.q_lora_rank is None else self.q_lora_rank * (d_model + wide)
         latent = d_model * (self.kv_lora_rank + self.qk_rope_head_dim)
         expanded = self.kv_lora_rank * self.heads * (self.qk_nope_head_dim + self.v_head_dim)
         return queries + latent + expanded + d_model * self.heads * self.v_head_dim
@@ -111,9 +112,11 @@ class MLA(Attention):
         joint, expanded = c + config.qk_rope_head_dim, config.qk_nope_head_dim + config.v_head_dim
         norm = NormConfig(eps=config.latent_norm_eps)
         head_axes = ("latent", "heads", "head_dim")
-        self.q_a_DR = ctx.weight(rngs, (d, r), ("embed", "latent"), d)
-        self.q_a_norm = norm.build(ctx, r, "latent")
-        self.q_b_RNH = ctx.weight(rngs, (r, heads, config.qk_head_dim), head_axes, r)
+        query = (heads, config.qk_head_dim)
+        self.q_DNH = ctx.weight(rngs, (d, *query), ("embed", "heads", "head_dim"), d) if r is None else None
+        self.q_a_DR = None if r is None else ctx.weight(rngs, (d, r), ("embed", "latent"), d)
+        self.q_a_norm = None if r is None else norm.build(ctx, r, "latent")
+        self.q_b_RNH = None if r is None else ctx.weight(rngs, (r, *query), head_axes, r)
         self.kv_a_DC = ctx.weight(rngs, (d, joint), ("embed", "latent"), d)
         self.kv_a_norm = norm.build(ctx, c, "latent")
         self.kv_b_CNH = ctx.weight(rngs, (c, heads, expanded), head_axes, c, std=config.kv_up_init_std)
@@ -153,8 +156,11 @@ class MLA(Attention):
 
     def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
-        q_BTR = self.q_a_norm(from_stream(x_BTD, self.q_a_DR[...].astype(self.dtype)))
         joint_BTC = from_stream(x_BTD, self.kv_a_DC[...].astype(self.dtype))
+        if self.q_a_DR is None or self.q_a_norm is None or self.q_b_RNH is None:
+            assert self.q_DNH is not None
+            return self._per_head(x_BTD, self.q_DNH[...].astype(self.dtype)), joint_BTC
+        q_BTR = self.q_a_norm(from_stream(x_BTD, self.q_a_DR[...].astype(self.dtype)))
         return self._per_head(q_BTR, self.q_b_RNH[...].astype(self.dtype)), joint_BTC
 
     def kv_up_weight(self) -> jax.Array:

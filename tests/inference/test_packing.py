@@ -23,7 +23,7 @@ from sparsezoo_jax.inference.ffn import (
 from sparsezoo_jax.inference.matrices import Rows
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
-from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
 from tests.models.conftest import CONFIGS, forward
@@ -46,6 +46,12 @@ KINDS = {
     "gemma3n": dataclasses.replace(
         CONFIGS["gemma3n"], layers=1, ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9,))
     ),
+    "plm": dataclasses.replace(
+        CONFIGS["blockffn"],
+        layers=1,
+        attention=dataclasses.replace(CONFIGS["blockffn"].attention, q_lora_rank=None),
+        ffn=PlainFFNConfig(d_ff=32, activation="relu2"),
+    ),
     "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
 }
@@ -55,6 +61,7 @@ LAID_OUT = {
     "llama": (PackedGQA, PackedGatedFFN),
     "gpt2": (PackedGQA, MappedPlainFFN),
     "blockffn": (PackedMLA, PackedBlockFFN),
+    "plm": (PackedMLA, MappedPlainFFN),
     "deco": (PackedGQA, PackedDECOFFN),
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),

@@ -46,12 +46,13 @@ def written_out(made, x, eps=1e-6):
         return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
     x = x[0].astype(np.float64)
-    q_latent = rms(x @ w["q_a_DR"], w["q_a_norm"]["scale"])
+    compressed = "q_a_DR" in w
+    q_latent = rms(x @ w["q_a_DR"], w["q_a_norm"]["scale"]) if compressed else x
     joint = x @ w["kv_a_DC"]
     latent, k_rope = rms(joint[:, :7], w["kv_a_norm"]["scale"]), rotate(joint[:, 7:])
     y = np.zeros((T, D))
     for head in range(3):
-        q, kv = q_latent @ w["q_b_RNH"][:, head], latent @ w["kv_b_CNH"][:, head]
+        q, kv = q_latent @ w["q_b_RNH" if compressed else "q_DNH"][:, head], latent @ w["kv_b_CNH"][:, head]
         q = np.concatenate([q[:, :6], rotate(q[:, 6:])], -1)
         k = np.concatenate([kv[:, :6], k_rope], -1)
         scores = np.where(np.tril(np.ones((T, T), bool)), q @ k.T / np.sqrt(10), -np.inf)
@@ -61,8 +62,9 @@ def written_out(made, x, eps=1e-6):
     return y
 
 
-def test_the_formula():
-    made = layer()
+@pytest.mark.parametrize("q_lora_rank", [10, None])
+def test_the_formula(q_lora_rank):
+    made = layer(dataclasses.replace(CONFIG, q_lora_rank=q_lora_rank))
     y, aux, _ = jax.jit(lambda x: made(x, context()))(X)
     np.testing.assert_allclose(y[0], written_out(made, X), atol=1e-5)
     np.testing.assert_allclose(aux.stats["attended_keys"], 5)
@@ -102,6 +104,8 @@ def test_accounting():
     small = MLAConfig(heads=6)
     assert small.projection_weights(768) + 768 + 256 == 2_704_384, "with the latent norms' scales"
     assert small.projection_flops(768) == 2 * small.projection_weights(768)
+    plm = MLAConfig(heads=16, q_lora_rank=None, kv_lora_rank=512)
+    assert plm.projection_weights(2048) == 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 2048 * 2048
     assert small.mixing_flops(10) == 2 * 6 * (192 + 128) * 10
     assert small.cache_reads(10) == 320 * 10
 

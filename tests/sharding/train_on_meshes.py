@@ -39,6 +39,7 @@ COVERED = {
     "mohd": ("fsdp 2, context 2, tensor 2",),
     "moex": ("expert 2, tensor 4",),
     "moe": ("data 2, expert 2, tensor 2",),
+    "plm": ("fsdp 4, tensor 2",),
     "ling": ("data 2, expert 2, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
 }
@@ -78,6 +79,16 @@ def models():
     ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens")
     yield (
         "moe",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
+        ),
+    )
+
+    model = preset("plm", "tiny").model
+    attention = dataclasses.replace(model.attention, heads=8, kv_lora_rank=16)
+    ffn = dataclasses.replace(model.ffn, d_ff=128)
+    yield (
+        "plm",
         dataclasses.replace(
             model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
         ),
