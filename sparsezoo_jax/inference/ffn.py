@@ -66,6 +66,11 @@ class MappedGatedFFN(GatedFFN, DecodingLayout):
         self.inner_map = InputMap(inner_DF, active, form, source.dtype, "ffn")
         self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype, "ffn")
 
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.output_map.restored()
+
     def restore(self, source: GatedFFN) -> None:
         """Put the weights back into `source`."""
         gate_DF, up_DF = jnp.split(self.inner_map.restored(), 2, axis=-1)
@@ -95,6 +100,11 @@ class MappedPlainFFN(PlainFFN, DecodingLayout):
         self.up_bias, self.down_bias = source.up_bias, source.down_bias
         self.inner_map = InputMap(source.up_DF[...], active, form, source.dtype, "ffn")
         self.output_map = OutputMap(source.down_FD[...], active, form, source.dtype, "ffn")
+
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.output_map.restored()
 
     def restore(self, source: PlainFFN) -> None:
         """Put the weights back into `source`."""

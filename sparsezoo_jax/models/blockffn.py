@@ -18,7 +18,7 @@ from sparsezoo_jax.models.chunks import activation_stats, chunks_of, has_predece
 from sparsezoo_jax.models.common import BuildContext, CallContext, DType, LayerAux
 from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
-from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE
+from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import scaled_hidden
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
@@ -128,6 +128,11 @@ class BlockFFN(FFN):
         self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), d, std=std)
         self.down_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, std=std, output=True)
 
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.down_FD[...]
+
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Router logits, scores before and after the learned scale; [B, T, E] each, in the router's dtype."""
         dtype = jnp.dtype(self.config.router_dtype)
@@ -161,10 +166,11 @@ class BlockFFN(FFN):
                     normed_BTE, ctx, config.chunk_length, reference_mean=config.reference_chunk_mean
                 ),
             }
-        records = {
-            EXPERT_SCORES: lambda: scores_BTE,
-            FFN_GATE: lambda: scaled_hidden(x_BTD, scores_BTE, up_DF, gate_DF, expert_width=config.expert_width),
-        }
+
+        def hidden() -> jax.Array:
+            return scaled_hidden(x_BTD, scores_BTE, up_DF, gate_DF, expert_width=config.expert_width)
+
+        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: hidden, FFN_HIDDEN: hidden}
         return y, LayerAux(losses, activation_stats(scores_BTE != 0, ctx), ctx.recorded(records))
 
 

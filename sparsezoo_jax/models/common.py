@@ -150,8 +150,10 @@ class CallContext:
     """Reduces a layer's records before they leave the layer; see `Decoder.__call__`."""
     edit: Any = None
     """Changes the residual stream or an FFN's output; see `Decoder.__call__`."""
+    keep: Any = None
+    """Says which hidden units an FFN's output keeps; see `Decoder.__call__`."""
     layer: int = 0
-    """The layer, or the first of several, where something is edited."""
+    """The layer, or the first of several, where something is edited or kept."""
     rng: jax.Array | None = None
     """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
     routing: Any = None
@@ -167,8 +169,8 @@ class CallContext:
         return self if self.rng is None else replace(self, rng=jax.random.fold_in(self.rng, index))
 
     def of_layer(self, layer: int) -> CallContext:
-        """The same for layer `layer`; only calls that edit something know which one it is."""
-        return self if self.edit is None else replace(self, layer=layer)
+        """The same for layer `layer`; only calls that edit or keep something know which one it is."""
+        return self if self.edit is None and self.keep is None else replace(self, layer=layer)
 
     def edited(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """What the caller makes of this layer's array called `name`."""

@@ -53,6 +53,14 @@ class FFN(Part):
         """
         raise NotImplementedError
 
+    @property
+    def dictionary(self) -> jax.Array | None:
+        """What each of the hidden units (`records.FFN_HIDDEN`) adds to the output when it is 1, [F, D].
+
+        Default: None, for a network that doesn't record them.
+        """
+        return None
+
     def prepare(self) -> None:
         """Derive what depends on the weights alone, once, before decoding. Default: nothing."""
 

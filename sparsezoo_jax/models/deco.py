@@ -18,7 +18,7 @@ from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
-from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE
+from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.deco_ffn import NORMALISE, ExpertActivation, deco_ffn, scaled_hidden
 
@@ -114,6 +114,11 @@ class DECOFFN(FFN):
         # those that have it.
         self.share_of_layers = (ctx.layers - ctx.first_layers) / ctx.layers
 
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit of the routed experts adds to the output when it is 1, [F, D]."""
+        return self.expert_down_FD[...]
+
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """ReLU of the router's logits, and that times the learned factors; [B, T, E] each, float32."""
         wide = jnp.promote_types(jnp.float32, x_BTD.dtype)
@@ -137,10 +142,11 @@ class DECOFFN(FFN):
         positive_BTE, scores_BTE = self.route(x_BTD)
         up_DF, down_FD = self.expert_up_DF[...].astype(self.dtype), self.expert_down_FD[...].astype(self.dtype)
         form = self.form()
-        records = {
-            EXPERT_SCORES: lambda: scores_BTE,
-            FFN_GATE: lambda: scaled_hidden(x_BTD, scores_BTE, up_DF, **form),
-        }
+
+        def hidden() -> jax.Array:
+            return scaled_hidden(x_BTD, scores_BTE, up_DF, **form)
+
+        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: hidden, FFN_HIDDEN: hidden}
         y_BTD = deco_ffn(x_BTD, scores_BTE, up_DF, down_FD, **form)
         losses = {ROUTER_ENTROPY: self.share_of_layers * router_entropy(positive_BTE, ctx)}
         aux = LayerAux(losses, statistics(positive_BTE, ctx), ctx.recorded(records))

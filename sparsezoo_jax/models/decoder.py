@@ -23,6 +23,7 @@ from sparsezoo_jax.sharding import constrain, gather_copies
 
 Summarise = Callable[[dict[str, jax.Array], LayerSpec, CallContext], dict[str, jax.Array]]
 Edit = Callable[[str, int, jax.Array], jax.Array]
+Keep = Callable[[int, dict[str, jax.Array], jax.Array], jax.Array]
 
 
 class Output(NamedTuple):
@@ -96,6 +97,7 @@ class Decoder(nnx.Module):
         record: Collection[str] = (),
         summarise: Summarise | None = None,
         edit: Edit | None = None,
+        keep: Keep | None = None,
     ) -> Output:
         """Logits of every next token.
 
@@ -113,17 +115,20 @@ class Decoder(nnx.Module):
             takes the records' place. So the arrays of one layer live at a time, not those of all.
           edit: called with "ffn_output" or "residual", the layer's number from 0 and that array [B, T, D] (see
             `models.records`); what it returns takes the array's place. Layers run unrolled then.
+          keep: called with the layer's number from 0, the records of its FFN and `FFN.dictionary` [F, D], where there
+            is one and `record` names "ffn_hidden"; returns bool [B, T, F]. Hidden units where it is false are 0 in the
+            FFN's output and in the records. Not for a residual stream whose width is routed. Layers run unrolled then.
         """
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
-        ctx.record, ctx.summarise, ctx.edit = checked(record), summarise, edit
+        ctx.record, ctx.summarise, ctx.edit, ctx.keep = checked(record), summarise, edit, keep
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         x_BTD, tables = self._embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
         auxes: list[LayerAux] = []
         caches: list[Any] = []
         # Caches and edits are told apart by layer, which the scanned form can't do.
-        scan = config.scan_layers and cache is None and edit is None
+        scan = config.scan_layers and cache is None and edit is None and keep is None
         for i, segment in enumerate(self.segments):
             first = len(auxes)
             held = None if cache is None else cache.layers[first : first + segment.layers]

@@ -21,7 +21,7 @@ from sparsezoo_jax.models.common import (
     activation_fn,
 )
 from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
-from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
+from sparsezoo_jax.models.records import FFN_GATE, FFN_HIDDEN, FFN_SCORES
 from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
@@ -117,9 +117,14 @@ class GatedFFN(FFN):
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
-            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate}),
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate, FFN_HIDDEN: lambda: hidden}),
         )
         return self.output(hidden, ctx.width), aux
+
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.down_FD[...]
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
@@ -184,9 +189,14 @@ class PlainFFN(FFN):
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
-            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden}),
+            records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden, FFN_HIDDEN: lambda: hidden}),
         )
         return self.output(hidden, ctx.width), aux
+
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.down_FD[...]
 
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
         """Neurons before their non-linearity, [B, T, F]."""

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.models.common import CallContext, LayerAux
-from sparsezoo_jax.models.contract import Attention, Observed, Sublayer
-from sparsezoo_jax.models.records import FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
+from sparsezoo_jax.models.contract import FFN, Attention, Observed, Sublayer
+from sparsezoo_jax.models.records import FFN_HIDDEN, FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
 from sparsezoo_jax.models.remat import Remat, rematerialised
 from sparsezoo_jax.sharding import constrain
 
@@ -40,12 +40,14 @@ class LayerWatch:
 
         return watched
 
-    def ffn(self, ffn: Sublayer[LayerAux]) -> Sublayer[LayerAux]:
+    def ffn(self, ffn: FFN) -> Sublayer[LayerAux]:
         """`ffn` as a residual connection calls it."""
 
         def watched(h_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
             self.inputs.append(h_BTD)
             y_BTD, aux = ffn(h_BTD, ctx)
+            if self.ctx.keep is not None:
+                y_BTD, aux = self._with_kept_units(y_BTD, aux, ffn.dictionary)
             return self._seen(FFN_OUTPUT, self.ctx.edited(FFN_OUTPUT, y_BTD)), aux
 
         return watched
@@ -61,6 +63,20 @@ class LayerWatch:
         if self.ctx.summarise is not None:
             records = self.ctx.summarise(records, spec, self.ctx)
         return aux._replace(records=records)
+
+    def _with_kept_units(
+        self, y_BTD: jax.Array, aux: LayerAux, dictionary_FD: jax.Array | None
+    ) -> tuple[jax.Array, LayerAux]:
+        """An FFN's output and records without the hidden units that the caller doesn't keep."""
+        if dictionary_FD is None or FFN_HIDDEN not in aux.records:
+            return y_BTD, aux
+        hidden_BTF = aux.records[FFN_HIDDEN]
+        kept_BTF = self.ctx.keep(self.ctx.layer, aux.records, dictionary_FD)
+        # Taken off the output, so that whatever else it is made of (a bias, a shared expert) stays.
+        dropped_BTF = jnp.where(kept_BTF, 0, hidden_BTF).astype(jnp.float32)
+        dropped_BTD = dropped_BTF @ dictionary_FD.astype(jnp.float32)
+        y_BTD = (y_BTD.astype(jnp.float32) - dropped_BTD).astype(y_BTD.dtype)
+        return y_BTD, aux._replace(records={**aux.records, FFN_HIDDEN: jnp.where(kept_BTF, hidden_BTF, 0)})
 
     def _seen(self, name: str, array: jax.Array) -> jax.Array:
         self.records |= self.ctx.recorded({name: lambda: array})

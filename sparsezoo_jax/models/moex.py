@@ -20,7 +20,7 @@ from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.ffn import PlainFFNConfig
-from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_SCORES, GATE_SCORES
+from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_ffn import (
@@ -252,6 +252,7 @@ class MoEXFFN(FFN):
             GATE_SCORES: lambda: self.scores(x_BTD),
             FFN_SCORES: lambda: self._pre_activations(x_BTD),
             FFN_GATE: lambda: self._features(x_BTD, routing),
+            FFN_HIDDEN: lambda: self._features(x_BTD, routing),
         }
         losses = {"balance": first_choice_balance(routing, ctx, config.balance)}
         return y_BTD, LayerAux(losses, stats, ctx.recorded(records))

@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import require
 
 FFN_SCORES = "ffn_scores"
 FFN_GATE = "ffn_gate"
+FFN_HIDDEN = "ffn_hidden"
 EXPERT_SCORES = "expert_scores"
 GATE_SCORES = "gate_scores"
 FFN_OUTPUT = "ffn_output"
@@ -24,6 +25,7 @@ SUBLAYER_INPUT = "sublayer_input"
 RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
     FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
+    FFN_HIDDEN: "[B, T, F] hidden units: the output is these times `FFN.dictionary`, a bias and shared experts aside",
     EXPERT_SCORES: "[B, T, E] weights of the experts, shared ones first; an expert is active where this is not 0",
     GATE_SCORES: "float32 [B, T, E] scores by which MoE-X chooses experts, before the choice",
     FFN_OUTPUT: "[B, T, D] what the FFN returns, before a norm and before it joins the residual stream",

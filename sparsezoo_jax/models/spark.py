@@ -24,6 +24,7 @@ from sparsezoo_jax.models.records import (
     ATTENTION_SELECTED,
     ATTENTION_VISIBLE,
     FFN_GATE,
+    FFN_HIDDEN,
     FFN_SCORES,
 )
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
@@ -104,6 +105,11 @@ class SparkFFN(FFN):
         self.k2_DF = ctx.weight(rngs, (d - r, f), ("embed", "ffn"), d - r)
         self.v_FD = ctx.weight(rngs, (f, d), ("ffn", "embed"), f, scale=config.v_init_scale, output=True)
 
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.v_FD[...]
+
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         config, k1_RF = self.config, self.k1_RF[...].astype(self.dtype)
         y, gate = spark_ffn(
@@ -119,7 +125,11 @@ class SparkFFN(FFN):
             implementation=config.implementation,
         )
         # The kernel keeps its scores to itself: who wants them has them computed again.
-        records = {FFN_SCORES: lambda: matmul(x_BTD[..., : config.r], k1_RF), FFN_GATE: lambda: gate}
+        records = {
+            FFN_SCORES: lambda: matmul(x_BTD[..., : config.r], k1_RF),
+            FFN_GATE: lambda: gate,
+            FFN_HIDDEN: lambda: gate * matmul(x_BTD[..., config.r :], self.k2_DF[...].astype(self.dtype)),
+        }
         stats = {"ffn_density": density(jax.lax.stop_gradient(gate), ctx)}
         return y, LayerAux(stats=stats, records=ctx.recorded(records))
 

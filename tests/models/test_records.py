@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import RECORDS
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
+from tests.models.conftest import CONFIGS
 
 SPARK = DecoderConfig(
     vocab_size=32,
@@ -65,6 +68,7 @@ def test_shapes(spark):
     assert shapes == {
         "ffn_scores": {(2, 24, 40)},
         "ffn_gate": {(2, 24, 40)},
+        "ffn_hidden": {(2, 24, 40)},
         "ffn_output": {(2, 24, 16)},
         "residual": {(2, 24, 16)},
         "attention_scores": {(2, 4, 24, 24)},
@@ -136,6 +140,7 @@ def test_dense_layers_record_what_they_have():
     assert set(out.records) == {
         "ffn_scores",
         "ffn_gate",
+        "ffn_hidden",
         "ffn_output",
         "attention_visible",
         "residual",
@@ -144,6 +149,36 @@ def test_dense_layers_record_what_they_have():
     np.testing.assert_allclose(
         out.records["ffn_gate"][2], jax.nn.gelu(out.records["ffn_scores"][2], approximate=True), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", [name for name in CONFIGS if name not in ("moe", "mohd")])
+def test_the_output_is_hidden_units_times_the_dictionary(kind):
+    config = CONFIGS[kind]
+    ffn: Any = config.layer_specs()[-1].ffn.build(config.build_context(), nnx.Rngs(0))
+    x_BTD = jax.random.normal(jax.random.key(1), (1, 5, config.d_model))
+    ones = jnp.ones((1, 5), jnp.int32)
+    ctx = CallContext(jnp.arange(5)[None], ones, record=frozenset(["ffn_hidden"]))
+    y_BTD, aux = ffn(x_BTD, ctx)
+    if kind == "deco":
+        y_BTD = y_BTD - ffn.shared(x_BTD, ctx)[0]
+    hidden_BTF = aux.records["ffn_hidden"]
+    assert hidden_BTF.shape[-1] == config.ffn.d_ff
+    assert jnp.any(hidden_BTF != 0)
+    np.testing.assert_allclose(hidden_BTF @ ffn.dictionary, y_BTD, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_units_that_are_not_kept_leave_output_and_records(scan):
+    def keep(layer, records, dictionary_FD):
+        assert dictionary_FD.shape == (24, 16)
+        return jnp.full(records["ffn_hidden"].shape, layer != 2)
+
+    out = forward(DENSE, scan=scan, record=("ffn_hidden", "ffn_output"), keep=keep)
+    whole = forward(DENSE, scan=scan, record=("ffn_output",)).records["ffn_output"]
+    np.testing.assert_allclose(out.records["ffn_output"][1], whole[1], atol=1e-6)
+    # What is left is the rounding of a sum that is taken off again.
+    np.testing.assert_allclose(out.records["ffn_output"][2], 0, atol=1e-5)
+    assert [bool(jnp.any(x != 0)) for x in out.records["ffn_hidden"]] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("scan", [True, False])
