@@ -3,11 +3,13 @@
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
 With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
 With --interpret: how well a layer's features can be explained (docs/interpretability.md).
+With --cett 1%: the share of hidden units that is enough for 1 % more perplexity (docs/sparsing-law.md).
 With --weights, --predictor or --head: also the loss of the model packed in these number formats (docs/decode.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print
 from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
-    from sparsezoo_jax.models import DecoderConfig, Sparsity
+    from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,13 @@ class Evaluate(WeightFormats, CorpusFlags):
     """Measure density, selection, score distribution, dead neurons and experts of every layer, and what they cost."""
     meter_batches: int = 8
     """Batches that the meters read."""
+    cett: str | None = None
+    """Also drop the hidden units that raise the perplexity by this percentage at most, such as 1% (CETT-PPL), and print
+    the share that is left, the activation ratio, of each layer; on the batches of the meters."""
+    cett_last: int = 1
+    """Find the dropped units' error jointly for this many newest checkpoints."""
+    cett_curve: bool = False
+    """Also print perplexity against activation ratio under CETT, under thresholds on the gate and under its top k."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
     explain: Annotated[bool, tyro.conf.arg(name="interpret")] = False
@@ -103,6 +112,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     """The figures by name: loss (nats/token), perplexity, bits_per_byte, tokens, and per-layer statistics.
 
     With number formats also "packed": "formats", "loss" and its "change".
+    With cett also "activation": see `activation`.
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
 
     Raises:
@@ -119,6 +129,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     for context in command.contexts:
         require(context > 0, "--contexts", context, "must be above 0")
     require(command.merge_last > 0, "--merge-last", command.merge_last, "must be above 0")
+    check_cett(command)
     model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
@@ -133,12 +144,76 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         names = command.formats._asdict().items()
         text = ", ".join(f"{name} {form}" for name, form in names if form is not None)
         figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}
+    if command.cett is not None:
+        figures["activation"] = activation(
+            command, model, lambda most=None: data.evaluation_batches(prepared, batch_size, most)
+        )
     if not command.meters:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
     costs = cost_table(config.model, command.contexts, meters.sparsity(config.model))
     counts = parameter_counts(config.model, meters.sparsity(config.model))
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs), "parameters": counts}
+
+
+def check_cett(command: Evaluate) -> None:
+    """Raise `ConfigError` for --cett flags that say nothing, or too much."""
+    from sparsezoo_jax.evaluation.cett import parse_share
+
+    require(command.cett_last > 0, "--cett-last", command.cett_last, "must be above 0")
+    if command.cett is None:
+        require(command.cett_last == 1, "--cett-last", command.cett_last, "must be given with --cett")
+        require(not command.cett_curve, "--cett-curve", True, "must be given with --cett")
+        return
+    parse_share(command.cett)
+    both = command.cett_last > 1 and command.merge_last > 1
+    require(not both, "--cett-last", command.cett_last, "can't be given with --merge-last")
+
+
+def activation(command: Evaluate, model: Decoder, batches: Callable[..., Any]) -> dict[str, Any]:
+    """The activation ratio at --cett: "increase" of the perplexity, "cett", what it was found on, and what comes of it.
+
+    "checkpoints" has one row for each: "step", "thresholds" of the layers and the figures of `evaluation.cett.Point`.
+    "loss" and "perplexity" are those of the evaluated checkpoint on the split with its thresholds applied; with
+    --cett-curve "curve" has points of that checkpoint.
+
+    Args:
+      model: of the evaluated checkpoint.
+      batches: of the split, at most as many as asked for.
+
+    Raises:
+      UserError: fewer checkpoints than asked for.
+      ConfigError: a model without hidden units to measure.
+    """
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.evaluation import cett, evaluate_model
+    from sparsezoo_jax.training.parameters import saved_steps
+
+    assert command.cett is not None
+    steps = [step for step in saved_steps(command.directory / run_dir.CHECKPOINTS) if step <= (command.step or step)]
+    allowed = f"{command.directory} has {len(steps)} checkpoints"
+    require(command.cett_last <= len(steps), "--cett-last", command.cett_last, allowed)
+    steps = steps[-command.cett_last :]
+    others = [run_dir.load(command.directory, step=step).model for step in steps[:-1]]
+    models = [cett.Calibrated(one, lambda: batches(command.meter_batches)) for one in (*others, model)]
+    increase = cett.parse_share(command.cett)
+    level = cett.find_cett(models, increase)
+    rows = []
+    for step, one in zip(steps, models, strict=True):
+        thresholds = [float(x) for x in one.thresholds(level)]
+        rows.append({"step": step, "thresholds": thresholds, **dataclasses.asdict(one.point("cett", level))})
+    applied = evaluate_model(cett.Thinned(model, "cett", rows[-1]["thresholds"]), batches(command.batches))
+    figures = {
+        "increase": increase,
+        "cett": level,
+        "batches": command.meter_batches,
+        "checkpoints": rows,
+        "loss": applied.loss,
+        "perplexity": applied.perplexity,
+    }
+    if command.cett_curve:
+        figures["curve"] = [dataclasses.asdict(point) for point in cett.curve(models[-1])]
+    return figures
 
 
 def parameter_counts(config: DecoderConfig, measured: Sparsity) -> dict[str, float]:

@@ -21,6 +21,8 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
         stored = figures["packed"]
         rows.append((f"loss, {stored['formats']}", f"{stored['loss']:.4f} nats/token ({stored['change']:+.4f})"))
     cli.print_table(f"{directory}, {figures['split']} split", ("figure", "value"), rows)
+    if "activation" in figures:
+        print_activation(figures["activation"], figures["loss"])
     if "meters" not in figures:
         cli.print_layers(figures)
         return
@@ -29,6 +31,39 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     print_flow(figures["meters"]["layers"])
     print_parameters(figures["parameters"])
     print_costs(figures["costs"])
+
+
+def print_activation(figures: dict[str, Any], dense: float) -> None:
+    """Print the activation ratio of each layer and checkpoint, the loss with it applied, and the curve if there is one.
+
+    Args:
+      figures: as `evaluate.activation` gives them.
+      dense: loss of the split with all units.
+    """
+    checkpoints = figures["checkpoints"]
+    layers = len(checkpoints[-1]["activation_ratio"])
+    header = ("layer", *(f"step {row['step']}" for row in checkpoints), "threshold")
+    rows = [
+        (
+            str(i),
+            *(f"{row['activation_ratio'][i]:.2%}" for row in checkpoints),
+            f"{checkpoints[-1]['thresholds'][i]:.3g}",
+        )
+        for i in range(layers)
+    ]
+    rows.append(("mean", *(f"{row['mean']:.2%}" for row in checkpoints), ""))
+    rows.append(("perplexity", *(f"{row['increase']:+.2%}" for row in checkpoints), ""))
+    title = f"Activation ratio at CETT {figures['cett']:.4f}, for {figures['increase']:.3g} more of the perplexity"
+    cli.print_table(title, header, rows)
+    print(f"loss of the split with it applied {figures['loss']:.4f} nats/token ({figures['loss'] - dense:+.4f})")
+    names = {"cett": "CETT", "threshold": "gate threshold", "top_k": "top k of the gate"}
+    points = [
+        (names[point["rule"]], f"{point['setting']:.3g}", f"{point['mean']:.2%}", f"{point['increase']:+.2%}")
+        for point in figures.get("curve", ())
+    ]
+    if points:
+        title = "Activation ratio and perplexity (setting: CETT, threshold, share kept)"
+        cli.print_table(title, ("meter", "setting", "activation ratio", "perplexity"), points)
 
 
 def print_chess(directory: Path, figures: dict[str, Any]) -> None:

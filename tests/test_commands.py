@@ -237,6 +237,35 @@ def test_meters(trained, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_activation_ratio(trained, monkeypatch, capsys):
+    args = [trained, "--no-meters", "--batches", 1, "--meter-batches", 1, "--json"]
+    assert call(evaluate, [*args, "--cett", "1%", "--cett-last", 2, "--cett-curve"], monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out)
+    found = figures["activation"]
+    assert [row["step"] for row in found["checkpoints"]] == [6, 8]
+    assert all(0 < ratio < 0.2 for row in found["checkpoints"] for ratio in row["activation_ratio"])
+    # The same batch was calibrated on; one checkpoint may lose more than the other.
+    increases = [row["increase"] for row in found["checkpoints"]]
+    assert np.mean(increases) <= 0.01 + 1e-4
+    assert found["loss"] - figures["loss"] == pytest.approx(np.log1p(increases[-1]), abs=1e-5)
+    exact = found["curve"][0]
+    assert exact["setting"] == 0
+    assert exact["activation_ratio"] == pytest.approx(figures["ffn_density"], abs=1e-3)
+    for extra, message in (
+        (["--cett", "0%"], "--cett=0%: must be a percentage above 0% and below 100%, such as 1%"),
+        (["--cett", "100%"], "--cett=100%: must be a percentage"),
+        (["--cett", "1%", "--cett-last", 9], "--cett-last=9: "),
+        (["--cett-last", 2], "--cett-last=2: must be given with --cett"),
+        (["--cett-curve"], "--cett-curve=True: must be given with --cett"),
+        (["--cett", "1%", "--cett-last", 2, "--merge-last", 2], "--cett-last=2: can't be given with --merge-last"),
+    ):
+        assert call(evaluate, [*args, *extra], monkeypatch) == 2
+        assert message in capsys.readouterr().err
+    assert call(evaluate, [*args[:-1], "--cett", "5%"], monkeypatch) == 0
+    assert "loss of the split with it applied" in capsys.readouterr().out
+
+
 def test_report(trained, tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         shutil.copytree(trained, tmp_path / name)

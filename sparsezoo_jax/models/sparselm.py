@@ -17,7 +17,8 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig, or_target
-from sparsezoo_jax.models.records import FFN_GATE, FFN_SCORES
+from sparsezoo_jax.models.records import FFN_GATE, FFN_HIDDEN, FFN_SCORES
+from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.relu_ffn import Storage, relu_ffn, scores
 
 #: Name of the loss that objectives weigh.
@@ -101,6 +102,11 @@ class SparseLMFFN(FFN):
         self.silent_F = SilentSteps(jnp.zeros(f, jnp.int32), axes=("ffn",))
         self.revival_std = ctx.deviation(ctx.fan_in) if config.revival_std is None else config.revival_std
 
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.down_FD[...]
+
     def weights(self) -> tuple[jax.Array | None, jax.Array, jax.Array]:
         """Maps of gate (None where there is none), up and down, in the activations' dtype."""
         gate = None if self.gate_DF is None else self.gate_DF[...].astype(self.dtype)
@@ -128,10 +134,16 @@ class SparseLMFFN(FFN):
         def before_relu() -> jax.Array:
             return scores(x_BTD, *weights[:2])[0]
 
+        def gate() -> jax.Array:
+            return jax.nn.relu(before_relu())
+
+        def hidden() -> jax.Array:
+            return gate() if weights[0] is None else gate() * matmul(x_BTD, weights[1])
+
         aux = LayerAux(
             losses={L1: ctx.mean_over_tokens(found.l1)},
             stats=stats,
-            records=ctx.recorded({FFN_SCORES: before_relu, FFN_GATE: lambda: jax.nn.relu(before_relu())}),
+            records=ctx.recorded({FFN_SCORES: before_relu, FFN_GATE: gate, FFN_HIDDEN: hidden}),
             observed={"fired": found.fired, "tokens": jnp.any(ctx.valid_BT).astype(jnp.float32)},
         )
         return found.y, aux
