@@ -1,7 +1,8 @@
-"""Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, or `to-hf DIR DST`.
+"""Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, `to-hf DIR DST`, or `merge DIR RUN`.
 
 SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer; SRC may hold
-pytorch_model.bin instead), DIR is a run directory. Gemma 2, Llama, GPT-2 and BlockFFN are known.
+pytorch_model.bin instead), DIR and RUN are run directories. Gemma 2, Llama, GPT-2 and BlockFFN are known. `merge` makes
+a run of adapters and the parameters that they were trained for.
 """
 
 from __future__ import annotations
@@ -37,12 +38,34 @@ class ToHF:
     """Directory to make; empty or absent."""
 
 
-Convert: Any = Annotated[FromHF, tyro.conf.subcommand("from-hf")] | Annotated[ToHF, tyro.conf.subcommand("to-hf")]
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make a run of adapters and the parameters that they were trained for."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directory of the adapters; the newest checkpoint is taken."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run directory to make; empty or absent."""
+    base: Path | None = None
+    """Run that the adapters were trained for. Default: where their configuration says."""
+
+
+Convert: Any = (
+    Annotated[FromHF, tyro.conf.subcommand("from-hf")]
+    | Annotated[ToHF, tyro.conf.subcommand("to-hf")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+)
 
 
 def main(args: Sequence[str]) -> None:
     """Convert, and print what was made."""
     command = cli.parse(Convert, args, prog="convert", description=(__doc__ or "").strip())
+    if isinstance(command, Merge):
+        from sparsezoo_jax.run_dir import merge_adapters
+
+        step = merge_adapters(command.directory, command.destination, command.base)
+        print(f"{command.destination}: adapters of step {step} merged into their base")
+        return
     from sparsezoo_jax import huggingface
 
     if isinstance(command, FromHF):

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from sparsezoo_jax import plugins as kinds
-from sparsezoo_jax.config import RunConfig, differences, read_config, remember, restorable, stored_config, to_json
+from sparsezoo_jax.config import (
+    FREE_ON_RESUME,
+    RunConfig,
+    differences,
+    read_config,
+    remember,
+    restorable,
+    stored_config,
+    to_json,
+)
+from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.tokenizer import write_atomic
-from sparsezoo_jax.errors import StorageError, UserError, require
+from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.training.lease import LEASE
+from sparsezoo_jax.training.lora import Adapters, LoRAConfig
 from sparsezoo_jax.training.merging import merge_params
-from sparsezoo_jax.training.parameters import restore_params
-from sparsezoo_jax.training.state import ModelTemplate
+from sparsezoo_jax.training.parameters import read_params, restore_params, save_params, saved_metadata, saved_steps
+from sparsezoo_jax.training.state import ModelTemplate, PureDict, flatten
+from sparsezoo_jax.training.warm_start import WarmStart, open_warm_start
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -29,14 +46,24 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1, plugins: Sequence[str] = ()) -> Loaded:
+def load(
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    merge_last: int = 1,
+    base: str | Path | None = None,
+    plugins: Sequence[str] = (),
+) -> Loaded:
     """Load a run for evaluation or decoding: the model with its parameters, the configuration and the tokenizer.
+
+    Adapters come merged into the parameters that they were trained for.
 
     Args:
       directory: a run directory.
       step: the checkpoint's step; None is the newest.
       merge_last: average this many newest checkpoints with the weights of a 1-sqrt decay (see `training.merging`)
         instead of taking one; not together with `step`.
+      base: for adapters, the run that they were trained for. Default: the place that the configuration names.
       plugins: modules to import first, which register kinds that the run is made of. Those of installed packages are
         found without.
 
@@ -44,11 +71,15 @@ def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1,
       `(model, config, tokenizer)`; the tokenizer is None for a converted checkpoint that ships none.
 
     Raises:
-      UserError: no run there, or no such step. StorageError: its checkpoints are damaged.
+      UserError: no run there, or no such step; adapters without the parameters that they were trained for.
+      StorageError: its checkpoints are damaged.
     """
     directory = Path(directory)
     kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
+    if base is not None:
+        require(config.train.lora.rank is not None, "base", base, f"{directory} holds no adapters")
+        config = with_values(config, {"train.init_from": str(base)})
     tokenizer = find_tokenizer(directory)
     if tokenizer is not None:
         allowed = f"must be at least the tokenizer's {tokenizer.vocab_size}"
@@ -56,12 +87,144 @@ def load(directory: str | Path, *, step: int | None = None, merge_last: int = 1,
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
     if merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
+    read = restore_params if config.train.lora.rank is None else _with_adapters(directory, config, template)
     if merge_last > 1:
-        parameters, state = merge_params(directory / CHECKPOINTS, last=merge_last)
+        parameters, state = merge_params(directory / CHECKPOINTS, last=merge_last, read=read)
     else:
-        parameters, state = restore_params(directory / CHECKPOINTS, step)
+        parameters, state = read(directory / CHECKPOINTS, step)
     model = template.merge(parameters, state)
     return Loaded(model, config, tokenizer)
+
+
+def _with_adapters(
+    directory: Path, config: RunConfig, template: ModelTemplate
+) -> Callable[[Path, int | None], tuple[PureDict, PureDict]]:
+    """`restore_params` of a run whose checkpoints hold adapters, which merges them into their base."""
+    source = open_source(config, directory)
+    assert source is not None
+    adapters = Adapters(config.train.lora, template.parameters)
+    base, _ = source.read()
+    merge = jax.jit(adapters.merged)
+
+    def read(checkpoints: Path, step: int | None) -> tuple[PureDict, PureDict]:
+        trained, model_state = restore_params(checkpoints, step)
+        return merge(trained, adapters.divided(base, trained)[1]), model_state
+
+    return read
+
+
+def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | None:
+    """The run that `train.init_from` names, None without one.
+
+    Warns of fields of the model that differ though no parameter shows it.
+
+    Args:
+      adapters: a run of `config` with checkpoints of adapters. Then the parameters have to be those of their base, of
+        the step they were trained for unless the configuration names one.
+
+    Raises:
+      UserError: no run or step there, or one whose parameters don't fit, or are not those that adapters were trained
+        for; adapters without such a run.
+    """
+    rank = config.train.lora.rank
+    if config.train.init_from is None:
+        if adapters is not None:
+            raise UserError(f"{adapters}: holds adapters for another run, unknown here; convert merge --base names it")
+        require(rank is None, "train.lora.rank", rank, "needs train.init_from, the run whose parameters get adapters")
+        return None
+    directory = Path(config.train.init_from)
+    found = (directory / CONFIG).is_file()
+    require(found, "train.init_from", directory, f"is no run directory ({CONFIG} is missing)")
+    source = read_config(directory / CONFIG)
+    allowed = f"holds adapters alone; make a whole run of it with: convert merge {directory} RUN"
+    require(source.train.lora.rank is None, "train.init_from", directory, allowed)
+    same = rank is None or source.model.ffn.kind == config.model.ffn.kind
+    require(same, "train.lora.rank", rank, f"needs FFNs of the kind that {directory} has, {source.model.ffn.kind}")
+    step, identity = config.train.init_step, {} if adapters is None else _identity_of_base(adapters)
+    start = open_warm_start(
+        directory / CHECKPOINTS,
+        source.model,
+        config.model,
+        step=identity.get("step") if step is None else step,
+        noise=config.train.upcycle_noise,
+        seed=config.train.seed,
+    )
+    if adapters is not None and start.identity()["fingerprint"] != identity.get("fingerprint"):
+        allowed = f"step {start.step} there does not hold the parameters that {adapters} has adapters for"
+        raise ConfigError("train.init_from", directory, allowed)
+    there, here = flatten_config(source.model, "model."), flatten_config(config.model, "model.")
+    ignored = ("model.ffn", "model.init", "model.dtype", "model.param_dtype", "model.scan_layers", "model.remat")
+    changed = [
+        f"{name} was {there.get(name)}, is {here.get(name)}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not name.startswith(ignored)
+    ]
+    if changed:
+        warnings.warn(f"train.init_from={directory}: {'; '.join(changed)}", SparsezooWarning, stacklevel=2)
+    return start
+
+
+def _identity_of_base(directory: Path) -> dict[str, Any]:
+    """`WarmStart.identity` of what the adapters in a run were trained for; all of its checkpoints say the same."""
+    damaged: StorageError | None = None
+    for step in reversed(saved_steps(directory / CHECKPOINTS)):
+        try:
+            record = saved_metadata(directory / CHECKPOINTS, step).get("record")
+            base = record.get("base") if isinstance(record, dict) else None
+            return base if isinstance(base, dict) else {}
+        except StorageError as error:
+            damaged = damaged or error
+    raise damaged or UserError(f"{directory}: has no checkpoint")
+
+
+def stored_parameters(directory: Path, config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """All parameters of a run's newest checkpoint: path and array in host memory, one at a time.
+
+    Of adapters and their base all are in memory at the same time.
+
+    Raises:
+      UserError, StorageError: as `load`.
+    """
+    if config.train.lora.rank is None:
+        yield from read_params(directory / CHECKPOINTS)
+        return
+    params, _ = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)
+    for path, array in flatten(params).items():
+        yield path, np.asarray(array)
+
+
+def with_absolute_base(config: RunConfig) -> RunConfig:
+    """`config` that names the base of adapters in a way that holds in any directory: each reader of them needs it."""
+    base = config.train.init_from
+    if config.train.lora.rank is None or base is None:
+        return config
+    return with_values(config, {"train.init_from": str(Path(base).absolute())})
+
+
+def merge_adapters(directory: Path, destination: Path, base: Path | None = None) -> int:
+    """Make a run of adapters and the parameters they were trained for, which needs no other run; returns its step.
+
+    Args:
+      directory: a run with checkpoints of adapters; the newest is taken.
+      destination: empty or absent.
+      base: the run that they were trained for. Default: the place that the configuration names.
+
+    Raises:
+      UserError: no adapters there, or not the parameters that they were trained for; `destination` is not empty.
+      StorageError: reading or writing failed.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: is not empty; name another directory")
+    model, config, tokenizer = load(directory, base=base)
+    require(config.train.lora.rank is not None, "DIR", directory, "holds no adapters to merge")
+    params, model_state = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(model)
+    step = saved_steps(directory / CHECKPOINTS)[-1]
+    save_params(destination / CHECKPOINTS, flatten(params), step=step, model_state=flatten(model_state))
+    if tokenizer is not None:
+        tokenizer.save(destination)
+    changes = {"train.lora": LoRAConfig(), "train.init_step": None, "train.init_from": None}
+    write_config(destination, with_values(config, changes))  # last: an interrupted merge leaves no run behind
+    return step
 
 
 def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> bool:
@@ -85,7 +248,10 @@ def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> boo
         raise UserError(f"--fresh: {directory} is not empty ({', '.join(entries[:4])}); name another --workdir")
     if CONFIG not in entries:
         raise UserError(f"--workdir={directory}: holds files but no run ({', '.join(entries[:4])}); name another")
-    changed = differences(stored_config(directory / CONFIG), config)
+    ignored = FREE_ON_RESUME
+    if config.train.lora.rank is not None:
+        ignored += ("train.init_from", "train.init_step")  # `open_source` looks at what is there
+    changed = differences(stored_config(directory / CONFIG), config, ignored)
     if changed:
         listed = "; ".join(f"{name} is {old} there, {new} here" for name, (old, new) in list(changed.items())[:6])
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""

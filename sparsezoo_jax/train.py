@@ -17,7 +17,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.config import RunConfig, flatten, read_config, restorable
+from sparsezoo_jax.config import RunConfig, flatten, restorable
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.sharding import (
     addressable_rows,
@@ -128,7 +128,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     from sparsezoo_jax.training.peers import Peers
     from sparsezoo_jax.training.phases import Phases, Watchdog
 
-    config = restorable(config)
+    config = run_dir.with_absolute_base(restorable(config))
     # ------------------------------------------------------------------------------------------------------- Devices
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
@@ -144,7 +144,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     # ------------------------------------------------------------------------------------------- Directory and corpus
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
     # A run that was killed before its first checkpoint starts from the other run again.
-    warm_start = None if resumes and saved_steps(workdir / run_dir.CHECKPOINTS) else open_source(config)
+    has_steps = resumes and bool(saved_steps(workdir / run_dir.CHECKPOINTS))
+    adapts = config.train.lora.rank is not None
+    warm_start = None if has_steps and not adapts else run_dir.open_source(config, workdir if has_steps else None)
     tokenizer = data.find_tokenizer(workdir) if resumes else None
     if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
         tokenizer = data.find_tokenizer(config.train.init_from)  # what embeddings mean is the other run's
@@ -269,10 +271,10 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
     from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.training import replay as replaying
     from sparsezoo_jax.training.checkpoint_format import DamagedCheckpointError
-    from sparsezoo_jax.training.loop import first_device
+    from sparsezoo_jax.training.state import first_device
 
     steps = replaying.parse_window(window)
-    config = restorable(config)
+    config = run_dir.with_absolute_base(restorable(config))
     require(run_dir.open_for_training(workdir, config, fresh=False), "--workdir", workdir, "holds no run to replay")
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
@@ -302,6 +304,7 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
                 place=place,
                 to_device=lambda batch: device_put(batch, batch_sharding, batch_shape, rows.start),
                 report=report,
+                warm_start=run_dir.open_source(config, workdir) if config.train.lora.rank is not None else None,
             )
         except DamagedCheckpointError as error:
             raise StorageError(f"{workdir}: the checkpoint before step {steps[0]} is damaged: {error}") from None
@@ -322,43 +325,6 @@ def training_batches(config: RunConfig, tokenizer: Any, rows: range) -> tuple[An
             prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
         )
     return None, data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
-
-
-def open_source(config: RunConfig) -> Any:
-    """The run that `train.init_from` names as a `WarmStart`, None without one.
-
-    Warns of fields of the model that differ though no parameter shows it.
-
-    Raises:
-      UserError: no run or step there, or one whose parameters don't fit.
-    """
-    from sparsezoo_jax import run_dir
-    from sparsezoo_jax.training.warm_start import open_warm_start
-
-    if config.train.init_from is None:
-        return None
-    directory = Path(config.train.init_from)
-    found = (directory / run_dir.CONFIG).is_file()
-    require(found, "train.init_from", directory, f"is no run directory ({run_dir.CONFIG} is missing)")
-    source = read_config(directory / run_dir.CONFIG).model
-    start = open_warm_start(
-        directory / run_dir.CHECKPOINTS,
-        source,
-        config.model,
-        step=config.train.init_step,
-        noise=config.train.upcycle_noise,
-        seed=config.train.seed,
-    )
-    there, here = flatten(source, "model."), flatten(config.model, "model.")
-    ignored = ("model.ffn", "model.init", "model.dtype", "model.param_dtype", "model.scan_layers", "model.remat")
-    changed = [
-        f"{name} was {there.get(name)}, is {here.get(name)}"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and not name.startswith(ignored)
-    ]
-    if changed:
-        warnings.warn(f"train.init_from={directory}: {'; '.join(changed)}", SparsezooWarning, stacklevel=2)
-    return start
 
 
 #: What to do about a dimension that a mesh axis does not divide.

@@ -33,11 +33,15 @@ NAMES = {
     "size",
     "model.attention.implementation",
     "model.ffn.implementation",
+    "model.first_ffn.implementation",
     "data.text_field",
     "data.train_split",
     "data.validation_split",
     "train.groups.pattern",
+    "train.lora.targets",
+    "train.lora.whole",
     "train.objectives.loss",
+    "train.objectives.statistic",
 }
 #: Imported only if installed as plugins, or named by the user: see `plugins.load_stored`.
 CODE = {"plugins"}

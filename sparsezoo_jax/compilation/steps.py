@@ -73,7 +73,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
             warnings.warn(narrow, SparsezooWarning, stacklevel=2)
         function, arguments = prepared.train_step, (prepared.abstract, prepared.batch)
         parts = {
-            "parameters": prepared.abstract.params,
+            "parameters": (prepared.abstract.params, prepared.abstract.frozen),
             "optimizer": prepared.abstract.opt_state,
             "batch": prepared.batch,
         }

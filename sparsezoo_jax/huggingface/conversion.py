@@ -23,8 +23,8 @@ from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface.layouts import Entry, Layout, layout_of, read_model, write_model
 from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
 from sparsezoo_jax.models import Decoder, DecoderConfig
-from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, write_config
-from sparsezoo_jax.training.parameters import read_params, save_params
+from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, stored_parameters, write_config
+from sparsezoo_jax.training.parameters import save_params
 from sparsezoo_jax.training.state import ModelTemplate, initial_variables
 from sparsezoo_jax.untrusted import read_json
 
@@ -132,7 +132,8 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     """
     library()
     _require_empty(destination)
-    model = read_config(directory / CONFIG).model
+    config = read_config(directory / CONFIG)
+    model = config.model
     layout, values = write_model(model, directory)
     tokenizer = find_tokenizer(directory)
     saved, parameters = _parameters(model), _parameters(dataclasses.replace(model, vocab_multiple=1))
@@ -143,7 +144,8 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     for name in ("bos", "eos"):
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
-    with _mapped(destination.absolute().parent, parameters, dtype, _saved(directory, saved, parameters)) as arrays:
+    parts = _saved(directory, config, saved, parameters)
+    with _mapped(destination.absolute().parent, parameters, dtype, parts) as arrays:
 
         def value_of(name: str) -> np.ndarray:
             place = found[name]
@@ -162,14 +164,14 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
 
 
 def _saved(
-    directory: Path, parameters: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    directory: Path, config: RunConfig, parameters: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """Parameters of a run's newest checkpoint as parts of arrays; they are to be those of its configuration.
 
     Of each the first entries in the `wanted` shape: a padded vocabulary loses its padding.
     """
     seen = set()
-    for path, array in read_params(directory / CHECKPOINTS):
+    for path, array in stored_parameters(directory, config):
         if array.shape != parameters.get(path):
             raise UserError(
                 f"{directory}: {path} is {array.shape} in the checkpoint, {parameters.get(path)} by {CONFIG}"

@@ -27,14 +27,13 @@ from sparsezoo_jax.training.checkpoint_format import (
     brief,
     check_fits,
     describe,
-    nested,
     read_arrays,
     read_meta,
     verify,
     write_meta,
 )
 from sparsezoo_jax.training.processes import barrier, from_first, in_all
-from sparsezoo_jax.training.state import PureDict, TrainState, flatten
+from sparsezoo_jax.training.state import PureDict, TrainState, flatten, nested
 from sparsezoo_jax.untrusted import printable
 
 MODEL_FIELDS = ("params", "model_state")
@@ -56,6 +55,8 @@ class RunRecord:
     """Rewinds after a spike of the loss."""
     losses: list[list[float]] = field(default_factory=list)
     """Step and loss of the newest good steps, by which spikes are told."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Step and fingerprint of the parameters that adapters belong to (`WarmStart.identity`); empty without adapters."""
     unlogged: list[str] = field(default_factory=list)
     """Lines of metrics.jsonl, up to the checkpoint's step, that could not be written yet."""
 
@@ -65,6 +66,7 @@ class Restored:
     """A train state read from disk, and what was saved beside it."""
 
     state: TrainState
+    """Without what is frozen."""
     data_state: dict[str, Any]
     """Position of the data iterator."""
     record: RunRecord
@@ -277,6 +279,6 @@ class Checkpointer:
 
 
 def _split(state: TrainState) -> tuple[PureDict, PureDict]:
-    """What evaluation needs, and the rest."""
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    """What evaluation needs, and the rest; what is frozen is another run's."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "frozen"}
     return {name: fields.pop(name) for name in MODEL_FIELDS}, fields

@@ -60,18 +60,6 @@ FORMAT = 2
 _FIRST_FORMAT = {"step", "data", "validation_loss", "arrays"}
 
 
-def nested(flat: dict[str, Any]) -> PureDict:
-    """Nested dicts by the parts of the path, whatever containers (tuples, optax states) the leaves came from."""
-    tree: PureDict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return tree
-
-
 @jax.jit
 def _fingerprint(x: jax.Array) -> jax.Array:
     """Sum of bits * (2 * index + 1) modulo 2^32: one flipped bit always changes it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +14,18 @@ import jax.numpy as jnp
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.lora import Adapters, adapters_of
 from sparsezoo_jax.training.objectives import check_objectives
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.state import (
     Build,
     ModelTemplate,
     Placement,
+    PureDict,
     TrainState,
+    flatten,
     initial_state,
+    nested,
     state_shardings,
 )
 from sparsezoo_jax.training.step import Batch, build_train_step
@@ -53,6 +58,34 @@ class PreparedStep:
     """Jitted (state, batch, loss_limit=None) -> (state, metrics); the state is donated."""
     detailed_step: Any = None
     """Jitted (state, batch, loss_limit=None) -> metrics, norms by layer among them; None unless asked for."""
+    adapters: Adapters | None = None
+    """What is trained in place of the model's parameters, if anything is."""
+    merge: Any = None
+    """Jitted (params, frozen) -> the model's parameters; None without adapters."""
+
+    def first_state(self, key: jax.Array) -> TrainState:
+        """The state before the first step; what is frozen is left out, to come from `with_base`."""
+        shardings = dataclasses.replace(self.shardings, frozen={})
+        return jax.jit(lambda key: dataclasses.replace(self.initialise(key), frozen={}), out_shardings=shardings)(key)
+
+    def model(self, state: TrainState) -> Any:
+        """The model with the parameters of a state."""
+        params = state.params if self.merge is None else self.merge(state.params, state.frozen)
+        return self.template.merge(params, state.model_state)
+
+    def with_base(self, state: TrainState, base: PureDict, model_state: PureDict | None = None) -> TrainState:
+        """A state whose adapters are beside `base`, all parameters of a model.
+
+        A state before the first step also takes what of `base` trains whole, and the other variables of that model:
+        those that are given and belong to no random stream.
+        """
+        assert self.adapters is not None
+        params, frozen = self.adapters.divided(base, state.params)
+        if model_state is None:
+            return dataclasses.replace(state, frozen=frozen)
+        given = {path: x for path, x in flatten(model_state).items() if path not in self.template.streams}
+        own = {**flatten(state.model_state), **given}
+        return dataclasses.replace(state, params=params, model_state=nested(own), frozen=frozen)
 
 
 def prepare_step(
@@ -70,11 +103,12 @@ def prepare_step(
         that does not divide B.
     """
     template = ModelTemplate(build)
-    optimizer = build_optimizer(config, template.parameters)
-    initialise = partial(initial_state, template, build, optimizer, config.objectives)
+    adapters = adapters_of(config.lora, template.parameters)
+    optimizer = build_optimizer(config, template.parameters if adapters is None else adapters.parameters)
+    initialise = partial(initial_state, template, build, optimizer, config.objectives, adapters=adapters)
     abstract = jax.eval_shape(initialise, jax.random.key(config.seed))
-    _check(config, template, abstract, batch_shape)
-    shardings = state_shardings(template, abstract, place)
+    _check(config, template, adapters, abstract, batch_shape)
+    shardings = state_shardings(template, abstract, place, adapters)
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
     )
@@ -89,22 +123,32 @@ def prepare_step(
     if by_layer:
         detailed = build_train_step(config, template, optimizer, by_layer=True)
         detailed_step = jax.jit(lambda *args: detailed(*args)[1], out_shardings=place((), ()))
-    return PreparedStep(template, initialise, abstract, shardings, batch, train_step, detailed_step)
+    merge = None
+    if adapters is not None:
+        merge = jax.jit(adapters.merged, out_shardings=adapters.undivided(shardings.params, shardings.frozen))
+    return PreparedStep(template, initialise, abstract, shardings, batch, train_step, detailed_step, adapters, merge)
 
 
-def _check(config: TrainConfig, template: ModelTemplate, abstract: TrainState, batch_shape: tuple[int, int]) -> None:
+def _check(
+    config: TrainConfig,
+    template: ModelTemplate,
+    adapters: Adapters | None,
+    abstract: TrainState,
+    batch_shape: tuple[int, int],
+) -> None:
     """Raise `ConfigError` for what can be found out without computing anything."""
     batch_size, count = batch_shape[0], config.accumulation
     require(batch_size % count == 0, "train.accumulation", count, f"must divide data.batch_size={batch_size}")
     shape = (batch_size // count, batch_shape[1])
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
 
-    def returned(params: Any, model_state: Any, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        model = template.merge(params, model_state)
+    def returned(state: TrainState, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        params = state.params if adapters is None else adapters.undivided(state.params, state.frozen)
+        model = template.merge(params, state.model_state)
         model.train()
         out = model_loss(model, batch, config.loss_chunk)[2]
         return out.losses, out.stats
 
     if config.objectives:
-        losses, statistics = jax.eval_shape(returned, abstract.params, abstract.model_state, batch)
+        losses, statistics = jax.eval_shape(returned, abstract, batch)
         check_objectives(config.objectives, list(losses), list(statistics))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
+from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
 from sparsezoo_jax.training.schedules import Cosine, ScheduleConfig, steps_of
@@ -88,6 +89,8 @@ class TrainConfig:
     """Checkpoint of that run; None is the newest."""
     upcycle_noise: float = 0.02
     """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train low-rank adapters of the run that init_from names, whose parameters stay as they are."""
     accumulation: int = 1
     """Micro-batches per step; they divide data.batch_size, and change memory, not results."""
     loss_chunk: int | None = None

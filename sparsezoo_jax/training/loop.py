@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.data import BatchIterator
-from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.errors import StorageError, require
 from sparsezoo_jax.sharding import addressable_rows, device_put
 from sparsezoo_jax.training.checkpoint import Checkpointer, RunRecord
 from sparsezoo_jax.training.compilation import prepare_step
@@ -28,7 +28,7 @@ from sparsezoo_jax.training.lease import Lease
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.processes import barrier, in_all
 from sparsezoo_jax.training.speed import SpeedMeter, yardstick
-from sparsezoo_jax.training.state import Build, Placement, TrainState, parameter_count
+from sparsezoo_jax.training.state import Build, Placement, TrainState, first_device, flatten, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
 from sparsezoo_jax.training.warm_start import WarmStart
 from sparsezoo_jax.training.writers import (
@@ -105,7 +105,8 @@ def fit(
       evaluate: called on the model every `eval_every` steps, with every checkpoint if `keep_best`, and at the end.
       place: from the logical axes and shape of an array to its sharding; axes of a batch are ('batch', 'length').
         Default: everything on the first device.
-      warm_start: gives the parameters of a run that has no checkpoint yet. Default: those that `build` makes.
+      warm_start: gives the parameters of a run that has no checkpoint yet, and with `config.lora` of any run those
+        that adapters are trained for. Default: those that `build` makes.
       before_writing: called once when the configuration has been checked, before the first file is written.
       writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
       phases: tells a watchdog what the run is doing.
@@ -113,8 +114,8 @@ def fit(
         devices' peak, where that is known.
 
     Raises:
-      ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
-        that does not divide B.
+      ConfigError: an objective for a loss, or a group or adapters for parameters, that the model does not have;
+        adapters without `warm_start`; an accumulation that does not divide B.
       UserError: the checkpoint belongs to another model or optimizer.
       RunInUseError: another process trains in `workdir`.
       StorageError: saving failed, no checkpoint in `workdir` can be read, or there is a log of steps without any.
@@ -128,7 +129,10 @@ def fit(
     # ---------------------------------------------------------------------------------------------------------- Build
     place = first_device if place is None else place
     prepared = prepare_step(config, build, batch_shape, place)
-    template, shardings, train_step = prepared.template, prepared.shardings, prepared.train_step
+    shardings, train_step = prepared.shardings, prepared.train_step
+    adapts = prepared.adapters is not None
+    allowed = "needs train.init_from, the run whose parameters get adapters"
+    require(not adapts or warm_start is not None, "train.lora.rank", config.lora.rank, allowed)
     batch_sharding = prepared.batch["tokens"].sharding
     rows = addressable_rows(batch_sharding, batch_shape)
 
@@ -146,22 +150,31 @@ def fit(
         # 2. the position in the data, saved with them;
         # 3. the metrics files, cut back to that step (below, when they are opened).
         # Without a checkpoint: initialise, from another run's parameters if there is one, and start at the first data.
+        # With adapters, what they are trained for comes from that other run every time.
         restored = checkpointer.restore(prepared.abstract)
+        base = warm_start.read(place) if adapts and warm_start is not None else None
         if restored is None:
-            state = jax.jit(prepared.initialise, out_shardings=shardings)(jax.random.key(config.seed))
-            if warm_start is not None:
-                # The optimizers' first states do not depend on the parameters' values.
+            state = prepared.first_state(jax.random.key(config.seed))
+            record = RunRecord()
+            # The optimizers' first states do not depend on the parameters' values.
+            if base is not None and warm_start is not None:
+                state = prepared.with_base(state, *base)
+                record = RunRecord(base=warm_start.identity())
+            elif warm_start is not None:
                 state = dataclasses.replace(state, params=warm_start(state.params, shardings.params, place))
-            first, record = 0, RunRecord()
+            first = 0
         else:
-            state = restored.state
+            state = restored.state if base is None else prepared.with_base(restored.state, base[0])
             data.set_state(restored.data_state)
             first = int(state.step)
             record = dataclasses.replace(restored.record, starts=restored.record.starts + 1)
         if is_main:
-            parameters = parameter_count(template)
+            parameters = f"{parameter_count(prepared.template):,} parameters"
+            if adapts:
+                trained = sum(x.size for x in flatten(prepared.abstract.params).values())
+                parameters = f"{parameters}, {trained:,} trained"
             origin = f"resuming from step {first} in {workdir}" if restored else f"training from step 0 in {workdir}"
-            print(f"{origin}: {parameters:,} parameters, {config.steps} steps", file=sys.stderr)
+            print(f"{origin}: {parameters}, {config.steps} steps", file=sys.stderr)
 
         last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
         if writers is None and is_main:
@@ -251,7 +264,8 @@ def fit(
                 if restored is None:
                     print(f"warning: the loss spiked at step {spiked}; no checkpoint to go back to", file=sys.stderr)
                 else:
-                    state, back = restored.state, int(restored.state.step)
+                    state = dataclasses.replace(restored.state, frozen=state.frozen)
+                    back = int(state.step)
                     data.set_state(restored.data_state)
                     for _ in range(spiked - back):
                         with phases("data"):
@@ -271,7 +285,7 @@ def fit(
             if evaluate is not None and evaluates and not interrupted:
                 try:
                     with phases("evaluation"), speed.paused():
-                        model = template.merge(state.params, state.model_state)
+                        model = prepared.model(state)
                         evaluation = dict(evaluate(model, between_batches))
                     writer.write(step, evaluation, split="validation")
                     validation_loss = evaluation.get("loss")
@@ -302,7 +316,7 @@ def fit(
     if is_main and step > first:
         print(account.summary(step), file=sys.stderr)
     return FitResult(
-        model=template.merge(state.params, state.model_state),
+        model=prepared.model(state),
         state=state,
         metrics=latest,
         evaluation=evaluation,
@@ -360,11 +374,6 @@ class _Profiler:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """A placement that has everything on the first device."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Sharding, rows: range) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,7 @@ def merge_params(
     steps: Sequence[int] | None = None,
     last: int | None = None,
     decay: MergeDecay | Sequence[float] = "1-sqrt",
+    read: Callable[[Path, int], tuple[PureDict, PureDict]] = restore_params,
 ) -> tuple[PureDict, PureDict]:
     """Weighted average of the parameters of several checkpoints, summed in float32; one is in memory at a time.
 
@@ -56,6 +57,7 @@ def merge_params(
       steps: the steps to merge, oldest first; or
       last: the number of newest ones. Exactly one of both.
       decay: the decay to imitate, by name or as its values (one fewer than checkpoints).
+      read: gives parameters and model state of a step.
 
     Returns:
       Parameters in the type they were saved in, and the model state of the newest checkpoint.
@@ -79,7 +81,7 @@ def merge_params(
     params: PureDict = {}
     model_state: PureDict = {}
     for step, weight in zip(steps, merge_weights(values), strict=True):
-        params, model_state = restore_params(directory, step)
+        params, model_state = read(Path(directory), step)
         weighted = jax.tree.map(lambda x, w=weight: jnp.float32(w) * x.astype(jnp.float32), params)
         total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
     return jax.tree.map(lambda sum_, x: sum_.astype(x.dtype), total, params), model_state

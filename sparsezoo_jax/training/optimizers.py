@@ -48,7 +48,7 @@ class MatrixAxes(NamedTuple):
     outputs: tuple[int, ...]
 
 
-def _roles(variable: Variable) -> list[tuple[int, ...]]:
+def matrix_roles(variable: Variable) -> list[tuple[int, ...]]:
     """Dimensions of one unstacked parameter, as negative indices: no leading axis of experts, head axes taken together.
 
     ('heads', 'head_dim', 'embed') is a matrix of two roles, ('heads', 'head_dim') a vector of one.
@@ -70,7 +70,7 @@ def _roles(variable: Variable) -> list[tuple[int, ...]]:
 
 def is_matrix(variable: Variable) -> bool:
     """Whether a parameter of one layer (and expert) is a matrix rather than a vector or a scalar."""
-    return len(_roles(variable)) >= 2
+    return len(matrix_roles(variable)) >= 2
 
 
 def is_embedding(variable: Variable) -> bool:
@@ -80,7 +80,7 @@ def is_embedding(variable: Variable) -> bool:
 
 def matrix_axes(variable: Variable) -> MatrixAxes | None:
     """Input and output dimensions for Muon; None for what AdamW updates: embeddings, vectors, unnamed tensors."""
-    roles = _roles(variable)
+    roles = matrix_roles(variable)
     if variable.axes is None or is_embedding(variable) or len(roles) != 2:
         return None
     return MatrixAxes(*roles)

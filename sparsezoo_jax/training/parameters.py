@@ -18,14 +18,13 @@ from sparsezoo_jax.training.checkpoint_format import (
     DamagedCheckpointError,
     brief,
     describe,
-    nested,
     read_arrays,
     read_meta,
     reading,
     verify,
     write_meta,
 )
-from sparsezoo_jax.training.state import PureDict
+from sparsezoo_jax.training.state import PureDict, nested
 
 READ_BYTES = 1 << 28
 """Bytes of a model that are read at one time, or its largest array."""
@@ -82,6 +81,22 @@ def _restore_params(
         items = read_arrays(manager, step, {"model": nested(flat)})
         verify(manager, step, items, meta["arrays"])
     return items["model"]["params"], items["model"].get("model_state", {})
+
+
+def saved_metadata(directory: Path | str, step: int | None = None) -> dict[str, Any]:
+    """What a step (default: the newest) holds beside its arrays; under 'arrays' shape, type and fingerprint of each.
+
+    Raises:
+      UserError: there is no such step.
+      StorageError: the step is damaged.
+    """
+    directory = Path(directory).absolute()
+    chosen = _chosen(directory, step)
+    try:
+        with _reader(directory) as manager:
+            return read_meta(manager, chosen)
+    except DamagedCheckpointError as error:
+        raise _damaged(directory, chosen, error) from error
 
 
 def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,6 +19,7 @@ from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.guards import SpikeGuard
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.state import Build, Placement
+from sparsezoo_jax.training.warm_start import WarmStart
 from sparsezoo_jax.training.writers import JsonlWriter
 
 
@@ -62,6 +63,7 @@ def replay(
     place: Placement,
     to_device: Callable[[Any], Any],
     report: Callable[[Replayed], None],
+    warm_start: WarmStart | None = None,
     phases: Phases | None = None,
 ) -> Path:
     """Make the steps of `window` again from the newest checkpoint before them, and write them to a file of their own.
@@ -89,6 +91,9 @@ def replay(
     guard = SpikeGuard(config.spike, restored.record.losses)
     logged = _logged(workdir / "metrics.jsonl")
     state = restored.state
+    if prepared.adapters is not None:
+        assert warm_start is not None, "adapters are trained for another run's parameters"
+        state = prepared.with_base(state, warm_start.read(place)[0])
     target = workdir / f"replay-{first}-{last}.jsonl"
     target.unlink(missing_ok=True)
     writer = JsonlWriter(target) if jax.process_index() == 0 else None

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.training.lora import Adapters
 
 PureDict = dict[str, Any]
 Build = Callable[[nnx.Rngs], nnx.Module]
@@ -41,6 +44,8 @@ class TrainState:
     """Number of steps skipped because loss or gradient was not finite, int32."""
     consecutive_skipped: jax.Array
     """Number of them since the last good step, int32."""
+    frozen: PureDict = field(default_factory=dict)
+    """With adapters (`training.lora`) the parameters of another run that don't train, which no checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,23 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def nested(flat: Mapping[str, Any]) -> PureDict:
+    """Nested dicts by the parts of the path, whatever containers (tuples, optax states) the leaves came from."""
+    tree: PureDict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
 def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose function gets the path, as in `flatten`, before the leaves."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves), tree, *rest
     )
-
-
-def _nested(flat: Mapping[tuple[Any, ...], Any]) -> PureDict:
-    tree: PureDict = {}
-    for path, leaf in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(str(key), {})
-        node[str(path[-1])] = leaf
-    return tree
 
 
 def _lookup(tree: PureDict, path: tuple[Any, ...]) -> Any:
@@ -112,6 +119,11 @@ class ModelTemplate:
         """Every other variable by path."""
         return _describe(self._rest)
 
+    @property
+    def streams(self) -> frozenset[str]:
+        """Those of the other variables that belong to random streams."""
+        return frozenset("/".join(map(str, path)) for path, v in self._rest if isinstance(v, nnx.RngState))
+
     def split(self, model: nnx.Module) -> tuple[PureDict, PureDict]:
         """Parameters and other variables of a model, as nested dicts of plain arrays (random keys as their data)."""
         _, params, rest = nnx.split(model, nnx.Param, ...)
@@ -127,7 +139,7 @@ def _pure(state: Any) -> PureDict:
         array = variable.get_value()
         return jax.random.key_data(array) if _is_key(array) else array
 
-    return _nested({path: value(variable) for path, variable in nnx.to_flat_state(state)})
+    return nested({"/".join(map(str, path)): value(variable) for path, variable in nnx.to_flat_state(state)})
 
 
 def _filled(template: Any, values: PureDict) -> Any:
@@ -159,10 +171,18 @@ def _describe(flat_state: Any) -> dict[str, Variable]:
 
 
 def initial_state(
-    template: ModelTemplate, build: Build, optimizer: Any, objectives: tuple[Any, ...], seed: jax.Array
+    template: ModelTemplate,
+    build: Build,
+    optimizer: Any,
+    objectives: tuple[Any, ...],
+    seed: jax.Array,
+    adapters: Adapters | None = None,
 ) -> TrainState:
     """The state before the first step; pure, meant to be jitted. `seed` is a jax.random.key."""
     params, model_state = template.split(build(nnx.Rngs(seed)))
+    frozen: PureDict = {}
+    if adapters is not None:
+        params, frozen = adapters.divided(params, adapters.create(jax.random.fold_in(seed, 1)))
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -171,6 +191,7 @@ def initial_state(
         objectives=tuple(objective.init() for objective in objectives),
         skipped=jnp.int32(0),
         consecutive_skipped=jnp.int32(0),
+        frozen=frozen,
     )
 
 
@@ -183,9 +204,16 @@ Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sha
 """From the logical axes and the shape of an array (both empty for a scalar) to its sharding."""
 
 
-def state_shardings(template: ModelTemplate, abstract: TrainState, place: Placement) -> TrainState:
+def first_device(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """A placement that has everything on the first device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def state_shardings(
+    template: ModelTemplate, abstract: TrainState, place: Placement, adapters: Adapters | None = None
+) -> TrainState:
     """A sharding for every array of the state: optimizer moments go where their parameter is."""
-    described = {**template.parameters, **template.variables}
+    described = {**template.parameters, **template.variables, **(adapters.parameters if adapters else {})}
 
     def of(path: str, leaf: Any) -> jax.sharding.Sharding:
         # 'params/a/b', 'model_state/a/b' and 'opt_state/0/mu/a/b' all end in the variable's path 'a/b'.

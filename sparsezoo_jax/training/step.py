@@ -11,6 +11,7 @@ import optax
 
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.lora import adapters_of
 from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
 from sparsezoo_jax.training.optimizer import clip_gradients
 from sparsezoo_jax.training.schedules import build_schedule
@@ -48,6 +49,9 @@ def build_train_step(
     and given, with a key of this step, to its method `after_step`, after the optimizer's update. That may change
     parameters too (dead neurons); moments of the optimizer stay as they are.
 
+    With `config.lora` the parameters of the state are adapters, and gradients, updates and norms are theirs; parameters
+    that do not train themselves, `after_step` does not change either.
+
     If loss or gradient norm is not finite, or the loss above `loss_limit` (a scalar), parameters, optimizer, objectives
     and model state stay as they are and the step is counted in `skipped`.
 
@@ -59,15 +63,21 @@ def build_train_step(
     """
     schedule = build_schedule(config.schedule, config.steps)
     count = config.accumulation
+    adapters = adapters_of(config.lora, template.parameters)
+    trained_parameters = template.parameters if adapters is None else adapters.parameters
+
+    def model_of(params: PureDict, frozen: PureDict, model_state: PureDict) -> Any:
+        return template.merge(params if adapters is None else adapters.merged(params, frozen), model_state)
 
     def objective_sum(
         params: PureDict,
+        frozen: PureDict,
         model_state: PureDict,
         batch: Batch,
         coefficients: dict[str, jax.Array],
         targets_per_token: jax.Array,
     ):
-        model = template.merge(params, model_state)
+        model = model_of(params, frozen, model_state)
         model.train()
         trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss)
         weight = targets_per_token * real_tokens(batch)
@@ -83,13 +93,14 @@ def build_train_step(
 
     gradient = jax.grad(objective_sum, has_aux=True)
 
-    def accumulated(params: PureDict, model_state: PureDict, batch: Batch, coefficients: dict[str, jax.Array]):
+    def accumulated(state: TrainState, batch: Batch, coefficients: dict[str, jax.Array]):
         """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
+        params, frozen, model_state = state.params, state.frozen, state.model_state
         # Weights of micro-batches are to add up to the target tokens, by which everything is divided in the end.
         targets = jnp.sum(batch["mask"], dtype=jnp.float32)
         ratio = targets / jnp.maximum(real_tokens(batch), 1)
         if count == 1:
-            grads, (model_state, tokens, metrics) = gradient(params, model_state, batch, coefficients, ratio)
+            grads, (model_state, tokens, metrics) = gradient(params, frozen, model_state, batch, coefficients, ratio)
             return grads, model_state, tokens, metrics
         # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
         micro = {k: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
@@ -97,7 +108,7 @@ def build_train_step(
         def body(carry: Any, batch: Batch):
             grads, model_state, tokens, metrics = carry
             new_grads, (model_state, new_tokens, new_metrics) = gradient(
-                params, model_state, batch, coefficients, ratio
+                params, frozen, model_state, batch, coefficients, ratio
             )
             # Sums are float32 also for bfloat16 parameters.
             sums = jax.tree.map(
@@ -106,7 +117,7 @@ def build_train_step(
             return (sums[0], model_state, sums[1], sums[2]), None
 
         first = {name: x[0] for name, x in micro.items()}
-        shapes = jax.eval_shape(gradient, params, model_state, first, coefficients, ratio)
+        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, ratio)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
         (grads, model_state, tokens, metrics), _ = jax.lax.scan(
             body, (zeros[0], model_state, zeros[1], zeros[2]), micro
@@ -118,7 +129,7 @@ def build_train_step(
             objective.loss: objective.coefficient(objective_state, state.step)
             for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
         }
-        grads, model_state, tokens, sums = accumulated(state.params, state.model_state, batch, coefficients)
+        grads, model_state, tokens, sums = accumulated(state, batch, coefficients)
         total = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
         metrics, observed = jax.tree.map(lambda value: value / total, sums)
@@ -140,16 +151,17 @@ def build_train_step(
             good &= metrics["loss"] <= loss_limit
         norms = norm_metrics(raw_grads, state.params, updates)
         if by_layer:
-            stacked = {path: len(v.shape) - len(v.axes or v.shape) for path, v in template.parameters.items()}
+            stacked = {path: len(v.shape) - len(v.axes or v.shape) for path, v in trained_parameters.items()}
             norms |= norms_by_layer("grad_norms_by_layer", raw_grads, stacked)
             norms |= norms_by_layer("param_norms_by_layer", state.params, stacked)
             norms |= norms_by_layer("update_norms_by_layer", updates, stacked)
         params: Any = optax.apply_updates(state.params, updates)
         if jax.tree.leaves(observed):
-            model = template.merge(params, model_state)
+            model = model_of(params, state.frozen, model_state)
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             model.after_step(jax.lax.stop_gradient(observed), key)
-            params, model_state = template.split(model)
+            moved, model_state = template.split(model)
+            params = moved if adapters is None else adapters.divided(moved, params)[0]
         new = (params, model_state, opt_state, objectives)
         old = (state.params, state.model_state, state.opt_state, state.objectives)
         params, model_state, opt_state, objectives = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
@@ -162,6 +174,7 @@ def build_train_step(
             objectives=objectives,
             skipped=state.skipped + bad,
             consecutive_skipped=(state.consecutive_skipped + bad) * bad,
+            frozen=state.frozen,
         )
         metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()} | norms
         metrics |= {

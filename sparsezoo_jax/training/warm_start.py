@@ -6,6 +6,8 @@ the other run's FFN: experts as copies of a dense layer, for example.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -20,8 +22,8 @@ from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder, DecoderConfig, FFNKind
-from sparsezoo_jax.training.parameters import restore_params, saved_steps
-from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, flatten, map_with_path
+from sparsezoo_jax.training.parameters import restore_params, saved_metadata, saved_steps
+from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, first_device, flatten, map_with_path
 
 _FIELD = "train.init_from"
 _FFN = re.compile(r"(?P<layer>.*/ffn)/(?P<name>.+)")
@@ -50,16 +52,47 @@ class WarmStart:
         Raises:
           StorageError: the other run's checkpoint is damaged.
         """
-        if jax.process_index() == 0:
-            print(f"parameters of {self.checkpoints.parent}, step {self.step}", file=sys.stderr)
-        axes = {name: v.full_axes for name, v in _template(self.source).parameters.items()}
-
-        def sharding_of(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-            return place(axes.get(name.removeprefix("params/"), (None,) * len(shape)), shape)
-
-        found, _ = restore_params(self.checkpoints, self.step, sharding_of=sharding_of)
+        found, _ = self._restored(place)
         convert = jax.jit(partial(_converted, self.source, self.target, self.noise), out_shardings=shardings)
         return convert(params, found, jax.random.key(self.seed))
+
+    def read(self, place: Placement = first_device) -> tuple[PureDict, PureDict]:
+        """All parameters of the decoder to start, where the other run has its like for each, and its other variables.
+
+        Raises:
+          StorageError: the other run's checkpoint is damaged.
+        """
+        template, wanted = _template(self.target), _abstract(self.target)
+        found, model_state = self._restored(place)
+
+        def converted(found: PureDict) -> PureDict:
+            return _converted(self.source, self.target, self.noise, wanted, found, jax.random.key(self.seed))
+
+        shardings = map_with_path(lambda path, x: place(template.parameters[path].full_axes, x.shape), wanted)
+        return jax.jit(converted, out_shardings=shardings)(found), model_state
+
+    def identity(self) -> dict[str, Any]:
+        """The step, and a fingerprint of all parameters of the other run.
+
+        Raises:
+          StorageError: the other run's checkpoint is damaged.
+        """
+        arrays = saved_metadata(self.checkpoints, self.step)["arrays"]
+        params = {path: entry for path, entry in arrays.items() if path.startswith("model/params/")}
+        digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
+        return {"step": self.step, "fingerprint": digest}
+
+    def _restored(self, place: Placement) -> tuple[PureDict, PureDict]:
+        if jax.process_index() == 0:
+            print(f"parameters of {self.checkpoints.parent}, step {self.step}", file=sys.stderr)
+        template = _template(self.source)
+        axes = {f"params/{name}": variable.full_axes for name, variable in template.parameters.items()}
+        axes |= {f"model_state/{name}": variable.full_axes for name, variable in template.variables.items()}
+
+        def sharding_of(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+            return place(axes.get(name, (None,) * len(shape)), shape)
+
+        return restore_params(self.checkpoints, self.step, sharding_of=sharding_of)
 
 
 def open_warm_start(

@@ -17,7 +17,7 @@ CASES = [(arch, mesh) for arch, meshes in COVERED.items() for mesh in meshes]
 
 
 def test_every_architecture_trains_on_a_mesh():
-    assert set(COVERED) == set(PRESETS)
+    assert set(COVERED) - {"adapters"} == set(PRESETS)
 
 
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
@@ -33,5 +33,9 @@ def test_meshes_agree_with_one_device(differences, arch, mesh):
 
 @pytest.mark.parametrize(("arch", "mesh"), CASES)
 def test_only_norm_scales_and_routers_are_repeated_within_a_model_copy(differences, arch, mesh):
-    """Each device routes its own tokens over all experts, so that columns of a mixture's router are not split."""
-    assert all(name.endswith(("/scale", "/norm_scale_W", "/router_DE")) for name in differences[arch][mesh]["held"])
+    """Each device routes its own tokens over all experts, so that columns of a mixture's router are not split.
+
+    One side of an adapter is a rank, which is not split either.
+    """
+    repeated = ("/scale", "/norm_scale_W", "/router_DE", "/lora_a", "/lora_b")
+    assert all(name.endswith(repeated) for name in differences[arch][mesh]["held"])

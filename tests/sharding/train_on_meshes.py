@@ -15,6 +15,7 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, device_put, named_sharding, num_replicas, use_mesh
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.lora import LoRAConfig, adapters_of
 from sparsezoo_jax.training.objectives import FixedObjective
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.optimizers import AdamW
@@ -42,10 +43,13 @@ COVERED = {
     "plm": ("fsdp 4, tensor 2",),
     "ling": ("data 2, expert 2, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
+    "adapters": ("data 2, expert 2, tensor 2",),
 }
 #: What weighs the auxiliary losses; and micro-batches of a step on these meshes, one device having one.
 OBJECTIVES = {"sparselm": (FixedObjective(loss="l1", weight=0.01),)}
 ACCUMULATION = {("sparselm", "fsdp 2, context 2, tensor 2"): 4}
+WHOLE = LoRAConfig()
+LORA = {"adapters": LoRAConfig(rank=8, whole=("scale$",))}
 SHAPE = (8, 32)
 
 
@@ -77,12 +81,12 @@ def models():
 
     model = preset("moe", "tiny").model
     ffn = dataclasses.replace(model.ffn, experts=9, expert_width=16, k=3, shared_experts=1, moved="tokens")
-    yield (
-        "moe",
-        dataclasses.replace(
-            model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
-        ),
+    model = dataclasses.replace(
+        model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
     )
+    yield "moe", model
+    dense = preset("dense", "tiny").model.attention
+    yield "adapters", dataclasses.replace(model, layers=1, attention=dense, remat="none")
 
     model = preset("plm", "tiny").model
     attention = dataclasses.replace(model.attention, heads=8, kv_lora_rank=16)
@@ -158,7 +162,7 @@ def batches():
         }
 
 
-def train(config, mesh, objectives=(), accumulation=1):
+def train(config, mesh, objectives=(), accumulation=1, lora=WHOLE):
     """Metrics, the first gradients, the final parameters, and on how many devices of a model copy each of them is."""
     settings = TrainConfig(
         steps=3,
@@ -167,20 +171,23 @@ def train(config, mesh, objectives=(), accumulation=1):
         accumulation=accumulation,
         loss_chunk=16,
         objectives=objectives,
+        lora=lora,
     )
 
     def build(rngs):
         return Decoder(config, rngs=rngs)
 
     template = ModelTemplate(build)
-    optimizer = build_optimizer(settings, template.parameters)
+    adapters = adapters_of(lora, template.parameters)
+    trained = template.parameters if adapters is None else adapters.parameters
+    optimizer = build_optimizer(settings, trained)
     place = named_sharding(mesh)
 
     def initialise(key):
-        return with_dead_neurons(initial_state(template, build, optimizer, objectives, key))
+        return with_dead_neurons(initial_state(template, build, optimizer, objectives, key, adapters))
 
     key = jax.random.key(0)
-    shardings = state_shardings(template, jax.eval_shape(initialise, key), place)
+    shardings = state_shardings(template, jax.eval_shape(initialise, key), place, adapters)
 
     with use_mesh(mesh):
         state = jax.jit(initialise, out_shardings=shardings)(key)
@@ -194,7 +201,7 @@ def train(config, mesh, objectives=(), accumulation=1):
             if len(rows) == 1:  # Adam's first moment is then the gradient, but for a factor
                 moments = flatten(jax.device_get(state.opt_state))
                 gradients = {path: x for path, x in moments.items() if "mu/" in path}
-    held = {name: num_replicas(v.full_axes, v.shape, mesh) for name, v in template.parameters.items()}
+    held = {name: num_replicas(v.full_axes, v.shape, mesh) for name, v in trained.items()}
     found = {
         name: round(x.size / max(shard.data.size for shard in x.addressable_shards))
         for name, x in flatten(state.params).items()
@@ -227,13 +234,13 @@ def main():
     for arch, config in models():
         if wanted and arch not in wanted:
             continue
-        objectives = OBJECTIVES.get(arch, ())
-        rows, gradients, parameters, _ = train(config, build_mesh(MeshConfig(), jax.devices()[:1]), objectives)
+        objectives, lora = OBJECTIVES.get(arch, ()), LORA.get(arch, WHOLE)
+        rows, gradients, parameters, _ = train(config, build_mesh(MeshConfig(), jax.devices()[:1]), objectives, 1, lora)
         report[arch] = {}
         for name in COVERED[arch]:
             axes = MESHES[name]
             sharded_rows, sharded_gradients, sharded, held = train(
-                config, build_mesh(MeshConfig(**axes)), objectives, ACCUMULATION.get((arch, name), 1)
+                config, build_mesh(MeshConfig(**axes)), objectives, ACCUMULATION.get((arch, name), 1), lora
             )
             report[arch][name] = {
                 "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, sharded_rows, strict=True)),

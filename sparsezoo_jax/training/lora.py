@@ -1,0 +1,151 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for any model: another form of its tree of parameters.
+
+A matrix W that a pattern names becomes W + (alpha / rank) A B before the model is called. W stays as another run left
+it; A and B are what is trained. No layer knows of it, so that every architecture, kernel, mesh and remat policy takes
+adapters as it is, at the price of the whole gradient of W, from which those of A and B are made.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from pydantic.dataclasses import dataclass
+
+from sparsezoo_jax.errors import STRICT, ConfigError, require
+from sparsezoo_jax.training.optimizers import matrix_roles
+from sparsezoo_jax.training.state import PureDict, Variable, flatten, nested
+
+T = TypeVar("T")
+_A, _B = "lora_a", "lora_b"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoRAConfig:
+    """Training small matrices beside those of another run, which stay as they are."""
+
+    rank: int | None = None
+    """Columns of A and rows of B (r); at most the smaller side of every adapted matrix. None: all parameters train."""
+    alpha: float = 16.0
+    """The product A B is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = (r"/(attention|ffn)/(?!.*router)",)
+    """Regular expressions searched in the paths of parameters: matrices that they find get adapters, each of a stack of
+    layers or experts its own; vectors that they find stay as they are. Default: attention and FFNs without routers."""
+    whole: tuple[str, ...] = ()
+    """Regular expressions for parameters that train themselves, such as '/scale$' or 'bias$'."""
+
+    def __post_init__(self):
+        for name in ("targets", "whole"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"train.lora.{name}", pattern, f"is no regular expression ({error})") from None
+            default = type(self).__dataclass_fields__[name].default
+            used = self.rank is not None or getattr(self, name) == default
+            require(used, f"train.lora.{name}", getattr(self, name), "works together with train.lora.rank only")
+        require(self.rank is None or self.rank > 0, "train.lora.rank", self.rank, "must be at least 1 or None")
+        require(self.alpha > 0, "train.lora.alpha", self.alpha, "must be above 0")
+        require(bool(self.targets), "train.lora.targets", self.targets, "needs at least one pattern")
+
+
+class _Split(NamedTuple):
+    """The dimensions of a parameter: those of the stack come first, then inputs, then outputs."""
+
+    stack: int
+    inputs: int
+
+    def sides(self, dimensions: tuple[T, ...], rank: T) -> tuple[tuple[T, ...], tuple[T, ...]]:
+        """The dimensions of A and of B, for those of the parameter."""
+        middle = self.stack + self.inputs
+        stack, inputs, outputs = dimensions[: self.stack], dimensions[self.stack : middle], dimensions[middle:]
+        return (*stack, *inputs, rank), (*stack, rank, *outputs)
+
+
+class Adapters:
+    """What of a model's parameters is trained beside a frozen base, and how both make the parameters.
+
+    `trained` is a tree with 'PATH/lora_a' [stack, inputs, r] and 'PATH/lora_b' [stack, r, outputs], float32, for each
+    adapted parameter PATH, and with the parameters that train whole under their own paths; `frozen` is one of all other
+    parameters. Dimensions keep the logical axes that they have in the parameter.
+    """
+
+    def __init__(self, config: LoRAConfig, parameters: Mapping[str, Variable]):
+        """Find what the patterns name among `parameters`.
+
+        Raises:
+          ConfigError: a pattern that finds nothing, a rank beyond a matrix, a parameter that both lists name.
+        """
+        assert config.rank is not None
+        self._rank, self._scale = config.rank, config.alpha / config.rank
+        roles = {path: matrix_roles(variable) for path, variable in parameters.items()}
+        matrices = [path for path in parameters if len(roles[path]) >= 2]
+        adapted = _found("train.lora.targets", config.targets, matrices, "matrix")
+        self._whole = frozenset(_found("train.lora.whole", config.whole, list(parameters), "parameter"))
+        self._splits: dict[str, _Split] = {}
+        self.parameters: dict[str, Variable] = {path: parameters[path] for path in sorted(self._whole)}
+        """The trained parameters by path."""
+        for path in adapted:
+            require(path not in self._whole, "train.lora.whole", path, "has adapters by train.lora.targets, too")
+            variable, (inputs, outputs) = parameters[path], roles[path][-2:]
+            sides = [math.prod(variable.shape[i] for i in role) for role in (inputs, outputs)]
+            allowed = f"must be at most {min(sides)}, the smaller side of {path}"
+            require(self._rank <= min(sides), "train.lora.rank", self._rank, allowed)
+            split = _Split(len(variable.shape) - len(inputs) - len(outputs), len(inputs))
+            self._splits[path] = split
+            axes = variable.full_axes if variable.axes is None else variable.axes
+            layers = len(variable.shape) - len(axes)  # which `Variable.axes` does not name
+            a, b = split.sides(variable.shape, self._rank)
+            a_axes, b_axes = split._replace(stack=split.stack - layers).sides(axes, None)
+            self.parameters[f"{path}/{_A}"] = Variable(a, a_axes)
+            self.parameters[f"{path}/{_B}"] = Variable(b, b_axes)
+
+    def create(self, key: jax.Array) -> PureDict:
+        """New adapters, whose product is 0: A normal with variance 1 / inputs, B zero."""
+        made = {}
+        for path, split in self._splits.items():
+            a, b = (self.parameters[f"{path}/{name}"].shape for name in (_A, _B))
+            deviation = math.prod(a[split.stack : -1]) ** -0.5
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            made[f"{path}/{_A}"] = deviation * jax.random.normal(own, a, jnp.float32)
+            made[f"{path}/{_B}"] = jnp.zeros(b, jnp.float32)
+        return nested(made)
+
+    def divided(self, params: PureDict, adapters: PureDict) -> tuple[PureDict, PureDict]:
+        """`trained` and `frozen` of all parameters of a model; of `adapters` only those count."""
+        base, beside = flatten(params), flatten(adapters)
+        trained = {path: base[path] if path in self._whole else beside[path] for path in self.parameters}
+        return nested(trained), nested({path: x for path, x in base.items() if path not in self._whole})
+
+    def undivided(self, trained: PureDict, frozen: PureDict) -> PureDict:
+        """All parameters of a model without what adapters add to them; leaves may be anything."""
+        return nested({**flatten(frozen), **{path: x for path, x in flatten(trained).items() if path in self._whole}})
+
+    def merged(self, trained: PureDict, frozen: PureDict) -> PureDict:
+        """All parameters of the model, in the types of the base; the sums are float32."""
+        base, beside = flatten(self.undivided(trained, frozen)), flatten(trained)
+        for path, split in self._splits.items():
+            a, b = beside[f"{path}/{_A}"], beside[f"{path}/{_B}"]
+            batch = tuple(range(split.stack))
+            product = jax.lax.dot_general(
+                a, b, (((a.ndim - 1,), (split.stack,)), (batch, batch)), precision=jax.lax.Precision.HIGHEST
+            )
+            base[path] = (base[path].astype(jnp.float32) + self._scale * product).astype(base[path].dtype)
+        return nested(base)
+
+
+def adapters_of(config: LoRAConfig, parameters: Mapping[str, Variable]) -> Adapters | None:
+    """The adapters that a configuration asks for, None without any."""
+    return None if config.rank is None else Adapters(config, parameters)
+
+
+def _found(field: str, patterns: tuple[str, ...], paths: list[str], noun: str) -> list[str]:
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ConfigError(field, pattern, f"finds no {noun}; paths are {', '.join(sorted(paths))}")
+    return [path for path in paths if any(re.search(pattern, path) for pattern in patterns)]
