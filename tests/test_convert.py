@@ -340,7 +340,10 @@ def test_newer_rope_parameters():
 
 @pytest.mark.parametrize(
     ("arch", "size", "message"),
-    [("spark", "tiny", "model.attention.kind=spark: only gqa; model.ffn.kind=spark: only gated")],
+    [
+        ("spark", "tiny", "model.attention.kind=spark: only gqa; model.ffn.kind=spark: only gated"),
+        ("prosparse", "tiny", "a LlamaForCausalLM checkpoint can't hold model.ffn.threshold=0.01: only 0.0"),
+    ],
 )
 def test_runs_that_transformers_lacks(arch, size, message, tmp_path):
     write_config(tmp_path / "run", preset(arch, size))

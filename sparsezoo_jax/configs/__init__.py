@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, deco, dense, ling, moe, moex, mohd, plm, spark, sparselm
+from sparsezoo_jax.configs import blockffn, deco, dense, ling, moe, moex, mohd, plm, prosparse, spark, sparselm
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, RunConfig]] = {
     "moex": moex.PRESETS,
     "mohd": mohd.PRESETS,
     "plm": plm.PRESETS,
+    "prosparse": prosparse.PRESETS,
     "spark": spark.PRESETS,
     "sparselm": sparselm.PRESETS,
 }

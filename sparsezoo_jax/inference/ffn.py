@@ -60,7 +60,7 @@ class MappedGatedFFN(GatedFFN, DecodingLayout):
     """`GatedFFN` of any form, with gate and up maps as one matrix; `active` as in `StreamMap`."""
 
     def __init__(self, source: GatedFFN, form: WeightFormat, active: float | None):
-        self.config, self.dtype = source.config, source.dtype
+        self.config, self.dtype, self.summed_layers = source.config, source.dtype, source.summed_layers
         self.gate_bias, self.up_bias, self.down_bias = source.gate_bias, source.up_bias, source.down_bias
         inner_DF = jnp.concatenate([source.gate_DF[...], source.up_DF[...]], axis=-1)
         self.inner_map = InputMap(inner_DF, active, form, source.dtype, "ffn")

@@ -1,8 +1,9 @@
-"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate) and plain."""
+"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate; ProSparse) and plain."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -27,6 +28,9 @@ from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
 from sparsezoo_jax.sharding import constrain
 
+#: Name of the loss of `GatedFFNConfig.l1`.
+MEAN_L1 = "mean_l1"
+
 
 @register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,11 +52,19 @@ class GatedFFNConfig(FFNKind):
     """Rule that zeroes gates where the pattern asks for it."""
     ddof: int = 0
     """Divisor of that rule's variance is d_ff - ddof (Gemma 3n: 0)."""
+    l1: bool = False
+    """Whether there is a loss "mean_l1": the mean over tokens and neurons of |hidden units|, summed over the layers
+    (ProSparse, arXiv 2402.13516, step 2, where the norm is not said to be a mean [ours])."""
+    threshold: float = 0.0
+    """Gates of a ReLU below it are 0 except in training (FATReLU: ProSparse, step 3)."""
 
     def __post_init__(self):
         require(self.d_ff > 0, "model.ffn.d_ff", self.d_ff, "must be above 0")
         for value in self.activation_sparsity_pattern:
             require(0 <= value < 1, "model.ffn.activation_sparsity_pattern", value, "must be in [0, 1)")
+        require(0 <= self.threshold < math.inf, "model.ffn.threshold", self.threshold, "must be at least 0, and finite")
+        allowed = f"must be 0 with model.ffn.activation={self.activation}: a threshold is for relu"
+        require(self.threshold == 0 or self.activation == "relu", "model.ffn.threshold", self.threshold, allowed)
 
     def for_layer(self, layer: int, layers: int) -> GatedFFNConfig:
         """The configuration of one layer: its own entry of the pattern."""
@@ -86,7 +98,7 @@ class GatedFFNConfig(FFNKind):
 
     def dense_twin(self) -> GatedFFNConfig:
         """The layer of equal parameters that computes all neurons."""
-        return dataclasses.replace(self, activation_sparsity_pattern=())
+        return dataclasses.replace(self, activation_sparsity_pattern=(), threshold=0.0)
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GatedFFN:
         return GatedFFN(self, ctx, rngs)
@@ -95,8 +107,13 @@ class GatedFFNConfig(FFNKind):
 class GatedFFN(FFN):
     """Gated feed-forward layer; see `GatedFFNConfig`."""
 
+    deterministic = True
+    """Whether this is not training: `Module.train` and `Module.eval` set it."""
+
     def __init__(self, config: GatedFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
+        # The decoder averages losses over the layers that have them.
+        self.summed_layers = ctx.layers - ctx.first_layers
         d, f = ctx.d_model, config.d_ff
         self.gate_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), ctx.fan_in)
         self.up_DF = ctx.weight(rngs, (d, f), ("embed", "ffn"), ctx.fan_in)
@@ -113,9 +130,16 @@ class GatedFFN(FFN):
         if sparsity > 0:
             gate = select_neurons(gate, (1 - sparsity) * config.d_ff, config.selection, ddof=config.ddof)
         gate = activation_fn(config.activation)(gate)
+        if config.threshold > 0 and self.deterministic:
+            gate = jnp.where(gate >= config.threshold, gate, 0)
         hidden = constrain(gate * up, ("batch", "length", "ffn"))
+        losses = {}
+        if config.l1:
+            mean_BT = jnp.mean(jnp.abs(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))), axis=-1)
+            losses = {MEAN_L1: self.summed_layers * ctx.mean_over_tokens(mean_BT)}
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
+            losses=losses,
             stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate, FFN_HIDDEN: lambda: hidden}),
         )

@@ -69,7 +69,7 @@ def layout_of(values: Mapping[str, Any], source: object) -> Layout:
 
 
 #: What says how a model starts or runs, not what it computes: a Hugging Face checkpoint has no place for it.
-NOT_STORED = ("vocab_multiple", "init", "dtype", "param_dtype", "scan_layers", "remat", "layer_pattern")
+NOT_STORED = ("vocab_multiple", "init", "dtype", "param_dtype", "scan_layers", "remat", "layer_pattern", "ffn.l1")
 
 
 def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str, Any]]:
