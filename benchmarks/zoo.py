@@ -1,0 +1,181 @@
+"""All architectures side by side at tiny scale: `python -m benchmarks.zoo`.
+
+Every architecture's tiny preset (about 1.5 million parameters) trains on the same text, in batches of the same tokens.
+Its learning rate is searched on the first seed; the best one trains on further seeds, which change the initialisation
+and the order of the data. From each first seed's run, the validation text gives the share of active neurons and the
+FLOPs of a token; its packed model decodes in turns with the others', and train steps take turns likewise.
+
+Finished runs and measurements are kept in `--runs` and not repeated; a run that was cut off resumes. Times of models
+this small are mostly those of calls, so that they say little of large ones: `benchmarks.decode` has those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import decode
+from benchmarks.run_text import validation_text
+from benchmarks.timing import interleaved
+from benchmarks.train_step import compiled_step
+from benchmarks.training_runs import figures_of
+from sparsezoo_jax import data, run_dir
+from sparsezoo_jax.configs import PRESETS, preset
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.evaluation.meters import measure
+from sparsezoo_jax.inference import Formats
+from sparsezoo_jax.models import dense_twin, flops_per_token
+
+BASELINE = "dense"
+#: Learning rates that are tried, as multiples of the preset's.
+FACTORS = (0.5, 1.0, 2.0)
+CONTEXT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The runs of one architecture."""
+
+    rate: float
+    """The best learning rate."""
+    losses: list[float]
+    """Validation loss by seed, nats a token."""
+    first: Path
+    """The run of the first seed at that rate."""
+
+
+def train(arch: str, options: argparse.Namespace) -> Trained:
+    """Search the rate and train all seeds, as far as that has not been done."""
+    own = preset(arch, "tiny").train.schedule.learning_rate
+
+    def run(rate: float, seed: int) -> tuple[float, Path]:
+        flags = {"train.steps": options.steps, "train.schedule.learning-rate": rate}
+        flags |= {"train.seed": seed, "data.seed": seed, "eval.no-report": True}
+        folder = options.runs / f"{arch}-lr{rate:g}-seed{seed}-steps{options.steps}"
+        return figures_of(folder, arch, flags)["loss"], folder
+
+    rates = {own * factor: run(own * factor, options.seeds[0]) for factor in options.factors}
+    best = min(rates, key=lambda rate: rates[rate][0])
+    found = [run(best, seed) for seed in options.seeds]
+    return Trained(best, [loss for loss, _ in found], found[0][1])
+
+
+def measured(trained: Trained, batches: int) -> dict[str, float]:
+    """What the model does on its validation text: active share of the FFN's neurons, FLOPs and bytes of a token."""
+    kept = trained.first / "zoo.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    model, config, tokenizer = run_dir.load(trained.first)
+    if tokenizer is None:
+        raise UserError(f"{trained.first}: has no tokenizer, so no text can be read")
+    prepared = data.prepare(config.data, "validation", tokenizer)
+    rows = config.data.batch_size
+    sparsity = measure(model, config.model, data.evaluation_batches(prepared, rows, batches)).sparsity(config.model)
+    context = config.data.seq_len
+    found = {
+        "parameters": float(sum(x.size for x in _arrays(model))),
+        "flops": flops_per_token(config.model, context, sparsity=sparsity, logits=True),
+        "dense_flops": flops_per_token(dense_twin(config.model) or config.model, context, logits=True),
+    }
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def _arrays(model: Any) -> list[Any]:
+    import jax
+    from flax import nnx
+
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def density(figures: dict[str, Any]) -> float:
+    """Mean active share of the FFN's neurons over the layers that have one; 1 where all are."""
+    shares = [share for share in figures.get("ffn_density", []) if share is not None]
+    return statistics.fmean(shares) if shares else 1.0
+
+
+def decoding(trained: Trained) -> Callable[[], None]:
+    """Decode a few tokens after validation text with the packed model, in float32."""
+    model, tokens, segments = validation_text(trained.first, 8)
+    text = decode.Trained(model, tokens[segments > 0])
+    return decode.variant(model.config, Formats(), CONTEXT, "native", text).turn
+
+
+def training(arch: str) -> Callable[[], Any]:
+    """One train step of the preset."""
+    config = preset(arch, "tiny")
+    draw, shape = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
+    batch = {
+        "tokens": draw.integers(0, config.model.vocab_size, shape, np.int32),
+        "targets": draw.integers(0, config.model.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "mask": np.ones(shape, bool),
+    }
+    compiled, state = compiled_step(config.model, batch, config.train)
+    held = [state]
+
+    def step() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        return metrics
+
+    return step
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
+    """Quartiles of the rounds' ratios to the baseline's time, by architecture: lower, median, upper."""
+    found = {}
+    for name, values in times.items():
+        quarters = statistics.quantiles([own / base for own, base in zip(values, times[BASELINE], strict=True)], n=4)
+        found[name] = (quarters[0], quarters[1], quarters[2])
+    return found
+
+
+def main() -> None:
+    """Train, measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--archs", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS))
+    parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS), help="of the preset's learning rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batches", type=int, default=8, help="batches of validation text that FLOPs are measured on")
+    parser.add_argument("--rounds", type=int, default=15, help="of the times, which take turns")
+    options = parser.parse_args()
+    archs = [BASELINE, *(arch for arch in options.archs if arch != BASELINE)]
+
+    runs = {arch: train(arch, options) for arch in archs}
+    counts = {arch: measured(trained, options.batches) for arch, trained in runs.items()}
+    steps = ratios(interleaved({arch: training(arch) for arch in archs}, options.rounds))
+    tokens = ratios(interleaved({arch: decoding(trained) for arch, trained in runs.items()}, options.rounds))
+    print(
+        "| architecture | parameters | learning rate | validation loss, mean (spread) | against dense | FFN active | "
+        "MFLOP a token (its dense twin) | train step | decoding |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    base = statistics.fmean(runs[BASELINE].losses)
+    for arch in archs:
+        trained, count = runs[arch], counts[arch]
+        mean = statistics.fmean(trained.losses)
+        active = density(json.loads((trained.first / "evaluation.json").read_text()))
+        times = " | ".join(f"{mid:.2f} ({low:.2f} .. {high:.2f})" for low, mid, high in (steps[arch], tokens[arch]))
+        print(
+            f"| {arch} | {count['parameters']:,.0f} | {trained.rate:g} | {mean:.4f} "
+            f"({max(trained.losses) - min(trained.losses):.4f}) | {mean / base - 1:+.2%} | {active:.1%} | "
+            f"{count['flops'] / 1e6:.2f} ({count['dense_flops'] / 1e6:.2f}) | {times} |"
+        )
+    print(
+        "\nTimes are relative to the dense preset's, median and quartiles over the rounds. FLOPs and times include the "
+        "output projection, which is the same for all."
+    )
+
+
+if __name__ == "__main__":
+    main()
