@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,20 +177,26 @@ def _identity_of_base(directory: Path) -> dict[str, Any]:
     raise damaged or UserError(f"{directory}: has no checkpoint")
 
 
-def stored_parameters(directory: Path, config: RunConfig) -> Iterator[tuple[str, np.ndarray]]:
+def stored_parameters(
+    directory: Path, config: RunConfig, *, state: Collection[str] = ()
+) -> Iterator[tuple[str, np.ndarray]]:
     """All parameters of a run's newest checkpoint: path and array in host memory, one at a time.
 
-    Of adapters and their base all are in memory at the same time.
+    Of the model's other variables those whose paths are in `state` come along. Of adapters and their base all are in
+    memory at the same time.
 
     Raises:
       UserError, StorageError: as `load`.
     """
     if config.train.lora.rank is None:
-        yield from read_params(directory / CHECKPOINTS)
+        yield from read_params(directory / CHECKPOINTS, state=state)
         return
-    params, _ = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)
+    params, others = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)
     for path, array in flatten(params).items():
         yield path, np.asarray(array)
+    for path, array in flatten(others).items():
+        if path in state:
+            yield path, np.asarray(array)
 
 
 def with_absolute_base(config: RunConfig) -> RunConfig:

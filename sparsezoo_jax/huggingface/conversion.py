@@ -8,10 +8,11 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -32,6 +33,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_LISTED = 20
 MAX_FILE_BYTES = 5 * 10**9
+ALIGNMENT = 8
+"""Bytes that divide where an array begins in a file of several types."""
+Arrays = Mapping[str, jax.ShapeDtypeStruct]
+"""Shape and type of arrays by path."""
 
 
 class Conversion(NamedTuple):
@@ -50,14 +55,14 @@ class Conversion(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one tensor lives: the parameters it holds, and their index in the stack of layers."""
+    """Where one tensor lives: the parameters it holds, and their index in the stacks of layers and experts."""
 
     entry: Entry
     name: str
     paths: tuple[str, ...]
-    repeat: int | None
+    index: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
-    """Of the parameters, without the stack."""
+    """Of the parameters, without the stacks."""
     experts: int
     """Of one layer; 1 where there are none."""
 
@@ -91,8 +96,9 @@ def from_hf(source: Path, directory: Path) -> Conversion:
     tokenizer = find_tokenizer(source)
     _check_vocabulary(source, tokenizer, model)
     with open_tensors(source) as files:
-        parameters, layout = _parameters(model), layout.named_as(files.shapes)
-        names, dtype, notes = _check(source, layout, model, files, list(places(layout, model, parameters)))
+        (parameters, variables), layout = _shapes(model), layout.named_as(files.shapes)
+        found = list(places(layout, model, {**parameters, **variables}))
+        names, dtype, notes = _check(source, layout, model, files, found, parameters)
         model = dataclasses.replace(model, param_dtype=dtype, dtype="bfloat16" if dtype == "bfloat16" else "float32")
         config = RunConfig(
             arch=layout.arch,
@@ -103,14 +109,16 @@ def from_hf(source: Path, directory: Path) -> Conversion:
         )
         # Writing a checkpoint makes a copy in memory. That is to be the only one, so the arrays wait in a file.
         parts = (
-            (path, place.repeat or 0, part)
-            for place in places(layout, model, parameters)
+            (path, place.index, part)
+            for place in found
             for path, part in zip(
                 place.paths, to_ours(place.entry, files.read(names[place.name]), place.shapes), strict=True
             )
         )
-        with _mapped(directory.absolute().parent, parameters, jnp.dtype(dtype), parts) as arrays:
-            save_params(directory / CHECKPOINTS, arrays, _variables(model))
+        held = _described(found, parameters, variables, dtype)
+        with _mapped(directory.absolute().parent, held, parts) as arrays:
+            state = {path: arrays.get(path, initial) for path, initial in _variables(model).items()}
+            save_params(directory / CHECKPOINTS, {path: arrays[path] for path in parameters}, state)
     _copy_tokenizer(source, directory)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
@@ -136,21 +144,21 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
     model = config.model
     layout, values = write_model(model, directory)
     tokenizer = find_tokenizer(directory)
-    saved, parameters = _parameters(model), _parameters(dataclasses.replace(model, vocab_multiple=1))
-    found = {place.name: place for place in places(layout, model, parameters)}
-    dtype = jnp.dtype(model.param_dtype)
-    tensors = {name: (tensor_shape(place), dtype) for name, place in found.items()}
+    saved, variables = _shapes(model)
+    parameters, _ = _shapes(dataclasses.replace(model, vocab_multiple=1))
+    found = {place.name: place for place in places(layout, model, {**parameters, **variables})}
+    held = _described(found.values(), parameters, variables, model.param_dtype)
+    tensors = {name: (tensor_shape(place), held[place.paths[0]].dtype) for name, place in found.items()}
     values["torch_dtype"] = model.param_dtype
     for name in ("bos", "eos"):
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
-    parts = _saved(directory, config, saved, parameters)
-    with _mapped(destination.absolute().parent, parameters, dtype, parts) as arrays:
+    parts = _saved(directory, config, {**saved, **variables}, held)
+    with _mapped(destination.absolute().parent, held, parts) as arrays:
 
         def value_of(name: str) -> np.ndarray:
             place = found[name]
-            whole = [arrays[path] for path in place.paths]
-            return to_tensor(place.entry, whole if place.repeat is None else [x[place.repeat] for x in whole])
+            return to_tensor(place.entry, [arrays[path][place.index] for path in place.paths])
 
         try:
             destination.mkdir(parents=True, exist_ok=True)
@@ -159,39 +167,34 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
             (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{destination}: {error.strerror}") from error
-    count = sum(math.prod(shape) for shape, _ in tensors.values())
+    count = sum(math.prod(shape) for shape in parameters.values())
     return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
 
 
 def _saved(
-    directory: Path, config: RunConfig, parameters: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Parameters of a run's newest checkpoint as parts of arrays; they are to be those of its configuration.
+    directory: Path, config: RunConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Arrays
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """The wanted arrays of a run's newest checkpoint as parts of arrays; they are to be those of its configuration.
 
     Of each the first entries in the `wanted` shape: a padded vocabulary loses its padding.
     """
     seen = set()
-    for path, array in stored_parameters(directory, config):
-        if array.shape != parameters.get(path):
-            raise UserError(
-                f"{directory}: {path} is {array.shape} in the checkpoint, {parameters.get(path)} by {CONFIG}"
-            )
+    for path, array in stored_parameters(directory, config, state=wanted):
+        if array.shape != shapes.get(path):
+            raise UserError(f"{directory}: {path} is {array.shape} in the checkpoint, {shapes.get(path)} by {CONFIG}")
         seen.add(path)
-        yield path, 0, array[tuple(slice(size) for size in wanted[path])]
-    if missing := parameters.keys() - seen:
+        yield path, (), array[tuple(slice(size) for size in wanted[path].shape)]
+    if missing := wanted.keys() - seen:
         raise UserError(f"{directory}: the checkpoint lacks {', '.join(sorted(missing))}")
 
 
 @contextlib.contextmanager
 def _mapped(
-    directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    parts: Iterable[tuple[str, int, np.ndarray]],
+    directory: Path, held: Arrays, parts: Iterable[tuple[str, tuple[int, ...], np.ndarray]]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """Arrays in an unnamed file of `directory`, made from their parts: path, index in the stack of layers, values."""
-    sizes = [dtype.itemsize * math.prod(shape) for shape in shapes.values()]
-    offsets = dict(zip(shapes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+    """Arrays in an unnamed file of `directory`, made from their parts: path, first indices, values."""
+    sizes = [-(-array.dtype.itemsize * array.size // ALIGNMENT) * ALIGNMENT for array in held.values()]
+    offsets = dict(zip(held, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115, closed below
@@ -200,31 +203,49 @@ def _mapped(
     with file:
         try:
             for path, index, part in parts:
-                file.seek(offsets[path] + index * part.size * dtype.itemsize)
+                shape, dtype = held[path].shape, held[path].dtype
+                before = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
+                file.seek(offsets[path] + before * part.size * dtype.itemsize)
                 file.write(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8).data)
             file.flush()
-            arrays = {path: np.memmap(file, dtype, "r", offsets[path], shape) for path, shape in shapes.items()}
+            arrays = {path: np.memmap(file, x.dtype, "r", offsets[path], x.shape) for path, x in held.items()}
         except OSError as error:
             raise StorageError(f"{directory}: {error.strerror}") from error
         yield arrays
 
 
 def places(layout: Layout, model: DecoderConfig, parameters: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:
-    """Every tensor of a checkpoint, from the rows of its layout; `parameters` are our stacked shapes by path."""
-    layers = [
-        (f"segments/{s}/blocks/{position}/", repeat)
+    """Every tensor of a checkpoint, from the rows of its layout; `parameters` are our stacked shapes by path.
+
+    The layers of modules of multi-token prediction are numbered on from the decoder's.
+    """
+    layers: list[tuple[str, tuple[int, ...]]] = [
+        (f"segments/{s}/blocks/{position}/", (repeat,))
         for s, segment in enumerate(model.segments())
         for repeat in range(segment.repeats)
         for position in range(len(segment.period))
     ]
+    modules = [f"mtp/{i}/" for i in range(model.mtp_layers)]
+    layers += [(f"{module}segment/blocks/0/", (0,)) for module in modules]
     experts = getattr(model.ffn, "experts", 1)
     for entry in layout.entries:
-        stacked = "{layer}" in entry.name
-        for layer, (prefix, repeat) in enumerate(layers if stacked else [("", 0)]):
+        homes: list[tuple[str, tuple[int, ...]]] = [("", ())]
+        if "{layer}" in entry.name:
+            homes = layers
+        elif "{module}" in entry.name:
+            homes = [(module, ()) for module in modules]
+        for number, (prefix, index) in enumerate(homes):
             paths = tuple(prefix + path for path in entry.paths)
-            if all(path in parameters for path in paths):
-                shapes = tuple(parameters[path][1 if stacked else 0 :] for path in paths)
-                yield Place(entry, entry.name.format(layer=layer), paths, repeat if stacked else None, shapes, experts)
+            if not all(path in parameters for path in paths):
+                continue
+            numbers = {"layer": number, "module": model.layers + number}
+            shapes = tuple(parameters[path][len(index) :] for path in paths)
+            if "{expert}" not in entry.name:
+                yield Place(entry, entry.name.format(**numbers), paths, index, shapes, experts)
+                continue
+            for expert in range(shapes[0][0]):
+                name = entry.name.format(**numbers, expert=expert)
+                yield Place(entry, name, paths, (*index, expert), tuple(shape[1:] for shape in shapes), experts)
 
 
 def matrix_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
@@ -249,19 +270,44 @@ def to_ours(entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]])
         tensor = np.concatenate(tensor, axis=entry.expert_axis)
     joined = tensor.T if entry.transposed else tensor
     ends = np.cumsum([matrix_shape(entry, shape)[-1] for shape in shapes])[:-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(joined, ends, axis=-1), shapes, strict=True)]
+    parts = [part.reshape(shape) for part, shape in zip(np.split(joined, ends, axis=-1), shapes, strict=True)]
+    return [_reordered(part, entry.rotated, columns=2) for part in parts] if entry.rotated else parts
 
 
 def to_tensor(entry: Entry, parameters: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of `to_ours`."""
+    if entry.rotated:
+        parameters = [_reordered(x, entry.rotated, columns=entry.rotated // 2) for x in parameters]
     matrices = [x.reshape(matrix_shape(entry, x.shape)) for x in parameters]
     joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
     return joined.T if entry.transposed else joined
 
 
-def _parameters(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def _reordered(x: np.ndarray, rotated: int, *, columns: int) -> np.ndarray:
+    """`x` with the last `rotated` entries of its last dimension read as rows of so many columns, and these in turn."""
+    kept, turned = np.split(x, [x.shape[-1] - rotated], axis=-1)
+    turned = turned.reshape(*x.shape[:-1], rotated // columns, columns).swapaxes(-1, -2)
+    return np.concatenate([kept, turned.reshape(*x.shape[:-1], rotated)], axis=-1)
+
+
+def _shapes(model: DecoderConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of parameters and of other variables by path."""
     template = ModelTemplate(lambda rngs: Decoder(model, rngs=rngs))
-    return {path: variable.shape for path, variable in template.parameters.items()}
+    parts = (template.parameters, template.variables)
+    parameters, variables = ({path: variable.shape for path, variable in part.items()} for part in parts)
+    return parameters, variables
+
+
+def _described(
+    found: Iterable[Place],
+    parameters: Mapping[str, tuple[int, ...]],
+    variables: Mapping[str, tuple[int, ...]],
+    dtype: str,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """All parameters, and those variables that have a place in a checkpoint, which are float32 on both sides."""
+    stored = {path: variables[path] for place in found for path in place.paths if path in variables}
+    parts = ((parameters, jnp.dtype(dtype)), (stored, jnp.dtype("float32")))
+    return {path: jax.ShapeDtypeStruct(shape, kind) for part, kind in parts for path, shape in part.items()}
 
 
 def _variables(model: DecoderConfig) -> dict[str, Any]:
@@ -275,7 +321,12 @@ def _variables(model: DecoderConfig) -> dict[str, Any]:
 
 
 def _check(
-    source: Path, layout: Layout, model: DecoderConfig, files: TensorFiles, wanted: Sequence[Place]
+    source: Path,
+    layout: Layout,
+    model: DecoderConfig,
+    files: TensorFiles,
+    wanted: Sequence[Place],
+    parameters: Collection[str],
 ) -> tuple[dict[str, str], Any, tuple[str, ...]]:
     """Match the files' tensors with those wanted: names in the files by the layout's names, parameter type, notes."""
     stored: dict[str, str] = {}
@@ -305,7 +356,8 @@ def _check(
         found.append(untied)
     if found:
         raise UserError(f"{source}: tensors do not fit its config.json: {'; '.join(found)}")
-    dtypes = sorted({DTYPES[files.dtypes[name]] for name in names.values()})
+    typed = [names[place.name] for place in wanted if place.paths[0] in parameters]
+    dtypes = sorted({DTYPES[files.dtypes[name]] for name in typed})
     if dtypes in (["float32"], ["bfloat16"]):
         return names, dtypes[0], ()
     return names, "float32", (f"tensors are {' and '.join(dtypes)}: parameters are stored as float32",)

@@ -36,6 +36,11 @@ class Fields:
         wanted = f"an integer from 1 to {most}"
         return self._number(name, default, wanted, lambda v: isinstance(v, int) and 0 < v <= most, 1)
 
+    def count(self, name: str, default: int, most: int = MAX_SIZE) -> int:
+        """An integer from 0 to `most`; null counts as absent."""
+        wanted = f"an integer from 0 to {most}"
+        return self._number(name, default, wanted, lambda v: isinstance(v, int) and 0 <= v <= most, default)
+
     def number(self, name: str, default: Any = _NEEDED) -> float:
         """A positive number; null counts as absent."""
         return float(self._number(name, default, "a positive number", lambda v: v > 0, 1.0))
@@ -69,9 +74,12 @@ class Fields:
             value = default
         return ACTIVATIONS[value]
 
-    def rope_base(self) -> float:
-        """The base of plain rotary embeddings, from `rope_theta` or the newer `rope_parameters`."""
-        base = self.number("rope_theta", 10_000.0)
+    def rope_base(self, default: float = 10_000.0, fraction: float = 1) -> float:
+        """The base of plain rotary embeddings, from `rope_theta` or the newer `rope_parameters`.
+
+        `fraction` is the share of each head that rotates, which fields must not contradict.
+        """
+        base = self.number("rope_theta", default)
         for name in ("rope_scaling", "rope_parameters"):
             block = self.values.get(name)
             if block is None:
@@ -84,9 +92,9 @@ class Fields:
                 self.problems.append(f"{name}.rope_type={kind}: scaled rotary embeddings are not supported")
             nested = Fields(block)
             base = nested.number("rope_theta", base)
-            nested.require("partial_rotary_factor", 1)
+            nested.require("partial_rotary_factor", fraction)
             self.problems += [f"{name}.{problem}" for problem in nested.problems]
-        self.require("partial_rotary_factor", 1)
+        self.require("partial_rotary_factor", fraction)
         return base
 
     def require(self, name: str, allowed: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,10 @@ def saved_metadata(directory: Path | str, step: int | None = None) -> dict[str, 
         raise _damaged(directory, chosen, error) from error
 
 
-def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
+def read_params(directory: Path | str, *, state: Collection[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
     """Parameters of the newest step, one at a time: path, as `flatten` gives it, and array in host memory.
+
+    Of the model's other variables those whose paths are in `state` come along.
 
     Raises:
       UserError: there is no step.
@@ -112,9 +114,9 @@ def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
         with _reader(directory) as manager:
             arrays = read_meta(manager, chosen)["arrays"]
         with contextlib.closing(_manager(directory, model=ocp.PyTreeCheckpointHandler())) as manager:
-            prefix = "model/params/"
+            others = {f"model/model_state/{path}" for path in state}
             for path, (shape, dtype, _) in arrays.items():
-                if not path.startswith(prefix):
+                if not path.startswith("model/params/") and path not in others:
                     continue
                 item = nested({path.removeprefix("model/"): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))})
                 host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -122,7 +124,7 @@ def read_params(directory: Path | str) -> Iterator[tuple[str, np.ndarray]]:
                 with reading(manager, chosen):
                     (array,) = jax.tree.leaves(manager.restore(chosen, args=ocp.args.Composite(model=args))["model"])
                 verify(manager, chosen, {path: array}, arrays)
-                yield path.removeprefix(prefix), array
+                yield path.split("/", 2)[2], array
     except DamagedCheckpointError as error:
         raise _damaged(directory, chosen, error) from error
 

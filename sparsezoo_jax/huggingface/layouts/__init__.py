@@ -16,8 +16,10 @@ from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.fields import Fields
 from sparsezoo_jax.huggingface.layouts.deco import DECO
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
+from sparsezoo_jax.huggingface.layouts.ling import LING
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
+from sparsezoo_jax.huggingface.layouts.plm import PLM
 from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
 from sparsezoo_jax.huggingface.layouts.sparselm import SPARSELM
 from sparsezoo_jax.models import DecoderConfig
@@ -26,7 +28,7 @@ from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
-for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO, SPARSELM):
+for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO, SPARSELM, LING, PLM):
     register_layout(_layout)
 
 
@@ -86,12 +88,12 @@ def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str,
     wrong = [f"{name}={kind}: only {' or '.join(known)}" for name, (kind, known) in kinds.items() if kind not in known]
     if not wrong:
         values = {"architectures": [layout.architecture], "model_type": layout.model_type, **layout.write(model)}
-        _, again = read_model(values, source)
+        written, again = read_model(values, source)
         ours, theirs = _compared(model, layout), _compared(again, layout)
         names = sorted(name for name in ours.keys() | theirs.keys() if not _same(ours.get(name), theirs.get(name)))
         wrong = [f"model.{name}={ours.get(name)}: only {theirs.get(name)}" for name in names]
         if not wrong:
-            return layout, values
+            return written, values
     raise UserError(f"{source}: a {layout.architecture} checkpoint can't hold {'; '.join(wrong)}")
 
 

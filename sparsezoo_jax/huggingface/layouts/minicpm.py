@@ -12,6 +12,7 @@ from sparsezoo_jax.huggingface.layouts.rows import (
     FFN_NORM,
     GROUPED_QUERY,
     INV_FREQ,
+    LATENT,
     Entry,
     Layout,
     vector,
@@ -30,9 +31,7 @@ _LATENT = (
     vector("model.layers.{layer}.self_attn.q_a_layernorm.weight", "attention/q_a_norm/scale"),
     Entry("model.layers.{layer}.self_attn.q_b_proj.weight", ("attention/q_b_RNH",), 1, True),
     Entry("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight", ("attention/kv_a_DC",), 1, True),
-    vector("model.layers.{layer}.self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/scale"),
-    Entry("model.layers.{layer}.self_attn.kv_b_proj.weight", ("attention/kv_b_CNH",), 1, True),
-    Entry("model.layers.{layer}.self_attn.o_proj.weight", ("attention/o_NHD",), 2, True),
+    *LATENT,
 )
 _UP, _DOWN = "model.layers.{layer}.mlp.up_proj", "model.layers.{layer}.mlp.down_proj"  # no ".weight": not Linear layers
 _EXPERTS = {

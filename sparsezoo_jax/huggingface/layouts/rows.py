@@ -13,9 +13,11 @@ from sparsezoo_jax.training.config import TrainConfig
 
 
 class Entry(NamedTuple):
-    """One row: a tensor's name ('{layer}' in those of a layer) and our parameters' paths within the layer or model."""
+    """One row: a tensor's name and our parameters' (or other variables') paths within the model, layer or module."""
 
     name: str
+    """With '{layer}' in those of a layer, '{expert}' in those of one of its experts, which our arrays stack; '{module}'
+    is the number of the layer in a module of multi-token prediction, in what such a module has beside it."""
     paths: tuple[str, ...]
     """Several are joined along the outputs (GPT-2's queries, keys and values)."""
     inputs: int = 0
@@ -24,6 +26,9 @@ class Entry(NamedTuple):
     """Stored as [out, in] (torch's Linear) instead of [in, out] (GPT-2's Conv1D, embeddings)."""
     expert_axis: int | None = None
     """Stored as a stack of one matrix an expert; in one matrix of all experts they would share this axis."""
+    rotated: int = 0
+    """How many entries at the end of our last dimension rotate, entry i with i + rotated/2, where neighbours do in the
+    checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,11 @@ GROUPED_QUERY = (
     *linear("model.layers.{layer}.self_attn.k_proj", "attention/projections/k_DKH"),
     *linear("model.layers.{layer}.self_attn.v_proj", "attention/projections/v_DKH"),
     *linear("model.layers.{layer}.self_attn.o_proj", "attention/projections/o_NHD", 2),
+)
+LATENT = (
+    vector("model.layers.{layer}.self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/scale"),
+    Entry("model.layers.{layer}.self_attn.kv_b_proj.weight", ("attention/kv_b_CNH",), 1, True),
+    Entry("model.layers.{layer}.self_attn.o_proj.weight", ("attention/o_NHD",), 2, True),
 )
 INV_FREQ = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
