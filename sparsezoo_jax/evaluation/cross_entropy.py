@@ -183,7 +183,7 @@ def objective(sums: TokenLoss, z_loss: float) -> jax.Array:
 
 
 def model_loss(
-    model: Any, batch: Batch, chunk: int | None = None, z_loss: float = 0.0
+    model: Any, batch: Batch, chunk: int | None = None, z_loss: float = 0.0, arguments: Mapping[str, jax.Array] = {}
 ) -> tuple[jax.Array, TokenLoss, ModelOutput]:
     """A model's objective on a batch (`objective`), the sums that it is made of, and what the model returned.
 
@@ -193,16 +193,17 @@ def model_loss(
       batch: arrays [B, T]: tokens, targets, segment_ids, positions (int) and mask (bool).
       chunk: positions of a sequence whose logits exist at one time; None: all. The model then has to take
         `logits=False`, return its final state as `hidden` and `tables`, and have a method `logits_of` of both.
+      arguments: more arguments of the model's call, by name.
 
     A model that predicts further tokens (`models.mtp`) gets their loss as `mtp`, the mean over the depths: each is the
     mean over the tokens that have a target of their own document, wherever the mask lets that target count.
     """
     ahead = predicts_ahead(model)
     if chunk is None and not ahead:
-        out = call_model(model, batch)
+        out = call_model(model, batch, **arguments)
         sums = token_loss(out.logits, batch["targets"], batch["mask"])
         return objective(sums, z_loss), jax.lax.stop_gradient(sums), out
-    out: Any = call_model(model, batch, logits=False)
+    out: Any = call_model(model, batch, logits=False, **arguments)
     logits_of = partial(model.logits_of, tables=out.tables)
 
     def loss(hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, z_loss: float):

@@ -156,6 +156,8 @@ class CallContext:
     """The layer, or the first of several, where something is edited or kept."""
     rng: jax.Array | None = None
     """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
+    density_eps: jax.Array | None = None
+    """Scalar for which FFNs return the loss `models.ffn.smooth_density`; None: they don't."""
     routing: Any = None
     """What the residual connection before, in the same layer, leaves for the next (see `models.residual`)."""
     width: Width = WHOLE

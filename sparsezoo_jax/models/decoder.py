@@ -98,6 +98,7 @@ class Decoder(nnx.Module):
         summarise: Summarise | None = None,
         edit: Edit | None = None,
         keep: Keep | None = None,
+        density_eps: jax.Array | None = None,
     ) -> Output:
         """Logits of every next token.
 
@@ -118,10 +119,12 @@ class Decoder(nnx.Module):
           keep: called with the layer's number from 0, the records of its FFN and `FFN.dictionary` [F, D], where there
             is one and `record` names "ffn_hidden"; returns bool [B, T, F]. Hidden units where it is false are 0 in the
             FFN's output and in the records. Not for a residual stream whose width is routed. Layers run unrolled then.
+          density_eps: positive scalar; gated and plain FFNs return the loss "smooth_density" for it (see `models.ffn`).
         """
         config = self.config
         ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
         ctx.record, ctx.summarise, ctx.edit, ctx.keep = checked(record), summarise, edit, keep
+        ctx.density_eps = density_eps
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         x_BTD, tables = self._embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
@@ -185,6 +188,7 @@ class Decoder(nnx.Module):
             # What has no token of its own document ahead is padding to the module: nothing sees it, no load counts it.
             segments_BT = jnp.where(valid_BT, ctx.segments_BT, 0)
             own = self._call_context(tokens_BT, segments_BT, ctx.positions_BT, None)
+            own.density_eps = ctx.density_eps
             own.rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, self.config.layers + depth)
             embedded_BTD, left = self._embedded(shifted(tokens_BT, depth), own, left)
             hidden_BTD, aux, head_aux = module(embedded_BTD, hidden_BTD, own)

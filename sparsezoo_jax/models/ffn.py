@@ -30,6 +30,8 @@ from sparsezoo_jax.sharding import constrain
 
 #: Name of the loss of `GatedFFNConfig.l1`.
 MEAN_L1 = "mean_l1"
+#: Name of the loss of `smooth_density`.
+SMOOTH_DENSITY = "smooth_density"
 
 
 @register_ffn
@@ -139,7 +141,7 @@ class GatedFFN(FFN):
             losses = {MEAN_L1: self.summed_layers * ctx.mean_over_tokens(mean_BT)}
         exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
-            losses=losses,
+            losses=losses | smooth_density(gate, ctx),
             stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate, FFN_HIDDEN: lambda: hidden}),
         )
@@ -212,6 +214,7 @@ class PlainFFN(FFN):
         hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
+            losses=smooth_density(hidden, ctx),
             stats={"ffn_density": density(hidden, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: hidden, FFN_HIDDEN: lambda: hidden}),
         )
@@ -253,3 +256,19 @@ def linear(
 def density(hidden_BTF: jax.Array, ctx: CallContext) -> jax.Array:
     """Share of non-zero entries of `hidden_BTF`, averaged over real tokens."""
     return ctx.mean_over_tokens(jnp.mean(hidden_BTF != 0, axis=-1, dtype=jnp.float32))
+
+
+def smooth_density(activated_BTF: jax.Array, ctx: CallContext) -> dict[str, jax.Array]:
+    """The loss "smooth_density" if the call gives a `density_eps`: mean of a^2 / (a^2 + eps), float32.
+
+    The mean is over real tokens and neurons; a are outputs of the non-linearity (of a gated FFN, the gate). Its
+    gradient, 2 a eps / (a^2 + eps)^2, moves small values, most of all those near sqrt(eps / 3).
+
+    Source: DEFT (arXiv 2402.01911), as in its authors' code (IBM/DEFT), which hooks the activation modules.
+    """
+    eps = ctx.density_eps
+    if eps is None:
+        return {}
+    # a^2 / (a^2 + eps) itself has a derivative that is the difference of two nearly equal numbers where a^2 >> eps.
+    dense_BTF = 1 - eps / (jnp.square(activated_BTF.astype(jnp.float32)) + eps)
+    return {SMOOTH_DENSITY: ctx.mean_over_tokens(jnp.mean(dense_BTF, axis=-1))}

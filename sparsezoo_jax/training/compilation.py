@@ -15,7 +15,7 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import Adapters, adapters_of
-from sparsezoo_jax.training.objectives import check_objectives
+from sparsezoo_jax.training.objectives import call_arguments, check_objectives
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.state import (
     Build,
@@ -146,7 +146,8 @@ def _check(
         params = state.params if adapters is None else adapters.undivided(state.params, state.frozen)
         model = template.merge(params, state.model_state)
         model.train()
-        out = model_loss(model, batch, config.loss_chunk)[2]
+        arguments = call_arguments(config.objectives, state.step)
+        out = model_loss(model, batch, config.loss_chunk, arguments=arguments)[2]
         return out.losses, out.stats
 
     if config.objectives:

@@ -17,7 +17,7 @@ from sparsezoo_jax.registry import Kind, Registry
 class Objective(Kind):
     """Turns one auxiliary loss of the model into a weighted term of the training objective.
 
-    All three methods run inside the compiled train step; `step` is the int32 train step counter, 0 at the first step.
+    Its methods run inside the compiled train step; `step` is the int32 train step counter, 0 at the first step.
     The state is a pytree of arrays with fixed shapes; it is checkpointed with the rest of the train state.
     """
 
@@ -36,6 +36,10 @@ class Objective(Kind):
     @abc.abstractmethod
     def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
         """Weight of the loss at this step, float32 scalar."""
+
+    def arguments(self, step: jax.Array) -> dict[str, jax.Array]:
+        """What the model's call takes by name so that it returns the loss. Default: nothing."""
+        return {}
 
     def update(self, state: Any, metrics: Mapping[str, jax.Array], step: jax.Array) -> Any:
         """State after a step. Default: the same.
@@ -250,6 +254,55 @@ class DensityTarget(Objective):
         weight = state["weight"]
         less = jnp.maximum(weight / self.factor, self.weight if self.floor is None else self.floor)
         return {"weight": jnp.where(active > round(100 * self.target, 2), weight * self.factor, less)}
+
+
+@register_objective
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Deft(Objective):
+    """A constant weight on the mean of a^2 / (a^2 + eps) over activations a, whose eps falls (DEFT, arXiv 2402.01911).
+
+    eps falls geometrically from `eps` at step `anneal_start` to `final_eps` at step `anneal_end`. The published loss
+    has one eps, 1e-7, for fine-tuning: its gradient, at most 0.65 / sqrt(eps), then reaches only what is nearly 0. From
+    scratch, eps begins at the square of a typical activation, so that all of them feel it at first.
+    """
+
+    kind: Literal["deft"] = "deft"
+    """Objective kind."""
+    loss: Literal["smooth_density"] = "smooth_density"
+    """Name of the model's auxiliary loss; gated and plain FFNs return it."""
+    weight: float = 1.0
+    """Its weight, at least 0."""
+    eps: float = 1e-2
+    """eps at the start, at least `final_eps`: the square of a typical activation."""
+    final_eps: float = 1e-6
+    """eps in the end, at least 1e-12."""
+    anneal_start: int = 0
+    """Step at which eps begins to fall."""
+    anneal_end: int
+    """Step from which eps is `final_eps`; above `anneal_start`."""
+
+    def __post_init__(self):
+        name = "train.objectives"
+        require(self.weight >= 0, f"{name}.weight", self.weight, "must be at least 0")
+        require(self.final_eps >= 1e-12, f"{name}.final_eps", self.final_eps, "must be at least 1e-12")
+        allowed = f"must be at least final_eps ({self.final_eps})"
+        require(self.eps >= self.final_eps, f"{name}.eps", self.eps, allowed)
+        require(self.anneal_start >= 0, f"{name}.anneal_start", self.anneal_start, "must be at least 0")
+        allowed = f"must be above anneal_start ({self.anneal_start})"
+        require(self.anneal_end > self.anneal_start, f"{name}.anneal_end", self.anneal_end, allowed)
+
+    def coefficient(self, state: Any, step: jax.Array) -> jax.Array:
+        return jnp.float32(self.weight)
+
+    def arguments(self, step: jax.Array) -> dict[str, jax.Array]:
+        t = jnp.asarray(step, jnp.float32)
+        u = jnp.clip((t - self.anneal_start) / (self.anneal_end - self.anneal_start), 0.0, 1.0)
+        return {"density_eps": self.eps * jnp.float32(self.final_eps / self.eps) ** u}
+
+
+def call_arguments(objectives: Sequence[Objective], step: jax.Array) -> dict[str, jax.Array]:
+    """What the objectives add to the model's call at this step."""
+    return {name: value for objective in objectives for name, value in objective.arguments(step).items()}
 
 
 def check_objectives(objectives: Sequence[Objective], losses: Sequence[str], statistics: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import adapters_of
 from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
+from sparsezoo_jax.training.objectives import call_arguments
 from sparsezoo_jax.training.optimizer import clip_gradients
 from sparsezoo_jax.training.schedules import build_schedule
 from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
@@ -56,10 +57,10 @@ def build_train_step(
     and model state stay as they are and the step is counted in `skipped`.
 
     Metrics are float32 scalars: `loss` (nats a target token), `z_loss` (mean log^2 Z), `losses/<name>` (unweighted),
-    `coefficients/<name>`, `lr`, `grad_norm` (before clipping), `param_norm` (before the step), `tokens` (target
-    tokens), `skipped`, `consecutive_skipped`; `grad_norms/<part>` (before clipping) and `update_ratios/<part>` (update
-    to parameters) for the parts of the model; and the model's statistics by name, [L]. With `by_layer`, norms of each
-    parameter's layers, too.
+    `coefficients/<name>`, what objectives add to the model's call by name (`density_eps`), `lr`, `grad_norm` (before
+    clipping), `param_norm` (before the step), `tokens` (target tokens), `skipped`, `consecutive_skipped`;
+    `grad_norms/<part>` (before clipping) and `update_ratios/<part>` (update to parameters) for the parts of the model;
+    and the model's statistics by name, [L]. With `by_layer`, norms of each parameter's layers, too.
     """
     schedule = build_schedule(config.schedule, config.steps)
     count = config.accumulation
@@ -75,11 +76,12 @@ def build_train_step(
         model_state: PureDict,
         batch: Batch,
         coefficients: dict[str, jax.Array],
+        arguments: dict[str, jax.Array],
         targets_per_token: jax.Array,
     ):
         model = model_of(params, frozen, model_state)
         model.train()
-        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss)
+        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss, arguments)
         weight = targets_per_token * real_tokens(batch)
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
         total = trained + weight * auxiliary
@@ -93,14 +95,18 @@ def build_train_step(
 
     gradient = jax.grad(objective_sum, has_aux=True)
 
-    def accumulated(state: TrainState, batch: Batch, coefficients: dict[str, jax.Array]):
+    def accumulated(
+        state: TrainState, batch: Batch, coefficients: dict[str, jax.Array], arguments: dict[str, jax.Array]
+    ):
         """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
         params, frozen, model_state = state.params, state.frozen, state.model_state
         # Weights of micro-batches are to add up to the target tokens, by which everything is divided in the end.
         targets = jnp.sum(batch["mask"], dtype=jnp.float32)
         ratio = targets / jnp.maximum(real_tokens(batch), 1)
         if count == 1:
-            grads, (model_state, tokens, metrics) = gradient(params, frozen, model_state, batch, coefficients, ratio)
+            grads, (model_state, tokens, metrics) = gradient(
+                params, frozen, model_state, batch, coefficients, arguments, ratio
+            )
             return grads, model_state, tokens, metrics
         # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
         micro = {k: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
@@ -108,7 +114,7 @@ def build_train_step(
         def body(carry: Any, batch: Batch):
             grads, model_state, tokens, metrics = carry
             new_grads, (model_state, new_tokens, new_metrics) = gradient(
-                params, frozen, model_state, batch, coefficients, ratio
+                params, frozen, model_state, batch, coefficients, arguments, ratio
             )
             # Sums are float32 also for bfloat16 parameters.
             sums = jax.tree.map(
@@ -117,7 +123,7 @@ def build_train_step(
             return (sums[0], model_state, sums[1], sums[2]), None
 
         first = {name: x[0] for name, x in micro.items()}
-        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, ratio)
+        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, arguments, ratio)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
         (grads, model_state, tokens, metrics), _ = jax.lax.scan(
             body, (zeros[0], model_state, zeros[1], zeros[2]), micro
@@ -129,7 +135,8 @@ def build_train_step(
             objective.loss: objective.coefficient(objective_state, state.step)
             for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
         }
-        grads, model_state, tokens, sums = accumulated(state, batch, coefficients)
+        arguments = call_arguments(config.objectives, state.step)
+        grads, model_state, tokens, sums = accumulated(state, batch, coefficients, arguments)
         total = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
         metrics, observed = jax.tree.map(lambda value: value / total, sums)
@@ -176,7 +183,7 @@ def build_train_step(
             consecutive_skipped=(state.consecutive_skipped + bad) * bad,
             frozen=state.frozen,
         )
-        metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()} | norms
+        metrics |= {f"coefficients/{name}": value for name, value in coefficients.items()} | arguments | norms
         metrics |= {
             "lr": schedule(state.step),
             "grad_norm": grad_norm,
