@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.models.mtp import shifted
+from sparsezoo_jax.models.mtp import same_document, shifted
 
 Batch = Mapping[str, jax.Array]
 
@@ -183,7 +183,12 @@ def objective(sums: TokenLoss, z_loss: float) -> jax.Array:
 
 
 def model_loss(
-    model: Any, batch: Batch, chunk: int | None = None, z_loss: float = 0.0, arguments: Mapping[str, jax.Array] = {}
+    model: Any,
+    batch: Batch,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
+    arguments: Mapping[str, jax.Array] = {},
+    further_targets: jax.Array | None = None,
 ) -> tuple[jax.Array, TokenLoss, ModelOutput]:
     """A model's objective on a batch (`objective`), the sums that it is made of, and what the model returned.
 
@@ -194,6 +199,8 @@ def model_loss(
       chunk: positions of a sequence whose logits exist at one time; None: all. The model then has to take
         `logits=False`, return its final state as `hidden` and `tables`, and have a method `logits_of` of both.
       arguments: more arguments of the model's call, by name.
+      further_targets: float [depths], what the losses of further tokens are divided by; None: `count_further_targets`
+        of this batch. For a part of a larger batch: its share of the larger batch's.
 
     A model that predicts further tokens (`models.mtp`) gets their loss as `mtp`, the mean over the depths: each is the
     mean over the tokens that have a target of their own document, wherever the mask lets that target count.
@@ -215,12 +222,24 @@ def model_loss(
     total, sums = loss(out.hidden, batch["targets"], batch["mask"], z_loss)
     if not ahead:
         return total, sums, out
+    if further_targets is None:
+        further_targets = count_further_targets(batch, len(out.ahead))
     losses = []
     for depth, (hidden_BTD, valid_BT) in enumerate(out.ahead, 1):
         targets_BT, mask_BT = (shifted(batch[name], depth) for name in ("targets", "mask"))
-        own, own_sums = loss(hidden_BTD, targets_BT, mask_BT & valid_BT, 0.0)
-        losses.append(own / jnp.maximum(own_sums.count, 1))
+        own, _ = loss(hidden_BTD, targets_BT, mask_BT & valid_BT, 0.0)
+        count = further_targets[depth - 1]
+        losses.append(own / jnp.where(count > 0, count, 1))
     return total, sums, out._replace(losses={**out.losses, "mtp": jnp.mean(jnp.stack(losses))})
+
+
+def count_further_targets(batch: Batch, depths: int) -> jax.Array:
+    """Number of tokens of a batch that have a target 1, .. `depths` places after the next token, float32 [depths]."""
+    counts = [
+        jnp.sum(shifted(batch["mask"], depth) & same_document(batch["segment_ids"], depth), dtype=jnp.float32)
+        for depth in range(1, depths + 1)
+    ]
+    return jnp.stack(counts) if counts else jnp.zeros(0, jnp.float32)
 
 
 def predicts_ahead(model: Any) -> bool:

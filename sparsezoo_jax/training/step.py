@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsezoo_jax.evaluation.cross_entropy import model_loss
+from sparsezoo_jax.evaluation.cross_entropy import count_further_targets, model_loss
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import adapters_of
 from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
@@ -21,6 +21,17 @@ from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
+
+
+class Totals(NamedTuple):
+    """Counts of a whole batch, float32, by which its micro-batches are weighed."""
+
+    targets: jax.Array
+    """Target tokens."""
+    tokens: jax.Array
+    """`real_tokens`, at least 1."""
+    further_targets: jax.Array
+    """Of each module of multi-token prediction, [depths]."""
 
 
 def real_tokens(batch: Batch) -> jax.Array:
@@ -44,7 +55,9 @@ def build_train_step(
 
     over the whole batch, however many micro-batches it is cut into. Auxiliary losses and statistics of micro-batches
     are averaged with their real tokens (of a segment other than 0) as weights: exact for means over real tokens; a loss
-    that is not one (a product of averages, as in load balancing) is taken within each micro-batch.
+    that is not one (a product of averages, as in load balancing) is taken within each micro-batch. The loss of
+    multi-token prediction is that of the whole batch's targets; other losses and statistics of its modules are means
+    over the tokens of the micro-batch that have a token ahead.
 
     The model is called in training mode (`model.train()`). What it returns as `observed` is averaged like statistics
     and given, with a key of this step, to its method `after_step`, after the optimizer's update. That may change
@@ -77,12 +90,15 @@ def build_train_step(
         batch: Batch,
         coefficients: dict[str, jax.Array],
         arguments: dict[str, jax.Array],
-        targets_per_token: jax.Array,
+        whole: Totals,
     ):
         model = model_of(params, frozen, model_state)
         model.train()
-        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss, arguments)
-        weight = targets_per_token * real_tokens(batch)
+        share = real_tokens(batch) / whole.tokens
+        further = whole.further_targets * share
+        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss, arguments, further)
+        # Weights of micro-batches add up to the target tokens, by which everything is divided in the end.
+        weight = whole.targets * share
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
         total = trained + weight * auxiliary
         averages = {**{f"losses/{name}": loss for name, loss in out.losses.items()}, **out.stats}
@@ -100,12 +116,15 @@ def build_train_step(
     ):
         """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
         params, frozen, model_state = state.params, state.frozen, state.model_state
-        # Weights of micro-batches are to add up to the target tokens, by which everything is divided in the end.
-        targets = jnp.sum(batch["mask"], dtype=jnp.float32)
-        ratio = targets / jnp.maximum(real_tokens(batch), 1)
+        modules = getattr(model_of(params, frozen, model_state), "mtp", ())
+        whole = Totals(
+            targets=jnp.sum(batch["mask"], dtype=jnp.float32),
+            tokens=jnp.maximum(real_tokens(batch), 1),
+            further_targets=count_further_targets(batch, len(modules)),
+        )
         if count == 1:
             grads, (model_state, tokens, metrics) = gradient(
-                params, frozen, model_state, batch, coefficients, arguments, ratio
+                params, frozen, model_state, batch, coefficients, arguments, whole
             )
             return grads, model_state, tokens, metrics
         # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
@@ -114,7 +133,7 @@ def build_train_step(
         def body(carry: Any, batch: Batch):
             grads, model_state, tokens, metrics = carry
             new_grads, (model_state, new_tokens, new_metrics) = gradient(
-                params, frozen, model_state, batch, coefficients, arguments, ratio
+                params, frozen, model_state, batch, coefficients, arguments, whole
             )
             # Sums are float32 also for bfloat16 parameters.
             sums = jax.tree.map(
@@ -123,7 +142,7 @@ def build_train_step(
             return (sums[0], model_state, sums[1], sums[2]), None
 
         first = {name: x[0] for name, x in micro.items()}
-        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, arguments, ratio)
+        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, arguments, whole)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
         (grads, model_state, tokens, metrics), _ = jax.lax.scan(
             body, (zeros[0], model_state, zeros[1], zeros[2]), micro

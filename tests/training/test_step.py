@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsezoo_jax.models.mtp import Ahead, same_document
 from sparsezoo_jax.training.config import ParameterGroup
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.optimizer import build_optimizer
@@ -79,18 +80,47 @@ def test_first_loss_is_the_models_and_metrics_are_complete():
     assert new_state.model_state["tokens_seen"] == batch["mask"].sum()
 
 
+class PredictingModel(ToyModel):
+    """Predicts two further tokens, by its logits times 2 and 3."""
+
+    mtp = (None, None)
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.deterministic = True
+
+    def __call__(self, tokens_BT, *, segment_ids, positions, logits=True):
+        out = super().__call__(tokens_BT, segment_ids=segment_ids, positions=positions)
+        ahead = tuple(Ahead((1 + depth) * out.logits, same_document(segment_ids, depth)) for depth in (1, 2))
+        return PredictingOutput(*out, out.logits, None, ahead)
+
+    def logits_of(self, hidden_BTV, tables):
+        return hidden_BTV
+
+
+class PredictingOutput(NamedTuple):
+    logits: jax.Array
+    losses: dict
+    stats: dict
+    hidden: jax.Array
+    tables: None
+    ahead: tuple
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_accumulation_equals_one_large_batch(count):
+@pytest.mark.parametrize(
+    ("build", "count", "loss"), [(ToyModel, 2, "activation"), (PredictingModel, 4, "mtp")], ids=["2", "4 ahead"]
+)
+def test_accumulation_equals_one_large_batch(build, count, loss):
     # Adam's first update hides the scale of the gradient; eps = 1 and no clipping show it.
     changes = {
         "z_loss": 1e-2,
         "grad_clip": None,
-        "objectives": (FixedObjective(loss="activation", weight=0.3),),
+        "objectives": (FixedObjective(loss=loss, weight=0.3),),
         "optimizer": AdamW(eps=1.0),
     }
-    _, state, one = setup(**changes)
-    _, _, many = setup(accumulation=count, **changes)
+    _, state, one = setup(build, **changes)
+    _, _, many = setup(build, accumulation=count, **changes)
     batch = batch_number()
     # Some tokens have no target: losses of layers are means over all tokens, the cross-entropy is over targets.
     batch["mask"] = batch["mask"].at[0, 0].set(False)
