@@ -52,6 +52,10 @@ class RunConfig:
             self.data.seq_len,
             f"must be at most model.max_seq_len={self.model.max_seq_len}",
         )
+        modules = self.model.mtp_layers
+        require(
+            modules < self.data.seq_len, "model.mtp_layers", modules, f"must be below data.seq_len={self.data.seq_len}"
+        )
         trains_tokenizer = self.data.dataset is not None and self.data.tokenizer_name is None
         require(
             not trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,

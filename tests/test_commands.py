@@ -13,6 +13,7 @@ from flax import nnx
 
 import sparsezoo_jax
 from sparsezoo_jax import cli, evaluate, generate, inference, report, sae, train
+from sparsezoo_jax.configs import PRESETS
 
 SMALL = {
     "model.vocab-size": 320,
@@ -360,7 +361,7 @@ def test_generate(trained, monkeypatch, capsys):
 
 
 BAD_FLAGS = [
-    (["--arch", "sparc"], "--arch=sparc: must be one of blockffn, dense, moe, moex, mohd, spark"),
+    (["--arch", "sparc"], f"--arch=sparc: must be one of {', '.join(sorted(PRESETS))}"),
     (["--arch", "spark", "--size", "huge"], "--size=huge: for --arch spark"),
     ([], "--arch=: is needed"),
     (["--arch", "spark", "--model.ffn.widht", "3"], "Unrecognized options: --model.ffn.widht"),
@@ -370,6 +371,7 @@ BAD_FLAGS = [
     (["--arch", "spark", "--model.attention.kv-heads", "3"], "model.attention.kv_heads=3: must divide"),
     (["--arch", "spark", "--model.attention.r", "32"], "model.attention.r=32: must be between 1 and 31"),
     (["--arch", "spark", "--data.seq-len", "4096"], "data.seq_len=4096: must be at most model.max_seq_len=1024"),
+    (["--arch", "ling", "--model.mtp-layers", "256"], "model.mtp_layers=256: must be below data.seq_len=256"),
     (["--arch", "spark", "--train.accumulation", "3"], "train.accumulation=3: must divide data.batch_size=8"),
     (["--arch", "spark", "--data.dataset", "no/such"], "no/such"),
     (["--arch", "spark", "--data.dataset", "sotuu"], "sotuu"),
