@@ -126,7 +126,7 @@ class SparseLMFFN(FFN):
             "ffn_density": l0 / config.d_ff,
             "l0": l0,
             "largest_l0": jnp.max(found.active * ctx.valid_BT),
-            "dead_neurons": jnp.mean(self.silent_F[...] >= config.dead_after, dtype=jnp.float32),
+            "dead_share": jnp.mean(self.silent_F[...] >= config.dead_after, dtype=jnp.float32),
         }
         if config.storage is not None:
             stats["stored"] = found.stored

@@ -32,6 +32,8 @@ def test_output(config, output, tokens):
     assert np.isfinite(output.logits).all()
     assert output.stats["ffn_density"].shape == (config.layers,)
     assert output.stats["attended_keys"].shape == (config.layers,)
+    # Evaluation logs counts under these names beside the statistics (`Meters.dead`).
+    assert not {"dead_neurons", "dead_experts"} & output.stats.keys()
 
 
 @pytest.mark.slow
