@@ -1,7 +1,7 @@
 """The sparse ReLU feed-forward layer: worked-out numbers, and the stored form of its backward pass."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,10 @@ def loss(x, gate, up, down, cotangent, storage=None):
     return jnp.sum(out.y * cotangent) + L1_WEIGHT * jnp.mean(out.l1), out
 
 
-def gradients(storage, dtype, **kwargs):
-    (_, out), grads = jax.jit(
-        lambda *a: jax.value_and_grad(partial(loss, storage=storage), argnums=(0, 1, 2, 3), has_aux=True)(*a)
-    )(*arrays(dtype, **kwargs))
-    return out, grads
+@cache
+def gradient(storage=None):
+    """The loss with what the layer returned, and gradients in x, gate, up and down; jitted once for all tests."""
+    return jax.jit(jax.value_and_grad(partial(loss, storage=storage), argnums=(0, 1, 2, 3), has_aux=True))
 
 
 # Sum, sum of squares, first and last entry, from an independent computation in float64.
@@ -50,15 +49,14 @@ WORKED = {
 }
 
 
-@pytest.fixture(scope="module", params=[None, Storage(9, 0.0), Storage(1, 1.0), Storage(2, 0.3)], ids=str)
-def storage(request):
-    """Everything kept; all active neurons; one of each token, and so whole tokens; too few of both."""
-    return request.param
+#: All active neurons; one of each token, and so whole tokens; too few of both.
+STORAGES = [Storage(9, 0.0), Storage(1, 1.0), Storage(2, 0.3)]
 
 
+@pytest.mark.parametrize("storage", [None, *STORAGES], ids=str)
 def test_worked_out_values_and_gradients(storage):
     with jax.enable_x64(True):
-        out, grads, value = jax.device_get((*gradients(storage, jnp.float64), loss(*arrays(jnp.float64))[0]))
+        (value, out), grads = jax.device_get(gradient(storage)(*arrays(jnp.float64)))
     assert out.active.tolist() == [[7, 9, 9, 9]]
     assert float(out.stored) == (storage != Storage(2, 0.3))
     np.testing.assert_allclose(np.mean(out.l1), 9.15488894, rtol=1e-8)
@@ -73,29 +71,29 @@ def test_worked_out_values_and_gradients(storage):
 
 def test_without_a_gate():
     with jax.enable_x64(True):
-        out = jax.device_get(gradients(None, jnp.float64, gated=False)[0])
+        _, out = jax.device_get(jax.jit(loss)(*arrays(jnp.float64, gated=False)))
     np.testing.assert_allclose(np.mean(out.l1), 7.51427261, rtol=1e-8)
     np.testing.assert_allclose(np.sum(out.y), -1.19576897, rtol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.dtype.name)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("dtype", "gated"), [(jnp.bfloat16, True), (jnp.float32, False)], ids=["gated", "plain"])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_stored_gradients_are_the_dense_ones_bit_by_bit(dtype, gated, storage):
-    expected, kept = (gradients(s, dtype, gated=gated, batch=2) for s in (None, storage))
-    for a, b in zip(jax.tree.leaves((expected[1], expected[0]._replace(stored=0))),
-                    jax.tree.leaves((kept[1], kept[0]._replace(stored=0))), strict=True):  # fmt: skip
+    expected, kept = (gradient(s)(*arrays(dtype, gated=gated, batch=2)) for s in (None, storage))
+    for a, b in zip(jax.tree.leaves((expected[1], expected[0][1]._replace(stored=0))),
+                    jax.tree.leaves((kept[1], kept[0][1]._replace(stored=0))), strict=True):  # fmt: skip
         np.testing.assert_array_equal(a, b)
 
 
 def test_packing_keeps_active_neurons_in_order_and_whole_tokens():
     x, gate, up, *_ = arrays(jnp.float32)
     parts = scores(x, gate, up)
-    kept = stored.pack(parts, Storage(8, 0.75))
+    kept = jax.jit(stored.pack, static_argnums=1)(parts, Storage(8, 0.75))
     active = np.flatnonzero(np.asarray(parts[0])[0, 0] > 0)
     assert kept.places[0, 0, 0].tolist() == [*active, 16]
     assert kept.rows.tolist() == [[1, 2, 3]]
     assert bool(kept.fits)
-    unpacked = stored.unpack(kept, 16)
+    unpacked = jax.jit(stored.unpack, static_argnums=1)(kept, 16)
     for part, again in zip(parts, unpacked, strict=True):
         np.testing.assert_array_equal(again[0, 0], np.where(parts[0][0, 0] > 0, part[0, 0], 0))
         np.testing.assert_array_equal(again[0, 1:], part[0, 1:])
@@ -105,35 +103,34 @@ def test_packing_keeps_active_neurons_in_order_and_whole_tokens():
 def test_dead_neurons_have_no_gradients():
     x, gate, up, down, cotangent = arrays(jnp.float32)
     gate = gate.at[:, 3].set(0)  # a score of 0 is not active
-    (_, out), grads = jax.value_and_grad(loss, argnums=(1, 2, 3), has_aux=True)(x, gate, up, down, cotangent)
+    (_, out), (_, *grads) = gradient()(x, gate, up, down, cotangent)
     assert out.fired[3] == 0
     assert (out.fired[:3] > 0).any()
-    for gradient in (grads[0].T, grads[1].T, grads[2]):
-        assert not np.asarray(gradient[3]).any()
-        assert np.asarray(gradient).any()
+    for of_neurons in (grads[0].T, grads[1].T, grads[2]):
+        assert not np.asarray(of_neurons[3]).any()
+        assert np.asarray(of_neurons).any()
 
 
 def test_padding_neurons_change_nothing():
     """The loss is a sum over neurons: more of them that are 0 leave it."""
     x, gate, up, down, cotangent = arrays(jnp.float32)
     wider = (jnp.pad(gate, ((0, 0), (0, 5))), jnp.pad(up, ((0, 0), (0, 5)), constant_values=2.0))
-    value, padded = (
-        loss(x, gate, up, down, cotangent)[0],
-        loss(x, *wider, jnp.pad(down, ((0, 5), (0, 0))), cotangent)[0],
-    )
+    (value, _), _ = gradient()(x, gate, up, down, cotangent)
+    padded, _ = jax.jit(loss)(x, *wider, jnp.pad(down, ((0, 5), (0, 0))), cotangent)
     np.testing.assert_allclose(padded, value, rtol=1e-6)
 
 
 def test_the_l1_norm_does_not_reach_the_output_map():
-    x, gate, up, down, _ = arrays(jnp.float32)
-    where = jnp.ones(x.shape[:2], bool)
-    assert not np.asarray(jax.grad(lambda down: jnp.sum(relu_ffn(x, gate, up, down, where).l1))(down)).any()
+    x, gate, up, down, cotangent = arrays(jnp.float32)
+    _, grads = gradient()(x, gate, up, down, 0 * cotangent)
+    assert np.asarray(grads[1]).any()
+    assert not np.asarray(grads[3]).any()
 
 
 def test_only_counted_tokens_fire():
     x, gate, up, down, _ = arrays(jnp.float32)
     where = jnp.array([[True, False, False, False]])
-    out = relu_ffn(x, gate, up, down, where)
+    out = jax.jit(relu_ffn)(x, gate, up, down, where)
     np.testing.assert_array_equal(out.fired, np.asarray(scores(x, gate, up)[0])[0, 0] > 0)
     assert out.active[0, 1] == 9
 
