@@ -53,7 +53,7 @@ def print_activation(figures: dict[str, Any], dense: float) -> None:
     ]
     rows.append(("mean", *(f"{row['mean']:.2%}" for row in checkpoints), ""))
     rows.append(("perplexity", *(f"{row['increase']:+.2%}" for row in checkpoints), ""))
-    title = f"Activation ratio at CETT {figures['cett']:.4f}, for {figures['increase']:.3g} more of the perplexity"
+    title = f"Activation ratio at CETT {figures['cett']:.4f}: {100 * figures['increase']:g} % more perplexity"
     cli.print_table(title, header, rows)
     print(f"loss of the split with it applied {figures['loss']:.4f} nats/token ({figures['loss'] - dense:+.4f})")
     names = {"cett": "CETT", "threshold": "gate threshold", "top_k": "top k of the gate"}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -18,6 +19,7 @@ from sparsezoo_jax.errors import UserError, require
 
 if TYPE_CHECKING:
     from sparsezoo_jax.evaluation.report import RunFigures
+    from sparsezoo_jax.models import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Report(CorpusFlags):
     """Batches of the validation split that the meters read."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
+    cett: str | None = None
+    """Also show the activation ratio of every kept checkpoint: the hidden units that are left when dropping others
+    raises the perplexity of the last five together by this percentage, such as 1% (docs/sparsing-law.md)."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -47,6 +52,7 @@ def report(command: Report) -> Path:
       UserError: no run in a directory, a directory twice, or nowhere to write; nothing has been written then.
       StorageError: reading or writing failed.
     """
+    from sparsezoo_jax.evaluation.cett import parse_share
     from sparsezoo_jax.evaluation.report import write_report
 
     directories = command.directories
@@ -55,6 +61,8 @@ def report(command: Report) -> Path:
     require(len(command.contexts) > 0, "--contexts", "", "needs at least one length")
     for context in command.contexts:
         require(context > 0, "--contexts", context, "must be above 0")
+    if command.cett is not None:
+        parse_share(command.cett)
     twice = {str(d) for i, d in enumerate(directories) if d.resolve() in [e.resolve() for e in directories[:i]]}
     if twice:
         raise UserError(f"{', '.join(sorted(twice))}: named twice")
@@ -79,14 +87,30 @@ def figures(directory: Path, name: str, command: Report) -> RunFigures:
     """
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.config import flatten
+    from sparsezoo_jax.evaluation.cett import course, parse_share
     from sparsezoo_jax.evaluation.report import run_figures
+    from sparsezoo_jax.training.parameters import saved_steps
 
     model, config, tokenizer = run_dir.load(directory)
     if tokenizer is None:
         raise UserError(f"{directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(command.corpus(config.data), "validation", tokenizer)
-    shown = data.evaluation_batches(prepared, config.data.batch_size, command.batches)
-    return run_figures(directory, name, flatten(config), config.model, model, shown, command.contexts)
+
+    def shown() -> Any:
+        return data.evaluation_batches(prepared, config.data.batch_size, command.batches)
+
+    found = None
+    if command.cett is not None:
+        steps = saved_steps(directory / run_dir.CHECKPOINTS)
+        checkpoints = {step: partial(_model, directory, step) for step in steps}
+        found = course(checkpoints, shown, parse_share(command.cett))
+    return run_figures(directory, name, flatten(config), config.model, model, shown(), command.contexts, found)
+
+
+def _model(directory: Path, step: int) -> Decoder:
+    from sparsezoo_jax import run_dir
+
+    return run_dir.load(directory, step=step).model
 
 
 def _names(directories: Sequence[Path]) -> list[str]:

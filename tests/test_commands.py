@@ -274,7 +274,8 @@ def test_report(trained, tmp_path, monkeypatch, capsys):
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     args = ["--batches", 1, "--contexts", 64]
-    assert call(report, [tmp_path / "a", *args], monkeypatch) == 0
+    assert call(report, [tmp_path / "a", *args, "--cett", "1%"], monkeypatch) == 0
+    assert "Activation ratio over training" in (tmp_path / "a" / "report.html").read_text()
     assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "report.html")
     final = json.loads((trained / "evaluation.json").read_text())
     assert f"{final['loss']:.4f}" in (tmp_path / "a" / "report.html").read_text()
@@ -290,6 +291,7 @@ def test_report(trained, tmp_path, monkeypatch, capsys):
         (["a", "--output", "no/such/report.html"], "there is no directory no/such"),
         (["a", "--batches", 0], "--batches=0: must be above 0"),
         (["a", "--contexts", 0], "--contexts=0: must be above 0"),
+        (["a", "--cett", "1"], "--cett=1: must be a percentage above 0% and below 100%"),
         ([], "DIR"),
     ):
         assert call(report, bad, monkeypatch) == 2

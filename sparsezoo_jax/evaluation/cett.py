@@ -93,17 +93,23 @@ def contributions(hidden: jax.Array, dictionary_FD: jax.Array) -> jax.Array:
     return jnp.abs(hidden.astype(jnp.float32)) * jnp.linalg.norm(dictionary_FD.astype(jnp.float32), axis=-1)
 
 
-def error_of_truncation(hidden_MF: jax.Array, dictionary_FD: jax.Array, threshold: jax.Array) -> jax.Array:
+@jax.jit
+def output_norms(hidden_MF: jax.Array, dictionary_FD: jax.Array) -> jax.Array:
+    """Norm of each token's output, [M]."""
+    return jnp.linalg.norm(hidden_MF @ dictionary_FD, axis=-1)
+
+
+@jax.jit
+def error_of_truncation(
+    hidden_MF: jax.Array, dictionary_FD: jax.Array, whole_M: jax.Array, threshold: jax.Array
+) -> jax.Array:
     """CETT: norm of what the units with a contribution of at most `threshold` add, over that of all; mean over tokens.
 
-    A token whose output is 0 loses nothing. float32 scalar.
+    `whole_M` are the `output_norms`; a token whose output is 0 loses nothing. float32 scalar.
     """
     small_MF = jnp.where(contributions(hidden_MF, dictionary_FD) > threshold, 0, hidden_MF)
-    lost_M, whole_M = (jnp.linalg.norm(x_MF @ dictionary_FD, axis=-1) for x_MF in (small_MF, hidden_MF))
+    lost_M = output_norms(small_MF, dictionary_FD)
     return jnp.mean(jnp.where(whole_M > 0, lost_M / jnp.where(whole_M > 0, whole_M, 1), 0))
-
-
-_error_of_truncation = jax.jit(error_of_truncation)
 
 
 class LayerThresholds:
@@ -115,13 +121,15 @@ class LayerThresholds:
         norms = np.asarray(contributions(self.hidden_MF, self.dictionary_FD)).ravel()
         largest = float(np.quantile(norms[:: max(1, norms.size // SUBSAMPLE)], LARGEST))
         self.grid = np.linspace(float(norms.min()), largest, GRID, dtype=np.float32)
+        self._whole_M = output_norms(self.hidden_MF, self.dictionary_FD)
         self._errors: dict[int, float] = {}
 
     def _error(self, index: int) -> float:
         # Searches for neighbouring values of CETT meet the same thresholds again.
         if index not in self._errors:
             threshold = jnp.float32(self.grid[index])
-            self._errors[index] = float(_error_of_truncation(self.hidden_MF, self.dictionary_FD, threshold))
+            error = error_of_truncation(self.hidden_MF, self.dictionary_FD, self._whole_M, threshold)
+            self._errors[index] = float(error)
         return self._errors[index]
 
     def at(self, cett: float) -> float:
@@ -256,6 +264,41 @@ def find_cett(models: Sequence[Calibrated], increase: float) -> float:
     return (low + high) / 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The activation ratio of checkpoints of a run, at one CETT for all."""
+
+    increase: float
+    """Relative increase of the perplexity that the CETT stands for."""
+    cett: float
+    steps: list[int]
+    points: list[Point]
+
+
+def course(
+    checkpoints: Mapping[int, Callable[[], Decoder]],
+    batches: Callable[[], Iterable[Batch]],
+    increase: float,
+    *,
+    joint: int = 5,
+) -> Course:
+    """Find the CETT on the `joint` last checkpoints together, and measure all of them at it, as the paper for curves.
+
+    Args:
+      checkpoints: by step, what loads the model; early ones are held one at a time.
+      batches: called for a new pass over the batches to measure on.
+      increase: as in `find_cett`.
+
+    Raises:
+      ConfigError: `increase` out of range, or a model without hidden units to measure.
+    """
+    steps = sorted(checkpoints)
+    last = [Calibrated(checkpoints[step](), batches) for step in steps[-joint:]]
+    level = find_cett(last, increase)
+    early = [Calibrated(checkpoints[step](), batches).point("cett", level) for step in steps[:-joint]]
+    return Course(increase, level, steps, early + [model.point("cett", level) for model in last])
+
+
 def parse_share(text: str) -> float:
     """A percentage such as "1%" as a share in (0, 1).
 
@@ -277,7 +320,7 @@ SETTINGS: dict[Rule, tuple[float, ...]] = {
 }
 """Settings of the curve."""
 QUANTILES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-"""Of the gates' magnitudes, pooled over layers: the curve's thresholds."""
+"""Of the magnitudes of gates that are not 0, pooled over layers: the curve's thresholds."""
 
 
 def curve(model: Calibrated) -> list[Point]:
@@ -286,6 +329,7 @@ def curve(model: Calibrated) -> list[Point]:
     The first point is that of the exact zeros, which a ReLU has; then global thresholds on the gate, the top k gates of
     each token, and CETT.
     """
-    thresholds = sorted({0.0, *(float(x) for x in np.quantile(model.gates, QUANTILES))})
+    nonzero = model.gates[model.gates > 0]
+    thresholds = [0.0, *(float(x) for x in np.quantile(nonzero, QUANTILES))] if nonzero.size else [0.0]
     points = [model.point("threshold", value) for value in thresholds]
     return points + [model.point(rule, value) for rule, values in SETTINGS.items() for value in values]

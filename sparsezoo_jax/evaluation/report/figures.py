@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.evaluation.cett import Course
 from sparsezoo_jax.evaluation.cost import CONTEXTS, Cost, cost_table
 from sparsezoo_jax.evaluation.history import History, read_history
 from sparsezoo_jax.evaluation.meters import LayerMeters, Meters, measure
@@ -31,6 +32,8 @@ class RunFigures:
     history: History
     meters: Meters
     costs: list[Cost]
+    activation: Course | None = None
+    """Activation ratio of the kept checkpoints, where it was asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything by name, for JSON."""
@@ -105,6 +108,7 @@ def run_figures(
     model: nnx.Module,
     batches: Iterable[Mapping[str, Any]],
     contexts: Sequence[int] = CONTEXTS,
+    activation: Course | None = None,
 ) -> RunFigures:
     """Measure a model over `batches` and read what its run left in `directory`.
 
@@ -113,6 +117,7 @@ def run_figures(
       configuration: the run's fields and values, to be shown.
       decoder: the model's configuration.
       contexts: lengths at which costs are counted.
+      activation: the activation ratio of its checkpoints, if it is to be shown.
 
     Raises:
       StorageError: the run's files can't be read.
@@ -127,6 +132,7 @@ def run_figures(
         history=history,
         meters=meters,
         costs=cost_table(decoder, contexts, meters.sparsity(decoder)),
+        activation=activation,
     )
 
 

@@ -20,7 +20,7 @@ VARIANTS = {"dense": "dense twin", "configured": "as configured", "measured": "a
 def run_plots(run: RunFigures) -> list[str]:
     """The plots of one run; those that its architecture has nothing for are left out."""
     layers = run.meters.layers
-    plots = [_loss([run]), *_course_by_layer(run)]
+    plots = [_loss([run]), *_course_by_layer(run), *_activation(run)]
     attended = [
         Series(f"layer {i}", layer.attention.visible, layer.attention.attended_by_visible)
         for i, layer in enumerate(layers)
@@ -193,6 +193,17 @@ def _course_by_layer(run: RunFigures) -> list[str]:
         aims = [Series("target", ends, [float(target)] * 2) for target in sorted(targets[name])]
         plots.append(line_plot(f"{title} over training", "step", title, series, reference=aims, percent=percent))
     return plots
+
+
+def _activation(run: RunFigures) -> list[str]:
+    found = run.activation
+    if found is None:
+        return []
+    ratios = [point.activation_ratio for point in found.points]
+    series = [Series(f"layer {i}", found.steps, [row[i] for row in ratios]) for i in range(len(ratios[0]))]
+    mean = Series("mean", found.steps, [point.mean for point in found.points])
+    title = f"Activation ratio over training, CETT {found.cett:.3f}: {100 * found.increase:g} % more perplexity"
+    return [line_plot(title, "step", "activation ratio", series, reference=[mean], percent=True)]
 
 
 def _quantiles(kind: str, layers: Sequence[LayerMeters], pick: Callable) -> list[str]:
