@@ -54,9 +54,14 @@ class Thinned(nnx.Module):
       top_k: all but so many units of each token with the largest gates in magnitude.
 
     In networks without a gate the unit itself is its gate.
+
+    Raises:
+      ConfigError: not one number for each layer.
     """
 
     def __init__(self, model: Decoder, rule: Rule, values_L: Sequence[float] | np.ndarray):
+        layers = model.config.layers
+        require(len(values_L) == layers, "thresholds", f"<{len(values_L)} values>", f"must be one a layer, {layers}")
         self.model, self.rule = model, rule
         self.values_L = nnx.Variable(jnp.asarray(values_L, jnp.float32))
 

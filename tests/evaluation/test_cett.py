@@ -152,6 +152,12 @@ def test_rivals_are_their_definitions(calibrated, batches):
     assert top.increase > 0
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_thresholds_are_one_a_layer(calibrated, count):
+    with pytest.raises(ConfigError, match=f"thresholds=<{count} values>: must be one a layer, 2"):
+        Thinned(calibrated.model, "cett", [0.1] * count)
+
+
 @pytest.mark.parametrize("text", ["0%", "100%", "1", "-1%", "nan%", "one%", "%"])
 def test_shares_out_of_range_are_refused(text):
     with pytest.raises(ConfigError, match="must be a percentage above 0% and below 100%"):
