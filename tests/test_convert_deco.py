@@ -10,7 +10,7 @@ import sparsezoo_jax
 from sparsezoo_jax import huggingface
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import UserError
-from sparsezoo_jax.huggingface.layouts import read_model, write_model
+from sparsezoo_jax.huggingface.layouts import layout_of, read_model, write_model
 from tests.test_convert_blockffn import assert_same, attended, rms, rotated, write
 
 # As the released converter writes it, Megatron's spelling.
@@ -147,6 +147,7 @@ def test_logits_are_those_of_the_formulas(tmp_path):
         ({"moe_layer_freq": [1, 0, 1]}, "must be a list of 3, zeros and then ones"),
         ({"moe_layer_freq": [0, 0, 0]}, "must be a list of 3, zeros and then ones"),
         ({"moe_layer_freq": "all"}, "must be a list of 3, zeros and then ones"),
+        ({"moe_layer_freq": [0] * 99}, "moe_layer_freq=<99 values>: must be a list of 3"),
         ({"num_experts": 0}, "num_experts=0: must be an integer from 1"),
         ({"num_attention_heads": 5}, "num_attention_heads=5: must divide hidden_size=12"),
     ],
@@ -154,6 +155,12 @@ def test_logits_are_those_of_the_formulas(tmp_path):
 def test_configurations_that_are_not_supported(change, message):
     with pytest.raises(UserError, match=message):
         read_model({**CONFIG, **change}, "config.json")
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_what_says_that_it_is_something_else_is_not_taken_for_deco(value):
+    values = {"model_type": "llama", "use_blockffn": value, "router_norm_type": None}
+    assert layout_of(values, "config.json").model_type == "llama"
 
 
 def test_faults_of_the_tensors(tmp_path):

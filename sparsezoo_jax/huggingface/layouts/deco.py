@@ -147,8 +147,9 @@ def _first_layers(f: Fields, layers: int) -> dict[str, Any]:
     """The first layers, which `moe_layer_freq` leaves dense."""
     pattern = f.values.get("moe_layer_freq", [0] + [1] * (layers - 1))
     dense = pattern.count(0) if isinstance(pattern, list) else layers
-    if dense == layers or pattern != [0] * dense + [1] * (layers - dense):
-        f.problems.append(f"moe_layer_freq={pattern}: must be a list of {layers}, zeros and then ones")
+    if dense >= layers or pattern != [0] * dense + [1] * (layers - dense):
+        shown = f"<{len(pattern)} values>" if isinstance(pattern, list) and len(pattern) != layers else pattern
+        f.problems.append(f"moe_layer_freq={shown}: must be a list of {layers}, zeros and then ones")
     elif dense:
         first = GatedFFNConfig(d_ff=f.integer("ffn_hidden_size"), activation="silu")
         return {"first_layers": dense, "first_ffn": first}
@@ -215,6 +216,6 @@ DECO = Layout(
     not_stored=("ffn.scale_init", "ffn.expected_density", "ffn.dense_twin_d_ff"),
     arch="deco",
     train=_train,
-    recognises=lambda values: "use_blockffn" in values or "router_norm_type" in values,
+    recognises=lambda values: values.get("use_blockffn") is True or values.get("router_norm_type") is not None,
     completed=_completed,
 )
