@@ -86,6 +86,8 @@ FREE_ON_RESUME = (
     "train.checkpoint_every",
     "train.checkpoint_every_minutes",
     "train.keep_last",
+    "train.merge_last",
+    "train.merge_decay",
     "train.keep_best",
     "train.max_skipped_steps",
     "train.hang_timeout",

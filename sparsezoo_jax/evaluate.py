@@ -38,8 +38,9 @@ class Evaluate(WeightFormats, CorpusFlags):
     """Run directory."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
-    merge_last: int = 1
-    """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate)."""
+    merge_last: int | None = None
+    """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate). None: the
+    newest alone, or what a run with train.merge_last ends as."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""
     batch_size: int | None = None
@@ -128,7 +129,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     require(command.meter_batches > 0, "--meter-batches", command.meter_batches, "must be above 0")
     for context in command.contexts:
         require(context > 0, "--contexts", context, "must be above 0")
-    require(command.merge_last > 0, "--merge-last", command.merge_last, "must be above 0")
+    merges = command.merge_last
+    require(merges is None or merges > 0, "--merge-last", command.merge_last, "must be above 0")
     check_cett(command)
     model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
     if tokenizer is None:
@@ -166,7 +168,7 @@ def check_cett(command: Evaluate) -> None:
         require(not command.cett_curve, "--cett-curve", True, "must be given with --cett")
         return
     parse_share(command.cett)
-    both = command.cett_last > 1 and command.merge_last > 1
+    both = command.cett_last > 1 and (command.merge_last or 1) > 1
     require(not both, "--cett-last", command.cett_last, "can't be given with --merge-last")
 
 

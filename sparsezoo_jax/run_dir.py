@@ -50,7 +50,7 @@ def load(
     directory: str | Path,
     *,
     step: int | None = None,
-    merge_last: int = 1,
+    merge_last: int | None = None,
     base: str | Path | None = None,
     plugins: Sequence[str] = (),
 ) -> Loaded:
@@ -62,7 +62,8 @@ def load(
       directory: a run directory.
       step: the checkpoint's step; None is the newest.
       merge_last: average this many newest checkpoints with the weights of a 1-sqrt decay (see `training.merging`)
-        instead of taking one; not together with `step`.
+        instead of taking one; not together with `step`. None takes the newest, or of a finished run with
+        `train.merge_last` what it ends as.
       base: for adapters, the run that they were trained for. Default: the place that the configuration names.
       plugins: modules to import first, which register kinds that the run is made of. Those of installed packages are
         found without.
@@ -85,15 +86,25 @@ def load(
         allowed = f"must be at least the tokenizer's {tokenizer.vocab_size}"
         require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, allowed)
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
-    if merge_last > 1 and step is not None:
+    if merge_last is not None and merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
     read = restore_params if config.train.lora.rank is None else _with_adapters(directory, config, template)
-    if merge_last > 1:
+    own = _merged_steps(directory, config) if step is None and merge_last is None else ()
+    if own:
+        decay = config.train.merge_decay
+        parameters, state = merge_params(directory / CHECKPOINTS, steps=own, decay=decay, read=read)
+    elif merge_last is not None and merge_last > 1:
         parameters, state = merge_params(directory / CHECKPOINTS, last=merge_last, read=read)
     else:
         parameters, state = read(directory / CHECKPOINTS, step)
     model = template.merge(parameters, state)
     return Loaded(model, config, tokenizer)
+
+
+def _merged_steps(directory: Path, config: RunConfig) -> tuple[int, ...]:
+    """Steps whose average a finished run ends as; empty for other runs."""
+    found = saved_steps(directory / CHECKPOINTS)
+    return config.train.merged_steps() if found and found[-1] == config.train.steps else ()
 
 
 def _with_adapters(
@@ -180,15 +191,15 @@ def _identity_of_base(directory: Path) -> dict[str, Any]:
 def stored_parameters(
     directory: Path, config: RunConfig, *, state: Collection[str] = ()
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All parameters of a run's newest checkpoint: path and array in host memory, one at a time.
+    """All parameters of a run as `load` takes it: path and array in host memory, one at a time.
 
-    Of the model's other variables those whose paths are in `state` come along. Of adapters and their base all are in
-    memory at the same time.
+    Of the model's other variables those whose paths are in `state` come along. Of adapters and their base, and of
+    averages of checkpoints, all are in memory at the same time.
 
     Raises:
       UserError, StorageError: as `load`.
     """
-    if config.train.lora.rank is None:
+    if config.train.lora.rank is None and not _merged_steps(directory, config):
         yield from read_params(directory / CHECKPOINTS, state=state)
         return
     params, others = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)

@@ -14,7 +14,10 @@ from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.conversion import places
 from sparsezoo_jax.huggingface.layouts import read_model, write_model
 from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.training.state import ModelTemplate
+from sparsezoo_jax.overrides import with_values
+from sparsezoo_jax.run_dir import write_config
+from sparsezoo_jax.training.parameters import restore_params, save_params
+from sparsezoo_jax.training.state import ModelTemplate, flatten
 from tests.test_convert_blockffn import assert_same, attended, rms, rotated, write
 
 # Keys as the authors' converter writes them; it gives no number of layers that predict ahead.
@@ -141,6 +144,27 @@ def test_round_trip_is_bit_exact(arch, tmp_path):
     first, second = (read_config(tmp_path / name / "config.json") for name in ("run", "again"))
     assert first.model == second.model
     assert (first.arch, second.arch) == (arch, arch)
+
+
+def test_a_run_that_ends_as_an_average_is_loaded_and_written_as_one(tmp_path):
+    tensors, run = tensors_of("plm"), tmp_path / "run"
+    huggingface.from_hf(write(tmp_path / "source", PLM, tensors), run)
+    parameters = flatten(restore_params(run / "checkpoints")[0])
+    for step in (1, 2):
+        save_params(run / "checkpoints", {path: step * x for path, x in parameters.items()}, step=step)
+    ends = {"train.steps": 2, "train.checkpoint_every": 1, "train.merge_last": 2, "train.merge_decay": "linear"}
+    write_config(run, with_values(read_config(run / "config.json"), ends))
+    huggingface.to_hf(run, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(back[name], np.float32(1.5) * x)
+    for arguments, factor in (({}, 1.5), ({"step": 1}, 1), ({"merge_last": 1}, 2)):
+        model = sparsezoo_jax.load(run, **arguments).model
+        np.testing.assert_array_equal(model.final_norm.scale[...], np.float32(factor) * tensors["model.norm.weight"])
+    # What has not reached its last step ends as nothing yet.
+    write_config(run, with_values(read_config(run / "config.json"), {"train.steps": 3}))
+    model = sparsezoo_jax.load(run).model
+    np.testing.assert_array_equal(model.final_norm.scale[...], 2 * tensors["model.norm.weight"])
 
 
 # -------------------------------------------------------------------------------------------------------- The formulas

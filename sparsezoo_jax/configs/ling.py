@@ -54,6 +54,9 @@ TINY = RunConfig(
     train=TrainConfig(
         steps=300,
         eval_every=100,
+        checkpoint_every=10,
+        keep_best=False,
+        merge_last=5,
         schedule=Constant(learning_rate=8e-3, warmup_steps=0.1),
         optimizer=OPTIMIZER,
         objectives=objectives(4),
@@ -108,6 +111,9 @@ def _sized(
         ),
         train=TrainConfig(
             steps=round(20e12 / (batch_size * 4096)),
+            checkpoint_every=round(5e9 / (batch_size * 4096)),
+            keep_best=False,
+            merge_last=32,
             accumulation=accumulation,
             loss_chunk=512,
             schedule=Constant(learning_rate=learning_rate, warmup_steps=2000),

@@ -126,7 +126,7 @@ def from_hf(source: Path, directory: Path) -> Conversion:
 
 
 def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> Conversion:
-    """Write the newest checkpoint of a run in Hugging Face's layout.
+    """Write a run, as `run_dir.load` takes it, in Hugging Face's layout.
 
     Args:
       directory: a run directory.

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,26 @@ class Checkpointer:
     """Writes and reads the checkpoints of one training run.
 
     Saving is asynchronous: `save` returns once the arrays are copied off the devices. At most one save is under way.
-    A step becomes visible when it is complete; the newest `keep_last` and, with `keep_best`, the one with the lowest
-    validation loss are kept.
+    A step becomes visible when it is complete; the newest `keep_last`, those of `keep_steps` and, with `keep_best`, the
+    one with the lowest validation loss are kept.
 
     Raises:
       StorageError: saving or reading failed, from the call that finds out: `save`, `check`, `wait` or `close`.
     """
 
-    def __init__(self, directory: Path | str, *, keep_last: int = 2, keep_best: bool = True, read_only: bool = False):
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        keep_steps: Sequence[int] = (),
+        read_only: bool = False,
+    ):
         self.directory = Path(directory).absolute()
         self._failed = False
         self._unchecked = False  # whether a save in the background may have failed without anybody knowing
-        policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
+        policies: list[Any] = [checkpoint_managers.LatestN(keep_last), checkpoint_managers.CustomSteps(keep_steps)]
         if keep_best:
             policies.append(
                 checkpoint_managers.BestN(

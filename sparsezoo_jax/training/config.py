@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import STRICT, ConfigError, require
 from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
-from sparsezoo_jax.training.schedules import Cosine, ScheduleConfig, steps_of
+from sparsezoo_jax.training.schedules import Cosine, MergeDecay, ScheduleConfig, steps_of
 from sparsezoo_jax.untrusted import Local
 
 
@@ -80,6 +80,12 @@ class TrainConfig:
     """Number of newest checkpoints kept."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss, too (and evaluate whenever a checkpoint is saved)."""
+    merge_last: int = 1
+    """Newest checkpoints by train.checkpoint_every, the last step's among them, whose average is what the run ends as,
+    in place of a decay of the learning rate (WSM, arXiv 2507.17634); fewer if the run saves fewer. 1 takes the last
+    step as it is. They are kept, whatever train.keep_last says."""
+    merge_decay: MergeDecay = "1-sqrt"
+    """Decay of the updates between these that their weights imitate: linear weighs all alike."""
     seed: int = 0
     """Seed of the initialisation and of every random stream of the model."""
     init_from: Annotated[str | None, Local()] = None
@@ -120,7 +126,15 @@ class TrainConfig:
     """Weights of the model's auxiliary losses; a loss without an objective is logged, but does not train."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "keep_last", "accumulation", "max_skipped_steps", "profile_steps"):
+        for name in (
+            "steps",
+            "log_every",
+            "keep_last",
+            "merge_last",
+            "accumulation",
+            "max_skipped_steps",
+            "profile_steps",
+        ):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
         for name in ("eval_every", "checkpoint_every", "checkpoint_every_minutes", "seed", "z_loss", "upcycle_noise"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
@@ -138,9 +152,20 @@ class TrainConfig:
             self.init_step,
             "must be at least 0, and train.init_from given",
         )
+        merges, every = self.merge_last > 1, self.checkpoint_every
+        require(not merges or every > 0, "train.checkpoint_every", every, "must be above 0 with train.merge_last")
+        allowed = "must be 1 with train.lora.rank: an average of adapters is not that of the models"
+        require(not merges or self.lora.rank is None, "train.merge_last", self.merge_last, allowed)
         losses = [objective.loss for objective in self.objectives]
         for loss in losses:
             require(losses.count(loss) == 1, "train.objectives.loss", loss, "has more than one objective")
         total = sum(steps_of(length, self.steps) for length in self.schedule.phases())
         allowed = f"the schedule's phases take {total} steps; shorten them, or give them as fractions of train.steps"
         require(total <= self.steps, "train.steps", self.steps, allowed)
+
+    def merged_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are averaged at the end of the run, oldest first; empty if none are."""
+        if self.merge_last == 1:
+            return ()
+        before = range(self.checkpoint_every, self.steps, self.checkpoint_every)[1 - self.merge_last :]
+        return (*before, self.steps) if before else ()

@@ -25,10 +25,12 @@ from sparsezoo_jax.training.goodput import Account
 from sparsezoo_jax.training.guards import SpikeGuard, stop_if_diverging, stop_if_rewound_too_often
 from sparsezoo_jax.training.interrupts import Requests
 from sparsezoo_jax.training.lease import Lease
+from sparsezoo_jax.training.merging import merge_params
+from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.processes import barrier, in_all
 from sparsezoo_jax.training.speed import SpeedMeter, yardstick
-from sparsezoo_jax.training.state import Build, Placement, TrainState, first_device, flatten, parameter_count
+from sparsezoo_jax.training.state import Build, Placement, PureDict, TrainState, first_device, flatten, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
 from sparsezoo_jax.training.warm_start import WarmStart
 from sparsezoo_jax.training.writers import (
@@ -61,7 +63,7 @@ class FitResult:
     model: nnx.Module
     """The trained model."""
     state: TrainState
-    """The final train state."""
+    """The final train state; of a finished run with `merge_last` its parameters are the averages."""
     metrics: dict[str, Any]
     """Metrics of the last step made; empty if none was made."""
     evaluation: dict[str, float]
@@ -143,7 +145,10 @@ def fit(
         resources.callback(lease.release)
         in_all(lambda: _take(lease, before_writing) if is_main else None)
         _refuse_lost_checkpoints(workdir)
-        checkpointer = Checkpointer(workdir / CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
+        kept = config.merged_steps()
+        checkpointer = Checkpointer(
+            workdir / CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best, keep_steps=kept
+        )
         resources.enter_context(checkpointer)
         # Order of restoring:
         # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
@@ -167,6 +172,9 @@ def fit(
             state = restored.state if base is None else prepared.with_base(restored.state, base[0])
             data.set_state(restored.data_state)
             first = int(state.step)
+            missing = [step for step in kept if step <= first and step not in checkpointer.steps()]
+            allowed = f"averages checkpoints that {workdir} no longer has: {', '.join(map(str, missing))}"
+            require(not missing, "train.merge_last", config.merge_last, allowed)
             record = dataclasses.replace(restored.record, starts=restored.record.starts + 1)
         if is_main:
             parameters = f"{parameter_count(prepared.template):,} parameters"
@@ -306,10 +314,15 @@ def fit(
         finish_step()
         with phases("save"):
             checkpointer.wait()
+        finished = step >= config.steps and not interrupted
+        if finished and kept:
+            with phases("evaluation"):
+                state = _merged(state, workdir, config)
+            if is_main:
+                print(f"the run ends as the average of steps {', '.join(map(str, kept))}", file=sys.stderr)
         phases.enter("other")
         signal_name = requests.signal.name if requests.signal else "the signal of another process"
 
-    finished = step >= config.steps and not interrupted
     if is_main and not finished:
         why = f"on {signal_name}" if interrupted else "at train.stop_at"
         print(f"stopped {why} after step {step}; run the same command on {workdir} to go on", file=sys.stderr)
@@ -370,6 +383,18 @@ class _Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+
+
+def _merged(state: TrainState, workdir: Path, config: TrainConfig) -> TrainState:
+    """`state` with the average of the run's last checkpoints as its parameters, where the parameters are."""
+    places = {path: array.sharding for path, array in flatten(state).items()}
+
+    def read(directory: Path, step: int) -> tuple[PureDict, PureDict]:
+        return restore_params(directory, step, sharding_of=lambda path, shape: places[path])
+
+    steps, decay = config.merged_steps(), config.merge_decay
+    params, model_state = merge_params(workdir / CHECKPOINTS, steps=steps, decay=decay, read=read)
+    return dataclasses.replace(state, params=params, model_state=model_state)
 
 
 def _is_due(step: int, every: int) -> bool:

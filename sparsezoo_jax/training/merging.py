@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
+from sparsezoo_jax.training.schedules import MergeDecay
 from sparsezoo_jax.training.state import PureDict
-
-MergeDecay = Literal["linear", "1-sqrt"]
 
 
 def merge_weights(decay: Sequence[float]) -> list[float]:

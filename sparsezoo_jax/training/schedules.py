@@ -18,6 +18,10 @@ DecayShape = Literal["linear", "1-sqrt", "exponential", "cosine", "halving"]
 """`halving` is 2 * 0.5^u - 1: an exponential decay to a half, stretched to end at 0 (Megatron's exponential WSD)."""
 
 
+MergeDecay = Literal["linear", "1-sqrt"]
+"""Decays that an average of checkpoints imitates; `linear` weighs all alike."""
+
+
 def steps_of(length: float, steps: int) -> int:
     """Number of steps that `length` stands for: itself from 1 on, a fraction of `steps` below 1."""
     return round(length * steps) if length < 1 else int(length)

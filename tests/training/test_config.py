@@ -3,6 +3,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.training.config import ParameterGroup, TrainConfig
+from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import FixedObjective, SineProgressive
 from sparsezoo_jax.training.optimizers import Adafactor, AdamW, Muon
 from sparsezoo_jax.training.schedules import WSD, WSDC, Constant, Cosine, steps_of
@@ -15,6 +16,7 @@ from sparsezoo_jax.training.schedules import WSD, WSDC, Constant, Cosine, steps_
         {"log_every": 0},
         {"accumulation": 0},
         {"keep_last": 0},
+        {"merge_last": 0},
         {"max_skipped_steps": 0},
         {"profile_steps": 0},
         {"profile_start": 0},
@@ -93,3 +95,14 @@ def test_json_round_trip_keeps_every_kind():
     )
     adapter = TypeAdapter(TrainConfig)
     assert adapter.validate_json(adapter.dump_json(config)) == config
+
+
+def test_merging_needs_checkpoints_of_whole_models():
+    with pytest.raises(ConfigError, match=r"train\.checkpoint_every=0: must be above 0 with train\.merge_last"):
+        TrainConfig(merge_last=2, checkpoint_every=0)
+    with pytest.raises(ConfigError, match=r"train\.merge_last=2: must be 1 with train\.lora\.rank"):
+        TrainConfig(merge_last=2, lora=LoRAConfig(rank=2))
+    found = [TrainConfig(steps=7, checkpoint_every=2, merge_last=n).merged_steps() for n in (1, 2, 3, 9)]
+    assert found == [(), (6, 7), (4, 6, 7), (2, 4, 6, 7)]
+    assert TrainConfig(steps=6, checkpoint_every=2, merge_last=2).merged_steps() == (4, 6)
+    assert TrainConfig(steps=6, checkpoint_every=6, merge_last=2).merged_steps() == ()

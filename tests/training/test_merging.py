@@ -6,7 +6,9 @@ import pytest
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.merging import decay_values, merge_params, merge_weights
+from sparsezoo_jax.training.parameters import restore_params, saved_steps
 
+from .test_loop import run
 from .test_step import assert_equal, setup
 
 
@@ -84,3 +86,31 @@ def test_impossible_merges_name_the_field(checkpoints, arguments, field):
     with pytest.raises(ConfigError) as caught:
         merge_params(checkpoints[0], **arguments)
     assert caught.value.field == field
+
+
+ENDS = {"steps": 7, "checkpoint_every": 2, "keep_last": 1}
+
+
+def test_a_run_ends_as_the_average_of_its_last_checkpoints(tmp_path, capsys):
+    whole = run(tmp_path / "whole", merge_last=3, **ENDS)
+    assert "the run ends as the average of steps 4, 6, 7" in capsys.readouterr().err
+    assert saved_steps(tmp_path / "whole" / "checkpoints") == [4, 6, 7]
+    at = np.sqrt(np.arange(4) / 3)  # by the steps' own checkpoints: c_j = sqrt((j + 1) / 3) - sqrt(j / 3)
+    saved = [restore_params(tmp_path / "whole" / "checkpoints", step) for step in (4, 6, 7)]
+    expected = jax.tree.map(lambda *x: sum(np.diff(at)[j] * x[j] for j in range(3)), *[params for params, _ in saved])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), whole.state.params, expected)
+    assert_equal(whole.state.model_state, saved[-1][1])
+    assert_equal(run(tmp_path / "whole", merge_last=3, **ENDS).state.params, whole.state.params)
+
+    stopped = run(tmp_path / "halves", merge_last=3, stop_at=5, **ENDS)
+    assert saved_steps(tmp_path / "halves" / "checkpoints") == [4, 5]
+    assert_equal(stopped.state.params, restore_params(tmp_path / "halves" / "checkpoints", 5)[0])
+    assert_equal(run(tmp_path / "halves", merge_last=3, **ENDS).state.params, whole.state.params)
+    assert saved_steps(tmp_path / "halves" / "checkpoints") == [4, 6, 7]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_gone_on_with(tmp_path):
+    run(tmp_path, stop_at=6, **ENDS)
+    with pytest.raises(ConfigError, match=r"train\.merge_last=3: averages checkpoints that .* no longer has: 4"):
+        run(tmp_path, merge_last=3, **ENDS)
+    assert run(tmp_path, merge_last=2, **ENDS).finished
