@@ -54,7 +54,24 @@ KINDS = {
     ),
     "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
+    "ling": dataclasses.replace(
+        CONFIGS["llama"],
+        first_layers=1,
+        first_ffn=GatedFFNConfig(d_ff=32, activation="silu"),
+        ffn=MoEFFNConfig(
+            router="ling",
+            experts=9,
+            shared_experts=1,
+            expert_width=8,
+            k=4,
+            groups=4,
+            kept_groups=2,
+            routed_scale=2.5,
+            gated=True,
+        ),
+    ),
 }
+#: Attention, and the FFNs of the layers from the bottom up.
 LAID_OUT = {
     "gemma2": (PackedGQA, PackedGatedFFN),
     "spark": (PackedSparkAttention, PackedSparkFFN),
@@ -69,6 +86,7 @@ LAID_OUT = {
     "gemma3n": (PackedGQA, MappedGatedFFN),
     "moe": (PackedGQA, PackedMoEFFN),
     "remoe": (PackedGQA, PackedMoEFFN),
+    "ling": (PackedGQA, PackedGatedFFN, PackedMoEFFN),
 }
 
 
@@ -86,12 +104,13 @@ def drawn(config):
         scale, centre = (0.2, 0) if leaf.ndim > 2 or "VD" in str(path) or "DV" in str(path) else (0.1, 1)
         return jnp.asarray(centre + scale * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    def start(leaf):
-        return (
-            jax.random.key(0) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros(leaf.shape, leaf.dtype)
-        )
+    def start(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        router = "bias_E" in str(path)  # of zero it would choose no experts but those of the largest scores
+        return jnp.asarray(rng.standard_normal(leaf.shape) if router else np.zeros(leaf.shape), leaf.dtype)
 
-    filled = jax.tree_util.tree_map_with_path(draw, params), jax.tree.map(start, rest)
+    filled = jax.tree_util.tree_map_with_path(draw, params), jax.tree_util.tree_map_with_path(start, rest)
     return nnx.merge(graphdef, *filled).unstacked()
 
 
@@ -149,11 +168,11 @@ def test_a_kind_without_a_layout_is_named(tokens):
 
 @pytest.mark.slow
 def test_modules_get_their_layout(kind, laid_out):
-    attention, ffn = LAID_OUT[kind]
-    for period in laid_out.segments:
+    attention, *ffns = LAID_OUT[kind]
+    for i, period in enumerate(laid_out.segments):
         (block,) = period.blocks
         assert type(block.attention) is attention
-        assert type(block.ffn) is ffn
+        assert type(block.ffn) is ffns[min(i, len(ffns) - 1)]
 
 
 @pytest.mark.slow
@@ -245,10 +264,10 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
 
 def read(model, formats):
     """Bytes for a token after 20, those of weights alone, and what the configuration counts."""
-    config, layers = model.config, model.config.layers
-    density = 1 if config.ffn.kind in ("gated", "plain") else 0.25
-    stats = {"ffn_density": np.full(layers, density), "attended_keys": np.full(layers, 6.0)}
-    active = tuple(density * spec.ffn.d_ff for spec in config.layer_specs())
+    config, layers, specs = model.config, model.config.layers, model.config.layer_specs()
+    density = [1 if spec.ffn.kind in ("gated", "plain") else 0.25 for spec in specs]
+    stats = {"ffn_density": np.array(density), "attended_keys": np.full(layers, 6.0)}
+    active = tuple(share * spec.ffn.d_ff for share, spec in zip(density, specs, strict=True))
     measured = Sparsity(active, (6.0,) * layers)
     cache = reads_per_token(config, 20, sparsity=measured).cache * 4
     found = bytes_read(packed(model, formats), 20, stats)
