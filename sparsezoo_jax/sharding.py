@@ -315,6 +315,10 @@ def gather_copies(parameter: jax.Array, axes: LogicalAxes, dtype: jnp.dtype) -> 
         return shard.astype(parameter.dtype)[None]
 
     copies = tuple(axis for axis in RULES["copies"] if mesh.shape[axis] > 1)
+    if any(axis != "tensor" for names in assigned for axis in names):
+        # The barrier stands between the gradient's sum over devices and its sum over micro-batches. A pass of XLA that
+        # exchanges the two ends with an internal error at sums that scatter, on TPUs v5e and v6e.
+        parameter = jax.lax.optimization_barrier(parameter)
     return jax.shard_map(
         gather,
         in_specs=PartitionSpec(*(names or None for names in assigned)),

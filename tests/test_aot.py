@@ -71,6 +71,17 @@ def test_decode_and_tables(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_micro_batches(monkeypatch, capsys):
+    """With split tables, whose gradients are summed over devices in each of them: a compiler refused that once."""
+    flags = "--arch dense --size 0_1b --topology v6e:2x2 --mesh.fsdp 4 --train.accumulation 2 --data.batch-size 8"
+    small = "--data.seq-len 128 --model.layers 1 --model.vocab-size 8192 --model.ffn.d-ff 512"
+    command = f"aot {flags} {small} --model.attention.implementation xla"
+    monkeypatch.setattr(sys, "argv", command.split())
+    cli.run(aot.main)
+    assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit(monkeypatch, capsys):
     """Scores of 512 sequences of 8,192 tokens on one chip: the compiler gives up, and the report says why."""
     status, out, err = call(

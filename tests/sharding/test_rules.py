@@ -100,6 +100,8 @@ def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch,
     model, tensor = PRESETS[arch][size].model, sizes.get("tensor", 1)
     allowed = {"embedding_VD", "output_DV"} if model.vocab_size % tensor != 0 else set()
     allowed |= {"positions_PD"} if model.max_seq_len % tensor != 0 else set()
+    # A tensor axis splits no scores of a router, which are few, but its weights are many with 256 experts.
+    allowed |= {name for name in repeated if name.endswith("ffn/router_DE") and tensor > 1}
     assert repeated
     assert {name for name, count in repeated.items() if count > 1} <= allowed
 
