@@ -26,7 +26,7 @@ from sparsezoo_jax.evaluation.history import read_history
 from sparsezoo_jax.evaluation.meters import Meters
 from sparsezoo_jax.evaluation.report import RunFigures, render
 from sparsezoo_jax.evaluation.report.figures import _final_figures
-from sparsezoo_jax.huggingface.conversion import _parameters, _read_json
+from sparsezoo_jax.huggingface.conversion import _read_json, _shapes
 from sparsezoo_jax.huggingface.layouts import read_model
 from sparsezoo_jax.huggingface.tensors import open_tensors
 from tests.fuzz.inputs import damaged, json_bytes
@@ -143,7 +143,7 @@ _INDEX = [{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetens
 
 def _hf_config(folder: Path, content: bytes) -> None:
     path = _file(folder, "config.json", content)
-    _parameters(read_model(_read_json(path), path)[1])
+    _shapes(read_model(_read_json(path), path)[1])
 
 
 def _tensors(folder: Path) -> None:
