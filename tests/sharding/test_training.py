@@ -17,8 +17,7 @@ CASES = [(arch, mesh) for arch, meshes in COVERED.items() for mesh in meshes]
 
 
 def test_every_architecture_trains_on_a_mesh():
-    # ProSparse has the dense decoder's kinds with other fields.
-    assert set(COVERED) - {"adapters"} == set(PRESETS) - {"prosparse"}
+    assert set(COVERED) - {"adapters"} == set(PRESETS)
 
 
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are

@@ -42,11 +42,15 @@ COVERED = {
     "moe": ("data 2, expert 2, tensor 2",),
     "plm": ("fsdp 4, tensor 2",),
     "ling": ("data 2, expert 2, tensor 2",),
+    "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
     "adapters": ("data 2, expert 2, tensor 2",),
 }
 #: What weighs the auxiliary losses; and micro-batches of a step on these meshes, one device having one.
-OBJECTIVES = {"sparselm": (FixedObjective(loss="l1", weight=0.01),)}
+OBJECTIVES = {
+    "prosparse": (FixedObjective(loss="mean_l1", weight=0.1),),
+    "sparselm": (FixedObjective(loss="l1", weight=0.01),),
+}
 ACCUMULATION = {("sparselm", "fsdp 2, context 2, tensor 2"): 4}
 WHOLE = LoRAConfig()
 LORA = {"adapters": LoRAConfig(rank=8, whole=("scale$",))}
@@ -133,6 +137,16 @@ def models():
             scan_layers=True, remat="full",
         ),
     )  # fmt: skip
+
+    model = preset("prosparse", "tiny").model
+    attention = dataclasses.replace(model.attention, heads=8, kv_heads=8, head_dim=16)
+    ffn = dataclasses.replace(model.ffn, d_ff=64)
+    yield (
+        "prosparse",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=1, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
+        ),
+    )
 
     model = preset("sparselm", "tiny").model
     attention = dataclasses.replace(model.attention, heads=8, kv_heads=8, head_dim=16)
