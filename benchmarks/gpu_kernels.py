@@ -32,6 +32,7 @@ from sparsezoo_jax.pallas_kernels import (
     without_kernels,
 )
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
+from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.tuning import launch_of
 
@@ -101,6 +102,7 @@ def cases() -> list[Case]:
     experts = MOE_FFN["moe_xlarge"], (MOE_FFN["moe_xlarge"][0], 1024, 64, 16)
     for shape in experts:
         found += [grouped(shape, name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
+    found += [sparse_ffn(name, gated, True) for gated in (True, False) for name in ("xla", "pallas_gpu")]
     found += decoding()
     for make in (attention, flash):
         found += [make(name, gradient) for name in ("xla", "pallas_gpu") for gradient in (False, True)]
@@ -125,6 +127,31 @@ def grouped(shape: tuple[int, int, int, int], implementation: str, gradient: boo
     # XLA multiplies all rows for every expert.
     flops = (6 if gradient else 2) * 2 * tokens * k * d * width * (count if implementation == "xla" else 1)
     return Case(f"{name}, {implementation}", both if gradient else forward, arguments, flops=flops)
+
+
+def sparse_ffn(implementation: str, gated: bool, gradient: bool, tokens: int = 16_384, share: float = 0.474) -> Case:
+    """A layer of SparseLM where blocks of tokens use this share of the neurons, and blocks of neurons of the tokens."""
+    d, neurons = (2048, 5632) if gated else (2048, 8192)
+
+    def forward(x, gate, up, down):
+        return relu_ffn(x, gate, up, down, jnp.ones(x.shape[:2], bool), implementation=implementation)[:2]
+
+    def both(x, up, down, g, gate=None):
+        (y, l1), pull = jax.vjp(lambda *arrays: forward(arrays[0], arrays[3], *arrays[1:3]), x, up, down, gate)
+        return y, l1, pull((g, jnp.ones_like(l1)))
+
+    function = both if gradient else lambda x, up, down, gate=None: forward(x, gate, up, down)
+    x, up, down = _array(1, tokens, d), _array(d, neurons), _array(neurons, d)
+    arguments = [x, up, down, *[x] * gradient, *[up] * gated]
+    maps = 3 if gated else 2
+    # All tokens through the map before the ReLU; the others of a union, three times where there is a gradient, and the
+    # other map of hidden units once more.
+    products = 1 + (maps - 1 + (2 * maps + gated if gradient else 0)) * (share if implementation != "xla" else 1)
+    if implementation == "xla" and gradient:
+        products = 3 * maps
+    name = f"relu_ffn {tokens} tokens, {neurons} neurons{'' if gated else ' without a gate'}"
+    name += f"{' and its gradient' * gradient}, {implementation}"
+    return Case(name, function, arguments, flops=round(2 * tokens * d * neurons * products))
 
 
 def decoding() -> list[Case]:

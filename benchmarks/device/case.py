@@ -115,6 +115,8 @@ class Sizes:
     """Widths of keys and values of latent attention as it is trained."""
     grouped: tuple[int, int, int, int, int]
     """Tokens, width, experts, neurons of one, experts of a token."""
+    relu_ffn: tuple[int, int, int]
+    """Tokens, width, neurons of the layer that computes a block's neurons."""
     chained: int
     """Layers to decode through."""
 
@@ -133,6 +135,7 @@ FULL = Sizes(
     top_k=128,
     latent=(192, 128),
     grouped=(8192, *MOE_FFN["moe_xlarge"]),
+    relu_ffn=(16_384, 2048, 5632),
     chained=8,
 )
 #: For trying the command itself, with interpreted kernels.
@@ -150,6 +153,7 @@ TINY = Sizes(
     top_k=8,
     latent=(24, 16),
     grouped=(16, 16, 4, 8, 2),
+    relu_ffn=(40, 16, 48),
     chained=2,
 )
 

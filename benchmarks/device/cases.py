@@ -26,6 +26,7 @@ from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
 from sparsezoo_jax.pallas_kernels.grouped_linear import from_blocks
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks
 from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
+from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 
 
 def cases(s: Sizes) -> list[Case]:
@@ -38,6 +39,7 @@ def cases(s: Sizes) -> list[Case]:
         *timed,
         union(s, 8, BF16),
         *grouped(s),
+        *sparse_relu(s),
         *ragged(s),
     ]
     found += [attention_rows(s, keys, dtype) for keys, dtype in ((s.keys[-1], BF16), (s.keys[0], F32))]
@@ -214,6 +216,42 @@ def union(s: Sizes, tokens: int, dtype: Any) -> Case:
         cost=Cost(4 * tokens * taken * width * d, 2 * size * taken * width * d) if dtype == BF16 else None,
         chained=s.chained,
     )
+
+
+# Unions of neurons ---------------------------------------------------------------------------------------------------
+
+
+def sparse_relu(s: Sizes) -> Iterator[Case]:
+    """A ReLU-gated layer of which a token uses one neuron in 200, or 50; neurons that no token uses are NaN."""
+    tokens, d, neurons = s.relu_ffn
+    for percent, bias in ((0.5, -2.576), (2, -2.054)):
+
+        def make(draw, bias=bias):
+            # The first column of the input is 1: its weight sets how many of the scores, of deviation 1, are above 0.
+            x = draw(1, tokens, d).at[..., 0].set(1)
+            gate = draw(d, neurons, scale=d**-0.5).at[0].set(bias).at[0, ::3].set(-100)
+            return [x, gate, draw(d, neurons, scale=d**-0.5), draw(neurons, d)]
+
+        def call(form, x, gate, up, down):
+            form = form if form in ("pallas_gpu", "pallas_gpu_interpret") else "xla"
+            return Result(relu_ffn(x, gate, up, down, jnp.ones(x.shape[:2], bool), implementation=form).y)
+
+        def poisoned(x, gate, up, down):
+            idle = jnp.arange(neurons) % 3 == 0
+            return [x, gate, jnp.where(idle, jnp.nan, up), jnp.where(idle[:, None], jnp.nan, down)]
+
+        yield Case(
+            f"relu_ffn {tokens} tokens, {percent:g} % of {neurons} neurons bf16",
+            make,
+            call,
+            BF16,
+            differentiable=(0, 1, 2, 3),
+            poisoned=poisoned,
+            poisoned_on=("gpu",),
+            # All neurons are a bound that unions can go below: the map before the ReLU alone takes them all.
+            cost=Cost(6 * tokens * d * neurons, 2 * (3 * d * neurons + 2 * tokens * d)),
+            backward=3,
+        )
 
 
 # Grouped products ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.counts import Count, count_of
 from sparsezoo_jax.evaluation.expert_meters import ExpertMeters, expert_meters
 from sparsezoo_jax.evaluation.flow import StreamFlow, figures
-from sparsezoo_jax.evaluation.summaries import EDGES, NAMES, summarise_layer
+from sparsezoo_jax.evaluation.summaries import BLOCKS, EDGES, NAMES, summarise_layer
 from sparsezoo_jax.models import DecoderConfig, Sparsity
 from sparsezoo_jax.models.config import LayerSpec
 
@@ -49,6 +49,9 @@ class Activity:
     """Neurons that no token activated."""
     frequency: list[float]
     """Share of tokens that activate a neuron, most active first; at most `CURVE_POINTS` of the sorted neurons."""
+    unions: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Share of the neurons that some token of a block of so many activates, mean over blocks: what a kernel computes
+    that gathers the neurons of a block. Lengths of which the batches have no whole block are left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +226,11 @@ def _activity(total: dict[str, np.ndarray], target: float | None) -> Activity:
         density_std=active.std / neurons,
         dead=int(np.sum(by_neuron == 0)),
         frequency=[float(x) for x in by_neuron[kept] / total["tokens"]],
+        unions={
+            str(length): float(used / (blocks * neurons))
+            for length, used, blocks in zip(BLOCKS, total["ffn_used_by_blocks"], total["ffn_blocks"], strict=True)
+            if blocks
+        },
     )
 
 

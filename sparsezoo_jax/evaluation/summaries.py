@@ -43,6 +43,9 @@ EDGES = np.linspace(-LIMIT, LIMIT, BINS + 1)
 ROWS = 512
 """Rows of scores (tokens, or queries of one head) that a batch contributes to selection and score statistics."""
 
+BLOCKS = (8, 16, 32, 64, 128, 256)
+"""Tokens of a block whose active neurons are joined: each length twice the one before."""
+
 Summary = dict[str, jax.Array]
 
 
@@ -79,7 +82,24 @@ def _activity(active_BTF: jax.Array, valid_BT: jax.Array) -> Summary:
         "tokens": jnp.sum(valid_BT, dtype=jnp.int32),
         "ffn_tokens_by_count": tally(count_BT, valid_BT, active_BTF.shape[-1] + 1),
         "ffn_tokens_by_neuron": jnp.sum(active_BTF, axis=(0, 1), dtype=jnp.int32),
+        **_unions(_rows(active_BTF)),
     }
+
+
+def _unions(active_RF: jax.Array) -> Summary:
+    """Neurons that some token of a block uses, summed over whole blocks of the rows one after another, and the blocks.
+
+    Blocks are cut as a kernel cuts them that computes the neurons of a block of tokens, whatever document these are of.
+    """
+    used, blocks = [], []
+    union_NF = active_RF
+    for n in BLOCKS:
+        size = n if n == BLOCKS[0] else 2
+        whole = len(union_NF) // size
+        union_NF = jnp.any(union_NF[: whole * size].reshape(whole, size, active_RF.shape[-1]), axis=1)
+        used.append(jnp.sum(union_NF, dtype=jnp.int32))
+        blocks.append(whole)
+    return {"ffn_used_by_blocks": jnp.stack(used), "ffn_blocks": jnp.asarray(blocks, jnp.int32)}
 
 
 def _attention(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallContext) -> Summary:

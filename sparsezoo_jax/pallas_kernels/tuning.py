@@ -94,6 +94,16 @@ TABLE: dict[Key, Launch] = {
     Key("ragged_rows", 2): Launch((128, 128, 64), 8, 3),
     Key("ragged_weights"): Launch((64, 64, 32), 4, 2),
     Key("ragged_weights", 2): Launch((128, 128, 64), 8, 3),
+    # Tokens of a block, neurons of a program or columns of the result, terms of one matrix product; for the weights'
+    # gradients neurons of a block, columns, tokens of a turn. The first three have the same blocks.
+    Key("relu_ffn_hidden"): Launch((64, 32, 32), 4, 1),
+    Key("relu_ffn_hidden", 2): Launch((128, 64, 64), 8, 3),
+    Key("relu_ffn_sum"): Launch((64, 64, 32), 4, 1),
+    Key("relu_ffn_sum", 2): Launch((128, 128, 32), 8, 3),
+    Key("relu_ffn_gradients"): Launch((64, 32, 32), 4, 1),
+    Key("relu_ffn_gradients", 2): Launch((128, 64, 64), 8, 3),
+    Key("relu_ffn_weights"): Launch((64, 64, 32), 4, 1),
+    Key("relu_ffn_weights", 2): Launch((64, 128, 32), 8, 3),
     # Neurons (columns of the result) of a program: few, for a union has few experts; terms of one matrix product.
     Key("block_ffn_union_hidden"): Launch((32, 64), 4, 3),
     Key("block_ffn_union_sum"): Launch((32, 64), 4, 3),

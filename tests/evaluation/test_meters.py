@@ -79,6 +79,12 @@ def test_activity_counts_real_tokens_only():
     assert layer.ffn.active.percentiles == expected
     assert layer.ffn.frequency == pytest.approx(np.sort(active.mean(0))[::-1])
     assert (layer.ffn.neurons, layer.ffn.target) == (64, 6)
+    # Blocks of a batch's tokens one after another, padding among them, which uses nothing.
+    real = np.pad(np.ones((4, 4, 27), bool), ((0, 0), (0, 0), (0, 5)))[..., None]
+    used = (np.asarray(model.gate_VF[...])[TOKENS] != 0) & real
+    for length in (8, 32, 128):
+        assert layer.ffn.unions[str(length)] == pytest.approx(used.reshape(-1, length, 64).any(1).mean())
+    assert list(layer.ffn.unions) == ["8", "16", "32", "64", "128"], "a batch has no block of 256"
 
 
 def test_dead_neurons():

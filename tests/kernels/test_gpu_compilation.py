@@ -24,6 +24,7 @@ from sparsezoo_jax.pallas_kernels import (
 )
 from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn
+from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.pallas_kernels.tuning import compiling_for
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
@@ -145,6 +146,24 @@ def test_grouped_ffn(dtype):
     # Hidden layer and its gradient, gradients of the rows and of both weights; the last product has no reader.
     assert text.count(TRITON) == 5
     assert "ragged_dot" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gated", "dtype"), [(True, jnp.bfloat16), (False, jnp.float32)])
+def test_unions_of_sparselm(gated, dtype):
+    d, neurons = 2048, 5632 if gated else 8192
+    shapes = [(1, 300, d), (d, neurons), (neurons, d), *[(d, neurons)] * gated]
+
+    def function(x, up, down, gate=None):
+        def loss(x, up, down, gate):
+            out = relu_ffn(x, gate, up, down, jnp.ones(x.shape[:2], bool), implementation="pallas_gpu")
+            return jnp.sum(out.y.astype(jnp.float32)) + jnp.sum(out.l1)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3) if gated else (0, 1, 2))(x, up, down, gate)
+
+    text = compiled(function, *[(shape, dtype) for shape in shapes])
+    # Forward two; backward those of hidden units, of the input, of the maps to hidden units, and of the map from them.
+    assert text.count(TRITON) == 6
 
 
 @pytest.mark.parametrize("moved", ["weights", "tokens"])

@@ -42,9 +42,9 @@ def test_without_a_mesh_the_function_gets_the_arrays_and_nothing_is_split():
 
 
 @pytest.mark.slow
-def test_maps_of_active_blocks_on_a_mesh(on_eight_devices):
-    for differences in on_eight_devices("grouped_blocks").values():
-        assert len(differences) == 4
+def test_maps_of_active_blocks_and_unions_on_a_mesh(on_eight_devices):
+    for name, differences in on_eight_devices("grouped_blocks").items():
+        assert len(differences) == (5 if name == "unions" else 4)
         assert max(differences) < 2e-6, "value and gradients, sums of up to 32 numbers in another order"
 
 

@@ -5,16 +5,16 @@ Shapes: B batch, T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import dispatch, plain
+from sparsezoo_jax.pallas_kernels.dispatch import XLA, dispatch, pallas, plain
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.pallas_kernels.relu_ffn import stored
-from sparsezoo_jax.sharding import constrain
+from sparsezoo_jax.pallas_kernels.relu_ffn import gpu, stored, union
+from sparsezoo_jax.sharding import constrain, shard_map, sum_shards
 
 __all__ = ["ReluFFN", "Storage", "relu_ffn"]
 
@@ -35,6 +35,8 @@ class ReluFFN(NamedTuple):
     """Number of tokens, of those that count, in which each neuron was not 0, float32 [F]."""
     stored: jax.Array
     """1 if all that the backward pass needs was stored, 0 if it computes the scores again; float32 scalar."""
+    union: jax.Array
+    """Mean share of the neurons that a block of tokens uses, float32 scalar; 1 where all are computed in any case."""
 
 
 def relu_ffn(
@@ -57,7 +59,9 @@ def relu_ffn(
       down: [F, D] likewise.
       where: bool [B, T], the tokens that `fired` counts.
       storage: keep active neurons by their numbers for the backward pass, in place of all. None: all.
-      implementation: "xla", or None, which is that.
+      implementation: "xla", or None, which is that; "pallas_gpu", "pallas_gpu_interpret" (see `dispatch`): blocks of
+        tokens compute the neurons that one of their tokens uses, and all tokens all neurons where these are not much
+        fewer (`union.LARGEST`). There a hidden unit counts as not 0 where its ReLU is not.
 
     Raises:
       ConfigError: shapes or dtypes that don't fit, or an implementation that there is not.
@@ -71,7 +75,24 @@ def relu_ffn(
     require(down.shape == (neurons, d), "relu_ffn.down", down.shape, f"must be {(neurons, d)}")
     require(where.shape == x.shape[:2], "relu_ffn.where", where.shape, f"must be {x.shape[:2]}")
     form = dense if storage is None else stored.rule(storage, scores, output)
-    return dispatch("relu_ffn", implementation, [plain(form)])(x, gate, up, down, where)
+    if implementation in (None, XLA):
+        return dispatch("relu_ffn", implementation, [plain(form)])(x, gate, up, down, where)
+
+    def on_shards(x, gate, up, down, split):
+        kernels = pallas("cuda", union.rule(storage), lambda interpret: gpu.refusal(x, up), default=False)
+        apply: Any = dispatch("relu_ffn", implementation, [plain(form), *kernels])
+        y, l1, z, *shares = apply(x.reshape(-1, d), gate, up, down)
+        y, l1, z = (a.reshape(*x.shape[:2], *a.shape[1:]) for a in (y, l1, z))
+        means: Any = jax.lax.pmean(tuple(shares), tuple(axis for axes in split.values() for axis in axes))
+        sums: Any = sum_shards((y, l1), split["ffn"])
+        return *sums, z, *means
+
+    tokens, columns, rows = ("batch", "length", None), (None, "ffn"), ("ffn", None)
+    y, l1, z, kept, used = shard_map(
+        on_shards, [x, gate, up, down], [tokens, columns, columns, rows], (tokens, tokens[:2], HIDDEN, (), ())
+    )
+    nonzero = jax.lax.stop_gradient(z > 0)
+    return ReluFFN(y, l1, *_counts(nonzero, where), stored=kept, union=used)
 
 
 def scores(x: jax.Array, gate: jax.Array | None, up: jax.Array) -> tuple[jax.Array, ...]:
@@ -87,13 +108,15 @@ def output(parts: tuple[jax.Array, ...], down: jax.Array, where: jax.Array) -> R
     hidden = constrain(hidden, HIDDEN)
     wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     nonzero = jax.lax.stop_gradient(hidden != 0)
-    return ReluFFN(
-        y=matmul(hidden, down),
-        l1=jnp.sum(jnp.abs(wide), axis=-1),
-        active=jnp.sum(nonzero, axis=-1, dtype=jnp.float32),
-        fired=jnp.sum(nonzero & where[..., None], axis=(0, 1), dtype=jnp.float32),
-        stored=jnp.float32(1),
-    )
+    one = jnp.float32(1)
+    l1 = jnp.sum(jnp.abs(wide), axis=-1)
+    return ReluFFN(matmul(hidden, down), l1, *_counts(nonzero, where), stored=one, union=one)
+
+
+def _counts(nonzero: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`active` and `fired`."""
+    fired = jnp.sum(nonzero & where[..., None], axis=(0, 1), dtype=jnp.float32)
+    return jnp.sum(nonzero, axis=-1, dtype=jnp.float32), fired
 
 
 def dense(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array, where: jax.Array) -> ReluFFN:
