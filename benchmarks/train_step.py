@@ -9,7 +9,7 @@ the closed form.
 blockffn: with its losses and objectives, and without; beside it top-k and ReMoE mixtures of the same sizes.
 
 sparselm: as trained, about half of the neurons active at first; and with one in a hundred that can be, the others being
-silent, the backward pass from all neurons and from 64 stored ones.
+silent, the step as it is, by products of all neurons, and with 64 neurons of a token stored.
 
 deco: with its loss and controller; with plain SiLU in place of NormSiLU.
 """
@@ -168,9 +168,14 @@ def sparselm_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarr
         "dense": step_of(dataclasses.replace(model, ffn=model.ffn.dense_twin()), batch),
         "SparseLM": step_of(model, batch, objectives),
     }
-    for name, stored in (("SparseLM, 1 %", None), ("SparseLM, 1 %, stored", min(64, model.ffn.d_ff))):
-        config = dataclasses.replace(model, ffn=dataclasses.replace(still, stored_neurons=stored))
-        variants[name] = step_of(config, batch, objectives, silenced)
+    forms = {
+        "": {},
+        ", all neurons": {"implementation": "xla"},
+        ", stored": {"stored_neurons": min(64, model.ffn.d_ff)},
+    }
+    for name, form in forms.items():
+        config = dataclasses.replace(model, ffn=dataclasses.replace(still, **form))
+        variants[f"SparseLM, 1 %{name}"] = step_of(config, batch, objectives, silenced)
     return variants
 
 

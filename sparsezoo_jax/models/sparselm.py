@@ -18,7 +18,6 @@ from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig, or_target
 from sparsezoo_jax.models.records import FFN_GATE, FFN_HIDDEN, FFN_SCORES
-from sparsezoo_jax.pallas_kernels.dispatch import XLA
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.relu_ffn import Storage, relu_ffn, scores
 
@@ -57,9 +56,10 @@ class SparseLMFFNConfig(FFNKind):
     stored_tokens: float = 0.125
     """Largest share of a sequence's tokens that are kept whole, in (0, 1) or 0 [paper: an eighth]. Beyond that, the
     layer's scores are computed again."""
-    implementation: Literal["xla", "pallas_gpu", "pallas_gpu_interpret"] | None = None
-    """Implementation of the layer while it trains: "xla", or None, computes all neurons; "pallas_gpu" for a block of
-    tokens those that one of them uses (see `relu_ffn`), which was not measured on a device."""
+    implementation: Literal["xla", "native", "pallas_gpu", "pallas_gpu_interpret"] | None = None
+    """Implementation of the layer while it trains: "xla" computes all neurons; "native", on CPUs, those that a token
+    uses where they are few; "pallas_gpu" for a block of tokens those that one of them uses (see `relu_ffn`), which was
+    not measured on a device. None: "native" on CPUs where it can, else "xla"."""
 
     def __post_init__(self):
         name = "model.ffn"
@@ -132,7 +132,7 @@ class SparseLMFFN(FFN):
         }
         if config.storage is not None:
             stats["stored"] = found.stored
-        if config.implementation not in (None, XLA):
+        if "pallas" in (config.implementation or ""):
             stats["union"] = found.union
 
         def before_relu() -> jax.Array:

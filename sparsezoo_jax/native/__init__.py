@@ -26,6 +26,8 @@ OPERATIONS = (
     "gated_ffn",
     "spark_ffn",
     "relu_ffn",
+    "relu_ffn_forward",
+    "relu_ffn_backward",
     "block_ffn",
     "attention",
     "spark_attention",
@@ -100,7 +102,8 @@ HOW_TO_GET = "build it with `python -m sparsezoo_jax.native` (needs g++ or clang
 def warn_missing() -> None:
     """Say, once in a process, that plain JAX runs instead of the native operations, and how to get these."""
     warnings.warn(
-        f"the native CPU library is missing: {why_missing()}; decoding runs in plain JAX, which is slower. "
+        f"the native CPU library is missing: {why_missing()}; what has native forms, decoding above all, runs "
+        "in plain JAX, which is slower. "
         f"To have it, {HOW_TO_GET}",
         SparsezooWarning,
         stacklevel=2,

@@ -8,7 +8,7 @@ operation's docstring says which of them it has):
   sharded outside of `sharding.shard_map`.
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
-- "native": C++ for CPUs (`sparsezoo_jax.native`), for operations on a few rows. Not differentiable; jax raises if it is
+- "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient; jax raises if it is
   lowered for another platform.
 
 With `implementation=None` the choice falls when the program is lowered, not when it is traced, so that compiling for a
@@ -123,7 +123,9 @@ def pallas(
     )
 
 
-def native_cpu(call: Callable[..., R], refusal: str | None, *, default: bool = True) -> Implementation[R]:
+def native_cpu(
+    call: Callable[..., R] | CustomVJP[R], refusal: str | None, *, default: bool = True
+) -> Implementation[R]:
     """The implementation "native", in C++; `refusal` says why it can't take the arguments at hand, None if it can."""
     return Implementation(NATIVE, call, "cpu", lambda: refusal, default, kernel=True)
 

@@ -69,6 +69,24 @@ ffi::Error ReluFfn(ffi::ThreadPool threads, Array x, Array first, Array rows, Ar
   return ffi::Error::Success();
 }
 
+float* floats(Array a) { return a.element_count() ? static_cast<float*>(a.untyped_data()) : nullptr; }
+
+ffi::Error ReluFfnForward(ffi::ThreadPool threads, Array x, Array z, Array up, Array down, Result y, Result l1,
+                          Result other) {
+  const ReluLayer layer{floats(x), floats(z), nullptr, floats(up), floats(down), rows_of(x), width_of(x), width_of(z)};
+  relu_ffn_forward(pool_of(threads), layer, floats(*y), floats(*l1), floats(*other));
+  return ffi::Error::Success();
+}
+
+ffi::Error ReluFfnBackward(ffi::ThreadPool threads, Array x, Array z, Array other, Array first, Array up, Array down,
+                           Array dy, Array dl1, Result dx, Result d_first, Result d_up, Result d_down) {
+  const ReluLayer layer{floats(x), floats(z), floats(first), floats(up), floats(down),
+                        rows_of(x), width_of(x), width_of(z)};
+  relu_ffn_backward(pool_of(threads), layer, floats(other), floats(dy), floats(dl1), floats(*dx), floats(*d_first),
+                    floats(*d_up), floats(*d_down));
+  return ffi::Error::Success();
+}
+
 ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
                     Array up_scale, Array down_scale, Result y, Result active, int64_t activation) {
   Matrix gates = matrix(gate, gate_scale);
@@ -181,6 +199,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn, ReluFfn,
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_forward, ReluFfnForward,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
                                   .Ret<Array>()
                                   .Ret<Array>());
 

@@ -180,6 +180,21 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
 void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
               long neurons, const Tokens& y, int* active);
 
+// A layer whose hidden units are a ReLU's, all float32; weights are rows of neurons [F, D].
+struct ReluLayer {
+  const float *x, *z;  // [M, D], and the scores before the ReLU [M, F]
+  const float *first, *up, *down;  // the map that made z; `up` is null without a gate
+  long tokens, width, neurons;
+};
+
+// y [M, D], the L1 norms of the hidden units [M], and what is beside the gate [M, F], 0 where the ReLU is; `first` and,
+// without a gate, `other` are not used.
+void relu_ffn_forward(const Pool& pool, const ReluLayer& layer, float* y, float* l1, float* other);
+
+// Gradients from those of y [M, D] and of the norms [M]; `d_up` is not used without a gate.
+void relu_ffn_backward(const Pool& pool, const ReluLayer& layer, const float* other, const float* dy, const float* dl1,
+                       float* dx, float* d_first, float* d_up, float* d_down);
+
 // `scores` [M, E]; `gate.data` may be null; `active` [M] counts the hidden units of a token's experts that are not 0.
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active);

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.pallas_kernels.dispatch import XLA, dispatch, pallas, plain
+from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.matmul import matmul
-from sparsezoo_jax.pallas_kernels.relu_ffn import gpu, stored, union
+from sparsezoo_jax.pallas_kernels.relu_ffn import by_token, gpu, stored, union
 from sparsezoo_jax.sharding import constrain, shard_map, sum_shards
 
 __all__ = ["ReluFFN", "Storage", "relu_ffn"]
@@ -59,9 +60,10 @@ def relu_ffn(
       down: [F, D] likewise.
       where: bool [B, T], the tokens that `fired` counts.
       storage: keep active neurons by their numbers for the backward pass, in place of all. None: all.
-      implementation: "xla", or None, which is that; "pallas_gpu", "pallas_gpu_interpret" (see `dispatch`): blocks of
-        tokens compute the neurons that one of their tokens uses, and all tokens all neurons where these are not much
-        fewer (`union.LARGEST`). There a hidden unit counts as not 0 where its ReLU is not.
+      implementation: "xla" computes all neurons; "native" those that a token uses, where they are few
+        (`by_token.LARGEST`), for float32 without `storage`; "pallas_gpu", "pallas_gpu_interpret" (see `dispatch`) those
+        that a block of tokens uses, where they are fewer than all (`union.LARGEST`), and there a hidden unit counts as
+        not 0 where its ReLU is not. None: "native" on a CPU if it can take the arguments, else "xla".
 
     Raises:
       ConfigError: shapes or dtypes that don't fit, or an implementation that there is not.
@@ -74,13 +76,17 @@ def relu_ffn(
     require(gate is None or gate.shape == up.shape, "relu_ffn.gate", gate is None or gate.shape, f"must be {up.shape}")
     require(down.shape == (neurons, d), "relu_ffn.down", down.shape, f"must be {(neurons, d)}")
     require(where.shape == x.shape[:2], "relu_ffn.where", where.shape, f"must be {x.shape[:2]}")
-    form = dense if storage is None else stored.rule(storage, scores, output)
-    if implementation in (None, XLA):
-        return dispatch("relu_ffn", implementation, [plain(form)])(x, gate, up, down, where)
+    if storage is None:
+        whole = CustomVJP(forward, backward)
+        implementations = [plain(whole), native_cpu(by_token.rule(output, backward), by_token.refusal(x))]
+    else:
+        implementations = [plain(stored.rule(storage, scores, output))]
+    if implementation in (None, *(found.name for found in implementations)):
+        return dispatch("relu_ffn", implementation, implementations)(x, gate, up, down, where)
 
     def on_shards(x, gate, up, down, split):
         kernels = pallas("cuda", union.rule(storage), lambda interpret: gpu.refusal(x, up), default=False)
-        apply: Any = dispatch("relu_ffn", implementation, [plain(form), *kernels])
+        apply: Any = dispatch("relu_ffn", implementation, [*implementations, *kernels])
         y, l1, z, *shares = apply(x.reshape(-1, d), gate, up, down)
         y, l1, z = (a.reshape(*x.shape[:2], *a.shape[1:]) for a in (y, l1, z))
         means: Any = jax.lax.pmean(tuple(shares), tuple(axis for axes in split.values() for axis in axes))
@@ -119,6 +125,16 @@ def _counts(nonzero: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.sum(nonzero, axis=-1, dtype=jnp.float32), fired
 
 
-def dense(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array, where: jax.Array) -> ReluFFN:
-    """The definition: every neuron of every token, by automatic differentiation."""
-    return output(scores(x, gate, up), down, where)
+def forward(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array, where: jax.Array) -> Any:
+    """The definition: every neuron of every token; and the scores, which the backward pass reads."""
+    parts = scores(x, gate, up)
+    return output(parts, down, where), tuple(map(product, parts))
+
+
+def backward(arrays: Any, parts: tuple[jax.Array, ...], cotangent: ReluFFN) -> tuple[Any, ...]:
+    """Gradients of x, gate, up and down, from the scores and the cotangents of y and l1."""
+    x, gate, up, down, where = arrays
+    _, to_parts = jax.vjp(lambda parts, down: output(parts, down, where)[:2], parts, down)
+    d_parts, d_down = to_parts(cotangent[:2])
+    _, to_inputs = jax.vjp(scores, x, gate, up)
+    return *to_inputs(d_parts), d_down, None
