@@ -5,17 +5,23 @@ Its learning rate is searched on the first seed; the best one trains on further 
 and the order of the data. From each first seed's run, the validation text gives the share of active neurons and the
 FLOPs of a token; its packed model decodes in turns with the others', and train steps take turns likewise.
 
-Finished runs and measurements are kept in `--runs` and not repeated; a run that was cut off resumes. Times of models
-this small are mostly those of calls, so that they say little of large ones: `benchmarks.decode` has those.
+Finished runs and measurements are kept in `--runs` and not repeated; a run that was cut off resumes. Their figures are
+in `benchmarks/results/zoo.json` as well (`--record`), from which the table is made where a run's directory is gone;
+only times need the runs of the first seed. Times of models this small are mostly those of calls, so that they say
+little of large ones: `benchmarks.decode` has those.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import statistics
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,45 +53,82 @@ class Trained:
     """The best learning rate."""
     losses: list[float]
     """Validation loss by seed, nats a token."""
+    figures: dict[str, Any]
+    """Of the first seed's run at that rate: see `measured`, with the active share of the FFN's neurons, `density`."""
     first: Path
-    """The run of the first seed at that rate."""
+    """Its directory, which may be gone."""
 
 
 def train(arch: str, options: argparse.Namespace) -> Trained:
     """Search the rate and train all seeds, as far as that has not been done."""
     own = preset(arch, "tiny").train.schedule.learning_rate
 
-    def run(rate: float, seed: int) -> tuple[float, Path]:
+    def folder(rate: float, seed: int) -> Path:
+        return options.runs / f"{arch}-lr{rate:g}-seed{seed}-steps{options.steps}"
+
+    def run(rate: float, seed: int) -> dict[str, Any]:
         flags = {"train.steps": options.steps, "train.schedule.learning-rate": rate}
         flags |= {"train.seed": seed, "data.seed": seed, "eval.no-report": True}
-        folder = options.runs / f"{arch}-lr{rate:g}-seed{seed}-steps{options.steps}"
-        return figures_of(folder, arch, flags)["loss"], folder
+        own = folder(rate, seed)
+
+        def figures() -> dict[str, Any]:
+            found = figures_of(own, arch, flags)
+            return {"loss": found["loss"], "density": density(found), **measured(own, options.batches)}
+
+        return recorded(options.record, own.name, figures)
 
     rates = {own * factor: run(own * factor, options.seeds[0]) for factor in options.factors}
-    best = min(rates, key=lambda rate: rates[rate][0])
+    best = min(rates, key=lambda rate: rates[rate]["loss"])
     found = [run(best, seed) for seed in options.seeds]
-    return Trained(best, [loss for loss, _ in found], found[0][1])
+    return Trained(best, [figures["loss"] for figures in found], found[0], folder(best, options.seeds[0]))
 
 
-def measured(trained: Trained, batches: int) -> dict[str, float]:
-    """What the model does on its validation text: active share of the FFN's neurons, FLOPs and bytes of a token."""
-    kept = trained.first / "zoo.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    model, config, tokenizer = run_dir.load(trained.first)
+def recorded(record: Path, name: str, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run in the record, where they are added if it has none."""
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    if name not in kept:
+        found = {**figures(), "commit": commit(), "jax": version("jax")}
+        with locked(record):  # another process may have added its own
+            kept = json.loads(record.read_text()) if record.exists() else {}
+            kept[name] = found
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            partial.replace(record)
+    return kept[name]
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this runs in, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextlib.contextmanager
+def locked(record: Path) -> Iterator[None]:
+    """Other processes that write the record wait meanwhile."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with open(record.parent / f".{record.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measured(run: Path, batches: int) -> dict[str, float]:
+    """What a run's model does on its validation text: parameters, and FLOPs of a token with and without sparsity."""
+    model, config, tokenizer = run_dir.load(run)
     if tokenizer is None:
-        raise UserError(f"{trained.first}: has no tokenizer, so no text can be read")
+        raise UserError(f"{run}: has no tokenizer, so no text can be read")
     prepared = data.prepare(config.data, "validation", tokenizer)
     rows = config.data.batch_size
     sparsity = measure(model, config.model, data.evaluation_batches(prepared, rows, batches)).sparsity(config.model)
     context = config.data.seq_len
-    found = {
+    return {
         "parameters": float(sum(x.size for x in _arrays(model))),
         "flops": flops_per_token(config.model, context, sparsity=sparsity, logits=True),
         "dense_flops": flops_per_token(dense_twin(config.model) or config.model, context, logits=True),
     }
-    kept.write_text(json.dumps(found))
-    return found
 
 
 def _arrays(model: Any) -> list[Any]:
@@ -146,35 +189,40 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS), help="of the preset's learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--only-train", action="store_true", help="make the runs and print nothing")
     parser.add_argument("--batches", type=int, default=8, help="batches of validation text that FLOPs are measured on")
-    parser.add_argument("--rounds", type=int, default=15, help="of the times, which take turns")
+    parser.add_argument("--rounds", type=int, default=15, help="of the times, which take turns; 0: no times")
+    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/zoo.json"), help="figures of all runs")
     options = parser.parse_args()
     archs = [BASELINE, *(arch for arch in options.archs if arch != BASELINE)]
 
     runs = {arch: train(arch, options) for arch in archs}
-    counts = {arch: measured(trained, options.batches) for arch, trained in runs.items()}
-    steps = ratios(interleaved({arch: training(arch) for arch in archs}, options.rounds))
-    tokens = ratios(interleaved({arch: decoding(trained) for arch, trained in runs.items()}, options.rounds))
+    if options.only_train:
+        return
+    times: list[dict[str, tuple[float, float, float]]] = []
+    if options.rounds:
+        times.append(ratios(interleaved({arch: training(arch) for arch in archs}, options.rounds)))
+        times.append(ratios(interleaved({arch: decoding(trained) for arch, trained in runs.items()}, options.rounds)))
     print(
         "| architecture | parameters | learning rate | validation loss, mean (spread) | against dense | FFN active | "
-        "MFLOP a token (its dense twin) | train step | decoding |"
+        "MFLOP a token (its dense twin) |" + " train step | decoding |" * bool(times)
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|" + "---|---|" * bool(times))
     base = statistics.fmean(runs[BASELINE].losses)
     for arch in archs:
-        trained, count = runs[arch], counts[arch]
+        trained, count = runs[arch], runs[arch].figures
         mean = statistics.fmean(trained.losses)
-        active = density(json.loads((trained.first / "evaluation.json").read_text()))
-        times = " | ".join(f"{mid:.2f} ({low:.2f} .. {high:.2f})" for low, mid, high in (steps[arch], tokens[arch]))
+        own = "".join(f" {mid:.2f} ({low:.2f} .. {high:.2f}) |" for low, mid, high in (found[arch] for found in times))
         print(
             f"| {arch} | {count['parameters']:,.0f} | {trained.rate:g} | {mean:.4f} "
-            f"({max(trained.losses) - min(trained.losses):.4f}) | {mean / base - 1:+.2%} | {active:.1%} | "
-            f"{count['flops'] / 1e6:.2f} ({count['dense_flops'] / 1e6:.2f}) | {times} |"
+            f"({max(trained.losses) - min(trained.losses):.4f}) | {mean / base - 1:+.2%} | {count['density']:.1%} | "
+            f"{count['flops'] / 1e6:.2f} ({count['dense_flops'] / 1e6:.2f}) |{own}"
         )
-    print(
-        "\nTimes are relative to the dense preset's, median and quartiles over the rounds. FLOPs and times include the "
-        "output projection, which is the same for all."
-    )
+    if times:
+        print(
+            "\nTimes are relative to the dense preset's, median and quartiles over the rounds. FLOPs and times include "
+            "the output projection, which is the same for all."
+        )
 
 
 if __name__ == "__main__":
