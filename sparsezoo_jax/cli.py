@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, TypeVar
 
 import tyro
@@ -20,16 +21,21 @@ from sparsezoo_jax import (
     platforms,  # noqa: F401  # before anything imports jax
     plugins,
 )
-from sparsezoo_jax.configs import PRESETS, preset
+from sparsezoo_jax.configs import PRESETS, archs, preset, sizes
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
+from sparsezoo_jax.flag_text import expanded, one_line_errors, short_help
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
 from sparsezoo_jax.untrusted import printable
 
 Command = TypeVar("Command")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command on the process's arguments; a user's error becomes one line on stderr and its exit status."""
+#: What comes before a command's name where it is called: `sparsezoo` sets it to its own name.
+PROGRAM = "python -m sparsezoo_jax."
+
+
+def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
+    """Run a command on `args`, by default the process's; a user's error becomes one line and its exit status."""
     # Library chatter that says nothing to a user of a command; set before those are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -37,13 +43,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, SparsezooWarning):
-            print(f"warning: {printable(message)}", file=sys.stderr)
+            line = f"warning: {printable(message)}"
+            if _held is None:
+                print(line, file=sys.stderr)
+            else:
+                _held.append(line)
         else:
             show(message, category, *where)
 
     warnings.showwarning = one_line
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if args is None else args)
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -57,22 +67,42 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(1)
 
 
+_held: list[str] | None = None
+
+
+@contextlib.contextmanager
+def held_warnings() -> Iterator[None]:
+    """Print the warnings of what is done within when it is done: not amid text that is written meanwhile."""
+    global _held
+    _held = held = []
+    try:
+        yield
+    finally:
+        _held = None
+        for line in held:
+            print(line, file=sys.stderr)
+
+
 def parse(
     command: type[Command], args: Sequence[str], *, prog: str, description: str, default: Command | None = None
 ) -> Command:
-    """Parse flags into a command's dataclass; exits with status 2 and suggestions on an unknown flag or bad value.
+    """Parse flags into a command's dataclass.
 
     With `default`, its values are those of flags that are not given. Plugins that `--plugins` names are imported.
+
+    Raises:
+      UserError: an unknown flag, with a suggestion, or a bad value.
     """
-    name = f"python -m sparsezoo_jax.{prog}"
+    name = PROGRAM + prog
     args, named = _split_plugins(args)
     plugins.load_named(named)
     description += "\n\n--plugins MODULE ...: modules to import first, which register kinds of yours (docs/kinds.md)."
-    if default is None:
-        return tyro.cli(command, args=list(args), prog=name, description=description)
-    # Members of unions are as in `default`, not subcommands.
-    kinds: Any = tyro.conf.AvoidSubcommands[command]  # pyright: ignore[reportInvalidTypeArguments]
-    return tyro.cli(kinds, args=list(args), default=default, prog=name, description=description)
+    with one_line_errors(name, getattr(command, "__dataclass_fields__", ())):
+        if default is None:
+            return tyro.cli(command, args=list(args), prog=name, description=description)
+        # Members of unions are as in `default`, not subcommands.
+        kinds: Any = tyro.conf.AvoidSubcommands[command]  # pyright: ignore[reportInvalidTypeArguments]
+        return tyro.cli(kinds, args=list(args), default=default, prog=name, description=description)
 
 
 def parse_with_preset(
@@ -80,19 +110,24 @@ def parse_with_preset(
 ) -> Command:
     """Parse flags into `command`, a subclass of `RunConfig`, over the preset that `--arch` and `--size` name.
 
-    `--a.b.kind NAME` exchanges a member of a union (`--train.optimizer.kind muon`) before the other flags apply; lists
-    of objects are JSON (`--train.groups '[{"pattern": "embedding", "lr_multiplier": 0.5}]'`).
+    `ALIASES` are expanded; `--help` is short, `--help-all` lists all flags. `--a.b.kind NAME` exchanges a member of a
+    union (`--train.optimizer.kind muon`) before the other flags apply; lists of objects are JSON (`--train.groups
+    '[{"pattern": "embedding", "lr_multiplier": 0.5}]'`).
 
     Raises:
       ConfigError: no such architecture, size or kind, or an impossible combination of values.
+      UserError: an unknown flag, or a bad value.
     """
-    asks_help = any(arg in ("-h", "--help") for arg in args)
+    name = PROGRAM + prog
+    args = expanded(args, getattr(command, "__dataclass_fields__", ()))
     plugins.load_installed()
     plugins.load_named(_split_plugins(args)[1])
-    arch = value_of(args, "--arch")
-    if arch is None and not asks_help:
-        raise ConfigError("--arch", "", f"is needed: one of {', '.join(PRESETS)}")
-    config = preset(arch or default_arch, value_of(args, "--size") or "tiny")
+    config = preset(value_of(args, "--arch") or default_arch, value_of(args, "--size") or "tiny")
+    if any(arg in ("-h", "--help") for arg in args):
+        given = command(**{field: getattr(config, field) for field in type(config).__dataclass_fields__})
+        print(short_help(given, name, description, archs(), sizes(config.arch)))
+        sys.exit(0)
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--")):
         path = flag.removeprefix("--").replace("-", "_")
         part = path.removesuffix(".kind")
@@ -109,13 +144,14 @@ def parse_with_preset(
         f"Lists of objects, as JSON: {lists}."
     )
     fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[command],  # pyright: ignore[reportInvalidTypeArguments]
-        default=command(**fields),
-        args=list(args),
-        prog=f"python -m sparsezoo_jax.{prog}",
-        description=text,
-    )
+    with one_line_errors(name):
+        return tyro.cli(
+            tyro.conf.AvoidSubcommands[command],  # pyright: ignore[reportInvalidTypeArguments]
+            default=command(**fields),
+            args=list(args),
+            prog=name,
+            description=text,
+        )
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:

@@ -78,11 +78,12 @@ def main(args: Sequence[str]) -> None:
     shown = _on_terminal if sys.stdout.isatty() else str
     if len(command.prompt) == 1:
         text = tokenizer.stream_decoder()
-        print(command.prompt[0], end="", flush=True)
-        for (new,) in generation:
-            for token in new:
-                print(shown(text.push(token)), end="", flush=True)
-        print(shown(text.flush()))
+        with cli.held_warnings():
+            print(command.prompt[0], end="", flush=True)
+            for (new,) in generation:
+                for token in new:
+                    print(shown(text.push(token)), end="", flush=True)
+            print(shown(text.flush()))
     else:
         for _ in generation:
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
@@ -47,6 +48,24 @@ def preset(arch: str, size: str = "tiny") -> RunConfig:
     if size not in PRESETS[arch]:
         raise ConfigError("--size", size, f"for --arch {arch} it {_choices(size, list(PRESETS[arch]))}")
     return PRESETS[arch][size]
+
+
+def archs() -> dict[str, str]:
+    """The architectures, with a line on each."""
+    lines = {}
+    for arch in PRESETS:
+        module = sys.modules.get(f"{__name__}.{arch}")
+        lines[arch] = (module.__doc__ or "").splitlines()[0].rstrip(".") if module and arch in OWN_ARCHS else ""
+    return lines
+
+
+def sizes(arch: str) -> dict[str, str]:
+    """The sizes of an architecture, with a line on each."""
+    return {
+        size: f"{config.model.layers} layers, width {config.model.d_model:,}, {config.model.vocab_size:,} tokens, "
+        f"{config.train.steps:,} steps of {config.data.batch_size * config.data.seq_len:,}"
+        for size, config in PRESETS[arch].items()
+    }
 
 
 def _choices(value: str, allowed: list[str]) -> str:
