@@ -26,6 +26,8 @@ class FromHF:
     """Directory with config.json and model.safetensors or pytorch_model.bin."""
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run directory to make; empty or absent."""
+    not_finite: bool = False
+    """Take weights that are NaN or infinite, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ def main(args: Sequence[str]) -> None:
     from sparsezoo_jax import huggingface
 
     if isinstance(command, FromHF):
-        made, place = huggingface.from_hf(command.source, command.directory), command.directory
+        made = huggingface.from_hf(command.source, command.directory, not_finite=command.not_finite)
+        place = command.directory
     else:
         made, place = huggingface.to_hf(command.directory, command.destination), command.destination
     for note in made.notes:

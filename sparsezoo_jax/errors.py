@@ -37,6 +37,12 @@ class StorageError(UserError):
     exit_status = 1
 
 
+class NumericsError(UserError):
+    """A model that computes what is no number. Exit status 1."""
+
+    exit_status = 1
+
+
 class SparsezooWarning(UserWarning):
     """Something a user should know that does not stop the run."""
 

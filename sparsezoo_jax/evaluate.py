@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.corpus_flags import CorpusFlags
-from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation
@@ -139,6 +140,10 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     batch_size = command.batch_size or config.data.batch_size
     batches = data.evaluation_batches(prepared, batch_size, command.batches)
     result = evaluate_model(model, batches, prepared.num_bytes / prepared.num_targets)
+    if not math.isfinite(result.loss):
+        raise NumericsError(
+            f"{command.directory}: the loss is {result.loss}: a weight that is no number, or a run that diverged"
+        )
     figures: dict[str, Any] = {"split": command.split, **result.as_dict()}
     if command.chosen:
         batches = data.evaluation_batches(prepared, batch_size, command.batches)
@@ -293,7 +298,7 @@ def interpret(command: Evaluate) -> dict[str, Any]:
         layer, experts = run.train.layer or layer, None
         features = sae_features(autoencoder, model, layer, run.train.site)
     result = interpretability.interpret(
-        features, batches, judge, options, lambda token: tokenizer.decode([token]), layer=layer
+        features, batches, judge, options, lambda ids: data.pieces(tokenizer, ids), layer=layer
     )
     figures = {"split": command.split, "sae": options.sae, **result.as_dict()}
     return figures if experts is None else {**figures, "experts": experts.as_dict()}

@@ -39,8 +39,10 @@ class Generate(WeightFormats):
     """Draw from tokens with at least this share of the likeliest one's probability; 0 is off."""
     seed: int = 0
     """Seed of the draws: the same seed gives the same text."""
+    special_tokens: bool = False
+    """Read the names of special tokens in the prompt, such as '<|im_start|>', as these tokens and not as text."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the text, beside the end-of-text token."""
+    """Tokens that end the text, beside those that the tokenizer and generation_config.json name."""
     drafts: int = 0
     """Tokens that each step proposes by looking the last ones up in the text, to be checked at once; 0 is off. Needs
     one prompt and temperature 0, whose text it does not change."""
@@ -53,7 +55,7 @@ class Generate(WeightFormats):
 def main(args: Sequence[str]) -> None:
     """Print the prompt and stream its continuation."""
     command = cli.parse(Generate, args, prog="generate", description=(__doc__ or "").strip())
-    from sparsezoo_jax import run_dir
+    from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.inference import Engine, Sampling, packed
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
@@ -64,10 +66,11 @@ def main(args: Sequence[str]) -> None:
     for token in command.stop_ids:
         vocab = model.config.vocab_size
         require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
-    stop = (*command.stop_ids, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
+    stop = (*command.stop_ids, *data.stop_ids(command.directory, tokenizer))
     model = packed(model, command.formats)
+    prompts = [tokenizer.encode_prompt(prompt, special_tokens=command.special_tokens) for prompt in command.prompt]
     generation = Engine(model).generate(
-        [tokenizer.encode_prompt(prompt) for prompt in command.prompt],
+        prompts,
         max_new_tokens=command.max_new_tokens,
         sampling=sampling,
         seed=command.seed,
@@ -77,7 +80,7 @@ def main(args: Sequence[str]) -> None:
     # A model may have learned, or been made, to write what steers a terminal; a file gets its text as it is.
     shown = _on_terminal if sys.stdout.isatty() else str
     if len(command.prompt) == 1:
-        text = tokenizer.stream_decoder()
+        text = tokenizer.stream_decoder(prompts[0])
         with cli.held_warnings():
             print(command.prompt[0], end="", flush=True)
             for (new,) in generation:
@@ -87,8 +90,8 @@ def main(args: Sequence[str]) -> None:
     else:
         for _ in generation:
             pass
-        for prompt, row in zip(command.prompt, generation.rows, strict=True):
-            print(f"{prompt}{shown(tokenizer.decode(row))}\n")
+        for prompt, ids, row in zip(command.prompt, prompts, generation.rows, strict=True):
+            print(f"{prompt}{shown(data.continuation(tokenizer, ids, row))}\n")
     if command.stats:
         print_stats(model, generation.stats)
 

@@ -18,7 +18,16 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.config import RunConfig, flatten, restorable
-from sparsezoo_jax.errors import STRICT, ConfigError, DataError, SparsezooWarning, StorageError, UserError, require
+from sparsezoo_jax.errors import (
+    STRICT,
+    ConfigError,
+    DataError,
+    NumericsError,
+    SparsezooWarning,
+    StorageError,
+    UserError,
+    require,
+)
 from sparsezoo_jax.sharding import (
     addressable_rows,
     build_mesh,
@@ -251,7 +260,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
             commands = [f"generate {workdir} --prompt ...", f"report {workdir}"]
             print("\nFor a sample and the report: python -m sparsezoo_jax." + " and ".join(commands))
         return figures
-    print_sample(result.model, tokenizer)
+    print_sample(result.model, tokenizer, data.stop_ids(workdir, tokenizer))
     if config.eval.report:
         shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.batches)
         run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown)
@@ -387,8 +396,11 @@ def print_figures(figures: dict[str, Any], workdir: Path) -> None:
     cli.print_layers(figures)
 
 
-def print_sample(model, tokenizer, prompt: str = "The state of the Union is", tokens: int = 60) -> None:
+def print_sample(
+    model: Any, tokenizer: Any, stop: Sequence[int], prompt: str = "The state of the Union is", tokens: int = 60
+) -> None:
     """Print a continuation of `prompt`."""
+    from sparsezoo_jax.data import continuation
     from sparsezoo_jax.inference import Sampling, generate_tokens
 
     try:
@@ -398,10 +410,13 @@ def print_sample(model, tokenizer, prompt: str = "The state of the Union is", to
     tokens = min(tokens, model.config.max_seq_len - len(ids))
     if tokens < 1:
         return
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    new = list(generate_tokens(model, ids, max_new_tokens=tokens, sampling=sampling, stop=stop))
-    print(f"\nSample (temperature 0.8, top-p 0.95):\n{prompt}{tokenizer.decode(new)}", file=sys.stdout)
+    try:
+        new = list(generate_tokens(model, ids, max_new_tokens=tokens, sampling=sampling, stop=stop))
+    except NumericsError as error:
+        print(f"\nNo sample: {error}")
+        return
+    print(f"\nSample (temperature 0.8, top-p 0.95):\n{prompt}{continuation(tokenizer, ids, new)}", file=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,17 @@ def test_mixed_types_become_float32(tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite(dtype, tmp_path):
+    tensors = {name: x.astype(dtype) for name, x in tensors_of(CONFIGS["llama"]).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 1] = np.nan
+    source = write(tmp_path / "source", CONFIGS["llama"], tensors)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        huggingface.from_hf(source, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    huggingface.from_hf(source, tmp_path / "run", not_finite=True)
+
+
 def test_all_faults_of_the_tensors_at_once(tmp_path):
     tensors = tensors_of(CONFIGS["llama"])
     del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]

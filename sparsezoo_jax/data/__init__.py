@@ -11,6 +11,7 @@ from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Document, Documents
 from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
 from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
+from sparsezoo_jax.data.special_tokens import stop_ids
 from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy
 from sparsezoo_jax.data.streaming import StreamingBatches, merge_states, streaming_batches
 from sparsezoo_jax.data.tokenizer import (
@@ -19,8 +20,10 @@ from sparsezoo_jax.data.tokenizer import (
     StreamDecoder,
     Tokenizer,
     build_tokenizer,
+    continuation,
     find_tokenizer,
     load_tokenizer,
+    pieces,
     register_tokenizer,
     train_bpe,
 )
@@ -46,16 +49,19 @@ __all__ = [
     "bigram_entropy",
     "build_tokenizer",
     "cache_directory",
+    "continuation",
     "evaluation_batches",
     "find_tokenizer",
     "load_prepared",
     "load_tokenizer",
     "merge_states",
     "open_documents",
+    "pieces",
     "prepare",
     "prepared_batches",
     "register_corpus",
     "register_tokenizer",
+    "stop_ids",
     "streaming_batches",
     "train_bpe",
     "unigram_entropy",

@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,17 +18,25 @@ from typing import Any, Protocol
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest
-from sparsezoo_jax.errors import ConfigError, DataError, StorageError
+from sparsezoo_jax.data.special_tokens import (
+    GENERATION_FILE,
+    HF_CONFIG_FILE,
+    SPECIALS_FILE,
+    named_in,
+    numbers_in,
+    template_tokens,
+)
+from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning, StorageError
 from sparsezoo_jax.untrusted import (
     MAX_SIZE,
     MAX_TOKENIZER_BYTES,
     MAX_TOKENIZER_GROWTH,
     parse_json,
     read_bytes,
-    read_json,
 )
 
-HF_FILE, HF_CONFIG_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 #: Names the tokenizer of chess games in `data.tokenizer`.
 CHESS = "chess"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -37,15 +47,21 @@ BPE_RECIPE = "byte-bpe-1"
 BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS = 200_000, 256_000_000
 
 
+#: Ids that the text of the next one may depend on.
+_CONTEXT = 16
+
+
 class StreamDecoder:
     """Turns token ids into text piece by piece; no piece ends inside a UTF-8 character.
 
-    The pieces of `push` and the final `flush` concatenate to `decode` of all the ids.
+    The pieces of `push` and the final `flush` concatenate to `decode` of all the ids; after a `context`, to what
+    `decode` of both has more than that of the context.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # ids already shown: SentencePiece strips the space of a first piece
+        # Ids already shown, the last of them: SentencePiece, say, strips the space of a first piece.
+        self._context = [int(i) for i in context[-_CONTEXT:]]
         self._window: list[int] = []
         self._emitted = 0
 
@@ -66,7 +82,7 @@ class StreamDecoder:
     def flush(self) -> str:
         """Returns what is left, with U+FFFD for bytes that never became a character."""
         piece = self._text()[self._emitted :]
-        self._context, self._window, self._emitted = [], [], 0
+        self._context, self._window, self._emitted = self._context + self._window, [], 0
         return piece
 
     def _text(self) -> str:
@@ -91,13 +107,16 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
+    def encode_prompt(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent.
+
+        With `special_tokens` their names in the text stand for them, and a bos is not put before one.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def stream_decoder(self) -> StreamDecoder: ...
+    def stream_decoder(self, context: Sequence[int] = ()) -> StreamDecoder: ...
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes the tokenizer into a directory; returns the file. Raises `StorageError`."""
@@ -110,9 +129,9 @@ class _Base:
     vocab_size: int
     bos_id: int | None
 
-    def stream_decoder(self: Any) -> StreamDecoder:
-        """A new incremental decoder."""
-        return StreamDecoder(self)
+    def stream_decoder(self: Any, context: Sequence[int] = ()) -> StreamDecoder:
+        """A new incremental decoder, for what follows the ids of `context`."""
+        return StreamDecoder(self, context)
 
     def _prompt(self, ids: list[int], missing: Iterable[str]) -> list[int]:
         names = sorted(set("".join(missing)))
@@ -120,7 +139,7 @@ class _Base:
             listed = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in names[:8])
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise DataError(f"prompt: the tokenizer can't represent {listed}{more}")
-        return ids if self.bos_id is None else [self.bos_id, *ids]
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def _decode_known(self, ids: Sequence[int], decode: Any) -> str:
         """Decodes runs of known ids; the others become U+FFFD (a model may have more rows than the tokenizer has
@@ -177,7 +196,7 @@ class HFTokenizer(_Base):
 
     def _special(self, role: str, named: dict[str, str | None]) -> int | None:
         key = f"{role}_token"
-        candidates = (named[key],) if key in named else self._USUAL[role]
+        candidates = (named[key],) if key in named else (*template_tokens(self._tokenizer, role), *self._USUAL[role])
         ids = (self._tokenizer.token_to_id(token) for token in candidates if token is not None)
         return next((i for i in ids if i is not None), None)
 
@@ -192,16 +211,31 @@ class HFTokenizer(_Base):
         with _faults_of_library("the tokenizer fails"):
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
         with _faults_of_library("the tokenizer fails"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        # Unknown characters become <unk> or, in a model without one, vanish.
+            self._tokenizer.encode_special_tokens = not special_tokens
+            try:
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
+                missing = self._not_covered(text, encoding)
+                if missing and self._tokenizer.normalizer is not None:
+                    # Places are those of characters before a normalizer changed them: an accent that it joins to its
+                    # letter has none of its own. What counts is the text that the model gets.
+                    normalized = self._tokenizer.normalizer.normalize_str(text)
+                    missing = self._not_covered(
+                        normalized, self._tokenizer.encode(normalized, add_special_tokens=False)
+                    )
+            finally:
+                self._tokenizer.encode_special_tokens = True
+        return self._prompt(encoding.ids, missing)
+
+    def _not_covered(self, text: str, encoding: Any) -> list[str]:
+        """Characters that became <unk> or, in a model without one, vanished."""
         covered = [False] * len(text)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token != self._unk_id:
                 covered[start:end] = [True] * (end - start)
-        return self._prompt(encoding.ids, (c for c, ok in zip(text, covered, strict=True) if not (ok or c.isspace())))
+        return [c for c, ok in zip(text, covered, strict=True) if not (ok or c.isspace())]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some token ids, special tokens left out."""
@@ -238,12 +272,22 @@ class SentencePieceTokenizer(_Base):
         """Token ids of several texts, in parallel."""
         return self._processor.encode(list(texts))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """`[bos] + encode(text)`; raises `DataError` naming the characters the vocabulary can't represent."""
-        ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
-        # The piece of an unknown token is the text it stands for.
+        names = {self._processor.id_to_piece(i): i for i in sorted(self._special)} if special_tokens else {}
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        ids: list[int] = []
+        missing: list[str] = []
         unk = self._processor.unk_id()
-        return self._prompt(ids, (p.replace("▁", "") for i, p in zip(ids, pieces, strict=True) if i == unk))
+        for part in filter(None, parts):
+            if part in names:
+                ids.append(names[part])
+                continue
+            own, pieces = self._processor.encode(part), self._processor.encode(part, out_type=str)
+            # The piece of an unknown token is the text it stands for.
+            missing += [p.replace("▁", "") for i, p in zip(own, pieces, strict=True) if i == unk]
+            ids += own
+        return self._prompt(ids, missing)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some token ids, control tokens left out."""
@@ -295,7 +339,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         if tokenizer is None:
             raise DataError(f"{path}: holds neither {' nor '.join(TOKENIZER_FILES)}")
         return tokenizer
-    load = next((load for name, load in TOKENIZER_FILES.items() if Path(name).suffix == path.suffix), None)
+    of_suffix = (load for name, load in TOKENIZER_FILES.items() if Path(name).suffix == path.suffix)
+    load = TOKENIZER_FILES.get(path.name) or next(of_suffix, None)
     if load is None:
         raise DataError(f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, or a directory with one")
     try:
@@ -342,20 +387,71 @@ def _load_hf(path: Path, content: bytes) -> HFTokenizer:
     growth = max(map(_growth, rules), default=1)
     if growth > MAX_TOKENIZER_GROWTH:
         raise DataError(f"{path}: its rules may make {growth} characters of one; at most {MAX_TOKENIZER_GROWTH}")
-    config_path = path.with_name(HF_CONFIG_FILE)
-    if not config_path.is_file():
-        return HFTokenizer(tokenizer)
+    return _with_specials(tokenizer, path)
+
+
+def _with_specials(tokenizer: Any, path: Path) -> HFTokenizer:
+    """The tokenizer with the special tokens that files beside it name: a file that comes first has the last word."""
+    specials = {**named_in(path.with_name(SPECIALS_FILE)), **named_in(path.with_name(HF_CONFIG_FILE))}
+    found = HFTokenizer(tokenizer, specials)
+    for role in ("bos", "eos"):
+        # Model configurations give numbers.
+        if getattr(found, f"{role}_id") is None and f"{role}_token" not in specials:
+            ids = [i for name in (GENERATION_FILE, "config.json") for i in numbers_in(path.with_name(name), role)]
+            token = next((tokenizer.id_to_token(i) for i in ids if i < found.vocab_size), None)
+            specials |= {} if token is None else {f"{role}_token": token}
+    found = HFTokenizer(tokenizer, specials)
+    if found.eos_id is None and "eos_token" not in specials:
+        warnings.warn(
+            f"{path}: no end-of-text token is named in it or beside it: documents to train on do not end in one, and "
+            f'generated text ends at its length only; "eos_token" in {HF_CONFIG_FILE} names one, or null for none',
+            SparsezooWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def continuation(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` after `context`, which tokenizers may not decode as they decode them alone."""
+    stream = tokenizer.stream_decoder(context)
+    return "".join(map(stream.push, ids)) + stream.flush()
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each of `ids` where it stands; together they are the text. A character is at its last token."""
+    stream = tokenizer.stream_decoder()
+    found = [stream.push(token) for token in ids]
+    if found:
+        found[-1] += stream.flush()
+    return found
+
+
+def _load_vocabulary(path: Path, content: bytes) -> HFTokenizer:
+    """A byte-level BPE as GPT-2 stores it: `vocab.json`, and `merges.txt` beside it."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    merges_path = path.with_name(MERGES_FILE)
+    if not merges_path.is_file():
+        raise DataError(f"{path}: needs {MERGES_FILE} beside it")
     try:
-        config = read_json(config_path)
-        # A special token is a string or, in older files, an object that describes one.
-        named = {name: config[name] for name in ("pad_token", "bos_token", "eos_token") if name in config}
-        specials = {name: v.get("content") if isinstance(v, dict) else v for name, v in named.items()}
-    except (ValueError, TypeError, OSError) as error:
-        raise DataError(f"{config_path}: damaged: {error}") from error
-    for name, value in specials.items():
-        if not isinstance(value, str | None):
-            raise DataError(f"{config_path}: damaged: {name} is {value!r}, no text")
-    return HFTokenizer(tokenizer, specials)
+        vocabulary, merges = parse_json(content), read_bytes(merges_path, MAX_TOKENIZER_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't read the tokenizer: {getattr(error, 'strerror', None) or error}") from error
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
+    if not all(type(i) is int and 0 <= i < MAX_SIZE for i in ids):
+        raise DataError(f"{path}: must map tokens to numbers below {MAX_SIZE}")
+    pairs: Any = [tuple(line.split(" ")) for line in merges.splitlines() if line and not line.startswith("#version")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise DataError(f"{merges_path}: must have two tokens a line")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with _faults_of_library(f"{path}: not a tokenizer, or damaged"):
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {**named_in(path.with_name(SPECIALS_FILE)), **named_in(path.with_name(HF_CONFIG_FILE))}.values()
+    tokenizer.add_special_tokens([name for name in (*names, "<|endoftext|>") if name in vocabulary])
+    return _with_specials(tokenizer, path)
 
 
 def _growth(rule: dict[str, Any]) -> int:
@@ -371,6 +467,7 @@ def _growth(rule: dict[str, Any]) -> int:
 TOKENIZER_FILES: dict[str, Callable[[Path, bytes], Tokenizer]] = {
     HF_FILE: _load_hf,
     SENTENCEPIECE_FILE: _load_sentencepiece,
+    VOCABULARY_FILE: _load_vocabulary,
 }
 
 

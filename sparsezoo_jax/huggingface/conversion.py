@@ -27,9 +27,12 @@ from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, stored_parameters, write_config
 from sparsezoo_jax.training.parameters import save_params
 from sparsezoo_jax.training.state import ModelTemplate, initial_variables
-from sparsezoo_jax.untrusted import read_json
+from sparsezoo_jax.untrusted import printable, read_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "generation_config.json"),
+)
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_LISTED = 20
 MAX_FILE_BYTES = 5 * 10**9
@@ -67,18 +70,19 @@ class Place(NamedTuple):
     """Of one layer; 1 where there are none."""
 
 
-def from_hf(source: Path, directory: Path) -> Conversion:
+def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conversion:
     """Make a run directory, with one checkpoint at step 0, of a checkpoint in Hugging Face's layout.
 
     Args:
       source: holds config.json, model.safetensors or pytorch_model.bin (or shards and their index), and tokenizer
         files if there are any.
       directory: empty or absent.
+      not_finite: take weights that are NaN or infinite, too.
 
     Raises:
-      UserError: a model that is not supported, or tensors that are missing, unexpected or of the wrong shape or type,
-        all in one message; `directory` is not empty; safetensors (or torch, for its files) is not installed. Nothing
-        is written then.
+      UserError: weights that are not finite; a model that is not supported, or tensors that are missing, unexpected or
+        of the wrong shape or type, all in one message; `directory` is not empty; safetensors (or torch, for its files)
+        is not installed. Nothing is written then.
       StorageError: reading or writing failed.
     """
     library()
@@ -107,13 +111,21 @@ def from_hf(source: Path, directory: Path) -> Conversion:
             train=layout.train(model),
             data=DataConfig(tokenizer=str(directory.absolute()), seq_len=min(DataConfig().seq_len, model.max_seq_len)),
         )
+
+        def read(name: str) -> np.ndarray:
+            values = files.read(name)
+            if not not_finite and not np.isfinite(values.astype(np.float32, copy=False)).all():
+                raise UserError(
+                    f"{source}: {printable(name)} has values that are not finite (NaN or infinite); --not-finite takes "
+                    "them all the same"
+                )
+            return values
+
         # Writing a checkpoint makes a copy in memory. That is to be the only one, so the arrays wait in a file.
         parts = (
             (path, place.index, part)
             for place in found
-            for path, part in zip(
-                place.paths, to_ours(place.entry, files.read(names[place.name]), place.shapes), strict=True
-            )
+            for path, part in zip(place.paths, to_ours(place.entry, read(names[place.name]), place.shapes), strict=True)
         )
         held = _described(found, parameters, variables, dtype)
         with _mapped(directory.absolute().parent, held, parts) as arrays:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.inference.prompt_lookup import PromptLookup
-from sparsezoo_jax.inference.sampling import Sampling, sample
+from sparsezoo_jax.inference.sampling import NO_TOKEN, Sampling, likeliest, sample
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.cache import DecoderCache
 
@@ -106,6 +106,7 @@ class Engine:
             of one prompt; it takes fewer calls where the text repeats itself.
 
         Raises:
+          NumericsError: logits that are not finite, when the tokens are asked for.
           UserError: an empty prompt, prompts that with the new tokens exceed the model's `max_seq_len`, or drafts with
             more than one prompt or with sampling.
         """
@@ -212,7 +213,7 @@ class Generation:
                     self.stats.compile_seconds += seconds
                 # Sent before this token is looked at, so that decoding it to text overlaps with computing.
                 step = program(self.engine.state, *arguments)
-            values = np.asarray(current.tokens)
+            values = _checked(np.asarray(current.tokens))
             ended = np.isin(values, list(self.stop)) if self.stop else np.zeros(values.shape, bool)
             running = running * ~ended[:, None]
             if index:
@@ -224,7 +225,7 @@ class Generation:
     def _verified(self) -> Iterator[list[list[int]]]:
         """Greedy decoding that checks drafts: a call sees the last token and its drafts, and says what follows each."""
         step, end = self._prefill()
-        cache, token, longest = step.cache, int(step.tokens[0]), len(self.prompts[0])
+        cache, token, longest = step.cache, int(_checked(np.asarray(step.tokens))[0]), len(self.prompts[0])
         lookup = PromptLookup(self.prompts[0], drafts=self.drafts)
         left, new = self.max_new_tokens, [token]
         # Two shapes only: one token, or as many as fit.
@@ -249,7 +250,7 @@ class Generation:
             chunk[0, : 1 + len(proposed)] = [lookup.tokens[-1], *proposed]
             real = (np.arange(length) <= len(proposed)).astype(np.int32)[None]
             step = programs[length](self.engine.state, cache, chunk, real, jnp.int32(end))
-            predicted, cache = np.asarray(step.tokens)[0].tolist(), step.cache
+            predicted, cache = _checked(np.asarray(step.tokens)[:, : len(proposed) + 1])[0].tolist(), step.cache
             agreed = next((i for i, token in enumerate(proposed) if token != predicted[i]), len(proposed))
             new = predicted[: agreed + 1]
             end += agreed + 1
@@ -311,7 +312,13 @@ def verified_tokens(
     """
     model = nnx.merge(graphdef, state)
     out = model(tokens_BT, segment_ids=segment_ids_BT, cache=cache.truncated(end))
-    return Step(jnp.argmax(out.logits, axis=-1).astype(jnp.int32), out.cache, out.stats)
+    return Step(likeliest(out.logits), out.cache, out.stats)
+
+
+def _checked(tokens: np.ndarray) -> np.ndarray:
+    if np.any(tokens == NO_TOKEN):
+        raise NumericsError("the model's logits are not finite: a weight that is no number, or a run that diverged")
+    return tokens
 
 
 def _power_of_two(n: int) -> int:

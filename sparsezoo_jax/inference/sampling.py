@@ -9,12 +9,17 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 
+#: Stands for a token where there are no probabilities to draw it from.
+NO_TOKEN = -1
+#: Below this temperature the likeliest token is all but certain, and logits divided by it may not be finite.
+_GREEDY = 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; filters apply in the order temperature, top-k, top-p, min-p.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+    `temperature` 0, and what is close to it, is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
     """
 
     temperature: float = 1.0
@@ -30,8 +35,19 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw tokens int32 [B] from logits [B, V], each row with its own random key."""
-    if sampling.temperature == 0:
+    """Draw tokens int32 [B] from logits [B, V], each row with its own key; `NO_TOKEN` where these are not finite."""
+    largest_B = jnp.max(logits_BV, axis=-1)  # NaN if one is
+    return jnp.where(jnp.isfinite(largest_B), _sample(logits_BV, keys_B, sampling), NO_TOKEN)
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The likeliest token, int32 [...] of logits [..., V]; `NO_TOKEN` where these are not finite."""
+    found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), found, NO_TOKEN)
+
+
+def _sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    if sampling.temperature < _GREEDY:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:

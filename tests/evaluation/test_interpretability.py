@@ -41,6 +41,10 @@ def text_batches():
         yield {"tokens": rng.integers(0, VOCAB, (8, 64)).astype(np.int32), "segment_ids": segments}
 
 
+def pieces(tokens):
+    return [str(token) for token in tokens]
+
+
 def by_token(tokens_BT, segment_ids_BT):
     """Feature 0 fires on tokens 3 and 7, 1 on the token 5 after 4 or 6, 2 never, 3 always, 4 on token 9."""
     t = np.asarray(tokens_BT)
@@ -52,13 +56,13 @@ def by_token(tokens_BT, segment_ids_BT):
 
 def interpreted(name, **changes):
     config = dataclasses.replace(SMALL, judge=name, **changes)
-    return interpret(by_token, text_batches, built_in_judge(name), config, str, layer=1)
+    return interpret(by_token, text_batches, built_in_judge(name), config, pieces, layer=1)
 
 
 @pytest.fixture(scope="module")
 def windows():
     tokens = np.concatenate([batch["tokens"] for batch in text_batches()])
-    return windows_of(tokens, by_token(tokens, tokens)[..., 0], str, 8)
+    return windows_of(tokens, by_token(tokens, tokens)[..., 0], [pieces(row) for row in tokens], 8)
 
 
 # ------------------------------------------------------------------------------------------------------------ samples

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.errors import NumericsError, UserError
 from sparsezoo_jax.inference import Engine, Sampling, generate_tokens, sample
 from tests.models.conftest import CONFIGS, build, forward
 
@@ -150,3 +150,18 @@ def test_everything_fits_up_to_the_last_position():
     plain = rows(engine, [PROMPT], max_new_tokens=41, sampling=GREEDY)[0]
     assert_greedy(engine.model, [PROMPT], plain)
     assert rows(engine, [PROMPT], max_new_tokens=41, sampling=GREEDY, drafts=9)[0] == plain
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": Sampling(temperature=0.8)}, {"drafts": 2}], ids=str)
+def test_logits_that_are_not_finite_end_it(options):
+    model = build(CONFIGS["gemma2"])
+    model.final_norm.scale[...] = jnp.full_like(model.final_norm.scale[...], jnp.nan)
+    options = {"sampling": Sampling(temperature=0), **options}
+    with pytest.raises(NumericsError, match="logits are not finite"):
+        list(Engine(model).generate([[1, 2, 3]], max_new_tokens=4, **options))
+
+
+def test_tiny_temperatures_are_greedy():
+    logits = jnp.asarray([[3e30, 1.0, 2.9e30], [0.0, 5.0, 4.999]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert sample(logits, keys, Sampling(temperature=1e-12)).tolist() == [0, 1]

@@ -116,7 +116,7 @@ def interpret(
     batches: Callable[[], Iterable[Batch]],
     judge: Judge,
     config: InterpretEvaluation,
-    piece_of: Callable[[int], str],
+    pieces_of: Callable[[Sequence[int]], Sequence[str]],
     *,
     layer: int,
 ) -> Interpretation:
@@ -125,7 +125,7 @@ def interpret(
     Args:
       features: of every token.
       batches: makes an iterator over batches of the split, the same every time.
-      piece_of: the text of a token.
+      pieces_of: the text of each token of a sequence, where it stands.
       layer: number to report.
 
     Raises:
@@ -143,10 +143,11 @@ def interpret(
         min_silent=config.train_windows + config.test_windows,
         rng=rng,
     )
+    pieces_CT = [pieces_of(row.tolist()) for row in contexts.tokens_CT]
     scores: list[FeatureScore] = []
     for i, feature in enumerate(contexts.chosen_G):
         activations_CT = contexts.activations_CTG[..., i]
-        windows = windows_of(contexts.tokens_CT, activations_CT, piece_of, config.window)
+        windows = windows_of(contexts.tokens_CT, activations_CT, pieces_CT, config.window)
         samples = samples_of(windows, train=config.train_windows, test=config.test_windows, rng=rng)
         if samples is None:
             continue
@@ -155,7 +156,7 @@ def interpret(
         tasks = {task: judged(judge, explanation, by_task[task], config.shown_at_once) for task in config.tasks}
         entropy, top = token_figures(contexts.tokens_CT, activations_CT)
         density = float(contexts.density_F[feature])
-        scores.append(FeatureScore(int(feature), density, entropy, top, _shown(explanation, piece_of), tasks))
+        scores.append(FeatureScore(int(feature), density, entropy, top, _shown(explanation, pieces_of), tasks))
 
     def over_features(task: str, value: Callable[[TaskScore], float | None]) -> Estimate:
         return estimate(value(score.tasks[task]) for score in scores)
@@ -186,9 +187,8 @@ def _histogram(density_F: np.ndarray) -> dict[str, int]:
     return counts
 
 
-def _shown(explanation: Any, piece_of: Callable[[int], str]) -> str:
+def _shown(explanation: Any, pieces_of: Callable[[Sequence[int]], Sequence[str]]) -> str:
     if isinstance(explanation, str):
         return explanation
-    return (
-        ", ".join(repr(piece_of(token)) for token in sorted(explanation)) if isinstance(explanation, frozenset) else ""
-    )
+    tokens = sorted(explanation) if isinstance(explanation, frozenset) else []
+    return ", ".join(repr("".join(pieces_of([token]))) for token in tokens)

@@ -6,6 +6,7 @@ Source: the protocol of MoE-X (arXiv 2503.07639), section 5.2 and appendix D, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,14 +54,20 @@ class Samples:
     """The same with marks: on the activating tokens, or on as many random ones where nothing activates."""
 
 
-def windows_of(tokens_CT: np.ndarray, activations_CT: np.ndarray, pieces_of, size: int) -> list[Window]:
-    """The sequences cut into windows of `size` tokens (what is left of a sequence is dropped); buckets are 0."""
+def windows_of(
+    tokens_CT: np.ndarray, activations_CT: np.ndarray, pieces_CT: Sequence[Sequence[str]], size: int
+) -> list[Window]:
+    """The sequences cut into windows of `size` tokens (what is left of a sequence is dropped); buckets are 0.
+
+    `pieces_CT` is the text of each token where it stands.
+    """
     count = tokens_CT.shape[1] // size
     tokens = tokens_CT[:, : count * size].reshape(-1, size)
     activations = activations_CT[:, : count * size].reshape(-1, size)
+    pieces = (tuple(row[i * size : (i + 1) * size]) for row in pieces_CT for i in range(count))
     return [
-        Window(tuple(int(t) for t in row), tuple(pieces_of(int(t)) for t in row), tuple(float(a) for a in values))
-        for row, values in zip(tokens, activations, strict=True)
+        Window(tuple(int(t) for t in row), text, tuple(float(a) for a in values))
+        for row, text, values in zip(tokens, pieces, activations, strict=True)
     ]
 
 
