@@ -104,7 +104,7 @@ def main() -> None:
             **variant.flags,
         }
         if variant.init_from is not None:
-            flags["train.init-from"] = directory(options, named[variant.init_from])
+            flags |= {"size": "tiny", "train.init-from": directory(options, named[variant.init_from])}
         loss = figures_of(run, "moex", flags)["loss"]
         if variant.shown:
             gated = "model.ffn.gate" in variant.flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import tyro
@@ -21,7 +23,9 @@ from sparsezoo_jax import (
     platforms,  # noqa: F401  # before anything imports jax
     plugins,
 )
+from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.configs import PRESETS, archs, preset, sizes
+from sparsezoo_jax.data.config import MIN_BPE_VOCAB_SIZE
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.flag_text import expanded, one_line_errors, short_help
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
@@ -112,7 +116,8 @@ def parse_with_preset(
 
     `ALIASES` are expanded; `--help` is short, `--help-all` lists all flags. `--a.b.kind NAME` exchanges a member of a
     union (`--train.optimizer.kind muon`) before the other flags apply; lists of objects are JSON (`--train.groups
-    '[{"pattern": "embedding", "lr_multiplier": 0.5}]'`).
+    '[{"pattern": "embedding", "lr_multiplier": 0.5}]'`). Without `--size`, and with no other `--arch`, the model is
+    that of the run that `--train.init-from` names.
 
     Raises:
       ConfigError: no such architecture, size or kind, or an impossible combination of values.
@@ -122,7 +127,9 @@ def parse_with_preset(
     args = expanded(args, getattr(command, "__dataclass_fields__", ()))
     plugins.load_installed()
     plugins.load_named(_split_plugins(args)[1])
-    config = preset(value_of(args, "--arch") or default_arch, value_of(args, "--size") or "tiny")
+    arch, size = value_of(args, "--arch"), value_of(args, "--size")
+    config = _of_source(args, arch) if size is None else None
+    config = config or preset(arch or default_arch, size or "tiny")
     if any(arg in ("-h", "--help") for arg in args):
         given = command(**{field: getattr(config, field) for field in type(config).__dataclass_fields__})
         print(short_help(given, name, description, archs(), sizes(config.arch)))
@@ -152,6 +159,31 @@ def parse_with_preset(
             prog=name,
             description=text,
         )
+
+
+def _of_source(args: Sequence[str], arch: str | None) -> RunConfig | None:
+    """The preset of the run that `--train.init-from` names, with that run's model; None if it is of another `arch`.
+
+    A run that began so and goes on has its model itself: the other one may be gone.
+    """
+    named = [value_of(args, flag) for flag in ("--workdir", "--train.init-from")]
+    if named[1] is None:
+        return None
+    path = next(
+        (Path(folder) / "config.json" for folder in named if folder and (Path(folder) / "config.json").is_file()), None
+    )
+    if path is None:
+        return None
+    found = read_config(path)
+    if arch not in (None, found.arch):
+        return None
+    base = preset(found.arch)
+    data = dataclasses.replace(
+        base.data,
+        seq_len=min(base.data.seq_len, found.model.max_seq_len),
+        bpe_vocab_size=min(base.data.bpe_vocab_size, max(found.model.vocab_size, MIN_BPE_VOCAB_SIZE)),
+    )
+    return dataclasses.replace(base, size=found.size, model=found.model, data=data)
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:

@@ -272,7 +272,8 @@ def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> boo
     if changed:
         listed = "; ".join(f"{name} is {old} there, {new} here" for name, (old, new) in list(changed.items())[:6])
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-        raise UserError(f"--workdir={directory}: holds a run of another configuration: {listed}{more}")
+        way = f"to start from its parameters, give --train.init-from {directory} and another --workdir"
+        raise UserError(f"--workdir={directory}: holds a run of another configuration: {listed}{more}; {way}")
     return True
 
 

@@ -1,5 +1,6 @@
 """The commands as a user runs them, on a small corpus of local files."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from flax import nnx
 import sparsezoo_jax
 from sparsezoo_jax import __main__ as console
 from sparsezoo_jax import cli, completion, evaluate, generate, inference, report, sae, train
+from sparsezoo_jax.config import read_config
 from sparsezoo_jax.configs import PRESETS
 from sparsezoo_jax.errors import SparsezooWarning
 
@@ -522,6 +524,26 @@ def test_one_name_for_all_commands(monkeypatch, capsys):
     assert sparsezoo("train", "--arch", "sparc") == 2
     assert sparsezoo("generate", "--help") == 0
     assert "usage: sparsezoo generate" in capsys.readouterr().out
+
+
+def test_a_run_from_another_one_has_its_model(trained, tmp_path, small_corpus, monkeypatch):
+    run = tmp_path / "run"
+    args = ["--train.init-from", trained, "--workdir", run, "--data.dataset", small_corpus, "--data.batch-size", 2]
+    args += ["--data.seq-len", 16, "--steps", 2, "--train.schedule.warmup-steps", 0, "--eval.no-report"]
+    assert call(train, [*args, "--model.ffn.top-k", 5], monkeypatch) == 0
+    of_both = [read_config(folder / "config.json").model for folder in (trained, run)]
+    assert of_both[1] == dataclasses.replace(of_both[0], ffn=dataclasses.replace(of_both[0].ffn, top_k=5))
+    assert (run / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    # It goes on without that other run.
+    args[1] = tmp_path / "gone"
+    parsed = cli.parse_with_preset(
+        train.Train, [*map(str, args), "--model.ffn.top-k", "5"], prog="train", description=""
+    )
+    assert parsed.model == of_both[1]
+    other = cli.parse_with_preset(
+        train.Train, ["--arch", "dense", "--train.init-from", str(trained)], prog="train", description=""
+    )
+    assert other.model == PRESETS["dense"]["tiny"].model
 
 
 def test_completion_in_a_shell(tmp_path):

@@ -148,7 +148,14 @@ SMALL = {
 def flags(corpus, workdir, **changes):
     values = {**SMALL, "data.dataset": corpus, "workdir": workdir}
     values |= {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
-    return ["--arch", "moex", "--eval.no-report", *(str(x) for name, v in values.items() for x in (f"--{name}", v))]
+    return [
+        "--arch",
+        "moex",
+        "--size",
+        "tiny",
+        "--eval.no-report",
+        *(str(x) for name, v in values.items() for x in (f"--{name}", v)),
+    ]
 
 
 @pytest.mark.slow
