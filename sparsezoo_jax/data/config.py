@@ -48,6 +48,14 @@ class DataConfig:
     """Another corpus to validate on, named as in `dataset` (a TFDS name is read at `validation_split`, local files
     whole)."""
 
+    on_bad_document: Literal["skip", "stop"] = "skip"
+    """What a document that can't be read does: 'skip' counts it and names the first few, 'stop' ends the command. A
+    disk that can't be read, or a damaged file, always ends it."""
+
+    max_bad_fraction: float = 0.01
+    """Share of bad documents above which the command ends all the same; of at least 1,000 documents, so that a few in
+    a small corpus pass."""
+
     tokenizer: Annotated[str | None, Local(harmless=("chess",))] = None
     """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; 'chess' is the 32 characters of chess
     games. None takes those for 'chess' and .pgn files, and trains a byte-level BPE on the training split of others."""
@@ -102,6 +110,7 @@ class DataConfig:
             self.validation_fraction,
             "must be at least 0 and below 1",
         )
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "must be from 0 to 1")
         require(
             MIN_BPE_VOCAB_SIZE <= self.bpe_vocab_size <= 2**20,
             "data.bpe_vocab_size",

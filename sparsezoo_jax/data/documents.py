@@ -1,11 +1,22 @@
-"""A corpus as a sequence of documents with random access, whatever it is stored in."""
+"""A corpus as documents in a fixed order, whatever it is stored in: read part by part, or one by its index.
+
+Preparing reads parts, several at a time on several cores; streaming needs random access. Both give the same texts.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from sparsezoo_jax.errors import DataError
 
 Split = Literal["train", "validation"]
+
+#: Raw bytes that a part has, about.
+PART_BYTES = 32_000_000
+#: Documents in a part of a corpus that tells nothing of its size.
+PART_DOCUMENTS = 4096
 
 
 class Document(NamedTuple):
@@ -15,15 +26,126 @@ class Document(NamedTuple):
     text: str
 
 
+class Skipped(NamedTuple):
+    """A document that has no text to give."""
+
+    where: str
+    """Its place, as file:line."""
+    reason: str
+    """Why, one of few texts, by which such documents are counted."""
+    detail: str = ""
+    """What was found there, in one line."""
+
+
+class BadDocumentError(DataError):
+    """Raised by random access for a document that reading in order gives as `skipped`."""
+
+    def __init__(self, where: str, reason: str, detail: str = ""):
+        self.skipped = Skipped(where, reason, detail)
+        super().__init__(f"{where}: {detail or reason}")
+
+
+class Part(NamedTuple):
+    """A piece of a corpus that can be read without the others."""
+
+    name: str
+    bytes: int
+    """Its raw size, about."""
+
+
 class Documents(Protocol):
-    """A split of a corpus: random access to its documents, and a fingerprint that changes when any of them does."""
+    """A split of a corpus, and a fingerprint that changes when any of its documents does.
+
+    Documents that can't be read have an index and a place in a part like others. Objects can be pickled, and what
+    `parts` found out goes with them.
+    """
 
     @property
     def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Document: ...
+    def __getitem__(self, index: int, /) -> Document:
+        """Document number `index` of the split.
+
+        Raises:
+          BadDocumentError: it can't be read. IndexError: there is none. StorageError: the disk can't be read.
+        """
+        ...
+
+    def parts(self) -> Sequence[Part]:
+        """The parts in the order of the corpus; the same wherever and whenever it is opened."""
+        ...
+
+    def read(self, part: int) -> Iterator[Document | Skipped]:
+        """Those documents of a part that are in the split, in order, held in memory one (or one row group) at a time.
+
+        Raises:
+          StorageError: the disk can't be read, or a file is damaged.
+        """
+        ...
+
+
+class InRanges:
+    """`parts` and `read` for documents with random access alone: ranges of indices.
+
+    A base class; `PART_DOCUMENTS` documents are a part of unknown size.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int, /) -> Document:
+        raise NotImplementedError
+
+    def parts(self) -> Sequence[Part]:
+        """Ranges of `PART_DOCUMENTS` documents."""
+        starts = range(0, len(self), PART_DOCUMENTS)
+        return [Part(f"documents {start}-{min(start + PART_DOCUMENTS, len(self)) - 1}", 0) for start in starts]
+
+    def read(self, part: int) -> Iterator[Document | Skipped]:
+        """The documents of one range."""
+        start = part * PART_DOCUMENTS
+        for index in range(start, min(start + PART_DOCUMENTS, len(self))):
+            try:
+                document = self[index]
+            except BadDocumentError as error:
+                yield error.skipped
+            else:
+                yield document
+
+
+class _Adapted(InRanges):
+    """Any documents with a length, random access and a fingerprint."""
+
+    def __init__(self, documents: Any):
+        self._documents = documents
+
+    @property
+    def fingerprint(self) -> str:
+        return self._documents.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int, /) -> Document:
+        return self._documents[index]
+
+
+def with_parts(documents: Any) -> Documents:
+    """`documents` with `parts` and `read`, which are made of random access where a corpus has none of its own."""
+    return documents if hasattr(documents, "parts") and hasattr(documents, "read") else _Adapted(documents)
+
+
+def read_all(documents: Documents) -> Iterator[Document | Skipped]:
+    """All documents of the split in order."""
+    for part in range(len(documents.parts())):
+        yield from documents.read(part)
+
+
+def readable(documents: Iterable[Document | Skipped]) -> Iterator[Document]:
+    """Those that have a text."""
+    return (document for document in documents if isinstance(document, Document))
 
 
 def digest(*parts: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.config import DataConfig
-from sparsezoo_jax.data.documents import Document, Documents, Split, digest
+from sparsezoo_jax.data.documents import Document, Documents, InRanges, Split, digest
 from sparsezoo_jax.errors import DataError, StorageError
 from sparsezoo_jax.untrusted import MAX_COMPRESSION, parse_json
 
@@ -32,7 +32,7 @@ class _File(Protocol):
     def text(self, index: int) -> str: ...
 
 
-class LocalDocuments:
+class LocalDocuments(InRanges):
     """Some of the documents in a list of files, in the order of the files."""
 
     def __init__(self, files: Sequence[_File], indices: Sequence[int] | None, fingerprint: str):

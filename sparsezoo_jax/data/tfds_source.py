@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpus import CORPORA
-from sparsezoo_jax.data.documents import Document, digest
+from sparsezoo_jax.data.documents import Document, InRanges, digest
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 from sparsezoo_jax.untrusted import read_json
 
@@ -23,7 +23,7 @@ from sparsezoo_jax.untrusted import read_json
 OWN = ("sotu", "chess")
 
 
-class TfdsDocuments:
+class TfdsDocuments(InRanges):
     """One split of a TFDS dataset; a document's id is its `id` feature, or its index in the split."""
 
     def __init__(self, source: Any, name: str, text_field: str, fingerprint: str):
