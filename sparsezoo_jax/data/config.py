@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
+from sparsezoo_jax.data.dataset_names import are_games
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
 
@@ -138,7 +139,7 @@ class DataConfig:
         """
         if self.dataset is None:
             return None
-        return CORPORA.get("chess" if Path(self.dataset).suffix == ".pgn" else self.dataset)
+        return CORPORA.get("chess" if are_games(self.dataset) else self.dataset)
 
     @property
     def in_blocks(self) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
+from sparsezoo_jax.data.dataset_names import format_of, names_in
 from sparsezoo_jax.data.documents import Documents, Split, with_parts
-from sparsezoo_jax.data.local_files import EXTENSIONS, open_local
+from sparsezoo_jax.data.local_files import open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
 from sparsezoo_jax.errors import DataError, require
 
@@ -64,5 +65,10 @@ def is_local(name: str) -> bool:
     """Whether a dataset name means files on this machine rather than a TFDS dataset."""
     if name in CORPORA:
         return False
-    looks_like_path = name.startswith((".", "/", "~")) or Path(name).suffix in EXTENSIONS
-    return looks_like_path or glob.has_magic(name) or Path(name).exists()
+    names = names_in(name)
+    return len(names) != 1 or (
+        names[0].startswith((".", "/", "~"))
+        or format_of(names[0]) is not None
+        or glob.has_magic(names[0])
+        or Path(names[0]).exists()
+    )

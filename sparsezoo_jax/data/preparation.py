@@ -24,6 +24,7 @@ from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.documents import Documents, Split, digest
 from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask, with_specials
 from sparsezoo_jax.data.record_file import open_reader, open_writer
+from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError, StorageError
 from sparsezoo_jax.untrusted import MAX_SIZE, read_json
@@ -94,10 +95,12 @@ def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer) -> PreparedS
         temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{fingerprint}-"))
         with _lock(temporary):
             packer = (BlockPacker if config.in_blocks else Packer)(config.seq_len, tokenizer.pad_id)
-            counts = _write(documents, tokenizer, config.seq_len, packer, temporary / RECORDS_FILE, split)
+            skips = Skips.of(config)
+            counts = _write(documents, skips, tokenizer, config.seq_len, packer, temporary / RECORDS_FILE, split)
             meta = {"fingerprint": fingerprint, **counts, "file_bytes": (temporary / RECORDS_FILE).stat().st_size}
             _write_synced(temporary / META_FILE, json.dumps(meta, indent=1) + "\n")
             _publish(temporary, final)
+            skips.warn(f"data.dataset={config.dataset}, {split} split")
     except OSError as error:
         raise StorageError(f"{root}: could not write the prepared corpus: {error.strerror or error}") from error
     finally:
@@ -142,7 +145,13 @@ def decode_records(rows: list[bytes], prepared: PreparedSplit) -> Records:
 
 
 def _write(
-    documents: Documents, tokenizer: Tokenizer, seq_len: int, packer: Packer | BlockPacker, path: Path, split: str
+    documents: Documents,
+    skips: Skips,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    packer: Packer | BlockPacker,
+    path: Path,
+    split: str,
 ) -> dict[str, int]:
     sizes = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
     counts = {"num_records": 0, "num_targets": 0, "num_bytes": 0, "num_documents": 0}
@@ -157,7 +166,7 @@ def _write(
             for row in encode_records(records, empty.dtype):
                 writer.write(row)
 
-        for texts in _chunks(documents, f"Preparing {split}"):
+        for texts in _chunks(documents, skips, f"Preparing {split}"):
             token_documents = [
                 with_specials(ids, tokenizer.bos_id, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)
             ]
@@ -173,7 +182,8 @@ def _write(
     if packer.dropped:  # exact where all characters are tokens, as in chess games
         counts["num_bytes"] = round(counts["num_bytes"] * (1 - packer.dropped / tokens))
     if counts["num_targets"] == 0:
-        raise DataError(f"data.dataset: the {split} split has no text to predict ({len(documents)} documents)")
+        found = skips.summary() or f"{skips.documents:,} documents"
+        raise DataError(f"data.dataset: the {split} split has no text to predict ({found})")
     return {**counts, **sizes}
 
 
@@ -189,21 +199,22 @@ def _check_written(path: Path, num_records: int) -> None:
     reader.close()
 
 
-def _chunks(documents: Documents, title: str) -> Iterator[list[str]]:
+def _chunks(documents: Documents, skips: Skips, title: str) -> Iterator[list[str]]:
     """Texts in groups that bound the memory, with a progress bar on a terminal."""
     texts: list[str] = []
     characters = 0
-    with _progress(title, len(documents)) as advance:
-        for index in range(len(documents)):
-            texts.append(documents[index].text)
-            characters += len(texts[-1])
-            if len(texts) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
-                yield texts
-                advance(len(texts))
-                texts, characters = [], 0
+    parts = documents.parts()
+    with _progress(title, len(parts)) as advance:
+        for part in range(len(parts)):
+            for document in accepted(documents.read(part), skips):
+                texts.append(document.text)
+                characters += len(texts[-1])
+                if len(texts) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
+                    yield texts
+                    texts, characters = [], 0
+            advance(1)
         if texts:
             yield texts
-            advance(len(texts))
 
 
 @contextlib.contextmanager

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsezoo_jax.data.chess.pgn import NULL_MOVE, OTHER_START, VARIANT
 from sparsezoo_jax.data.documents import BadDocumentError, Document, Skipped
 from sparsezoo_jax.errors import DataError, SparsezooWarning
 
 if TYPE_CHECKING:
     from sparsezoo_jax.data.config import DataConfig
 
-# The reasons of `Skipped`.
+# The reasons of `Skipped`, besides those of `chess.pgn`.
 NOT_UTF8 = "not UTF-8"
 NOT_JSON = "not JSON"
 NOT_CSV = "not a row of the table"
@@ -26,10 +27,6 @@ NULL_TEXT = "null in data.text_field"
 NOT_TEXT = "no string in data.text_field"
 HALF_SURROGATE = "half a surrogate pair"
 TOO_LONG = "too long"
-NOT_CHESS = "not chess notation"
-OTHER_START = "a game from another starting position"
-VARIANT = "a game of a variant of chess"
-NULL_MOVE = "a game with a null move"
 #: What is left out by rule: counted, but neither an error nor part of `data.max_bad_fraction`.
 LEFT_OUT = frozenset({OTHER_START, VARIANT, NULL_MOVE})
 

@@ -8,6 +8,7 @@ replaying anything.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,10 +18,11 @@ import numpy as np
 from sparsezoo_jax.data.batches import Batch, Prefetcher, State, check_state, endless_order, rows_of_process
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpora import open_documents
-from sparsezoo_jax.data.documents import Documents, Split
+from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, Split
 from sparsezoo_jax.data.packing import positions_of, with_specials
+from sparsezoo_jax.data.skipping import Skips
 from sparsezoo_jax.data.tokenizer import Tokenizer
-from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.errors import DataError, SparsezooWarning
 
 #: Documents of a lane that are tokenised in one go; bounds the memory to this many per row.
 _LOOKAHEAD = 4
@@ -71,6 +73,7 @@ class StreamingBatches:
             "seq_len": config.seq_len,
             "batch_size": config.batch_size,
         }
+        self._skips = Skips.of(config)
         self._lanes = {row: _Lane() for row in rows}
         self._positions = self._snapshot()
         self._prefetcher = Prefetcher(self._produce, self._prefetch)
@@ -106,6 +109,8 @@ class StreamingBatches:
         self._prefetcher.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        self._skips.warn("data.dataset")
+        self._skips = Skips()
 
     def _snapshot(self) -> dict[str, list[int]]:
         return {str(row): [lane.document, lane.offset] for row, lane in self._lanes.items()}
@@ -125,7 +130,8 @@ class StreamingBatches:
             if missing:
                 empty += self._refill(missing)
                 if empty > max(_MAX_EMPTY, 2 * len(self._documents)):
-                    raise DataError("data.dataset: no text to predict, every document is empty")
+                    found = self._skips.summary() or "every document is empty"
+                    raise DataError(f"data.dataset: no text to predict, {found}")
         return _batch(list(parts.values()), self._seq_len), self._snapshot()
 
     def _refill(self, rows: Iterable[int]) -> int:
@@ -135,13 +141,25 @@ class StreamingBatches:
             for row, lane in ((row, self._lanes[row]) for row in rows)
             for i in range(_LOOKAHEAD)
         ]
-        texts = list((self._pool.map if self._pool else map)(self._text, (index for _, _, index in wanted)))
+        documents = (self._pool.map if self._pool else map)(self._document, (index for _, _, index in wanted))
+        texts = list(map(self._text, documents))
         for (lane, number, _), ids in zip(wanted, self._tokenizer.encode_batch(texts), strict=True):
             lane.ready[number] = with_specials(ids, self._tokenizer.bos_id, self._tokenizer.eos_id)
         return len(wanted)
 
-    def _text(self, index: int) -> str:
-        return self._documents[index].text
+    def _document(self, index: int) -> Document | Skipped:
+        try:
+            return self._documents[index]
+        except BadDocumentError as error:
+            return error.skipped
+
+    def _text(self, item: Document | Skipped) -> str:
+        """Its text, nothing for one that is skipped. The first of these are named as they are met."""
+        named = len(self._skips.named)
+        document = self._skips.take(item)
+        for fault in self._skips.named[named:]:
+            warnings.warn(f"data.dataset: skipped {fault}", SparsezooWarning, stacklevel=2)
+        return "" if document is None else document.text
 
 
 def _batch(lanes: list[list[np.ndarray]], seq_len: int) -> Batch:

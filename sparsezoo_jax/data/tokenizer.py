@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
-from sparsezoo_jax.data.documents import Documents, digest
+from sparsezoo_jax.data.documents import Documents, digest, with_parts
+from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.special_tokens import (
     GENERATION_FILE,
     HF_CONFIG_FILE,
@@ -42,9 +43,9 @@ CHESS = "chess"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 #: Changes whenever `train_bpe` would give another tokenizer for the same corpus.
-BPE_RECIPE = "byte-bpe-1"
-#: A BPE is trained on at most so many documents (spread evenly over the corpus) and characters.
-BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS = 200_000, 256_000_000
+BPE_RECIPE = "byte-bpe-2"
+#: A BPE is trained on at most so many documents and characters, from so many parts all over the corpus.
+BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS, BPE_MAX_PARTS = 200_000, 256_000_000, 1000
 
 
 #: Ids that the text of the next one may depend on.
@@ -477,7 +478,7 @@ def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
     """
     name = config.tokenizer_name
     if name is None:
-        return train_bpe(documents, config.bpe_vocab_size, cache_directory(config))
+        return train_bpe(documents, config.bpe_vocab_size, cache_directory(config), Skips.of(config))
     return character_tokenizer(CHARACTERS) if name == CHESS else load_tokenizer(name)
 
 
@@ -499,12 +500,14 @@ def character_tokenizer(characters: str) -> HFTokenizer:
     return HFTokenizer(tokenizer)
 
 
-def train_bpe(documents: Documents, vocab_size: int, cache_dir: str | os.PathLike[str]) -> HFTokenizer:
+def train_bpe(
+    documents: Documents, vocab_size: int, cache_dir: str | os.PathLike[str], skips: Skips | None = None
+) -> HFTokenizer:
     """Trains a byte-level BPE with `<pad>`=0, `<bos>`=1, `<eos>`=2 and all 256 bytes, so that every text round-trips.
 
     The result is kept in `cache_dir` under the fingerprint of (documents, size, recipe). A corpus with few distinct
-    words gives fewer than `vocab_size` tokens. Raises `DataError` for a corpus without text, `StorageError` if the
-    cache can't be written.
+    words gives fewer than `vocab_size` tokens. Documents that can't be read are passed over under the policy of
+    `skips`. Raises `DataError` for a corpus without text, `StorageError` if the cache can't be written.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -522,20 +525,29 @@ def train_bpe(documents: Documents, vocab_size: int, cache_dir: str | os.PathLik
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_sample(documents), trainer)
+    tokenizer.train_from_iterator(_sample(with_parts(documents), skips or Skips()), trainer)
     trained = HFTokenizer(tokenizer)
     trained.save(directory)
     return trained
 
 
-def _sample(documents: Documents) -> Iterator[str]:
-    stride = -(-len(documents) // BPE_MAX_DOCUMENTS)
-    characters = 0
-    for index in range(0, len(documents), stride):
-        text = documents[index].text
-        characters += len(text)
-        yield text
-        if characters >= BPE_MAX_CHARACTERS:
-            return
-    if characters == 0:
-        raise DataError("data.dataset: no text to train a tokenizer on, every document is empty")
+def _sample(documents: Documents, skips: Skips) -> Iterator[str]:
+    """Texts from the beginnings of parts all over the corpus, as many of each."""
+    parts = len(documents.parts())
+    chosen = range(0, parts, -(-parts // BPE_MAX_PARTS) or 1)
+    texts, characters, empty = BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS, True
+    for number, part in enumerate(chosen):
+        # What one part has too little of is left to those after it.
+        share = len(chosen) - number
+        texts_here, characters_here = -(-texts // share), -(-characters // share)
+        for document in accepted(documents.read(part), skips):
+            texts, texts_here = texts - 1, texts_here - 1
+            characters, characters_here = characters - len(document.text), characters_here - len(document.text)
+            empty = empty and not document.text
+            yield document.text
+            if texts_here <= 0 or characters_here <= 0:
+                break
+    if empty:
+        found = skips.summary()
+        reason = "every document is empty" if found is None else found
+        raise DataError(f"data.dataset: no text to train a tokenizer on, {reason}")

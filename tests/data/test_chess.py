@@ -6,6 +6,7 @@ Stockfish 15.1.
 
 import dataclasses
 import io
+import itertools
 import random
 import shutil
 import subprocess
@@ -30,11 +31,14 @@ from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.chess.games import black_level, weakened
 from sparsezoo_jax.data.chess.generation import generate_games
 from sparsezoo_jax.data.chess.openings import OPENINGS
-from sparsezoo_jax.data.chess.pgn import find_games, game_string, moves_of
+from sparsezoo_jax.data.chess.pgn import OTHER_START, VARIANT, find_games, game_string, moves_of
+from sparsezoo_jax.data.documents import BadDocumentError, Skipped, read_all, readable
+from sparsezoo_jax.data.local_files import texts
 from sparsezoo_jax.data.pipeline import RecordReader
 from sparsezoo_jax.errors import ConfigError, DataError, UserError
 
 GAMES = Path(__file__).with_name("games.pgn")
+START = b"rnbqkbnr/pppppppp/8/8/8/8/PPPPPPPP/RNBQKBNR"
 FEW = ChessConfig(games=7, seed=3, nodes=8, max_moves=12, processes=1)
 
 try:
@@ -91,45 +95,91 @@ def odd(tmp_path):
 
 def test_lichess_like_file(odd):
     documents = open_documents(DataConfig(dataset=str(odd), validation_fraction=0), "train")
-    assert [documents[i] for i in range(len(documents))] == [
+    assert list(readable(read_all(documents))) == [
         ("odd.pgn:1", ";1.e4 e5 2.Nf3 Nc6 3.Bc4 Nf6 4.O-O Nxe4"),
         ("odd.pgn:19", ""),
         ("odd.pgn:23", ";1.d4 Nf6 2.c4 e6+ 3.a8=Q bxa1=N# 4.exd6"),
         ("odd.pgn:30", ";1.e4"),
     ]
+    skipped = [item for item in read_all(documents) if isinstance(item, Skipped)]
+    assert [(item.where, item.reason) for item in skipped] == [(f"{odd}:13", OTHER_START), (f"{odd}:26", VARIANT)]
 
 
 @pytest.mark.parametrize(
-    ("moves", "message"),
+    ("moves", "line", "message"),
     [
-        ("1. e4 Ke9", "'Ke9' is no move"),
-        ("1. e4 a8", "'a8' is no move"),
-        ("1. e4 a7=Q", "'a7=Q' is no move"),
-        ("1. e4 {open", r"'\{open' is no move"),
-        ("1. e4 (1. d4 e5", r"a '\(' without a '\)'"),
-        ("1. e4 ) e5", r"a '\)' without a '\('"),
-        ("1. e4 1-0 1. d4 0-1", "moves after the result"),
-        ("1. e4 --", "'--' is no move"),
+        ("1. e4 Ke9", 7, "'Ke9' is no move"),
+        ("1. e4\na8", 8, "'a8' is no move"),
+        ("1. e4 a7=Q", 7, "'a7=Q' is no move"),
+        ("1. e4 e5\n2. d4 \u265e", 8, r"'\u265e' is no move"),
+        ("1. e4\n{open\n\n", 8, r"a '\{' without a '\}'"),
+        ("1. e4\n(1. d4 (\n1. c4) e5", 8, r"a '\(' without a '\)'"),
+        ("1. e4 (\n1. d4 {open) e5", 8, r"a '\{' without a '\}'"),
+        ("1. e4 ) e5", 7, r"a '\)' without a '\('"),
+        ("1. e4 1-0\n\n1. d4 0-1", 9, "moves after the result"),
+        ("1. e4 --", 7, "a null move"),
+        ("1. e4\nZ0 2. d4", 8, "a null move"),
     ],
 )
-def test_bad_notation_names_the_game(tmp_path, moves, message):
+def test_bad_notation_costs_the_game_and_names_the_line(tmp_path, moves, line, message):
     path = tmp_path / "bad.pgn"
-    path.write_text(f'[Event "first"]\n\n1. e4 *\n\n[Event "second"]\n\n{moves}\n')
+    text = f'[Event "first"]\n\n1. e4 *\n\n[Event "second"]\n\n{moves}\n\n[Event "third"]\n\n1. d4 *\n'
+    path.write_text(text, encoding="utf-8")
     documents = open_documents(DataConfig(dataset=str(path), validation_fraction=0), "train")
-    assert documents[0].text == ";1.e4"
-    with pytest.raises(DataError, match=rf"bad\.pgn:5: {message}"):
+    assert [document.text for document in documents] == [";1.e4", ";1.d4"]
+    with pytest.raises(BadDocumentError, match=rf"bad\.pgn:{line}: {message}"):
         _ = documents[1].text
+
+
+@pytest.mark.parametrize(
+    ("game", "expected"),
+    [
+        (b'[White "Zo\xeb"]\n\n1. e4 {caf\xe9} e5', ";1.e4 e5"),
+        (b"1. e4 e5 (1... -- 2. Z0 ({)} 2. ?? Qx9)) 2. d4", ";1.e4 e5 2.d4"),
+        (b"1. e4 (; a comment )\n1. d4) 1... e5", ";1.e4 e5"),
+        (b"1. e4 +/- e5 = 2. a8=q+ *", ";1.e4 e5 2.a8=Q+"),
+        (
+            b'[Event "?"]\n[White ]\n% escaped\n[FEN "%b w KQkq - 0 1"]\n\n1. e4' % START,
+            ";1.e4",
+        ),
+        (b'[Variant "Chess960"]\n[FEN "%b w KQkq -"]\n\n1. e4' % START, VARIANT),
+        (b'[FEN "%b b KQkq - 0 1"]\n\n1. e4' % START, OTHER_START),
+    ],
+)
+def test_what_games_may_hold(game, expected):
+    (found,) = find_games(numbered(game))
+    assert (found.left_out or game_string(found.content)) == expected
+
+
+def numbered(content):
+    """Number, offset and content of lines."""
+    lines = content.splitlines(keepends=True)
+    return [(number, sum(map(len, lines[: number - 1])), line) for number, line in enumerate(lines, 1)]
+
+
+def test_games_of_pieces_are_those_of_the_file(odd, monkeypatch):
+    """Wherever a file is cut, each game is read once, whole, and under the number of its line."""
+    odd.write_bytes(odd.read_bytes() + b"\n" * 40 + GAMES.read_bytes()[:3000])
+    file = texts.GamesFile(odd, "odd.pgn", "text")
+    whole = list(file.entries(0))
+    assert len(whole) > 8
+    for size in (7, 64, 100, 1000):
+        monkeypatch.setattr(texts, "PART_BYTES", size)
+        file = texts.GamesFile(odd, "odd.pgn", "text")
+        pieces = [list(file.entries(piece)) for piece in range(len(file.pieces()))]
+        assert list(itertools.chain.from_iterable(pieces)) == whole
+        assert all(size * i <= entry.place < size * (i + 1) for i, entries in enumerate(pieces) for entry in entries)
 
 
 def test_game_strings_are_what_python_chess_reads():
     """Another parser, which plays the moves: the games are legal, complete and end as their tags say."""
     content = GAMES.read_bytes()
-    places = list(find_games(content.splitlines(keepends=True)))
-    assert len(places) == 60
+    games = list(find_games(numbered(content)))
+    assert len(games) == 60
     stream = io.StringIO(content.decode())
-    for place in places[:20]:
+    for found in games[:20]:
         game = chess.pgn.read_game(stream)
-        text = game_string(content[place.start : place.start + place.size].decode(), "x")
+        text = game_string(found.content)
         board = chess.Board()
         for move in game.mainline_moves():
             board.push(move)

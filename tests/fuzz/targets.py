@@ -219,8 +219,8 @@ _JSONL = [{"text": "peace and law", "meta": {"a": 1}}]
 
 
 def _pgn(folder: Path, content: bytes) -> None:
-    for place in find_games(content.splitlines(keepends=True)):
-        game_string(content[place.start : place.start + place.size].decode("utf-8", "replace"), "x.pgn:1")
+    for game in find_games((number, 0, line) for number, line in enumerate(content.splitlines(keepends=True))):
+        game_string(game.content)
 
 
 def _documents(name: str) -> Callable[[Path, bytes], None]:

@@ -57,8 +57,7 @@ class Chess(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, path: Path, split: str) -> Iterator[tuple[int, dict[str, object]]]:
         stride = min(VALIDATION_STRIDE, self.builder_config.recipe.games)
-        content = path.read_bytes()
-        for number, place in enumerate(find_games(content.splitlines(keepends=True))):
-            if (number % stride == stride - 1) == (split == "validation"):
-                text = content[place.start : place.start + place.size].decode()
-                yield number, {"text": game_string(text, f"{path}:{place.line}"), "id": str(number)}
+        with open(path, "rb") as file:
+            for number, game in enumerate(find_games((line, 0, content) for line, content in enumerate(file, 1))):
+                if (number % stride == stride - 1) == (split == "validation"):
+                    yield number, {"text": game_string(game.content or b""), "id": str(number)}

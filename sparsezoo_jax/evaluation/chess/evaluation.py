@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsezoo_jax.data import DataConfig, Documents, Tokenizer, cache_directory, open_documents
+from sparsezoo_jax.data import DataConfig, Tokenizer, cache_directory, open_documents
+from sparsezoo_jax.data.documents import read_all
+from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.chess.positions import LENGTH, STATES, Games, choose_games
 from sparsezoo_jax.evaluation.chess.scores import (
@@ -73,7 +75,10 @@ def games_for(config: DataConfig, sources: Sequence[str], count: int) -> tuple[G
         name = ", ".join(sources)
     else:
         documents, name = [open_documents(config, "validation")], "the run's validation split"
-    chosen = choose_games(itertools.chain.from_iterable(map(_texts, documents)), 2 * count)
+    skips = Skips.of(config)
+    items = itertools.chain.from_iterable(map(read_all, documents))
+    chosen = choose_games((document.text for document in accepted(items, skips)), 2 * count)
+    skips.warn("chess.games")
     if len(chosen) < 2 * count:
         raise DataError(
             f"chess.count={count}: needs twice as many different games of {STATES} moves and more, {name} has "
@@ -81,10 +86,6 @@ def games_for(config: DataConfig, sources: Sequence[str], count: int) -> tuple[G
         )
     cache = cache_directory(config)
     return Games(chosen[:count], cache), Games(chosen[count:], cache)
-
-
-def _texts(documents: Documents) -> Iterator[str]:
-    return (documents[i].text for i in range(len(documents)))
 
 
 def score_features(

@@ -1,0 +1,119 @@
+"""The files that a name in `data.dataset` stands for."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsezoo_jax.data.dataset_names import KNOWN, format_of, names_in
+from sparsezoo_jax.errors import DataError, StorageError
+
+#: So many files that are not read are named.
+_NAMED = 5
+
+
+class Found(NamedTuple):
+    """Files of a corpus."""
+
+    root: Path
+    """The directory that ids of documents are relative to."""
+    files: list[Path]
+    """In the order of the corpus."""
+    left_out: list[str]
+    """What of the same directories is not read."""
+    named: bool
+    """Whether each file was named by itself."""
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file in ids of documents."""
+        return path.relative_to(self.root).as_posix()
+
+
+def find(dataset: str) -> Found:
+    """The files of a path, a directory or a glob, or of several.
+
+    Of a directory all files in known formats are taken, also those in folders within it, but hidden ones. Names in a
+    list keep their order; the files of each are sorted.
+
+    Raises:
+      DataError: there are none. StorageError: a directory can't be read.
+    """
+    names = names_in(dataset)
+    if not names:
+        raise DataError(f"data.dataset={dataset}: names nothing")
+    found = [_find(name) for name in names]
+    if len(found) == 1:
+        return found[0]
+    roots = [os.path.abspath(one.root) for one in found]
+    try:
+        root = Path(os.path.commonpath(roots))
+    except ValueError as error:
+        raise DataError(f"data.dataset={dataset}: {error}") from None
+    paths = [Path(os.path.abspath(path)) for one in found for path in one.files]
+    left_out = [name for one in found for name in one.left_out]
+    return Found(root, list(dict.fromkeys(paths)), left_out, all(one.named for one in found))
+
+
+def _find(name: str) -> Found:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        known, others = _sorted_out(_walk(path), path)
+        if not known:
+            raise DataError(f"data.dataset={name}: no files in a known format in this directory; known are {KNOWN}")
+        return Found(path, known, others, False)
+    if path.exists():
+        if not path.is_file():
+            raise DataError(f"data.dataset={name}: is no regular file")
+        if format_of(path) is None:
+            raise DataError(f"{path}: unknown extension '{path.suffix}', known are {KNOWN}")
+        return Found(path.parent, [path], [], True)
+    if not glob.has_magic(name):
+        raise DataError(f"data.dataset={name}: no such file or directory")
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
+    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not found:
+        raise DataError(f"data.dataset={name}: no file matches")
+    known, others = _sorted_out(found, root)
+    if not known:
+        raise DataError(f"{found[0]}: unknown extension '{found[0].suffix}', known are {KNOWN}")
+    return Found(root, known, others, False)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """What is in a directory and the folders within it, links followed; hidden folders as a whole."""
+    seen = set()
+    for directory, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        hidden = [folder for folder in folders if folder.startswith(".")]
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        yield from (Path(directory, name) for name in (*hidden, *names))
+
+
+def _raise(error: OSError) -> None:
+    raise StorageError(f"{error.filename}: {error.strerror or error}") from error
+
+
+def _sorted_out(paths: Iterator[Path] | Sequence[Path], root: Path) -> tuple[list[Path], list[str]]:
+    """The files to read, and the names of all others."""
+    known, others = [], []
+    for path in paths:
+        hidden = path.name.startswith(".")
+        if not hidden and format_of(path) is not None and path.is_file():
+            known.append(path)
+        else:
+            others.append(path.relative_to(root).as_posix() + ("/" if path.is_dir() else ""))
+    return sorted(known), sorted(others)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names for one line."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

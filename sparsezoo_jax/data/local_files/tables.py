@@ -1,0 +1,214 @@
+"""Tables: Parquet files, and comma- or tab-separated values with a header."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import csv
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sparsezoo_jax.data.local_files.file import Entry, File, checked
+from sparsezoo_jax.data.local_files.streams import Line, encoding_at, lines, open_utf8, reading
+from sparsezoo_jax.data.skipping import NOT_CSV, NOT_TEXT, NOT_UTF8, NULL_TEXT
+from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.untrusted import MAX_COMPRESSION, MAX_LINE_BYTES
+
+_BATCH_ROWS = 1024
+#: Stands for a line that is too long to be kept: no row of a table.
+_TOO_LONG = '""x\n'
+
+
+class NoColumnError(DataError):
+    """A table without the column of the text, or with one that can't hold texts."""
+
+
+class CsvFile(File):
+    """A .csv or .tsv file: one row a document, named by the line on which it ends; the first row names the columns.
+
+    Values are separated by what separates the header so that it has the column of the text: a comma (in .tsv files a
+    tab), else a semicolon, a tab or a bar.
+    """
+
+    seekable = False
+
+    def __init__(self, path, name, text_field, compression="", *, separator: str = ","):
+        super().__init__(path, name, text_field, compression)
+        with reading(path):
+            encoding_at(path, compression)
+        header = next(self._rows(separator), None)
+        self._separator, self._column, self._width = separator, -1, 0
+        for candidate in (separator, ",", ";", "\t", "|"):
+            columns = next(self._rows(candidate))[1] if header is not None else []
+            if columns is not None and text_field in columns:
+                self._separator, self._column, self._width = candidate, columns.index(text_field), len(columns)
+                return
+        if header is not None:
+            columns = ", ".join(repr(column[:40]) for column in (header[1] or [])[:20])
+            raise NoColumnError(f"{path}: no column '{text_field}' (data.text_field), its first row is {columns}")
+
+    def entries(self, piece: int) -> Iterator[Entry]:
+        """The rows in order, blank lines left out."""
+        rows = self._rows(self._separator)
+        next(rows, None)
+        return (Entry(line, line, row) for line, row in rows if row is None or row)
+
+    def _rows(self, separator: str) -> Iterator[tuple[int, list[str] | None]]:
+        """Line and values of each row; None for one that is none."""
+        with reading(self.path), open_utf8(self.path, self.compression) as file:
+            # Process-wide, but nothing else in this package reads tables of others.
+            csv.field_size_limit(MAX_LINE_BYTES)
+            reader = csv.reader(map(_text, lines(file)), delimiter=separator, strict=True)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    row = None
+                yield reader.line_num, row
+
+    def text(self, entry: Entry) -> str:
+        """The text column of a row."""
+        row, line = entry.content, entry.number
+        if row is None:
+            raise self.bad(line, NOT_CSV, "no row of the table: a quote that is not closed or followed by more")
+        if len(row) != self._width:
+            raise self.bad(line, NOT_CSV, f"{len(row)} values, not {self._width} as in the header")
+        text = row[self._column]
+        if any("\udc80" <= character <= "\udcff" for character in text) if not text.isascii() else False:
+            raise self.bad(line, NOT_UTF8, f"'{self.text_field}' is not UTF-8")
+        return checked(self, line, text)
+
+
+def _text(line: Line) -> str:
+    return _TOO_LONG if line.content is None else line.content.decode("utf-8", "surrogateescape")
+
+
+class ParquetFile(File):
+    """A .parquet file: one row a document, numbered from 0; row groups are its pieces."""
+
+    def __init__(self, path, name, text_field, compression=""):
+        super().__init__(path, name, text_field, compression)
+        import pyarrow.parquet as pq
+
+        self._cached: tuple[int, Any] = (-1, None)
+        with self._decoding("not a Parquet file", DataError), pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            leaves = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
+        self._path_in_row = self._find(schema)
+        column = leaves.index(".".join(self._path_in_row))
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self._ends = list(itertools.accumulate(group.num_rows for group in groups))
+        self._bytes = [group.column(column).total_uncompressed_size for group in groups]
+        self.rows = self._ends[-1] if self._ends else 0
+        if self.rows > MAX_COMPRESSION * path.stat().st_size:
+            raise DataError(f"{path}: declares {self.rows:,} rows in {path.stat().st_size:,} bytes")
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached": (-1, None)}
+
+    def _find(self, schema: Any) -> list[str]:
+        """The names that lead to the column of the text, one within the other."""
+        import pyarrow.types as types
+
+        path = [self.text_field] if self.text_field in schema.names else self.text_field.split(".")
+        if path[0] not in schema.names:
+            columns = ", ".join(schema.names)
+            raise NoColumnError(f"{self.path}: no column '{self.text_field}' (data.text_field), it has {columns}")
+        kind = schema.field(path[0]).type
+        for part in path[1:]:
+            index = kind.get_field_index(part) if types.is_struct(kind) else -1
+            if index < 0:
+                raise NoColumnError(
+                    f"{self.path}: no column '{self.text_field}' (data.text_field), '{path[0]}' is {kind}"
+                )
+            kind = kind.field(index).type
+        values = kind.value_type if types.is_dictionary(kind) else kind
+        texts = (types.is_string, types.is_large_string, types.is_string_view)
+        texts += (types.is_binary, types.is_large_binary, types.is_binary_view)
+        if not any(holds(values) for holds in texts):
+            raise NoColumnError(f"{self.path}: column '{self.text_field}' holds {kind}, not strings")
+        return path
+
+    def pieces(self) -> Sequence[int]:
+        """Bytes of the text in each row group."""
+        return self._bytes
+
+    def numbers(self) -> Iterator[int]:
+        """All rows."""
+        return iter(range(self.rows or 0))
+
+    def entries(self, piece: int) -> Iterator[Entry]:
+        """The rows of a row group."""
+        import pyarrow.parquet as pq
+
+        first = row = self._ends[piece - 1] if piece else 0
+        with self._decoding(f"row group {piece}", StorageError), pq.ParquetFile(self.path, memory_map=False) as file:
+            columns = [".".join(self._path_in_row)]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[piece], columns=columns, use_threads=False):
+                for value in self._within(batch.column(0)):
+                    yield Entry(row, row, value)
+                    row += 1
+        self._check_rows(piece, row - first)
+
+    def entries_at(self, place: int, number: int) -> Iterator[Entry]:
+        """The rows from one on."""
+        for row in range(place, self.rows or 0):
+            group = bisect.bisect_right(self._ends, row)
+            yield Entry(row, row, self._column(group)[row - (self._ends[group - 1] if group else 0)])
+
+    def text(self, entry: Entry) -> str:
+        """The text column of a row."""
+        try:
+            value = entry.content.as_py()
+            if isinstance(value, bytes):
+                value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.bad(entry.number, NOT_UTF8, f"row {entry.number} is not UTF-8 at byte {error.start}") from None
+        if value is None:
+            raise self.bad(entry.number, NULL_TEXT, f"row {entry.number} has null in '{self.text_field}'")
+        if not isinstance(value, str):
+            raise self.bad(entry.number, NOT_TEXT)
+        return value
+
+    def _within(self, column: Any) -> Any:
+        """The innermost column; a row whose outer values are null has none."""
+        import pyarrow.compute as pc
+
+        for part in self._path_in_row[1:]:
+            column = pc.struct_field(column, part)  # pyright: ignore[reportAttributeAccessIssue]
+        return column
+
+    def _column(self, group: int) -> Any:
+        import pyarrow.parquet as pq
+
+        cached, column = self._cached  # read once: another thread may replace the pair meanwhile
+        if cached != group:
+            columns = [".".join(self._path_in_row)]
+            with self._decoding(f"row group {group}", StorageError), pq.ParquetFile(self.path) as file:
+                column = self._within(file.read_row_group(group, columns=columns).column(0))
+            self._check_rows(group, len(column))
+            self._cached = (group, column)
+        return column
+
+    def _check_rows(self, group: int, found: int) -> None:
+        rows = self._ends[group] - (self._ends[group - 1] if group else 0)
+        if found != rows:
+            raise StorageError(f"{self.path}: row group {group}: holds {found:,} rows, not {rows:,}")
+
+    @contextlib.contextmanager
+    def _decoding(self, what: str, error_type: type[Exception]) -> Iterator[None]:
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StorageError(f"{self.path}: {error.strerror or error}") from error
+            raise error_type(f"{self.path}: {what}: {str(error).splitlines()[0]}") from error
+
+
+TsvFile = functools.partial(CsvFile, separator="\t")
