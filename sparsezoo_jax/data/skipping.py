@@ -46,6 +46,7 @@ class Skips:
       documents: seen, the skipped ones included.
       reasons: reason -> how many.
       named: the first few, as "file:line: what was found".
+      failed: whether they have led to an error, which says what there is to say.
     """
 
     stop: bool = False
@@ -53,6 +54,7 @@ class Skips:
     documents: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     named: list[str] = field(default_factory=list)
+    failed: bool = False
 
     @classmethod
     def of(cls, config: DataConfig) -> Skips:
@@ -81,6 +83,7 @@ class Skips:
         self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
         bad = item.reason not in LEFT_OUT
         if self.stop and bad:
+            self.failed = True
             raise BadDocumentError(*item)
         # Faults are named before what is left out by rule.
         if bad and len(self.named) < NAMED:
@@ -103,6 +106,7 @@ class Skips:
     def check(self) -> None:
         """Raises `DataError` if more than `data.max_bad_fraction` of the documents can't be read."""
         if self.bad > self.max_bad_fraction * max(self.documents, FEWEST):
+            self.failed = True
             raise DataError(
                 f"data.max_bad_fraction={self.max_bad_fraction:g}: {self.bad:,} of {self.documents:,} documents "
                 f"can't be read ({self._counts()}): {'; '.join(self.named)}"
@@ -118,7 +122,7 @@ class Skips:
     def warn(self, name: str) -> None:
         """Shows the summary, if there is one, as a warning about `name`."""
         summary = self.summary()
-        if summary is not None:
+        if summary is not None and not self.failed:
             warnings.warn(f"{name}: {summary}", SparsezooWarning, stacklevel=2)
 
     def as_dict(self) -> dict[str, Any]:

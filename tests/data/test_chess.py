@@ -139,7 +139,7 @@ def test_bad_notation_costs_the_game_and_names_the_line(tmp_path, moves, line, m
         (b"1. e4 (; a comment )\n1. d4) 1... e5", ";1.e4 e5"),
         (b"1. e4 +/- e5 = 2. a8=q+ *", ";1.e4 e5 2.a8=Q+"),
         (
-            b'[Event "?"]\n[White ]\n% escaped\n[FEN "%b w KQkq - 0 1"]\n\n1. e4' % START,
+            b'[Event "?"]\n[White ]\n%% escaped\n[FEN "%b w KQkq - 0 1"]\n\n1. e4' % START,
             ";1.e4",
         ),
         (b'[Variant "Chess960"]\n[FEN "%b w KQkq -"]\n\n1. e4' % START, VARIANT),

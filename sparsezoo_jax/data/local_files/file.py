@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsezoo_jax.data.documents import BadDocumentError
+from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.data.skipping import HALF_SURROGATE, NO_TEXT, NOT_JSON, NOT_TEXT, NOT_UTF8, NULL_TEXT, TOO_LONG
 from sparsezoo_jax.untrusted import MAX_LINE_BYTES, parse_json
 
@@ -46,8 +48,13 @@ class File(abc.ABC):
 
     def pieces(self) -> Sequence[int]:
         """Raw bytes of each piece that can be read without the others; none of an empty file."""
-        size = self.path.stat().st_size
-        return [size] if size else []
+        return [self.size] if self.size else []
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        with reading(self.path):
+            return self.path.stat().st_size
 
     def numbers(self) -> Iterator[int]:
         """The numbers of all entries, found as cheaply as the format allows."""
@@ -97,8 +104,10 @@ def text_of_json(file: File, line: int, content: bytes | None) -> str:
     decoded = decode(file, line, content)
     try:
         row = parse_json(decoded)
+    except json.JSONDecodeError as error:
+        raise file.bad(line, NOT_JSON, f"not JSON: {error.msg} at character {error.pos + 1} of it") from None
     except ValueError as error:
-        raise file.bad(line, NOT_JSON, f"not JSON: {error}") from None
+        raise file.bad(line, NOT_JSON, f"not JSON that is read: {error}") from None
     if not isinstance(row, dict):
         raise file.bad(line, NOT_JSON, "is no JSON object")
     found, text = value_at(row, file.text_field)

@@ -89,9 +89,11 @@ def _values(file: IO[bytes], path: Path) -> Iterator[tuple[int, int, bytes]]:
         line, begin = line + buffer.count(b"\n", begin, after), after
         if last:
             array = False
+    rest = buffer[begin:]
+    line += rest.count(b"\n", 0, len(rest) - len(rest.lstrip()))
     if array:
         raise DataError(f"{path}:{line}: the JSON array has no end; a bracket or a quote is open from here on")
-    if buffer[begin:].strip():
+    if rest.strip():
         raise DataError(f"{path}:{line}: is no JSON object, and nothing after it can be found")
 
 

@@ -104,8 +104,8 @@ class ParquetFile(File):
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
         self._bytes = [group.column(column).total_uncompressed_size for group in groups]
         self.rows = self._ends[-1] if self._ends else 0
-        if self.rows > MAX_COMPRESSION * path.stat().st_size:
-            raise DataError(f"{path}: declares {self.rows:,} rows in {path.stat().st_size:,} bytes")
+        if self.rows > MAX_COMPRESSION * self.size:
+            raise DataError(f"{path}: declares {self.rows:,} rows in {self.size:,} bytes")
 
     def __getstate__(self):
         return {**self.__dict__, "_cached": (-1, None)}

@@ -83,7 +83,7 @@ class LinesFile(File):
 
     def pieces(self) -> Sequence[int]:
         """Ranges of `PART_BYTES` where reading can begin anywhere."""
-        size = self.path.stat().st_size
+        size = self.size
         if not self.seekable or size <= PART_BYTES:
             return [size] if size else []
         if self._newlines is None:
