@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
-from sparsezoo_jax.data.dataset_names import format_of, names_in
+from sparsezoo_jax.data.dataset_names import HUGGING_FACE, format_of, names_in
 from sparsezoo_jax.data.documents import Documents, Split, with_parts
+from sparsezoo_jax.data.hf_datasets import is_saved, open_hf
 from sparsezoo_jax.data.local_files import open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
 from sparsezoo_jax.errors import DataError, require
@@ -17,9 +18,10 @@ from sparsezoo_jax.errors import DataError, require
 def open_documents(config: DataConfig, split: Split) -> Documents:
     """Opens the training or validation documents that `config` names.
 
-    A registered corpus comes first (`register_corpus`). Local files are chosen when `dataset` is an existing path or
-    looks like one (glob, leading '.', '/' or '~', or a known extension); any other name is a TFDS dataset. Raises
-    `DataError` for a corpus that is missing, empty or not readable.
+    A registered corpus comes first (`register_corpus`), then names that begin with hf://. Local files are chosen when
+    `dataset` is an existing path or looks like one (several names, glob, leading '.', '/' or '~', or a known
+    extension); any other name is a TFDS dataset. Raises `DataError` for a corpus that is missing, empty or not
+    readable.
     """
     if split not in ("train", "validation"):
         raise DataError(f"split={split}: must be 'train' or 'validation'")
@@ -29,6 +31,10 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
     assert name is not None
     if name in CORPORA:
         documents = CORPORA[name]().open(config, split)
+    elif name.startswith(HUGGING_FACE):
+        documents = open_hf(config, name, split, whole=own_corpus)
+    elif is_saved(Path(name).expanduser()):
+        documents = open_hf(config, f"{HUGGING_FACE}{Path(name).expanduser().absolute()}", split, whole=own_corpus)
     elif is_local(name):
         documents = open_local(config, name, split, whole=own_corpus)
     else:
@@ -63,7 +69,7 @@ def _split_name(config: DataConfig, split: Split) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a dataset name means files on this machine rather than a TFDS dataset."""
-    if name in CORPORA:
+    if name in CORPORA or name.startswith(HUGGING_FACE):
         return False
     names = names_in(name)
     return len(names) != 1 or (

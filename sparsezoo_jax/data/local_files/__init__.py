@@ -9,16 +9,17 @@ from pathlib import Path
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.dataset_names import KNOWN, format_of
 from sparsezoo_jax.data.documents import Split
+from sparsezoo_jax.data.local_files.columns import NoColumnError
 from sparsezoo_jax.data.local_files.documents import LocalDocuments, Share, held_out
 from sparsezoo_jax.data.local_files.file import File
 from sparsezoo_jax.data.local_files.json_values import JsonFile, is_json_lines
 from sparsezoo_jax.data.local_files.paths import Found, find, listed
 from sparsezoo_jax.data.local_files.streams import reading
-from sparsezoo_jax.data.local_files.tables import CsvFile, NoColumnError, ParquetFile, TsvFile
+from sparsezoo_jax.data.local_files.tables import CsvFile, ParquetFile, TsvFile
 from sparsezoo_jax.data.local_files.texts import GamesFile, JsonLinesFile, TextFile
 from sparsezoo_jax.errors import DataError, SparsezooWarning
 
-__all__ = ["LocalDocuments", "open_local"]
+__all__ = ["LocalDocuments", "open_local", "share_of"]
 
 _KINDS: dict[str, Callable[..., File]] = {
     ".txt": TextFile,
@@ -55,13 +56,18 @@ def open_local(config: DataConfig, name: str, split: Split, *, whole: bool = Fal
     files, left_out = _open_all(config, found)
     if left_out:
         warnings.warn(f"data.dataset={name}: not read: {listed(left_out)}", SparsezooWarning, stacklevel=2)
-    return LocalDocuments(files, _share(files, config, name, split, whole), cache_directory(config))
+    return LocalDocuments(files, share_of(files, config, name, split, whole), cache_directory(config))
 
 
-def _share(files: Sequence[File], config: DataConfig, name: str, split: Split, whole: bool) -> Share:
+def share_of(files: Sequence[File], config: DataConfig, name: str, split: Split, whole: bool) -> Share:
+    """The documents of `files` that are in `split`: all of them if it is `whole`.
+
+    Raises:
+      DataError: there are none.
+    """
     first = next((number for file in files for number in file.numbers()), None)
     if first is None:
-        where = str(files[0].path) if len(files) == 1 else f"{len(files)} files"
+        where = files[0].label if len(files) == 1 else f"{len(files)} files"
         raise DataError(f"data.dataset={name}: no documents in {where}")
     if whole:
         return Share(None)

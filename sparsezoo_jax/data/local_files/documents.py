@@ -11,10 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsezoo_jax.data.documents import BadDocumentError, Document, Part, Skipped, digest
+from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError, Document, Part, Skipped, digest
 from sparsezoo_jax.data.local_files.file import Entry, File
-from sparsezoo_jax.data.local_files.streams import scan
-from sparsezoo_jax.data.local_files.texts import PART_BYTES
 from sparsezoo_jax.data.local_files.unpacked import UnpackedFile
 
 #: Changes whenever the same files give other documents.
@@ -92,7 +90,7 @@ class LocalDocuments:
     def fingerprint(self) -> str:
         """Of names, contents, and what decides which texts are read. The first call reads all files."""
         field = self._files[0].text_field
-        contents = [(file.name, scan(file.path, PART_BYTES).sha256) for file in self._files]
+        contents = [(file.name, file.digest()) for file in self._files]
         return digest(_RECIPE, field, self._share, contents)
 
     def __bool__(self) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsezoo_jax.data.documents import BadDocumentError
-from sparsezoo_jax.data.local_files.streams import reading
+from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError
+from sparsezoo_jax.data.local_files.streams import reading, scan
 from sparsezoo_jax.data.skipping import HALF_SURROGATE, NO_TEXT, NOT_JSON, NOT_TEXT, NOT_UTF8, NULL_TEXT, TOO_LONG
 from sparsezoo_jax.untrusted import MAX_LINE_BYTES, parse_json
 
@@ -41,6 +41,8 @@ class File(abc.ABC):
 
     def __init__(self, path: Path, name: str, text_field: str, compression: str = ""):
         self.path, self.name, self.text_field, self.compression = path, name, text_field, compression
+        self.label = str(path)
+        """Its name in errors."""
 
     def id(self, number: int) -> str:
         """The id of a document."""
@@ -76,9 +78,13 @@ class File(abc.ABC):
           BadDocumentError: there is none.
         """
 
+    def digest(self) -> str:
+        """A digest of the content; reads the file, but once while it stays the same."""
+        return scan(self.path, PART_BYTES).sha256
+
     def bad(self, line: int, reason: str, detail: str = "") -> BadDocumentError:
         """The error for a document that is read in vain."""
-        return BadDocumentError(f"{self.path}:{line}", reason, detail)
+        return BadDocumentError(f"{self.label}:{line}", reason, detail)
 
 
 def value_at(row: dict[str, Any], name: str) -> tuple[bool, Any]:

@@ -10,19 +10,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparsezoo_jax.data.local_files.columns import NoColumnError, innermost, path_to_text, text_of_row
 from sparsezoo_jax.data.local_files.file import Entry, File, checked
 from sparsezoo_jax.data.local_files.streams import Line, encoding_at, lines, open_utf8, reading
-from sparsezoo_jax.data.skipping import NOT_CSV, NOT_TEXT, NOT_UTF8, NULL_TEXT
+from sparsezoo_jax.data.skipping import NOT_CSV, NOT_UTF8
 from sparsezoo_jax.errors import DataError, StorageError
 from sparsezoo_jax.untrusted import MAX_COMPRESSION, MAX_LINE_BYTES
 
 _BATCH_ROWS = 1024
 #: Stands for a line that is too long to be kept: no row of a table.
 _TOO_LONG = '""x\n'
-
-
-class NoColumnError(DataError):
-    """A table without the column of the text, or with one that can't hold texts."""
 
 
 class CsvFile(File):
@@ -98,7 +95,7 @@ class ParquetFile(File):
         with self._decoding("not a Parquet file", DataError), pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             leaves = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
-        self._path_in_row = self._find(schema)
+        self._path_in_row = path_to_text(schema, text_field, path)
         column = leaves.index(".".join(self._path_in_row))
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
@@ -109,29 +106,6 @@ class ParquetFile(File):
 
     def __getstate__(self):
         return {**self.__dict__, "_cached": (-1, None)}
-
-    def _find(self, schema: Any) -> list[str]:
-        """The names that lead to the column of the text, one within the other."""
-        import pyarrow.types as types
-
-        path = [self.text_field] if self.text_field in schema.names else self.text_field.split(".")
-        if path[0] not in schema.names:
-            columns = ", ".join(schema.names)
-            raise NoColumnError(f"{self.path}: no column '{self.text_field}' (data.text_field), it has {columns}")
-        kind = schema.field(path[0]).type
-        for part in path[1:]:
-            index = kind.get_field_index(part) if types.is_struct(kind) else -1
-            if index < 0:
-                raise NoColumnError(
-                    f"{self.path}: no column '{self.text_field}' (data.text_field), '{path[0]}' is {kind}"
-                )
-            kind = kind.field(index).type
-        values = kind.value_type if types.is_dictionary(kind) else kind
-        texts = (types.is_string, types.is_large_string, types.is_string_view)
-        texts += (types.is_binary, types.is_large_binary, types.is_binary_view)
-        if not any(holds(values) for holds in texts):
-            raise NoColumnError(f"{self.path}: column '{self.text_field}' holds {kind}, not strings")
-        return path
 
     def pieces(self) -> Sequence[int]:
         """Bytes of the text in each row group."""
@@ -149,7 +123,7 @@ class ParquetFile(File):
         with self._decoding(f"row group {piece}", StorageError), pq.ParquetFile(self.path, memory_map=False) as file:
             columns = [".".join(self._path_in_row)]
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[piece], columns=columns, use_threads=False):
-                for value in self._within(batch.column(0)):
+                for value in innermost(batch.column(0), self._path_in_row):
                     yield Entry(row, row, value)
                     row += 1
         self._check_rows(piece, row - first)
@@ -162,25 +136,7 @@ class ParquetFile(File):
 
     def text(self, entry: Entry) -> str:
         """The text column of a row."""
-        try:
-            value = entry.content.as_py()
-            if isinstance(value, bytes):
-                value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.bad(entry.number, NOT_UTF8, f"row {entry.number} is not UTF-8 at byte {error.start}") from None
-        if value is None:
-            raise self.bad(entry.number, NULL_TEXT, f"row {entry.number} has null in '{self.text_field}'")
-        if not isinstance(value, str):
-            raise self.bad(entry.number, NOT_TEXT)
-        return value
-
-    def _within(self, column: Any) -> Any:
-        """The innermost column; a row whose outer values are null has none."""
-        import pyarrow.compute as pc
-
-        for part in self._path_in_row[1:]:
-            column = pc.struct_field(column, part)  # pyright: ignore[reportAttributeAccessIssue]
-        return column
+        return text_of_row(self, entry.number, entry.content)
 
     def _column(self, group: int) -> Any:
         import pyarrow.parquet as pq
@@ -189,7 +145,7 @@ class ParquetFile(File):
         if cached != group:
             columns = [".".join(self._path_in_row)]
             with self._decoding(f"row group {group}", StorageError), pq.ParquetFile(self.path) as file:
-                column = self._within(file.read_row_group(group, columns=columns).column(0))
+                column = innermost(file.read_row_group(group, columns=columns).column(0), self._path_in_row)
             self._check_rows(group, len(column))
             self._cached = (group, column)
         return column

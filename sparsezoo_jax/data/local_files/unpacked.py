@@ -10,8 +10,7 @@ from pathlib import Path
 
 from sparsezoo_jax.data.documents import BadDocumentError, digest
 from sparsezoo_jax.data.local_files.file import Entry, File
-from sparsezoo_jax.data.local_files.streams import reading, scan
-from sparsezoo_jax.data.local_files.texts import PART_BYTES
+from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.errors import StorageError
 
 #: Changes whenever the same file would be unpacked in another way.
@@ -23,7 +22,7 @@ class UnpackedFile(File):
 
     def __init__(self, file: File, cache: Path):
         super().__init__(file.path, file.name, file.text_field)
-        key = digest(_RECIPE, type(file).__name__, file.path.name, file.text_field, scan(file.path, PART_BYTES).sha256)
+        key = digest(_RECIPE, type(file).__name__, file.path.name, file.text_field, file.digest())
         self._lines = cache / "unpacked" / f"{key}.lines"
         if not self._lines.is_file():
             _unpack(file, self._lines)
@@ -47,7 +46,7 @@ class UnpackedFile(File):
         if isinstance(value, str):
             return value
         place, reason, detail = value
-        raise BadDocumentError(f"{self.path}{place}", reason, detail)
+        raise BadDocumentError(f"{self.label}{place}", reason, detail)
 
 
 def _unpack(file: File, target: Path) -> None:
@@ -74,4 +73,4 @@ def _value(file: File, entry: Entry) -> str | list[str]:
         return file.text(entry)
     except BadDocumentError as error:
         where, reason, detail = error.skipped
-        return [where.removeprefix(str(file.path)), reason, detail]
+        return [where.removeprefix(file.label), reason, detail]
