@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
+import inspect
 import io
 import logging
 import re
@@ -21,6 +23,12 @@ from sparsezoo_jax.untrusted import read_json
 
 #: The TFDS builders that this package brings along; `corpora` registers them as corpora.
 OWN = ("sotu", "chess")
+#: Where Hugging Face's hub has the same texts, ready to read.
+_ON_THE_HUB = {
+    "c4": "hf://allenai/c4:{config}",
+    "wikipedia": "hf://wikimedia/wikipedia:{config}",
+    "wiki40b": "hf://google/wiki40b:{config}",
+}
 
 
 class TfdsDocuments(InRanges):
@@ -163,6 +171,7 @@ def _prepare(builder: Any, name: str) -> None:
 
     if builder.is_prepared():
         return
+    _require_beam(builder, name)
     quiet = name in OWN  # these take a second, or show their own progress
     if quiet:
         tfds.disable_progress_bar()
@@ -186,6 +195,22 @@ def _prepare(builder: Any, name: str) -> None:
     finally:
         if quiet:
             tfds.enable_progress_bar()
+
+
+def _require_beam(builder: Any, name: str) -> None:
+    """Refuses, before anything is downloaded, a data set whose preparation needs a package that is not there."""
+    import tensorflow_datasets as tfds
+
+    if importlib.util.find_spec("apache_beam") is not None:
+        return
+    module = sys.modules[type(builder).__module__]
+    by_beam = isinstance(builder, tfds.core.BeamBasedBuilder)
+    if by_beam or re.search(r"\bapache_beam\b", inspect.getsource(module)):
+        same = _ON_THE_HUB.get(builder.name, "hf://owner/name").format(config=name.partition("/")[2].split(":")[0])
+        raise DataError(
+            f"data.dataset={name}: not prepared in {builder.data_dir}, and preparing it needs Apache Beam: pip install "
+            f"apache-beam, name a data.tfds_data_dir that has it, or take it from the hub: --data.dataset {same}"
+        )
 
 
 def _prepared_by_another(builder: Any) -> bool:

@@ -52,8 +52,11 @@ def test_tfds_slices_are_splits():
 
 
 @pytest.mark.parametrize("name", ["c4/en", "wiki40b/en", "lm1b"])
-def test_catalogue_through_mock_data(name):
+def test_catalogue_through_mock_data(name, monkeypatch):
     import tensorflow_datasets as tfds
+
+    # Mocked data sets are never prepared, so that Apache Beam would be missed.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
 
     with tfds.testing.mock_data(num_examples=5):
         documents = open_documents(DataConfig(dataset=name), "train")
@@ -80,10 +83,25 @@ def test_errors(fields, message):
         open_documents(DataConfig(**fields), "train")
 
 
-def test_a_dataset_that_can_not_be_prepared_says_why(tmp_path):
-    with pytest.raises(DataError, match=r"c4/en: not prepared in .*can't be prepared here: .") as error:
-        open_documents(DataConfig(dataset="c4/en", tfds_data_dir=str(tmp_path)), "train")
+def test_a_dataset_that_can_not_be_prepared_says_why(tmp_path, monkeypatch):
+    def fail(self, **arguments):
+        raise ValueError("the server\nsays no")
+
+    monkeypatch.setattr("tensorflow_datasets.core.DatasetBuilder.download_and_prepare", fail)
+    with pytest.raises(
+        DataError, match=r"imdb_reviews: not prepared in .*can't be prepared here: the server says no$"
+    ) as error:
+        open_documents(DataConfig(dataset="imdb_reviews", tfds_data_dir=str(tmp_path)), "train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["c4/en", "wiki40b/en"])
+def test_apache_beam_is_asked_for_before_a_download(tmp_path, capfd, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    same = name.replace("c4/", "hf://allenai/c4:").replace("wiki40b/", "hf://google/wiki40b:")
+    with pytest.raises(DataError, match=rf"{name}: .* needs Apache Beam: pip install apache-beam.* {same}$"):
+        open_documents(DataConfig(dataset=name, tfds_data_dir=str(tmp_path)), "train")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_unknown_split_of_the_call():
