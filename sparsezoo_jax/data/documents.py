@@ -6,7 +6,7 @@ Preparing reads parts, several at a time on several cores; streaming needs rando
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from sparsezoo_jax.errors import DataError
@@ -89,8 +89,11 @@ class Documents(Protocol):
 class InRanges:
     """`parts` and `read` for documents with random access alone: ranges of indices.
 
-    A base class; `PART_DOCUMENTS` documents are a part of unknown size.
+    A base class; `PART_DOCUMENTS` documents are a part.
     """
+
+    total_bytes = 0
+    """Raw bytes of all documents; 0 if they are not known."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -100,8 +103,11 @@ class InRanges:
 
     def parts(self) -> Sequence[Part]:
         """Ranges of `PART_DOCUMENTS` documents."""
-        starts = range(0, len(self), PART_DOCUMENTS)
-        return [Part(f"documents {start}-{min(start + PART_DOCUMENTS, len(self)) - 1}", 0) for start in starts]
+        parts, count = [], len(self)
+        for start in range(0, count, PART_DOCUMENTS):
+            end = min(start + PART_DOCUMENTS, count)
+            parts.append(Part(f"documents {start}-{end - 1}", self.total_bytes * (end - start) // count))
+        return parts
 
     def read(self, part: int) -> Iterator[Document | Skipped]:
         """The documents of one range."""
@@ -130,6 +136,22 @@ class _Adapted(InRanges):
 
     def __getitem__(self, index: int, /) -> Document:
         return self._documents[index]
+
+
+def changed_files(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """What differs between the contents of a corpus at two times (`LocalDocuments.contents`), in one line; "" if
+    nothing does.
+    """
+    kinds = {
+        "changed": [name for name in before if name in after and before[name] != after[name]],
+        "gone": [name for name in before if name not in after],
+        "new": [name for name in after if name not in before],
+    }
+    shown = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        shown += [f"{kind}: {', '.join(names[:3])}{more}"] if names else []
+    return "; ".join(shown)
 
 
 def with_parts(documents: Any) -> Documents:

@@ -17,7 +17,8 @@ from typing import Any
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpus import CORPORA
-from sparsezoo_jax.data.documents import Document, InRanges, digest
+from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, digest
+from sparsezoo_jax.data.skipping import NOT_UTF8
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 from sparsezoo_jax.untrusted import read_json
 
@@ -34,8 +35,9 @@ _ON_THE_HUB = {
 class TfdsDocuments(InRanges):
     """One split of a TFDS dataset; a document's id is its `id` feature, or its index in the split."""
 
-    def __init__(self, source: Any, name: str, text_field: str, fingerprint: str):
+    def __init__(self, source: Any, name: str, text_field: str, fingerprint: str, total_bytes: int = 0):
         self._source, self._name, self._text_field = source, name, text_field
+        self.total_bytes = total_bytes
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ def _text(value: Any, where: str) -> str:
     try:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+        raise BadDocumentError(where, NOT_UTF8, f"not UTF-8 at byte {error.start}") from None
 
 
 def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
@@ -89,7 +91,7 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     except (KeyError, ValueError):
         sizes = (len(source),)  # a dataset that doesn't record its splits
     fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
-    return TfdsDocuments(source, f"{name}:{split}", config.text_field, fingerprint)
+    return TfdsDocuments(source, f"{name}:{split}", config.text_field, fingerprint, (*sizes, 0)[1] or 0)
 
 
 def _builder(config: DataConfig, name: str) -> Any:

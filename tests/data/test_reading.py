@@ -18,7 +18,15 @@ import zstandard
 
 from sparsezoo_jax.data import DataConfig, open_documents, prepare, streaming_batches, train_bpe
 from sparsezoo_jax.data.dataset_names import COMPRESSIONS, format_of, names_in
-from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, Skipped, read_all, readable
+from sparsezoo_jax.data.documents import (
+    BadDocumentError,
+    Document,
+    InRanges,
+    Skipped,
+    changed_files,
+    read_all,
+    readable,
+)
 from sparsezoo_jax.data.local_files import documents as local_documents
 from sparsezoo_jax.data.local_files import json_values, streams, texts
 from sparsezoo_jax.data.skipping import (
@@ -184,6 +192,8 @@ def test_parts_are_the_corpus(tmp_path, monkeypatch, fraction):
 
 def test_random_access_alone_has_parts_too(monkeypatch):
     class Corpus(InRanges):
+        total_bytes = 1000
+
         def __len__(self):
             return 10
 
@@ -194,7 +204,18 @@ def test_random_access_alone_has_parts_too(monkeypatch):
 
     monkeypatch.setattr("sparsezoo_jax.data.documents.PART_DOCUMENTS", 4)
     assert [len(list(Corpus().read(part))) for part in range(len(Corpus().parts()))] == [4, 4, 2]
+    assert [part.bytes for part in Corpus().parts()] == [400, 400, 200]
     assert list(read_all(Corpus()))[7] == Skipped("x:7", NOT_UTF8)
+
+
+def test_what_changed_in_a_corpus(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    before = opened(tmp_path).contents
+    assert changed_files(before, opened(tmp_path).contents) == ""
+    (tmp_path / "a.txt").write_text("x.txt")
+    (tmp_path / "b.txt").rename(tmp_path / "d.txt")
+    assert changed_files(before, opened(tmp_path).contents) == "changed: a.txt; gone: b.txt; new: d.txt"
 
 
 def test_lines_that_can_not_be_read(tmp_path, monkeypatch):

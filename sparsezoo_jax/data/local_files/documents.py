@@ -88,10 +88,13 @@ class LocalDocuments:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of names, contents, and what decides which texts are read. The first call reads all files."""
-        field = self._files[0].text_field
-        contents = [(file.name, file.digest()) for file in self._files]
-        return digest(_RECIPE, field, self._share, contents)
+        """Of `contents` and what decides which texts are read."""
+        return digest(_RECIPE, self._files[0].text_field, self._share, list(self.contents.items()))
+
+    @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """Name -> digest of each file. The first call reads all of them."""
+        return {file.name: file.digest() for file in self._files}
 
     def __bool__(self) -> bool:
         return True  # `open_local` opens no empty ones, and their length takes a pass
