@@ -81,9 +81,7 @@ def parse_json(
         text = text.decode("utf-8")
     if text.count("[") + text.count("{") > max_depth and _depth(text) > max_depth:
         raise ValueError(f"more than {max_depth} objects and lists within each other")
-    if finite:
-        return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
-    return json.loads(text, parse_int=_integer)
+    return (_FINITE if finite else _ANY).decode(text)
 
 
 def read_json(
@@ -150,6 +148,11 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is no finite number")
     return number
+
+
+# Made once: a corpus has a text for every document.
+_ANY = json.JSONDecoder(parse_int=_integer)
+_FINITE = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite)
 
 
 def printable(text: object, *, keep: str = "", limit: int | None = MAX_SHOWN) -> str:

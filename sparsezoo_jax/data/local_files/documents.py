@@ -18,7 +18,7 @@ from sparsezoo_jax.data.local_files.unpacked import UnpackedFile
 #: Changes whenever the same files give other documents.
 _RECIPE = "local-2"
 #: Random access begins to read at most so many documents before the one that is wanted.
-_BLOCK = 32
+_BLOCK = 16
 
 
 @dataclass(frozen=True)
