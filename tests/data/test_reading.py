@@ -399,15 +399,25 @@ def test_what_is_left_out_by_rule_is_no_fault():
     assert skips.take(Skipped("x.pgn:1", "a game with a null move")) is None
     assert skips.take(Document("x.pgn:9", "")) == ("x.pgn:9", "")
     assert skips.summary() == "1 of 2 documents skipped (1 a game with a null move)"
-    other = Skips()
-    for number in range(10):
-        other.take(Skipped(f"x:{number}", NOT_JSON))
-    with pytest.raises(DataError, match=r"10 of 12 documents can't be read .*: x:0: not JSON; x:1: .*; x:2: not JSON$"):
-        skips.add(other)
     many = Skips(documents=1098, reasons={NOT_JSON: 10})
     with pytest.raises(DataError, match="11 of 1,099"):
         many.take(Skipped("x", NOT_JSON))
     Skips(documents=1099, reasons={NOT_JSON: 10}).take(Skipped("x", NOT_JSON))
+
+
+def test_counts_of_workers():
+    """They are added in the order of the corpus, and judged together."""
+    first, second = Skips(), Skips()
+    for number in range(6):
+        first.take(Skipped(f"x:{number}", NOT_JSON))
+        second.take(Skipped(f"y:{number}", NOT_JSON, "no JSON"))
+        second.take(Document(f"y:{number}", ""))
+    with pytest.raises(DataError, match=r"12 of 18 documents can't be read \(12 not JSON\): x:0: not JSON; x:1: .*"):
+        first.add(second)
+    whole = Skips()
+    whole.add(second)
+    assert whole.as_dict() == second.as_dict()
+    assert whole.named == ["y:0: no JSON", "y:1: no JSON", "y:2: no JSON"]
 
 
 def test_a_disk_that_fails_is_no_bad_document(tmp_path, tokenizer):
