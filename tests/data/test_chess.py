@@ -151,6 +151,33 @@ def test_what_games_may_hold(game, expected):
     assert (found.left_out or game_string(found.content)) == expected
 
 
+def test_games_word_by_word_are_those_by_tokens(monkeypatch):
+    """The way most games take gives what the whole notation gives."""
+    games = [game.content for game in find_games(numbered(GAMES.read_bytes()))][:5]
+    games += [
+        b"1. e4{a}e5 2.d4! $1 *",
+        b"1 e4 e5 1/2-1/2",
+        b"1. e4 1-0 2. d4",
+        b"e4 -- e5",
+        b"1. e4 {",
+        b"1 . e4",
+        b"*",
+    ]
+    games += [b"1. e4 1-0 {the end} $3", b"1. e4\n% d5\n e5", b"1.e4 e5 2.exd6e.p. a8=Q+!?", b"1. e4 0-1 1-0 *", b""]
+    games += [b"1. e4 ; {\n e5 } d4", b"1. e4 ({) } d4) e5", b"1. e4 {(;} e5", b"1.e4e5", b"%{\ne4 {}"]
+
+    def outcome(game):
+        try:
+            return game_string(game)
+        except DataError as error:
+            return str(error), error.line, error.reason
+
+    quick = [outcome(game) for game in games]
+    assert sum(isinstance(found, str) for found in quick) > 10
+    monkeypatch.setattr("sparsezoo_jax.data.chess.pgn._plain_moves", lambda content: None)
+    assert [outcome(game) for game in games] == quick
+
+
 def numbered(content):
     """Number, offset and content of lines."""
     lines = content.splitlines(keepends=True)

@@ -6,6 +6,7 @@ tags FEN and Variant are looked at, and only a move has to be ASCII, so tags and
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -42,6 +43,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_BRACES = re.compile(rb"\{[^}]*\}")
+_RESULTS = frozenset((b"1-0", b"0-1", b"1/2", b"1/2-1/2", b"*"))
 _TAGS = re.compile(rb"(?:\s*+(?:\[|(?<![^\n])%)[^\n]*+)*+")
 # What variations are made of: all but their brackets and comments is passed over.
 _VARIATION = re.compile(rb"(?:[^(){};%]++|(?<=[^\n])%|" + _COMMENT.replace(b" ", b"") + rb")*+([()])?")
@@ -160,7 +163,9 @@ def game_string(content: bytes) -> str:
       GameError: something that is no move, a null move, an open comment or variation, or a second game without tags.
     """
     tags = _TAGS.match(content)
-    return to_string(_moves(content, tags.end() if tags is not None else 0))
+    begin = tags.end() if tags is not None else 0
+    moves = _plain_moves(content[begin:])
+    return to_string(_moves(content, begin) if moves is None else moves)
 
 
 def to_string(moves: Iterable[str]) -> str:
@@ -174,6 +179,32 @@ def moves_of(game: str) -> list[str]:
     """The moves of a game string, a last one that is cut off included, a number that is cut off not."""
     words = (word.rpartition(".")[2] for word in game.removeprefix(START).split(" "))
     return [word for word in words if word and not word.isdigit()]
+
+
+def _plain_moves(content: bytes) -> list[str] | None:
+    """What `_moves` gives, found word by word; None for a game that needs more than that, or that is at fault."""
+    if content.startswith(b"%") or b"\n%" in content or content.rfind(b"{") > content.rfind(b"}"):
+        return None
+    body = _BRACES.sub(b" ", content)
+    if b"(" in body or b";" in body:
+        return None
+    moves: list[str] = []
+    ended = False
+    for word in body.split():
+        found = _word(word)
+        if found is None or (ended and found):
+            return None
+        moves += found
+        ended = ended or word in _RESULTS
+    return moves
+
+
+@functools.lru_cache(maxsize=1 << 16)  # games have few different words
+def _word(word: bytes) -> tuple[str, ...] | None:
+    try:
+        return tuple(_moves(word + b" ", 0))
+    except GameError:
+        return None
 
 
 def _moves(content: bytes, position: int) -> Iterator[str]:

@@ -116,15 +116,15 @@ class LocalDocuments:
         """Pieces of files, small ones together: about `PART_BYTES` each."""
         parts = []
         for pieces in self._plan:
-            (first, piece), (last, _) = pieces[0], pieces[-1]
+            (first, piece, _), (last, _, _) = pieces[0], pieces[-1]
             one = self._files[first].name + (f"#{piece}" if len(self._files[first].pieces()) > 1 else "")
             name = one if len(pieces) == 1 else f"{one} to {self._files[last].name}"
-            parts.append(Part(name, sum(self._files[file].pieces()[piece] for file, piece in pieces)))
+            parts.append(Part(name, sum(size for _, _, size in pieces)))
         return parts
 
     def read(self, part: int) -> Iterator[Document | Skipped]:
         """The documents of the split in a part, in order."""
-        for number, piece in self._plan[part]:
+        for number, piece, _ in self._plan[part]:
             file = self._files[number]
             for entry in file.entries(piece):
                 id = file.id(entry.number)
@@ -136,16 +136,16 @@ class LocalDocuments:
                     yield error.skipped
 
     @functools.cached_property
-    def _plan(self) -> list[list[tuple[int, int]]]:
-        """The (file, piece) of each part."""
-        plan: list[list[tuple[int, int]]] = []
+    def _plan(self) -> list[list[tuple[int, int, int]]]:
+        """The (file, piece, bytes) of each part."""
+        plan: list[list[tuple[int, int, int]]] = []
         filled = 0
         for number, file in enumerate(self._files):
             for piece, size in enumerate(file.pieces()):
                 if not plan or filled + size > PART_BYTES:
                     plan.append([])
                     filled = 0
-                plan[-1].append((number, piece))
+                plan[-1].append((number, piece, size))
                 filled += size
         return plan
 
