@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.dataset_names import HUGGING_FACE, format_of, names_in
-from sparsezoo_jax.data.documents import Documents, Split, with_parts
+from sparsezoo_jax.data.documents import Documents, Indexed, Split, with_parts
 from sparsezoo_jax.data.hf_datasets import is_saved, open_hf
 from sparsezoo_jax.data.local_files import open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
@@ -29,6 +29,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
     name = config.validation_dataset if own_corpus else config.dataset
     require(name is not None, "data.dataset", None, "must be named: --dataset, for a run from elsewhere")
     assert name is not None
+    documents: Indexed
     if name in CORPORA:
         documents = CORPORA[name]().open(config, split)
     elif name.startswith(HUGGING_FACE):
@@ -48,7 +49,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
 class SotuCorpus(Corpus):
     """The embedded State of the Union addresses."""
 
-    def open(self, config: DataConfig, split: Split) -> Documents:
+    def open(self, config: DataConfig, split: Split) -> Indexed:
         return open_tfds(config, "sotu", _split_name(config, split))
 
 
@@ -59,7 +60,7 @@ class ChessCorpus(Corpus):
     packing = "blocks"
     tokenizer = "chess"
 
-    def open(self, config: DataConfig, split: Split) -> Documents:
+    def open(self, config: DataConfig, split: Split) -> Indexed:
         return open_tfds(config, "chess", _split_name(config, split))
 
 

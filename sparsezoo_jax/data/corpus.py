@@ -7,7 +7,7 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from sparsezoo_jax.data.documents import Documents, Split
+from sparsezoo_jax.data.documents import Indexed, Split
 from sparsezoo_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Corpus(abc.ABC):
     """What `data.tokenizer` means where it is None; None trains a byte-level BPE on the training documents."""
 
     @abc.abstractmethod
-    def open(self, config: DataConfig, split: Split) -> Documents:
-        """The documents of a split.
+    def open(self, config: DataConfig, split: Split) -> Indexed:
+        """The documents of a split; as `Documents` if it can read them in parts, for preparing on several cores.
 
         Raises:
           DataError: there are none, or they can't be read.

@@ -122,9 +122,9 @@ class InRanges:
 
 
 class _Adapted(InRanges):
-    """Any documents with a length, random access and a fingerprint."""
+    """Documents with random access alone, in ranges."""
 
-    def __init__(self, documents: Any):
+    def __init__(self, documents: Indexed):
         self._documents = documents
 
     @property
@@ -154,9 +154,10 @@ def changed_files(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     return "; ".join(shown)
 
 
-def with_parts(documents: Any) -> Documents:
+def with_parts(documents: Indexed) -> Documents:
     """`documents` with `parts` and `read`, which are made of random access where a corpus has none of its own."""
-    return documents if hasattr(documents, "parts") and hasattr(documents, "read") else _Adapted(documents)
+    whole: Any = documents
+    return whole if hasattr(whole, "parts") and hasattr(whole, "read") else _Adapted(documents)
 
 
 def read_all(documents: Documents) -> Iterator[Document | Skipped]:
@@ -168,6 +169,19 @@ def read_all(documents: Documents) -> Iterator[Document | Skipped]:
 def readable(documents: Iterable[Document | Skipped]) -> Iterator[Document]:
     """Those that have a text."""
     return (document for document in documents if isinstance(document, Document))
+
+
+class Indexed(Protocol):
+    """What a corpus must offer at least: documents by their index, and a fingerprint of them. `with_parts` makes the
+    rest of `Documents` of it.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
 
 
 def digest(*parts: object) -> str:

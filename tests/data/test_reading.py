@@ -147,8 +147,10 @@ def test_several_names_keep_their_order(tmp_path):
     assert texts_of(opened(json.dumps([str(tmp_path / "c,d.txt"), str(tmp_path / "a")]))) == [
         *("c,d.txt", "a/x.txt", "a/y.txt")
     ]
-    with pytest.raises(DataError, match="b/none: no such file"):
-        opened(f"{tmp_path}/a,{tmp_path}/b/none")
+    with pytest.raises(DataError, match=r"b/none\.txt: no such file or directory$"):
+        opened(f"{tmp_path}/a,{tmp_path}/b/none.txt")
+    with pytest.raises(DataError, match="hf://owner/name: no such file or directory; only files can be listed"):
+        opened(f"{tmp_path}/a,hf://owner/name")
 
 
 @pytest.mark.parametrize("fraction", [0, 0.3])

@@ -14,7 +14,7 @@ from sparsezoo_jax import cli, evaluate, train
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data import DataConfig, build_tokenizer, open_documents
 from sparsezoo_jax.data.tokenizer import character_tokenizer
-from sparsezoo_jax.errors import ConfigError, DataError
+from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning
 from sparsezoo_jax.evaluation.chess import games_for, score_features
 from sparsezoo_jax.evaluation.chess import positions as chess_positions
 from sparsezoo_jax.evaluation.chess.positions import (
@@ -157,6 +157,16 @@ def test_states_of_games(tmp_path):
     assert len(list((tmp_path / "chess-states").iterdir())) == 2
     with pytest.raises(DataError, match="needs 20 moves in 256 characters"):
         Games([";1.e4 e5"], tmp_path)
+
+
+def test_games_that_can_not_be_read_are_passed_over(tmp_path):
+    path = tmp_path / "games.pgn"
+    path.write_bytes(b'[White "Zo\xeb"]\n\n1. e4 Ke9 *\n\n' + PGN.read_bytes())
+    with pytest.warns(SparsezooWarning, match=r"chess\.games: 1 of \d+ .*games\.pgn:3: 'Ke9' is no move"):
+        learn, _ = games_for(CONFIG, [str(path)], 2)
+    assert learn.texts == games_for(CONFIG, [str(PGN)], 2)[0].texts
+    with pytest.raises(DataError, match="'Ke9' is no move"):
+        games_for(dataclasses.replace(CONFIG, on_bad_document="stop"), [str(path)], 2)
 
 
 def test_positions_are_found_once(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from sparsezoo_jax.data.local_files.columns import NoColumnError
 from sparsezoo_jax.data.local_files.documents import LocalDocuments, Share, held_out
 from sparsezoo_jax.data.local_files.file import File
 from sparsezoo_jax.data.local_files.json_values import JsonFile, is_json_lines
-from sparsezoo_jax.data.local_files.paths import Found, find, listed
+from sparsezoo_jax.data.local_files.paths import Found, find, shortened
 from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.data.local_files.tables import CsvFile, ParquetFile, TsvFile
 from sparsezoo_jax.data.local_files.texts import GamesFile, JsonLinesFile, TextFile
@@ -55,7 +55,7 @@ def open_local(config: DataConfig, name: str, split: Split, *, whole: bool = Fal
         raise DataError(f"data.dataset={name}: no files for the {split} split; known are {KNOWN}")
     files, left_out = _open_all(config, found)
     if left_out:
-        warnings.warn(f"data.dataset={name}: not read: {listed(left_out)}", SparsezooWarning, stacklevel=2)
+        warnings.warn(f"data.dataset={name}: not read: {shortened(left_out)}", SparsezooWarning, stacklevel=2)
     return LocalDocuments(files, share_of(files, config, name, split, whole), cache_directory(config))
 
 

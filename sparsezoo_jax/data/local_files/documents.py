@@ -86,9 +86,13 @@ class LocalDocuments:
     def __init__(self, files: Sequence[File], share: Share, cache: Path):
         self._files, self._share, self._cache = files, share, cache
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Of `contents` and what decides which texts are read."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return digest(_RECIPE, self._files[0].text_field, self._share, list(self.contents.items()))
 
     @functools.cached_property

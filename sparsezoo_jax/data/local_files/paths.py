@@ -45,7 +45,7 @@ def find(dataset: str) -> Found:
     names = names_in(dataset)
     if not names:
         raise DataError(f"data.dataset={dataset}: names nothing")
-    found = [_find(name) for name in names]
+    found = [_find(name, len(names) > 1) for name in names]
     if len(found) == 1:
         return found[0]
     roots = [os.path.abspath(one.root) for one in found]
@@ -58,7 +58,7 @@ def find(dataset: str) -> Found:
     return Found(root, list(dict.fromkeys(paths)), left_out, all(one.named for one in found))
 
 
-def _find(name: str) -> Found:
+def _find(name: str, listed: bool) -> Found:
     path = Path(name).expanduser()
     if path.is_dir():
         known, others = _sorted_out(_walk(path), path)
@@ -72,7 +72,8 @@ def _find(name: str) -> Found:
             raise DataError(f"{path}: unknown extension '{path.suffix}', known are {KNOWN}")
         return Found(path.parent, [path], [], True)
     if not glob.has_magic(name):
-        raise DataError(f"data.dataset={name}: no such file or directory")
+        files = "; only files can be listed" if listed and format_of(name) is None else ""
+        raise DataError(f"data.dataset={name}: no such file or directory{files}")
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
     found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not found:
@@ -113,7 +114,7 @@ def _sorted_out(paths: Iterator[Path] | Sequence[Path], root: Path) -> tuple[lis
     return sorted(known), sorted(others)
 
 
-def listed(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """Some names for one line."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
