@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, deco, dense, ling, moe, moex, mohd, plm, prosparse, spark, sparselm
+from sparsezoo_jax.configs import blockffn, deco, dense, lazy, ling, moe, moex, mohd, plm, prosparse, spark, sparselm
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
     "blockffn": blockffn.PRESETS,
     "deco": deco.PRESETS,
     "dense": dense.PRESETS,
+    "lazy": lazy.PRESETS,
     "ling": ling.PRESETS,
     "moe": moe.PRESETS,
     "moex": moex.PRESETS,

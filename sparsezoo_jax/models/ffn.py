@@ -1,4 +1,6 @@
-"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate; ProSparse) and plain."""
+"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate; ProSparse) and plain (GELU, ReLU,
+ReLU^2; Lazy Neuron's top-k).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from sparsezoo_jax.models.common import (
 )
 from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
 from sparsezoo_jax.models.records import FFN_GATE, FFN_HIDDEN, FFN_SCORES
+from sparsezoo_jax.models.topk import top_k_mask
 from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons
@@ -165,7 +168,7 @@ class GatedFFN(FFN):
 @register_ffn
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlainFFNConfig(FFNKind):
-    """`W_down act(W_up x)`."""
+    """`W_down act(W_up x)`, or of the activated units only a token's k largest."""
 
     partial_width: ClassVar[bool] = True
 
@@ -176,23 +179,38 @@ class PlainFFNConfig(FFNKind):
     """Non-linearity."""
     bias: bool = False
     """Biases on both maps."""
+    top_k: int | None = None
+    """Activated units that a token keeps, its largest; the others are 0 and have no gradient (Lazy Neuron,
+    arXiv 2210.06313: the Top-k Transformer). Of equal units the first ones are kept. None: all."""
 
     def __post_init__(self):
         require(self.d_ff > 0, "model.ffn.d_ff", self.d_ff, "must be above 0")
+        if self.top_k is None:
+            return
+        require(0 < self.top_k <= self.d_ff, "model.ffn.top_k", self.top_k, f"must be from 1 to d_ff={self.d_ff}")
+        allowed = f"must be none with model.ffn.activation={self.activation}: the largest are for relu and relu2"
+        require(self.activation in EXACT_ZERO_ACTIVATIONS, "model.ffn.top_k", self.top_k, allowed)
+
+    @property
+    def target_active(self) -> float | None:
+        """Units that a token keeps at most; None where all that are not 0 are kept."""
+        return self.top_k
 
     def weights(self, d_model: int, active: float | None = None) -> float:
-        """Weights that one token needs with `active` neurons (None: all); the first map is always computed whole."""
+        """Weights that one token needs with `active` neurons (None: the target, or all); the first map is always
+        computed whole.
+        """
         active = or_target(active, self)
         biases = self.d_ff + d_model if self.bias else 0
         return d_model * (self.d_ff + active) + biases
 
     def flops(self, d_model: int, active: float | None = None) -> float:
-        """FLOPs per token with `active` neurons (None: all; a multiply-add counts 2)."""
+        """FLOPs per token with `active` neurons (None: the target, or all; a multiply-add counts 2)."""
         return 2 * d_model * (self.d_ff + or_target(active, self))
 
     def dense_twin(self) -> PlainFFNConfig:
-        """The layer of equal parameters that computes all neurons: this one."""
-        return self
+        """The layer of equal parameters that computes all neurons."""
+        return dataclasses.replace(self, top_k=None)
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> PlainFFN:
         return PlainFFN(self, ctx, rngs)
@@ -212,6 +230,8 @@ class PlainFFN(FFN):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         scores = self.scores(x_BTD, ctx.width)
         hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
+        if self.config.top_k is not None:
+            hidden = jnp.where(top_k_mask(hidden, self.config.top_k), hidden, 0)
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             losses=smooth_density(hidden, ctx),

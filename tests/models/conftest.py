@@ -81,6 +81,11 @@ CONFIGS = {
         norm=NormConfig(kind="layer", bias=True),
         learned_positions=True,
     ),
+    "lazy": DecoderConfig(
+        **TWO,
+        attention=GQAConfig(heads=2, kv_heads=2, head_dim=8),
+        ffn=PlainFFNConfig(d_ff=32, activation="relu", top_k=9),
+    ),
     "moe": DecoderConfig(
         **{**BASE, "layers": 3},
         attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),

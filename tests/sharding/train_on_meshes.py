@@ -41,6 +41,7 @@ COVERED = {
     "moex": ("expert 2, tensor 4",),
     "moe": ("data 2, expert 2, tensor 2",),
     "plm": ("fsdp 4, tensor 2",),
+    "lazy": ("fsdp 2, context 2, tensor 2",),
     "ling": ("data 2, expert 2, tensor 2",),
     "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
@@ -99,6 +100,16 @@ def models():
         "plm",
         dataclasses.replace(
             model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="full"
+        ),
+    )
+
+    model = preset("lazy", "tiny_topk").model
+    attention = dataclasses.replace(model.attention, heads=8, kv_heads=8, head_dim=16)
+    ffn = dataclasses.replace(model.ffn, d_ff=64, top_k=12)
+    yield (
+        "lazy",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=1, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
         ),
     )
 
