@@ -25,10 +25,13 @@ import numpy as np
 from benchmarks.run_text import chunk_sparsity, expert_choices, validation_text
 from benchmarks.timing import interleaved
 from sparsezoo_jax import native
+from sparsezoo_jax.models.topk import top_k_mask
 from sparsezoo_jax.pallas_kernels import (
+    active_rows,
     attention_rows,
     block_ffn_rows,
     gated_ffn_rows,
+    linear,
     spark_attention_rows,
     spark_ffn_rows,
 )
@@ -114,6 +117,29 @@ def spark_ffn(draw: Draw, d: int, dense: int, neurons: int, r: int, top_k: int, 
     return found
 
 
+def plain_ffn(draw: Draw, d: int, neurons: int, top_k: int, layers: int) -> dict[str, Variant]:
+    """A plain ReLU layer of which a token keeps the k largest units, against reading all of both matrices."""
+    x, scales = draw(1, d, dtype=draw.tokens), (draw.scale(neurons), draw.scale(d))
+    whole = [(draw(neurons, d), draw(d, neurons)) for _ in range(layers)]
+    by_neuron = [(draw(neurons, d), draw(neurons, d)) for _ in range(layers)]
+    found = {}
+    for form in FORMS:
+
+        def dense(x, up, down, form=form):
+            hidden = jax.nn.relu(linear(x, up, scales[0], implementation=form))
+            return (linear(hidden, down, scales[1], implementation=form),)
+
+        def sparse(x, up, down, form=form):
+            hidden = jax.nn.relu(linear(x, up, scales[0], implementation=form))
+            hidden = jnp.where(top_k_mask(hidden, top_k), hidden, 0)
+            return (active_rows(hidden, down, scales[0], implementation=form),)
+
+        found[f"dense, {form}"] = Variant(through(dense, whole, [(x,)]), layers, 2 * neurons * d * draw.bytes)
+        read = (neurons + top_k) * d * draw.bytes
+        found[f"top-k, {form}"] = Variant(through(sparse, by_neuron, [(x,)]), layers, read)
+    return found
+
+
 def random_choices(rng: np.random.Generator, experts: int, density: float, tokens: int, pool: float) -> np.ndarray:
     """Experts of each token, of a share `pool` of all that changes from chunk to chunk: booleans [8, tokens, E]."""
     choices = np.zeros((8, tokens, experts), bool)
@@ -182,6 +208,7 @@ def chunk_of_run(draw: Draw, choices: np.ndarray) -> dict[str, Variant]:
 
 TABLES: dict[str, Callable[[Draw], dict[str, Variant]]] = {
     "spark": lambda draw: spark_ffn(draw, 2304, 9216, 13824, 1024, 1106, layers=4),
+    "plain": lambda draw: plain_ffn(draw, 2048, 8192, 328, layers=6),
     "block10": lambda draw: block_ffn(draw, 1536, 48, 64, 0.1, 1, 1.0, layers=40),
     "block20": lambda draw: block_ffn(draw, 1536, 48, 64, 0.2, 1, 1.0, layers=40),
     "wide10": lambda draw: block_ffn(draw, 2048, 128, 128, 0.1, 1, 1.0, layers=6),
@@ -193,6 +220,7 @@ TABLES: dict[str, Callable[[Draw], dict[str, Variant]]] = {
 }
 TITLES = {
     "spark": "Spark FFN, width 2304: 13,824 neurons, predictor of 1024, 8 % active; dense 9,216",
+    "plain": "Plain ReLU layer, width 2048: 8,192 neurons, of which the largest 4 % are kept",
     "block10": "BlockFFN, width 1536: 48 experts of 64, 10 % active, one token",
     "block20": "BlockFFN, width 1536: 48 experts of 64, 20 % active, one token",
     "wide10": "BlockFFN, width 2048: 128 experts of 128, 10 % active, one token",

@@ -17,6 +17,7 @@ from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
 from sparsezoo_jax.models.spark import SparkFFN
 from sparsezoo_jax.models.sparselm import SparseLMFFN
 from sparsezoo_jax.models.width import Width
+from sparsezoo_jax.pallas_kernels.active_rows import active_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.relu_ffn.rows import relu_ffn_rows
@@ -93,7 +94,7 @@ class MappedGatedFFN(GatedFFN, DecodingLayout):
 
 
 class MappedPlainFFN(PlainFFN, DecodingLayout):
-    """`PlainFFN` with weights by rows; `active` as in `StreamMap`."""
+    """`PlainFFN` of any form, with weights by rows; `active` as in `StreamMap`."""
 
     def __init__(self, source: PlainFFN, form: WeightFormat, active: float | None):
         self.config, self.dtype = source.config, source.dtype
@@ -122,6 +123,44 @@ class MappedPlainFFN(PlainFFN, DecodingLayout):
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
         return _biased(self.output_map(hidden_BTF, stream), self.down_bias)
+
+
+class PackedPlainFFN(PlainFFN, DecodingLayout):
+    """`PlainFFN` whose units may be 0, by rows of neurons; of the second map a few tokens read those of other units."""
+
+    def __init__(self, source: PlainFFN, form: WeightFormat):
+        self.config, self.dtype = source.config, source.dtype
+        self.up_bias, self.down_bias = source.up_bias, source.down_bias
+        self.up = Rows(source.up_DF[...].T, form, source.dtype, NEURONS)
+        self.down = Rows(source.down_FD[...], form, source.dtype, NEURONS)
+
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.down.restored()
+
+    def restore(self, source: PlainFFN) -> None:
+        """Put the weights back into `source`."""
+        assign(source.up_DF, self.up.restored().T)
+        assign(source.down_FD, self.down.restored())
+
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads with this share of the neurons active."""
+        biases = sum(bias[...].nbytes for bias in (self.up_bias, self.down_bias) if bias is not None)
+        return self.up.nbytes + density * self.down.nbytes + biases
+
+    def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
+        """Neurons before their non-linearity, [B, T, F]."""
+        return _biased(self.up.product(x_BTD), self.up_bias)
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        rows = few_tokens(hidden_BTF)
+        if rows is None:
+            y_BTD = hidden_BTF @ self.down.restored()
+        else:
+            y_BTD = active_rows(rows, *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
+        return _biased(y_BTD, self.down_bias)
 
 
 def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -217,7 +256,9 @@ def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGa
 
 
 @packs(PlainFFN)
-def _plain(source: PlainFFN, formats: Formats, active: float | None) -> MappedPlainFFN:
+def _plain(source: PlainFFN, formats: Formats, active: float | None) -> PackedPlainFFN | MappedPlainFFN:
+    if active is None and source.config.activation in EXACT_ZERO_ACTIVATIONS:
+        return PackedPlainFFN(source, formats.weights)
     return MappedPlainFFN(source, formats.weights, active)
 
 

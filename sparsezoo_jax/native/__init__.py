@@ -28,6 +28,7 @@ OPERATIONS = (
     "relu_ffn",
     "relu_ffn_forward",
     "relu_ffn_backward",
+    "active_rows",
     "block_ffn",
     "attention",
     "spark_attention",

@@ -4,6 +4,7 @@ Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, wi
 inference (`rows.py`).
 """
 
+from sparsezoo_jax.pallas_kernels.active_rows import active_rows
 from sparsezoo_jax.pallas_kernels.attention import attention_rows, flash_attention
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn, block_ffn_union
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
@@ -19,6 +20,7 @@ from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
 
 __all__ = [
+    "active_rows",
     "attention_rows",
     "block_ffn",
     "block_ffn_rows",

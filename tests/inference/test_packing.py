@@ -17,12 +17,14 @@ from sparsezoo_jax.inference.ffn import (
     MappedGatedFFN,
     MappedPlainFFN,
     PackedGatedFFN,
+    PackedPlainFFN,
     PackedSparkFFN,
     PackedSparseLMFFN,
 )
 from sparsezoo_jax.inference.matrices import Rows
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
+from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
@@ -40,7 +42,7 @@ KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
     **{
         kind: dataclasses.replace(CONFIGS[kind], layers=1)
-        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm")
+        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy")
     },
     "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
@@ -78,7 +80,8 @@ LAID_OUT = {
     "llama": (PackedGQA, PackedGatedFFN),
     "gpt2": (PackedGQA, MappedPlainFFN),
     "blockffn": (PackedMLA, PackedBlockFFN),
-    "plm": (PackedMLA, MappedPlainFFN),
+    "plm": (PackedMLA, PackedPlainFFN),
+    "lazy": (PackedGQA, PackedPlainFFN),
     "deco": (PackedGQA, PackedDECOFFN),
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),
@@ -215,7 +218,7 @@ def test_all_parameters_come_back_exactly(model, laid_out):
 
 MIXED = Formats("float32", predictor="int8", head="int8")
 PROMPTS = [("spark", MIXED), ("llama", "bfloat16"), ("blockffn", "int8")]
-STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "deco", "moe", "moex", "mohd")]
+STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "deco", "moe", "moex", "mohd", "lazy")]
 
 
 @pytest.mark.slow
@@ -262,10 +265,15 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
     assert text(engine, drafts=4) == plain
 
 
+def reads_all(ffn):
+    """Whether a token reads the weights of all neurons, whatever is active."""
+    return ffn.kind == "gated" or (ffn.kind == "plain" and ffn.activation not in EXACT_ZERO_ACTIVATIONS)
+
+
 def read(model, formats):
     """Bytes for a token after 20, those of weights alone, and what the configuration counts."""
     config, layers, specs = model.config, model.config.layers, model.config.layer_specs()
-    density = [1 if spec.ffn.kind in ("gated", "plain") else 0.25 for spec in specs]
+    density = [1 if reads_all(spec.ffn) else 0.25 for spec in specs]
     stats = {"ffn_density": np.array(density), "attended_keys": np.full(layers, 6.0)}
     active = tuple(share * spec.ffn.d_ff for share, spec in zip(density, specs, strict=True))
     measured = Sparsity(active, (6.0,) * layers)

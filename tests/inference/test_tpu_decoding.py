@@ -50,7 +50,7 @@ def decode_step(arch, size, layers=2, context=4096):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "kernels"),
-    [("spark", "2b", 4), ("blockffn", "2_8b", 2), ("moe", "xlarge", 2), ("moex", "medium", 2)],
+    [("spark", "2b", 4), ("blockffn", "2_8b", 2), ("moe", "xlarge", 2), ("moex", "medium", 2), ("lazy", "t5_base", 2)],
 )
 def test_a_token_of_a_packed_model(compiled, arch, size, kernels):
     program = compiled(*decode_step(arch, size))

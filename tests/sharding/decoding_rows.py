@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from sparsezoo_jax.inference import packed
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.pallas_kernels import (
+    active_rows,
     block_ffn_rows,
     block_ffn_union,
     spark_attention_rows,
@@ -39,9 +40,11 @@ def cases() -> dict[str, tuple]:
     (up, u), (down, d), (gate, g) = (weights.weights(8, 16, 24) for _ in range(3))
     q, cache = draw.tokens(8, 8, 16), draw.tokens(8, 4, 24, 32)
     mask = jnp.asarray(np.random.default_rng(2).random((8, 24)) < 0.8)
+    w = weights.weights(64, 24)
     columns, neurons, in_union = draw.tokens(24, 128), draw.tokens(128, 24), scores.at[:, ::3].set(0)
     return {
         "spark_ffn_rows": (lambda x, k1, rows, *s, **how: spark(x, k1, rows, scales=s, **how), x, k1, rows, s1, s2),
+        "active_rows": (lambda *a, **how: (active_rows(*a, **how),), jax.nn.relu(draw.tokens(8, 64) - 0.8), *w),
         "spark_attention_rows": (partial(spark_attention_rows, top_k=6), q, cache[..., :4], cache[..., 4:], mask),
         "block_ffn_rows": (
             lambda x, scores, up, down, gate, *s, **how: block_ffn_rows(
@@ -94,7 +97,7 @@ def gradients_apart(operation: Callable, *arrays: jax.Array) -> float:
 def main() -> None:
     """Compare each implementation on each mesh with plain JAX on one device."""
     report = {}
-    for name in ("spark", "blockffn", "moe"):
+    for name in ("spark", "blockffn", "moe", "lazy"):
         found, expected = (step(CONFIGS[name], mesh) for mesh in (build_mesh(MeshConfig(expert=4, tensor=2)), None))
         report[f"a step of {name}"] = {
             "distance": float(np.max(np.abs(found[0] - expected[0]))),
@@ -105,6 +108,8 @@ def main() -> None:
         forms = [None, "pallas_tpu_interpret", "pallas_gpu_interpret"]
         if name == "block_ffn_union":
             forms.remove("pallas_tpu_interpret")  # it takes experts of whole tiles
+        if name == "active_rows":
+            forms.remove("pallas_gpu_interpret")
         for mesh_name, config in MESHES.items():
             for form in forms:
                 with use_mesh(build_mesh(config)):

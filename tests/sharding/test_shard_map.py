@@ -65,11 +65,20 @@ def decoding_rows(on_eight_devices):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "operation",
-    ["spark_ffn_rows", "spark_attention_rows", "block_ffn_rows", "block_ffn_union", "gradient of", "a step of"],
+    [
+        "spark_ffn_rows",
+        "active_rows",
+        "spark_attention_rows",
+        "block_ffn_rows",
+        "block_ffn_union",
+        "gradient of",
+        "a step of",
+    ],
 )
 def test_decoding_on_meshes(decoding_rows, operation):
     found = {name: case for name, case in decoding_rows.items() if name.startswith(operation)}
-    assert len(found) == {"block_ffn_union": 6, "gradient of": 1, "a step of": 3}.get(operation, 9)
+    count = {"active_rows": 6, "block_ffn_union": 6, "gradient of": 1, "a step of": 4}.get(operation, 9)
+    assert len(found) == count
     for name, case in found.items():
         assert case["distance"] < 1e-5, name
         assert case.get("counts", True), name
@@ -82,6 +91,7 @@ def test_tokens_and_heads_of_decoding_stay_where_they_are(decoding_rows):
     for mesh, tokens, heads in (("data 2, tensor 4", 2, 8), ("expert 4, tensor 2", 4, 8), ("tensor 8", 1, 1)):
         for operation, count in (
             ("spark_ffn_rows", tokens),
+            ("active_rows", tokens),
             ("block_ffn_rows", tokens),
             ("spark_attention_rows", heads),
         ):

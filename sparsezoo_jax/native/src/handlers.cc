@@ -87,6 +87,11 @@ ffi::Error ReluFfnBackward(ffi::ThreadPool threads, Array x, Array z, Array othe
   return ffi::Error::Success();
 }
 
+ffi::Error ActiveRows(ffi::ThreadPool threads, Array hidden, Array w, Array scale, Result y) {
+  active_rows(pool_of(threads), tokens(hidden), matrix(w, scale), tokens(*y));
+  return ffi::Error::Success();
+}
+
 ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
                     Array up_scale, Array down_scale, Result y, Result active, int64_t activation) {
   Matrix gates = matrix(gate, gate_scale);
@@ -224,6 +229,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
                                   .Ret<Array>()
                                   .Ret<Array>()
                                   .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_active_rows, ActiveRows,
+                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
                               BIND.Arg<Array>()

@@ -195,6 +195,9 @@ void relu_ffn_forward(const Pool& pool, const ReluLayer& layer, float* y, float*
 void relu_ffn_backward(const Pool& pool, const ReluLayer& layer, const float* other, const float* dy, const float* dl1,
                        float* dx, float* d_first, float* d_up, float* d_down);
 
+// y = hidden w for hidden [M, F]; rows of units that are 0 in all tokens are not read.
+void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const Tokens& y);
+
 // `scores` [M, E]; `gate.data` may be null; `active` [M] counts the hidden units of a token's experts that are not 0.
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active);

@@ -1,5 +1,5 @@
 // Layers that read all of one matrix, and the rows of the neurons that its scores select: Spark FFN (arXiv 2506.06644)
-// by a threshold, SparseLM (arXiv 2603.23198) by a ReLU.
+// by a threshold, SparseLM (arXiv 2603.23198) by a ReLU; and a product that reads the rows of units that are not 0.
 #include <algorithm>
 #include <cmath>
 
@@ -113,6 +113,37 @@ void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matr
   const double expected = double(neurons) / 10;
   selected_rows(pool, x, {0, x.width}, {0, gated ? x.width : 0}, first, up, down, neurons, expected, threshold, gates, y,
                 active);
+}
+
+void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const Tokens& y) {
+  const long m = hidden.count, neurons = hidden.width, d = y.width;
+  const Vectors units(m, neurons);
+  for (long j = 0; j < m; j++)
+    loops().widen[hidden.type](static_cast<const char*>(hidden.data) + j * neurons * size_of(hidden.type), units[j], neurons);
+  std::vector<int> places;
+  for (long f = 0; f < neurons; f++)
+    for (long j = 0; j < m; j++)
+      if (units[j][f] != 0) {
+        places.push_back(int(f));
+        break;
+      }
+  const long count = long(places.size()), row_bytes = d * size_of(w.type);
+  // Cut as if a tenth were active, however many there are: sums of a token do not depend on the others.
+  const long parts = parts_for(neurons / 10 * row_bytes, neurons);
+  Team team = pool.team(parts, count * row_bytes);
+  const Partials sums(parts, m, d);
+  team.run(parts, [&](long p) {
+    float* const* out = sums.begin(p);
+    const auto begin = std::lower_bound(places.begin(), places.end(), int(first_of(p, parts, neurons)));
+    const long n = std::lower_bound(begin, places.end(), int(first_of(p + 1, parts, neurons))) - begin;
+    std::vector<float> weights(m);
+    const long ahead = rows_ahead(row_bytes);
+    for (long i = 0; i < n; i++) {
+      for (long j = 0; j < m; j++) weights[j] = units[j][begin[i]];
+      w.axpy(begin[i], 1, d, weights.data(), 1, m, out, w.row(begin[i + ahead < n ? i + ahead : i]));
+    }
+  });
+  sums.write(y, w.type);
 }
 
 }  // namespace sparsezoo
