@@ -3,6 +3,7 @@
 Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
 With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
 With --interpret: how well a layer's features can be explained (docs/interpretability.md).
+With --calibration: how often the likeliest token is right, beside the model's probability of it (docs/evaluation.md).
 With --cett 1%: the share of hidden units that is enough for 1 % more perplexity (docs/sparsing-law.md).
 With --weights, --predictor or --head: also the loss of the model packed in these number formats (docs/decode.md).
 """
@@ -52,6 +53,8 @@ class Evaluate(WeightFormats, CorpusFlags):
     """Measure density, selection, score distribution, dead neurons and experts of every layer, and what they cost."""
     meter_batches: int = 8
     """Batches that the meters read."""
+    calibration: bool = False
+    """Also print how often the likeliest token is right, and the expected calibration error, on the split."""
     cett: str | None = None
     """Also drop the hidden units that raise the perplexity by this percentage at most, such as 1% (CETT-PPL), and print
     the share that is left, the activation ratio, of each layer; on the batches of the meters."""
@@ -114,6 +117,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     """The figures by name: loss (nats/token), perplexity, bits_per_byte, tokens, and per-layer statistics.
 
     With number formats also "packed": "formats", "loss" and its "change".
+    With calibration also "calibration" (see `evaluation.Calibration`).
     With cett also "activation": see `activation`.
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
 
@@ -122,7 +126,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
       StorageError: files that can't be read.
     """
     from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.evaluation import as_rows, cost_table, evaluate_model, measure
+    from sparsezoo_jax.evaluation import as_rows, calibrate, cost_table, evaluate_model, measure
     from sparsezoo_jax.inference import packed
 
     require(command.batches is None or command.batches > 0, "--batches", command.batches, "must be above 0")
@@ -151,6 +155,9 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         names = command.formats._asdict().items()
         text = ", ".join(f"{name} {form}" for name, form in names if form is not None)
         figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}
+    if command.calibration:
+        batches = data.evaluation_batches(prepared, batch_size, command.batches)
+        figures["calibration"] = calibrate(model, batches).as_dict()
     if command.cett is not None:
         figures["activation"] = activation(
             command, model, lambda most=None: data.evaluation_batches(prepared, batch_size, most)

@@ -20,6 +20,11 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     if "packed" in figures:
         stored = figures["packed"]
         rows.append((f"loss, {stored['formats']}", f"{stored['loss']:.4f} nats/token ({stored['change']:+.4f})"))
+    if "calibration" in figures:
+        found = figures["calibration"]
+        rows.append(("accuracy", f"{found['accuracy']:.2%}"))
+        rows.append(("mean confidence", f"{found['confidence']:.2%}"))
+        rows.append((f"calibration error, {len(found['bins'])} bins", f"{found['ece']:.4f}"))
     cli.print_table(f"{directory}, {figures['split']} split", ("figure", "value"), rows)
     if "activation" in figures:
         print_activation(figures["activation"], figures["loss"])

@@ -198,6 +198,17 @@ def test_a_run_from_elsewhere(trained, tmp_path, small_corpus, monkeypatch, caps
 
 
 @pytest.mark.slow
+def test_calibration_of_the_split(trained, monkeypatch, capsys):
+    assert call(evaluate, [trained, "--json", "--no-meters", "--batches", 2, "--calibration"], monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out)
+    found = figures["calibration"]
+    assert found["predictions"] == sum(found["bins"]) == figures["tokens"]
+    assert found["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+    assert call(evaluate, [trained, "--no-meters", "--batches", 2, "--calibration"], monkeypatch) == 0
+    assert f"{found['ece']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_number_formats_of_weights(trained, monkeypatch, capsys):
     args = [trained, "--json", "--no-meters", "--batches", 2]
 

@@ -1,16 +1,19 @@
 """What a trained model is worth: perplexity, bits per byte, sparsity, and what its tokens cost."""
 
+from sparsezoo_jax.evaluation.calibration import Calibration, calibrate
 from sparsezoo_jax.evaluation.cost import Cost, as_rows, cost_table
 from sparsezoo_jax.evaluation.history import History, read_history
 from sparsezoo_jax.evaluation.meters import Meters, measure
 from sparsezoo_jax.evaluation.perplexity import Evaluation, evaluate_model
 
 __all__ = [
+    "Calibration",
     "Cost",
     "Evaluation",
     "History",
     "Meters",
     "as_rows",
+    "calibrate",
     "cost_table",
     "evaluate_model",
     "measure",

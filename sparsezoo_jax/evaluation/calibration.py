@@ -50,6 +50,10 @@ class Calibration:
     """Share of right ones in each bin; None in an empty one."""
     bin_confidence: list[float | None]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name, for JSON."""
+        return dataclasses.asdict(self)
+
     @classmethod
     def of(cls, sums: BinSums) -> Calibration:
         """The figures of summed-up bins.
