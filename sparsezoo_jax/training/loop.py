@@ -107,8 +107,8 @@ def fit(
       evaluate: called on the model every `eval_every` steps, with every checkpoint if `keep_best`, and at the end.
       place: from the logical axes and shape of an array to its sharding; axes of a batch are ('batch', 'length').
         Default: everything on the first device.
-      warm_start: gives the parameters of a run that has no checkpoint yet, and with `config.lora` of any run those
-        that adapters are trained for. Default: those that `build` makes.
+      warm_start: gives the parameters and other variables of a run that has no checkpoint yet, and with `config.lora`
+        of any run the parameters that adapters are trained for. Default: those that `build` makes.
       before_writing: called once when the configuration has been checked, before the first file is written.
       writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
       phases: tells a watchdog what the run is doing.
@@ -166,7 +166,9 @@ def fit(
                 state = prepared.with_base(state, *base)
                 record = RunRecord(base=warm_start.identity())
             elif warm_start is not None:
-                state = dataclasses.replace(state, params=warm_start(state.params, shardings.params, place))
+                own, places = (state.params, state.model_state), (shardings.params, shardings.model_state)
+                params, model_state = warm_start(own, places, place)
+                state = dataclasses.replace(state, params=params, model_state=model_state)
             first = 0
         else:
             state = restored.state if base is None else prepared.with_base(restored.state, base[0])

@@ -1,7 +1,7 @@
 """Starting from the parameters of another run instead of random ones.
 
-Parameters of the same architecture are taken one to one. Where the FFN is of another kind, its `upcycled` makes them of
-the other run's FFN: experts as copies of a dense layer, for example.
+Parameters of the same architecture are taken one to one, and with them what no gradient moves. Where the FFN is of
+another kind, its `upcycled` makes them of the other run's FFN: experts as copies of a dense layer, for example.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder, DecoderConfig, FFNKind
 from sparsezoo_jax.training.parameters import restore_params, saved_metadata, saved_steps
-from sparsezoo_jax.training.state import ModelTemplate, Placement, PureDict, first_device, flatten, map_with_path
+from sparsezoo_jax.training.state import (
+    ModelTemplate,
+    Placement,
+    PureDict,
+    first_device,
+    flatten,
+    map_with_path,
+)
 
 _FIELD = "train.init_from"
 _FFN = re.compile(r"(?P<layer>.*/ffn)/(?P<name>.+)")
@@ -46,15 +53,30 @@ class WarmStart:
     seed: int
     """Seed of that noise."""
 
-    def __call__(self, params: PureDict, shardings: PureDict, place: Placement) -> PureDict:
-        """`params` with all that the other run gives replaced, on `shardings`.
+    def __call__(
+        self, own: tuple[PureDict, PureDict], shardings: tuple[PureDict, PureDict], place: Placement
+    ) -> tuple[PureDict, PureDict]:
+        """`own`, parameters and other variables of a new run, with what the other run gives replaced, on `shardings`.
+
+        Of the other variables (biases of routers, say) those are taken that both runs have in one shape and that
+        belong to no random stream.
 
         Raises:
           StorageError: the other run's checkpoint is damaged.
         """
-        found, _ = self._restored(place)
-        convert = jax.jit(partial(_converted, self.source, self.target, self.noise), out_shardings=shardings)
-        return convert(params, found, jax.random.key(self.seed))
+        streams, found = _template(self.target).streams, self._restored(place)
+
+        def converted(own: tuple[PureDict, PureDict], found: tuple[PureDict, PureDict], key: jax.Array):
+            params = _converted(self.source, self.target, self.noise, own[0], found[0], key)
+            given = {path: x for path, x in flatten(found[1]).items() if path not in streams}
+
+            def taken(path: str, x: jax.Array) -> jax.Array:
+                fits = path in given and given[path].shape == x.shape
+                return given[path].astype(x.dtype) if fits else x
+
+            return params, map_with_path(taken, own[1])
+
+        return jax.jit(converted, out_shardings=shardings)(own, found, jax.random.key(self.seed))
 
     def read(self, place: Placement = first_device) -> tuple[PureDict, PureDict]:
         """All parameters of the decoder to start, where the other run has its like for each, and its other variables.

@@ -73,7 +73,7 @@ def test_padding_is_not_exported(tmp_path):
     start = open_warm_start(run / CHECKPOINTS, config.model, wanted)
     params = template.split(Decoder(wanted, rngs=nnx.Rngs(0)))[0]
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    filled = start(params, jax.tree.map(lambda _: one, params), lambda axes, shape: one)
+    filled, _ = start((params, {}), (jax.tree.map(lambda _: one, params), {}), lambda axes, shape: one)
     other = tmp_path / "padded"
     save_params(other / CHECKPOINTS, flatten(filled))
     write_config(other, dataclasses.replace(config, model=wanted))

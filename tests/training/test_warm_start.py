@@ -14,6 +14,7 @@ from sparsezoo_jax import train
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.training.parameters import save_params
 from sparsezoo_jax.training.state import ModelTemplate, flatten
@@ -46,7 +47,8 @@ def started(directory, source, target, **changes):
     params = parameters(target, 1)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: device, params)
-    return open_warm_start(directory, source, target, **changes)(params, shardings, lambda axes, shape: device)
+    start = open_warm_start(directory, source, target, **changes)
+    return start((params, {}), (shardings, {}), lambda axes, shape: device)[0]
 
 
 def logits(config, params, tokens):
@@ -88,6 +90,23 @@ def test_the_same_architecture_one_to_one(dense):
     copied = started(directory, DENSE, DENSE, noise=0.5)
     for a, b in zip(jax.tree.leaves(copied), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_biases_of_routers_come_along(tmp_path):
+    """Of what is no parameter, all but random streams."""
+    ling, device = CONFIGS["moe"].ffn, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    grin = MoEFFNConfig(experts=4, expert_width=8, k=2, router="grin")
+    config = dataclasses.replace(CONFIGS["moe"], layers=2, first_ffn=ling, ffn=grin)
+    template = template_of(config)
+    params, state = (flatten(part) for part in template.split(Decoder(config, rngs=nnx.Rngs(0))))
+    (bias,) = state.keys() - template.streams
+    assert len(template.streams) == 2
+    save_params(tmp_path, params, {name: x + 7 for name, x in state.items()})
+    own = template.split(Decoder(config, rngs=nnx.Rngs(1)))
+    shardings = jax.tree.map(lambda _: device, own)
+    found = flatten(open_warm_start(tmp_path, config, config)(own, shardings, lambda axes, shape: device)[1])
+    for name, expected in flatten(own[1]).items():
+        np.testing.assert_array_equal(found[name], state[name] + 7 if name == bias else expected)
 
 
 def with_ffn(**changes):
