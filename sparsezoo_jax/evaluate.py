@@ -30,6 +30,7 @@ from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
     from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity
+    from sparsezoo_jax.run_dir import Loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Evaluate(WeightFormats, CorpusFlags):
     merge_last: int | None = None
     """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate). None: the
     newest alone, or what a run with train.merge_last ends as."""
+    base: Path | None = None
+    """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""
     batch_size: int | None = None
@@ -74,6 +77,12 @@ class Evaluate(WeightFormats, CorpusFlags):
     """Score the features of a model of chess games instead."""
     chess: ChessEvaluation = field(default_factory=ChessEvaluation)
     """What --chess scores."""
+
+    def load(self) -> Loaded:
+        """The model that is evaluated, its configuration and tokenizer."""
+        from sparsezoo_jax import run_dir
+
+        return run_dir.load(self.directory, step=self.step, merge_last=self.merge_last, base=self.base)
 
 
 def main(args: Sequence[str]) -> None:
@@ -125,7 +134,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
       UserError: no run or step there, an unknown corpus, or a run without a tokenizer.
       StorageError: files that can't be read.
     """
-    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax import data
     from sparsezoo_jax.evaluation import as_rows, calibrate, cost_table, evaluate_model, measure
     from sparsezoo_jax.inference import packed
 
@@ -137,7 +146,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     merges = command.merge_last
     require(merges is None or merges > 0, "--merge-last", command.merge_last, "must be above 0")
     check_cett(command)
-    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    model, config, tokenizer = command.load()
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)
@@ -208,7 +217,7 @@ def activation(command: Evaluate, model: Decoder, batches: Callable[..., Any]) -
     allowed = f"{command.directory} has {len(steps)} checkpoints"
     require(command.cett_last <= len(steps), "--cett-last", command.cett_last, allowed)
     steps = steps[-command.cett_last :]
-    others = [run_dir.load(command.directory, step=step).model for step in steps[:-1]]
+    others = [run_dir.load(command.directory, step=step, base=command.base).model for step in steps[:-1]]
     models = [cett.Calibrated(one, lambda: batches(command.meter_batches)) for one in (*others, model)]
     increase = cett.parse_share(command.cett)
     level = cett.find_cett(models, increase)
@@ -252,13 +261,12 @@ def evaluate_chess(command: Evaluate) -> dict[str, Any]:
     """
     from flax import nnx
 
-    from sparsezoo_jax import run_dir
     from sparsezoo_jax.evaluation.chess import games_for, score_features
     from sparsezoo_jax.evaluation.features import default_layer, ffn_features
     from sparsezoo_jax.models import Decoder
 
     chess = command.chess
-    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    model, config, tokenizer = command.load()
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no games can be read")
     if chess.random_weights:
@@ -277,7 +285,7 @@ def interpret(command: Evaluate) -> dict[str, Any]:
       UserError: no run, layer or autoencoder there, too little text, or a judge that can't be reached.
       StorageError: files that can't be read.
     """
-    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax import data
     from sparsezoo_jax.autoencoders import load_sae
     from sparsezoo_jax.autoencoders.activations import sae_features
     from sparsezoo_jax.evaluation import interpretability
@@ -288,7 +296,7 @@ def interpret(command: Evaluate) -> dict[str, Any]:
         judge: Any = interpretability.EndpointJudge(options.model or "", options.base_url)
     else:
         judge = interpretability.built_in_judge(options.judge, options.seed)
-    model, config, tokenizer = run_dir.load(command.directory, step=command.step, merge_last=command.merge_last)
+    model, config, tokenizer = command.load()
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)

@@ -50,6 +50,8 @@ class Generate(WeightFormats):
     """Print on stderr how fast it went, what was read for each token, and how sparse the layers were."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
+    base: Path | None = None
+    """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -60,7 +62,7 @@ def main(args: Sequence[str]) -> None:
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
-    model, _, tokenizer = run_dir.load(command.directory, step=command.step)
+    model, _, tokenizer = run_dir.load(command.directory, step=command.step, base=command.base)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     for token in command.stop_ids:

@@ -36,6 +36,7 @@ from sparsezoo_jax.training.warm_start import WarmStart, open_warm_start
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+_HOW_TO_NAME_IT = "evaluate, generate and convert merge take --base DIR, train takes --train.init-from DIR"
 
 
 class Loaded(NamedTuple):
@@ -140,12 +141,13 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
     rank = config.train.lora.rank
     if config.train.init_from is None:
         if adapters is not None:
-            raise UserError(f"{adapters}: holds adapters for another run, unknown here; convert merge --base names it")
+            raise UserError(f"{adapters}: holds adapters for another run, unknown here; {_HOW_TO_NAME_IT}")
         require(rank is None, "train.lora.rank", rank, "needs train.init_from, the run whose parameters get adapters")
         return None
     directory = Path(config.train.init_from)
     found = (directory / CONFIG).is_file()
-    require(found, "train.init_from", directory, f"is no run directory ({CONFIG} is missing)")
+    where = "" if adapters is None else f"; {adapters} has adapters for it: {_HOW_TO_NAME_IT}"
+    require(found, "train.init_from", directory, f"is no run directory ({CONFIG} is missing){where}")
     source = read_config(directory / CONFIG)
     allowed = f"holds adapters alone; make a whole run of it with: convert merge {directory} RUN"
     require(source.train.lora.rank is None, "train.init_from", directory, allowed)

@@ -1,6 +1,7 @@
 """Low-rank adapters: how they sit in a tree of parameters, a train step, a run and its checkpoints."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import sparsezoo_jax
-from sparsezoo_jax import convert, huggingface, run_dir, train
+from sparsezoo_jax import convert, evaluate, generate, huggingface, run_dir, train
 from sparsezoo_jax.config import read_config
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder
@@ -241,9 +242,24 @@ def test_a_run_of_adapters(small_corpus, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
 
     # The base is known by what it holds: elsewhere it is the same, and what is there instead is not.
-    with pytest.raises(UserError, match=r"base: is no run directory \(config.json is missing\)"):
+    with pytest.raises(
+        UserError, match=rf"base: is no run directory .* missing\); {run} has adapters.*take --base DIR"
+    ):
         run_dir.load(run)
     assert_equal(flatten(nnx_params(run_dir.load(run, base=moved).model)), steps[1])
+    capsys.readouterr()
+    short = [run, "--no-meters", "--batches", 1, "--json"]
+    assert call(evaluate, [*short, "--base", moved], monkeypatch) == 0
+    adapted = json.loads(capsys.readouterr().out)["loss"]
+    assert call(evaluate, [tmp_path / "whole", *short[1:]], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == adapted
+    prompt = ["--prompt", "The", "--max-new-tokens", 2]
+    assert call(generate, [run, *prompt, "--base", moved], monkeypatch) == 0
+    assert call(generate, [run, *prompt], monkeypatch) == 2
+    assert "take --base DIR" in capsys.readouterr().err
+    assert call(evaluate, [*short, "--base", tmp_path], monkeypatch) == 2
+    assert call(evaluate, [moved, *short[1:], "--base", moved], monkeypatch) == 2
+    assert f"base={moved}: {moved} holds no adapters" in capsys.readouterr().err
     assert call(train, flags(small_corpus, run, train__init_from="moved", **lora), monkeypatch) == 0
     other = flags(small_corpus, base, train__steps=2, train__seed=1)
     assert call(train, other, monkeypatch) == 0
@@ -274,7 +290,7 @@ def test_a_run_of_adapters(small_corpus, tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text() + "\n")
     with (
         pytest.warns(UserWarning, match="init_from"),
-        pytest.raises(UserError, match="unknown here; convert merge --base"),
+        pytest.raises(UserError, match="unknown here; evaluate, generate and convert merge take --base"),
     ):
         run_dir.load(run)
     assert call(convert, ["merge", run, tmp_path / "new", "--base", moved], monkeypatch) == 0
