@@ -12,6 +12,8 @@ sparselm: as trained, about half of the neurons active at first; and with one in
 silent, the step as it is, by products of all neurons, and with 64 neurons of a token stored.
 
 deco: with its loss and controller; with plain SiLU in place of NormSiLU.
+
+lazy: all units of the ReLU ("dense") or of a GELU; a token's k largest, found by counting bits and by lax.top_k.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.deco import DECOConfig
-from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig
 from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
 from sparsezoo_jax.pallas_kernels.statistical_topk import reference
@@ -193,11 +195,32 @@ def deco_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarray])
     }
 
 
+def lazy_variants(model: DecoderConfig, size: str, batch: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Steps by name, the dense twin's first."""
+    ffn = model.ffn
+    assert isinstance(ffn, PlainFFNConfig)
+    ffns = {
+        "dense": dataclasses.replace(ffn, top_k=None),
+        "GELU": dataclasses.replace(ffn, top_k=None, activation="gelu_tanh"),
+        f"{ffn.top_k or ffn.d_ff // 24} largest": dataclasses.replace(ffn, top_k=ffn.top_k or ffn.d_ff // 24),
+    }
+    variants = {name: step_of(dataclasses.replace(model, ffn=of), batch) for name, of in ffns.items()}
+    name, kept = list(ffns.items())[-1]
+
+    def sorted_mask(x: jax.Array, k: int) -> jax.Array:
+        return x >= jax.lax.top_k(jax.lax.stop_gradient(x), k)[0][..., -1:]
+
+    with mock.patch("sparsezoo_jax.models.ffn.top_k_mask", sorted_mask):
+        variants[f"{name}, lax.top_k"] = step_of(dataclasses.replace(model, ffn=kept), batch)
+    return variants
+
+
 VARIANTS = {
     "spark": spark_variants,
     "blockffn": blockffn_variants,
     "sparselm": sparselm_variants,
     "deco": deco_variants,
+    "lazy": lazy_variants,
 }
 
 

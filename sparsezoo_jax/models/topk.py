@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax.sharding import mesh_is_active
+
 _BITS = {jnp.dtype(jnp.float32): jnp.int32, jnp.dtype(jnp.bfloat16): jnp.int16}
+#: Bytes of the rows that a CPU looks at together: they are read once for each bit, so they are to stay in its cache.
+_BLOCK = 2**16
 
 
-def top_k_mask(x: jax.Array, k: int) -> jax.Array:
+def top_k_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
     """Which entries of rows `x` [..., N] are among the k largest, bool [..., N]; has no gradient.
 
     Of equal entries at the k-th place the first ones are taken, so that exactly k are true; but where that entry is 0,
@@ -20,7 +28,19 @@ def top_k_mask(x: jax.Array, k: int) -> jax.Array:
       x: float32 or bfloat16, at least 0 and not NaN.
       k: from 1 to N.
     """
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), _BITS[x.dtype])
+    x, k = jax.lax.stop_gradient(x), jnp.asarray(k, jnp.int32)
+    rows = math.gcd(math.prod(x.shape[:-1]), 2 ** max(_BLOCK // (x.shape[-1] * x.dtype.itemsize), 1).bit_length() // 2)
+    if rows < 2 or mesh_is_active():  # a mesh splits rows otherwise
+        return _mask(x, k)
+
+    def by_blocks(x: jax.Array, k: jax.Array) -> jax.Array:
+        return jax.lax.map(partial(_mask, k=k), x.reshape(-1, rows, x.shape[-1])).reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, k, cpu=by_blocks, default=_mask)
+
+
+def _mask(x: jax.Array, k: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype])
 
     def count(mask: jax.Array) -> jax.Array:
         # float32, because it is made of comparisons faster than integers are, and exact below 2^24.
@@ -41,10 +61,12 @@ def top_k_mask(x: jax.Array, k: int) -> jax.Array:
     return jax.lax.cond(jnp.any(count(at_least & (kth > 0)) > k), first_ones, lambda: at_least)
 
 
-def _largest(holds, dtype: jnp.dtype, length: int, shape: tuple[int, ...]) -> jax.Array:
-    """The largest integer of `length` bits for which `holds`, which is true of 0 and false from some number on.
+def _largest(
+    holds: Callable[[jax.Array], jax.Array], dtype: jnp.dtype, length: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """The largest integers [..., 1] of `length` bits for which `holds`, as it does for 0 and up to some number.
 
-    `holds` maps integers [..., 1] to booleans [..., 1].
+    `holds` maps integers [..., 1] to booleans [..., 1]; `shape` is that of a row's entries, [..., N].
     """
 
     def bit(i: jax.Array, found: jax.Array) -> jax.Array:
