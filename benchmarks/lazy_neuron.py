@@ -330,6 +330,13 @@ def main() -> None:
     parser.add_argument("--label-noise", type=float, default=0.4)
     parser.add_argument("--corruption", type=float, nargs="+", default=[0.1, 0.3])
     options = parser.parse_args()
+    few = min(options.records, options.validation_records)
+    if not options.batch_size <= few or not 0 < options.heart_records <= options.records:
+        parser.error(
+            "--batch-size must be at most --records and --validation-records, --heart-records at most --records"
+        )
+    if not all(0 < share <= 1 for share in (options.label_noise, *options.corruption)):
+        parser.error("--label-noise and --corruption must be above 0 and at most 1")
     found = corpus(options)
     for part in options.parts:
         PARTS[part](options, found)
