@@ -92,6 +92,12 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         )
     _require_empty(directory)
     values = _read_json(source / "config.json")
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{source}: is quantized by {printable(method)}, which is not read; take it in bfloat16 or float32"
+        )
     completed = layout_of(values, source / "config.json").completed
     if completed is not None:
         with open_tensors(source) as files:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.models.rope import RopeConfig, RopeScaling
 from sparsezoo_jax.untrusted import MAX_SIZE
 
 #: Hugging Face's names of the non-linearities; the first one of each value is the one written.
@@ -18,7 +21,25 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+#: Kinds of scaled rotary embeddings, by transformers' names, which are ours.
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 _NEEDED = object()
+
+
+def rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    """The block `rope_scaling` of a `config.json`, None where nothing is scaled."""
+    scaling = rope.scaling
+    if scaling is None:
+        return None
+    block: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.original_length is not None and scaling.kind != "dynamic":
+        block["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        block |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+    if scaling.kind == "yarn":
+        block |= {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
+        block |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    return block
 
 
 class Fields:
@@ -74,11 +95,13 @@ class Fields:
             value = default
         return ACTIVATIONS[value]
 
-    def rope_base(self, default: float = 10_000.0, fraction: float = 1) -> float:
-        """The base of plain rotary embeddings, from `rope_theta` or the newer `rope_parameters`.
+    def rope(self, default: float = 10_000.0, fraction: float = 1, *, scaled: bool = False) -> RopeConfig:
+        """Rotary embeddings, from `rope_theta` with `rope_scaling` or the newer `rope_parameters`.
 
-        `fraction` is the share of each head that rotates, which fields must not contradict.
+        `fraction` is the share of each head that rotates, which fields must not contradict; `scaled` families may have
+        scaled ones.
         """
+        scaling: RopeScaling | None = None
         base = self.number("rope_theta", default)
         for name in ("rope_scaling", "rope_parameters"):
             block = self.values.get(name)
@@ -87,15 +110,53 @@ class Fields:
             if not isinstance(block, Mapping):
                 self.problems.append(f"{name}={block}: must be an object")
                 continue
-            kind = block.get("rope_type", block.get("type", "default"))
-            if kind != "default":
-                self.problems.append(f"{name}.rope_type={kind}: scaled rotary embeddings are not supported")
             nested = Fields(block)
             base = nested.number("rope_theta", base)
+            kind = block.get("rope_type", block.get("type", "default"))
+            if scaled:
+                scaling = nested._rope_scaling(kind, self.values.get("max_position_embeddings")) or scaling
+            elif kind != "default":
+                nested.problems.append(f"rope_type={kind}: scaled rotary embeddings are not supported here")
             nested.require("partial_rotary_factor", fraction)
             self.problems += [f"{name}.{problem}" for problem in nested.problems]
         self.require("partial_rotary_factor", fraction)
-        return base
+        return RopeConfig(base=base, fraction=fraction, scaling=scaling)
+
+    def _rope_scaling(self, kind: Any, max_length: Any) -> RopeScaling | None:
+        """What a block of rotary parameters says of scaling; a factor of 1 is none."""
+        if kind == "default":
+            return None
+        if kind not in ROPE_SCALINGS:
+            self.problems.append(f"rope_type={kind}: must be one of default, {', '.join(ROPE_SCALINGS)}")
+            return None
+        length = max_length if type(max_length) is int and max_length > 0 else _NEEDED
+        wanted: dict[str, Any] = {"kind": kind, "factor": self.number("factor")}
+        if kind == "dynamic":  # which reads no other field
+            wanted["original_length"] = max_length
+        elif kind != "linear":
+            wanted["original_length"] = self.integer("original_max_position_embeddings", length)
+        if kind == "llama3":
+            wanted |= {name: self.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+        if kind == "yarn":
+            wanted |= {"beta_fast": self.number("beta_fast", 32.0), "beta_slow": self.number("beta_slow", 1.0)}
+            wanted |= {"truncate": self.flag("truncate", True), "attention_factor": self._attention_factor()}
+        if self.problems:
+            return None
+        try:
+            scaling = RopeScaling(**wanted)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+        return None if scaling.factor == 1 and kind != "yarn" else scaling
+
+    def _attention_factor(self) -> float | None:
+        """yarn's: given, or by two numbers of DeepSeek's."""
+        names = ("attention_factor", "mscale", "mscale_all_dim")
+        given, mscale, of_all = (None if self.values.get(name) is None else self.number(name) for name in names)
+        if given is not None or mscale is None or of_all is None:
+            return given
+        factor = self.number("factor")
+        return (0.1 * mscale * math.log(factor) + 1) / (0.1 * of_all * math.log(factor) + 1) if factor > 1 else 1.0
 
     def require(self, name: str, allowed: Any) -> None:
         """A field that may be absent or null, or have this one value."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,9 +65,36 @@ class SafetensorFiles:
             raise StorageError(f"tensor {name} can't be read: {error}") from error
 
 
+#: What training scripts' wrappers put before all names of a model: `torch.compile`, data parallelism.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+class UnwrappedFiles:
+    """The tensors of `files` by their names without a prefix that all of them have."""
+
+    def __init__(self, files: TensorFiles, prefix: str):
+        self._files, self._prefix = files, prefix
+        self.shapes = {name.removeprefix(prefix): shape for name, shape in files.shapes.items()}
+        self.dtypes = {name.removeprefix(prefix): dtype for name, dtype in files.dtypes.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor."""
+        return self._files.read(self._prefix + name)
+
+
+def wrapper_of(names: Collection[str]) -> str:
+    """The prefix that wrappers put before all of these names; empty without one."""
+    prefix, inner = "", list(names)
+    while inner and (found := next((w for w in WRAPPERS if all(name.startswith(w) for name in inner)), None)):
+        prefix, inner = prefix + found, [name.removeprefix(found) for name in inner]
+    return prefix
+
+
 @contextlib.contextmanager
 def open_tensors(directory: Path) -> Iterator[TensorFiles]:
     """Open the checkpoint in `directory`: model.safetensors, else pytorch_model.bin, or the files that an index names.
+
+    Prefixes of `WRAPPERS` are left out of the names.
 
     Raises:
       UserError: there is none, files of the index are missing, or a library is not installed.
@@ -76,7 +103,7 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
     safetensors = library()
     index, paths = _files(directory)
     if index == torch_files.INDEX:
-        yield torch_files.TorchFiles(paths)
+        yield _unwrapped(torch_files.TorchFiles(paths))
         return
     with contextlib.ExitStack() as stack:
         handles: dict[str, Any] = {}
@@ -88,7 +115,12 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
                 raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
             handles.update(dict.fromkeys(handle.keys(), handle))
             check_count(path, len(handles))
-        yield SafetensorFiles(handles)
+        yield _unwrapped(SafetensorFiles(handles))
+
+
+def _unwrapped(files: TensorFiles) -> TensorFiles:
+    prefix = wrapper_of(files.shapes)
+    return UnwrappedFiles(files, prefix) if prefix else files
 
 
 def _check_header(path: Path) -> None:

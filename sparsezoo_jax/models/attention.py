@@ -160,9 +160,8 @@ class GQA(Attention):
         config = self.config
         q, k, v = self.projections.qkv(x_BTD, ctx.width)
         if config.rope is not None:
-            base = config.rope.base_of(self.layer_type)
-            q = apply_rope(q, ctx.positions_BT, base, config.rope.fraction)
-            k = apply_rope(k, ctx.positions_BT, base, config.rope.fraction)
+            rope = config.rope.of(self.layer_type)
+            q, k = apply_rope(q, ctx.positions_BT, *rope), apply_rope(k, ctx.positions_BT, *rope)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
         visible = ctx.visible[self.layer_type]
         y = self.attend(q, (k, v) if cache is None else cache, visible)

@@ -195,5 +195,4 @@ class MLA(Attention):
         return y.reshape(*x_BTC.shape[:2], heads, width)
 
     def _rotated(self, x_BTNP: jax.Array, ctx: CallContext) -> jax.Array:
-        rope = self.config.rope
-        return apply_rope(x_BTNP, ctx.positions_BT, rope.base_of(self.layer_type), rope.fraction)
+        return apply_rope(x_BTNP, ctx.positions_BT, *self.config.rope.of(self.layer_type))

@@ -27,7 +27,7 @@ from sparsezoo_jax.models.records import (
     FFN_HIDDEN,
     FFN_SCORES,
 )
-from sparsezoo_jax.models.rope import RopeConfig, apply_rope
+from sparsezoo_jax.models.rope import RopeConfig, RopeScaling, apply_rope
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, predicted_keys, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
@@ -242,16 +242,18 @@ class SparkAttentionConfig(AttentionKind):
         return SparkAttention(self, ctx, rngs)
 
 
-def apply_split_rope(x_BTNH: jax.Array, positions_BT: jax.Array, r: int, base: float, fraction: float) -> jax.Array:
+def apply_split_rope(
+    x_BTNH: jax.Array, positions_BT: jax.Array, r: int, base: float, fraction: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """Rotate the first r head dimensions and the others, each within itself.
 
     Rotating the whole head and slicing afterwards would put the two members of a pair into different parts, and the
     predictor's scores would no longer depend on relative position only.
     """
     if r == x_BTNH.shape[-1]:
-        return apply_rope(x_BTNH, positions_BT, base, fraction)
+        return apply_rope(x_BTNH, positions_BT, base, fraction, scaling)
     parts = (x_BTNH[..., :r], x_BTNH[..., r:])
-    return jnp.concatenate([apply_rope(part, positions_BT, base, fraction) for part in parts], axis=-1)
+    return jnp.concatenate([apply_rope(part, positions_BT, base, fraction, scaling) for part in parts], axis=-1)
 
 
 class SparkAttention(Attention):
@@ -267,7 +269,7 @@ class SparkAttention(Attention):
         config = self.config
         q, k, v = self.projections.qkv(x_BTD)
         if config.rope is not None:
-            rope = (config.r, config.rope.base_of(self.layer_type), config.rope.fraction)
+            rope = (config.r, *config.rope.of(self.layer_type))
             q = apply_split_rope(q, ctx.positions_BT, *rope)
             k = apply_split_rope(k, ctx.positions_BT, *rope)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)

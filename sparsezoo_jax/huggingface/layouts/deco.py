@@ -126,7 +126,7 @@ def _read(f: Fields) -> dict[str, Any]:
             "heads": heads,
             "kv_heads": f.integer("num_query_groups", heads),
             "head_dim": f.integer("head_dim", max(width // heads, 1)),
-            "rope": RopeConfig(base=f.rope_base()),
+            "rope": f.rope(),
         },
         **_first_layers(f, layers),
         "ffn": {

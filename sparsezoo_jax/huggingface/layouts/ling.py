@@ -96,7 +96,7 @@ def _read(f: Fields) -> dict[str, Any]:
             "kv_heads": f.integer("num_key_value_heads", 4),
             "head_dim": f.integer("head_dim", max(sizes["d_model"] // heads, 1)),
             "qk_norm": True,
-            "rope": RopeConfig(base=f.rope_base(600_000.0, fraction), fraction=fraction),
+            "rope": f.rope(600_000.0, fraction),
         },
         "first_layers": dense,
         "first_ffn": first,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from sparsezoo_jax.huggingface.fields import Fields
+from sparsezoo_jax.huggingface.fields import Fields, rope_scaling
 from sparsezoo_jax.huggingface.layouts.rows import (
     EMBEDDING_AND_NORMS,
     FFN_NORM,
@@ -21,7 +22,6 @@ from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.common import LayerType
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.untrusted import MAX_LAYERS
 
 COMMON = (
@@ -47,6 +47,9 @@ def read_sizes(f: Fields, max_seq_len: int, *, tied: bool) -> dict[str, Any]:
 def write_sizes(model: DecoderConfig) -> dict[str, Any]:
     attention = model.attention
     assert isinstance(attention, GQAConfig)  # other kinds were refused before
+    scaled = None if attention.rope is None else attention.rope.scaling
+    scaling = None if attention.rope is None else rope_scaling(attention.rope)
+    length = scaled.original_length if scaled is not None and scaled.kind == "dynamic" else None
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
@@ -55,9 +58,10 @@ def write_sizes(model: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
-        "max_position_embeddings": model.max_seq_len,
+        "max_position_embeddings": model.max_seq_len if length is None else length,
         "rms_norm_eps": model.norm.eps,
         "rope_theta": 10_000.0 if attention.rope is None else attention.rope.base,
+        **({} if scaling is None else {"rope_scaling": scaling}),
         "attention_bias": attention.bias,
         "tie_word_embeddings": model.tie_embeddings,
     }
@@ -75,7 +79,7 @@ def _read_gemma2(f: Fields) -> dict[str, Any]:
             "kv_heads": f.integer("num_key_value_heads", 4),
             "head_dim": width,
             "window": f.integer("sliding_window", 4096),
-            "rope": RopeConfig(base=f.rope_base()),
+            "rope": f.rope(),
             "query_scale": None if scalar == width else scalar**-0.5,
             "softcap": f.optional_number("attn_logit_softcapping", 50.0),
             "bias": f.flag("attention_bias", False),
@@ -130,13 +134,17 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
 
 def _read_llama(f: Fields) -> dict[str, Any]:
     heads = f.integer("num_attention_heads")
+    rope, sizes = f.rope(scaled=True), read_sizes(f, 2048, tied=False)
+    if rope.scaling is not None and rope.scaling.kind == "dynamic":
+        # The field is the length from which on the base grows.
+        sizes["max_seq_len"] = math.floor(sizes["max_seq_len"] * rope.scaling.factor)
     return {
-        **read_sizes(f, 2048, tied=False),
+        **sizes,
         "attention": {
             "heads": heads,
             "kv_heads": f.integer("num_key_value_heads", heads),
             "head_dim": f.integer("head_dim", f.integer("hidden_size", 1) // heads),
-            "rope": RopeConfig(base=f.rope_base()),
+            "rope": rope,
             "bias": f.flag("attention_bias", False),
         },
         "ffn": {

@@ -87,7 +87,7 @@ def _read(f: Fields) -> dict[str, Any]:
 
 
 def _read_attention(f: Fields, heads: int, head_dim: int) -> dict[str, Any]:
-    rope = RopeConfig(base=f.rope_base())
+    rope = f.rope()
     if f.choice("attention_type", ("mla", "vanilla")) == "vanilla":
         kv_heads = f.integer("num_key_value_heads", heads)
         return {"kind": "gqa", "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "rope": rope}

@@ -18,7 +18,6 @@ from sparsezoo_jax.huggingface.layouts.rows import (
     activation_name,
 )
 from sparsezoo_jax.models.norms import NormConfig
-from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.schedules import WSDC
 
@@ -62,7 +61,7 @@ def _read(f: Fields) -> dict[str, Any]:
             "heads": heads,
             "q_lora_rank": None,
             **sizes,
-            "rope": RopeConfig(base=f.rope_base()),
+            "rope": f.rope(),
         },
         "ffn": {
             "d_ff": f.integer("intermediate_size"),

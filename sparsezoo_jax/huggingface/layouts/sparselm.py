@@ -10,7 +10,6 @@ from sparsezoo_jax.huggingface.layouts.llama import COMMON, read_sizes, write_si
 from sparsezoo_jax.huggingface.layouts.rows import FFN_NORM, INV_FREQ, Entry, Layout
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
-from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.training.config import TrainConfig
 
 _MLP = "model.layers.{layer}.mlp."
@@ -48,7 +47,7 @@ def _read(f: Fields) -> dict[str, Any]:
             "heads": heads,
             "kv_heads": f.integer("num_key_value_heads", heads),
             "head_dim": f.integer("head_dim", f.integer("hidden_size", 1) // heads),
-            "rope": RopeConfig(base=f.rope_base()),
+            "rope": f.rope(),
             "bias": f.flag("attention_bias", False),
         },
         # `hidden_act` says "silu" in the released files and is not read by the authors' class either.
