@@ -87,7 +87,9 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         traced = function.trace(*arguments)
         jaxpr = live(traced.jaxpr.jaxpr)
         lowered = traced.lower()
-        shape = (config.data.batch_size, new, config.model.d_model)
+        # Layers see the sequences of one micro-batch.
+        rows = config.data.batch_size // (config.train.accumulation if step == "train" else 1)
+        shape = (rows, new, config.model.d_model)
         shares = {spec.ffn.on_mesh(shape) for spec in config.model.layer_specs()}
     every_token = step != "prefill"
     tokens = config.data.batch_size * new

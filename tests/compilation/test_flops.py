@@ -10,10 +10,13 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from sparsezoo_jax.compilation.flops import KernelCall, kernel_calls, live, matmul_flops
+from sparsezoo_jax.compilation.steps import lower_step
+from sparsezoo_jax.compilation.topologies import open_topology
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.models import Decoder, flops_per_token
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.ragged import ragged_matmul
+from sparsezoo_jax.sharding import MeshConfig, build_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.loop import first_device
 
@@ -120,3 +123,22 @@ def test_a_traced_train_step_holds_what_sparsity_needs(arch):
     traced = step.train_step.trace(step.abstract, step.batch).jaxpr.jaxpr
     sparse = 3 * 2 * 64 * flops_per_token(model, 64, logits=True)
     assert sparse <= matmul_flops(live(traced), "tpu") <= 6 * sparse
+
+
+def test_what_experts_send_is_of_a_micro_batch():
+    """Layers see few tokens at a time, which are then less to send than weights."""
+    own = preset("moe", "tiny")
+    model = dataclasses.replace(
+        own.model, layers=1, ffn=dataclasses.replace(own.model.ffn, experts=8, expert_width=256)
+    )
+    data = dataclasses.replace(own.data, batch_size=64, seq_len=256)
+    mesh = build_mesh(MeshConfig(expert=4), open_topology("v5e:2x2").devices)
+
+    def note(accumulation):
+        train = dataclasses.replace(own.train, accumulation=accumulation)
+        config = dataclasses.replace(own, model=model, data=data, train=train)
+        (found,) = lower_step(config, mesh, "train", 0).notes
+        return found
+
+    assert "sends weights" in note(1)
+    assert "sends tokens" in note(16)
