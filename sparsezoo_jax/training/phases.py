@@ -107,7 +107,7 @@ class Watchdog:
         seen, stuck, last = self._phases.beats, 0.0, time.monotonic()
         while not self._ended.wait(interval):
             # Where the interpreter's lock is never released this thread can't run; a timer in C then ends the process.
-            faulthandler.dump_traceback_later(4 * timeout, exit=True)
+            faulthandler.dump_traceback_later(4 * timeout, file=_standard_error(), exit=True)
             now = time.monotonic()
             passed, last = min(now - last, 2 * interval), now
             if self._phases.beats != seen or self._phases.current in UNLIMITED:
@@ -123,13 +123,21 @@ class Watchdog:
                 )
 
 
+def _standard_error() -> int:
+    """The descriptor of standard error; in a notebook `sys.stderr` has none, and the process's own one is meant."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return 2
+
+
 def end_process(message: str, *, stacks: bool = False, status: int = 1) -> NoReturn:
     """Print one line of error and end the process whatever its other threads do."""
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {message}", file=sys.stderr, flush=True)
     if stacks:
         with contextlib.suppress(OSError, ValueError):
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(file=_standard_error(), all_threads=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(status)

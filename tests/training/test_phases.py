@@ -53,6 +53,12 @@ def test_a_stuck_phase_is_named_with_all_stacks_and_status_1():
     assert 'File "<string>", line 10 in <module>' in done.stderr
 
 
+def test_a_standard_error_without_a_descriptor():
+    done = run("sys.stderr = __import__('io').StringIO(); time.sleep(60)")
+    assert done.returncode == 1
+    assert 'File "<string>", line 10 in <module>' in done.stderr
+
+
 def test_progress_compilation_and_no_timeout_are_no_hang():
     assert run("[(time.sleep(0.1), phases.beat()) for _ in range(12)]").stdout == "went on\n"
     assert run("phases.enter('compilation'); time.sleep(1.2)").stdout == "went on\n"
