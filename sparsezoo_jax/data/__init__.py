@@ -4,7 +4,7 @@
 Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are imported by the functions that need them.
 """
 
-from sparsezoo_jax.data.batches import Batch, BatchIterator, State
+from sparsezoo_jax.data.batches import Batch, BatchIterator, State, merge_states
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
@@ -13,7 +13,7 @@ from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, pre
 from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
 from sparsezoo_jax.data.special_tokens import stop_ids
 from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy
-from sparsezoo_jax.data.streaming import StreamingBatches, merge_states, streaming_batches
+from sparsezoo_jax.data.streaming import StreamingBatches, streaming_batches
 from sparsezoo_jax.data.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,

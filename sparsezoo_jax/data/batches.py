@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -116,6 +116,23 @@ def check_state(state: State, expected: State) -> None:
             raise DataError(f"data state: has no '{name}', so it was not saved by this kind of data stream")
         if state[name] != value:
             raise DataError(f"data state: saved with {name}={state[name]}, but this run has {name}={value}")
+
+
+def merge_states(states: Iterable[State]) -> State:
+    """Joins the states that the processes of one run saved at the same step.
+
+    What one of them alone has (the position of a row that only it feeds) is kept. Raises `DataError` if they don't fit
+    together.
+    """
+    first, *others = states
+    merged = dict(first)
+    for state in others:
+        for name, value in state.items():
+            if isinstance(value, dict) and isinstance(merged.get(name), dict):
+                merged[name] = merge_states([merged[name], value])
+            elif merged.setdefault(name, value) != value:
+                raise DataError(f"data state: one process has {name}={merged[name]}, another {name}={value}")
+    return merged
 
 
 class Prefetcher:

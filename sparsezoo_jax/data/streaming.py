@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -193,15 +192,3 @@ def streaming_batches(
     """
     rows = rows_of_process(config.batch_size, process_index, process_count)
     return StreamingBatches(open_documents(config, split), tokenizer, config=config, rows=rows)
-
-
-def merge_states(states: Iterable[State]) -> State:
-    """Joins the states that the processes of one run saved at the same step; raises `DataError` if they don't fit
-    together.
-    """
-    first, *others = states
-    merged: dict[str, Any] = {**first, "lanes": dict(first["lanes"])}
-    for state in others:
-        check_state(state, {name: value for name, value in first.items() if name != "lanes"})
-        merged["lanes"].update(state["lanes"])
-    return merged

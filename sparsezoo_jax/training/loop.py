@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsezoo_jax.data import BatchIterator
+from sparsezoo_jax.data import BatchIterator, merge_states
 from sparsezoo_jax.errors import StorageError, require
 from sparsezoo_jax.sharding import addressable_rows, device_put
 from sparsezoo_jax.training.checkpoint import Checkpointer, RunRecord
@@ -28,7 +28,7 @@ from sparsezoo_jax.training.lease import Lease
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.phases import Phases
-from sparsezoo_jax.training.processes import barrier, in_all
+from sparsezoo_jax.training.processes import barrier, gather, in_all
 from sparsezoo_jax.training.speed import SpeedMeter, yardstick
 from sparsezoo_jax.training.state import Build, Placement, PureDict, TrainState, first_device, flatten, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
@@ -309,7 +309,9 @@ def fit(
                         lease.check()
                     # Rows up to a checkpoint's step are in the log or in the checkpoint: no step is ever missing.
                     current = account.snapshot(guard.state(), unlogged=writer.flush())
-                    checkpointer.save(state, data.get_state(), validation_loss, step=step, record=current)
+                    # Each process knows where its own rows are; whoever restores them may have others.
+                    position = merge_states(gather(data.get_state()))
+                    checkpointer.save(state, position, validation_loss, step=step, record=current)
                     saved_at = time.monotonic()
 
         # ---------------------------------------------------------------------------------------------------- Finish

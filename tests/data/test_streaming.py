@@ -136,3 +136,13 @@ def test_a_corpus_without_text_ends_with_an_error(tokenizer, tmp_path, prefetch)
     with pytest.raises(DataError, match="no text to predict"):
         next(iterator)
     iterator.close()
+
+
+def test_states_of_different_streams_are_not_joined(stream):
+    first, second = stream(0, 2), stream(1, 2, seed=5)
+    with pytest.raises(DataError, match="one process has seed=0, another seed=5"):
+        merge_states([first.get_state(), second.get_state()])
+    second = stream(0, 2)
+    take(second, 1)
+    with pytest.raises(DataError, match="one process has 0="):
+        merge_states([first.get_state(), second.get_state()])
