@@ -95,6 +95,9 @@ FREE_ON_RESUME = (
     "train.profile_start",
     "train.profile_steps",
     "train.loss_chunk",
+    "data.dataset",  # its fingerprint counts, not its place
+    "data.verify",
+    "data.wait_minutes",
     "data.prefetch",
     "data.workers",
     "data.cache_dir",

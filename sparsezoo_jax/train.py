@@ -160,7 +160,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
         tokenizer = data.find_tokenizer(config.train.init_from)  # what embeddings mean is the other run's
     if tokenizer is None:
-        tokenizer = data.build_tokenizer(config.data, data.open_documents(config.data, "train"))
+        tokenizer = data.open_tokenizer(config.data)
     require(
         tokenizer.vocab_size <= config.model.vocab_size,
         "model.vocab_size",
@@ -168,7 +168,8 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         f"must be at least the tokenizer's {tokenizer.vocab_size}",
     )
     validation = data.prepare(config.data, "validation", tokenizer)
-    prepared, batches = training_batches(config, tokenizer, rows)
+    trained_on = saved_position(workdir).get("fingerprint") if has_steps else None
+    prepared, batches = training_batches(config, tokenizer, rows, trained_on)
     bytes_per_token = validation.num_bytes / validation.num_targets
 
     def evaluate(model, max_batches: int | None, between: Callable[[], None]):
@@ -322,14 +323,29 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
     print(path)
 
 
-def training_batches(config: RunConfig, tokenizer: Any, rows: range) -> tuple[Any, Any]:
-    """The prepared training split (None when streaming), and batches: the rows of each that this process feeds."""
+def saved_position(workdir: Path) -> dict[str, Any]:
+    """The position in the data that the newest checkpoint holds; empty if it can't be read, which resuming will say."""
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.training.parameters import saved_metadata
+
+    try:
+        return saved_metadata(workdir / run_dir.CHECKPOINTS).get("data", {})
+    except StorageError:
+        return {}
+
+
+def training_batches(config: RunConfig, tokenizer: Any, rows: range, trained_on: str | None = None) -> tuple[Any, Any]:
+    """The prepared training split (None when streaming), and batches: the rows of each that this process feeds.
+
+    `trained_on` is the fingerprint of the split that a run was trained on: another one is refused before it is
+    prepared.
+    """
     from sparsezoo_jax import data
 
     # One of several equal parts of a batch.
     part, parts = rows.start // len(rows), config.data.batch_size // len(rows)
     if config.data.mode == "prepared":
-        prepared = data.prepare(config.data, "train", tokenizer)
+        prepared = data.prepare(config.data, "train", tokenizer, expected=trained_on)
         return prepared, data.prepared_batches(
             prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
         )

@@ -9,8 +9,9 @@ from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Document, Documents
+from sparsezoo_jax.data.manifest import PreparedSplit, load_prepared
 from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
-from sparsezoo_jax.data.preparation import PreparedSplit, load_prepared, prepare
+from sparsezoo_jax.data.preparation import open_tokenizer, prepare
 from sparsezoo_jax.data.special_tokens import stop_ids
 from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy
 from sparsezoo_jax.data.streaming import StreamingBatches, streaming_batches
@@ -56,6 +57,7 @@ __all__ = [
     "load_tokenizer",
     "merge_states",
     "open_documents",
+    "open_tokenizer",
     "pieces",
     "prepare",
     "prepared_batches",

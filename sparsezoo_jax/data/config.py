@@ -89,6 +89,17 @@ class DataConfig:
     tfds_data_dir: Annotated[str | None, Local()] = None
     """Directory of prepared TFDS data sets; None is TFDS's own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
 
+    shard_bytes: int | None = None
+    """Raw bytes of the corpus that become one file of records. None is a gigabyte; in a corpus below 256 GB a 256th of
+    it, but at least 64 MB."""
+
+    verify: Literal["stat", "full"] = "stat"
+    """How files are told to be those that were read before: by path, size and time of change ('stat'), or by reading
+    them again ('full': the files of the corpus, or those of a prepared one)."""
+
+    wait_minutes: float = 60.0
+    """Minutes to wait for another process that prepares the same corpus, from the last thing that it finished."""
+
     prefetch: int = 2
     """Batches made ahead in the background; 0 makes each batch when it is asked for."""
 
@@ -127,6 +138,11 @@ class DataConfig:
             "blocks",
             "needs data.mode=prepared; data.packing=stream goes with data.mode=streaming",
         )
+        allowed = f"must be from 1 to {2**40}, or none"
+        require(
+            self.shard_bytes is None or 1 <= self.shard_bytes <= 2**40, "data.shard_bytes", self.shard_bytes, allowed
+        )
+        require(self.wait_minutes > 0, "data.wait_minutes", self.wait_minutes, "must be above 0")
         require(1 <= self.seq_len <= 2**24, "data.seq_len", self.seq_len, f"must be from 1 to {2**24}")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "must be at least 1")
         allowed = f"times data.seq_len={self.seq_len} must be at most {MAX_BATCH_TOKENS} tokens"

@@ -26,7 +26,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
     if split not in ("train", "validation"):
         raise DataError(f"split={split}: must be 'train' or 'validation'")
     own_corpus = split == "validation" and config.validation_dataset is not None
-    name = config.validation_dataset if own_corpus else config.dataset
+    name = corpus_name(config, split)
     require(name is not None, "data.dataset", None, "must be named: --dataset, for a run from elsewhere")
     assert name is not None
     documents: Indexed
@@ -43,6 +43,13 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
     if not documents:  # not its length, which may take a pass over the corpus
         raise DataError(f"data.dataset={name}: the {split} split has no documents")
     return with_parts(documents)
+
+
+def corpus_name(config: DataConfig, split: Split) -> str | None:
+    """Which corpus a split is read from."""
+    if split == "validation" and config.validation_dataset is not None:
+        return config.validation_dataset
+    return config.dataset
 
 
 @register_corpus("sotu")

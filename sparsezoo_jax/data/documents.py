@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from sparsezoo_jax.errors import DataError
@@ -51,6 +52,14 @@ class Part(NamedTuple):
     name: str
     bytes: int
     """Its raw size, about."""
+
+
+class SourceFile(NamedTuple):
+    """A file of a corpus."""
+
+    name: str
+    """Relative to the corpus."""
+    path: Path
 
 
 class Documents(Protocol):
@@ -158,6 +167,13 @@ def with_parts(documents: Indexed) -> Documents:
     """`documents` with `parts` and `read`, which are made of random access where a corpus has none of its own."""
     whole: Any = documents
     return whole if hasattr(whole, "parts") and hasattr(whole, "read") else _Adapted(documents)
+
+
+def files_of(documents: Documents) -> Sequence[SourceFile]:
+    """The files that a corpus is read from; empty for one that does not tell (`files`) and answers for its fingerprint
+    itself.
+    """
+    return getattr(documents, "files", ())
 
 
 def read_all(documents: Documents) -> Iterator[Document | Skipped]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,34 +21,77 @@ from sparsezoo_jax.data.batches import (
     endless_order,
     rows_of_process,
 )
+from sparsezoo_jax.data.manifest import PreparedSplit, damaged, decode_records
 from sparsezoo_jax.data.packing import Records
-from sparsezoo_jax.data.preparation import PreparedSplit, decode_records
 from sparsezoo_jax.data.record_file import open_reader
-from sparsezoo_jax.errors import ConfigError, StorageError
+from sparsezoo_jax.errors import ConfigError
+
+#: An open file has an index in memory, of about 20 bytes a record: files of so many records together are kept open.
+_OPEN_RECORDS, _OPEN_FILES = 4_000_000, 64
 
 
 class RecordReader:
-    """Random access to the records of a prepared split."""
+    """Random access to the records of a prepared split.
 
-    def __init__(self, prepared: PreparedSplit):
-        self._prepared = prepared
-        self._reader = open_reader(prepared.records_path)
-        if not self._reader.ok() or self._reader.num_records() != prepared.num_records:
-            raise StorageError(f"{prepared.path}: damaged prepared corpus; delete the directory to prepare it again")
+    Which file has a record is arithmetic on the manifest. Files are opened when they are read, and kept open while
+    their indexes stay small (`_OPEN_RECORDS`), so that memory does not grow with the corpus.
+    """
 
-    def read(self, indices: list[int]) -> Records:
-        """Records by index; raises `StorageError` if the file is damaged."""
+    def __init__(self, prepared: PreparedSplit, open_shard: Callable[[Path], Any] = open_reader):
+        self._prepared, self._open_shard = prepared, open_shard
+        self._starts = prepared.starts
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._records = 0
+        self._lock = threading.Lock()
+
+    def read(self, indices: Sequence[int]) -> Records:
+        """Records by index; raises `StorageError` if a file is missing or damaged."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows: list[bytes] = [b""] * len(indices)
+        with self._lock:
+            for shard in np.unique(shards).tolist():
+                places = np.flatnonzero(shards == shard).tolist()
+                numbers = [int(indices[place] - self._starts[shard]) for place in places]
+                for place, row in zip(places, self._read(shard, numbers), strict=True):
+                    rows[place] = row
         try:
-            return decode_records(self._reader.read(indices), self._prepared)
-        except (RuntimeError, ValueError) as error:
-            raise StorageError(
-                f"{self._prepared.path}: damaged prepared corpus ({error}); delete the directory to prepare it again"
-            ) from error
+            return decode_records(rows, self._prepared)
+        except ValueError as error:
+            raise damaged(self._prepared.path, error) from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes all files."""
+        with self._lock:
+            while self._open:
+                self._close_oldest()
+
+    def _read(self, shard: int, numbers: list[int]) -> list[bytes]:
+        try:
+            return self._reader(shard).read(numbers)
+        # Of ArrayRecord: a checksum that is not that of the bytes, or an index beyond the file.
+        except (RuntimeError, ValueError, OSError) as error:
+            name = self._prepared.shards[shard].name
+            raise damaged(self._prepared.path, f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+    def _reader(self, shard: int) -> Any:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        known = self._prepared.shards[shard]
+        while self._open and (self._records + known.records > _OPEN_RECORDS or len(self._open) >= _OPEN_FILES):
+            self._close_oldest()
+        reader = self._open_shard(Path(self._prepared.path) / known.name)
+        if not reader.ok() or reader.num_records() != known.records:
+            raise ValueError(f"does not hold {known.records:,} records")
+        self._open[shard] = reader
+        self._records += known.records
+        return reader
+
+    def _close_oldest(self) -> None:
+        shard, reader = self._open.popitem(last=False)
+        self._records -= self._prepared.shards[shard].records
         with contextlib.suppress(RuntimeError):  # raised for a damaged file, which reading reports
-            self._reader.close()
+            reader.close()
 
 
 class PreparedBatches:

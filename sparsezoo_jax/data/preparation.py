@@ -1,278 +1,314 @@
-"""Tokenise and pack a corpus once, into an ArrayRecord file that later runs read by index."""
+"""Tokenise and pack a corpus once, into files of records that later runs read by index.
+
+`prepare` gives the prepared split of a configuration: from a directory that holds one, from the cache, or made now.
+The work is a list of shards (`data.shards`), each made by whoever takes it first (`data.claims`); when all are there,
+whoever sees that writes the manifest (`data.manifest`).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
-import fcntl
 import json
-import os
 import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from sparsezoo_jax.data import sources
+from sparsezoo_jax.data.claims import Patience, is_done, make_free_shards, shard_lease, wait_for_shards
 from sparsezoo_jax.data.config import DataConfig, cache_directory
-from sparsezoo_jax.data.corpora import open_documents
-from sparsezoo_jax.data.documents import Documents, Split, digest
-from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask, with_specials
-from sparsezoo_jax.data.record_file import open_reader, open_writer
-from sparsezoo_jax.data.skipping import Skips, accepted
-from sparsezoo_jax.data.tokenizer import Tokenizer
-from sparsezoo_jax.errors import DataError, StorageError
-from sparsezoo_jax.untrusted import MAX_SIZE, read_json
+from sparsezoo_jax.data.corpora import corpus_name, open_documents
+from sparsezoo_jax.data.documents import Documents, Split, digest, files_of
+from sparsezoo_jax.data.manifest import (
+    MANIFEST_FILE,
+    PreparedSplit,
+    is_manifest,
+    load_prepared,
+    read_sources,
+    write_manifest,
+)
+from sparsezoo_jax.data.progress import PreparationProgress
+from sparsezoo_jax.data.shards import Advance, Job, plan, read_result
+from sparsezoo_jax.data.skipping import Skips
+from sparsezoo_jax.data.tokenizer import Tokenizer, build_tokenizer, find_tokenizer, write_atomic
+from sparsezoo_jax.errors import ConfigError, DataError, StorageError
+from sparsezoo_jax.lease import Lease
+from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json
 
-#: Changes whenever `prepare` would write other records for the same corpus and tokenizer.
-RECIPE, BLOCK_RECIPE = "pack-1", "blocks-1"
-META_FILE, RECORDS_FILE = "meta.json", "records.array_record"
-_CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 4_000_000
-_ABANDONED_SECONDS = 60.0
+#: Changes whenever other records would be made of the same corpus and tokenizer.
+RECIPE, BLOCK_RECIPE = "pack-2", "blocks-2"
+PLAN_FILE, FINISHING_FILE = "plan.json", ".manifest.lease"
+
+Engine = Callable[[Job, Sequence[int], Tokenizer, Advance], None]
+"""Makes those of some shards that nobody else makes, and returns."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedSplit:
-    """A tokenised and packed split on disk.
+def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer, *, expected: str | None = None) -> PreparedSplit:
+    """The prepared split that `config` names: found where it says, found in the cache, or made there now.
 
-    Attributes:
-      path: directory of `records.array_record` and `meta.json`.
-      fingerprint: of (documents, tokenizer, seq_len, recipe); equal fingerprints mean equal records.
-      num_records: records of `seq_len + 1` tokens.
-      num_targets: tokens that are predicted, over all records.
-      num_bytes: UTF-8 bytes of the documents' text that is in the records, for bits per byte.
-      num_documents: documents with text.
-      seq_len: tokens of a sequence.
-      vocab_size, pad_id: of the tokenizer.
-      file_bytes: size of the record file.
+    Processes that prepare the same split at once share the work; a killed one loses the shard that it was in.
+
+    Args:
+      expected: the fingerprint that a run to be resumed was trained on.
+
+    Raises `DataError` for a corpus without text, too many documents that can't be read, or one that is not what
+    `expected` says; `ConfigError` for a prepared split of another tokenizer or length; `StorageError` if files can't
+    be read or written.
     """
-
-    path: str
-    fingerprint: str
-    num_records: int
-    num_targets: int
-    num_bytes: int
-    num_documents: int
-    seq_len: int
-    vocab_size: int
-    pad_id: int
-    file_bytes: int
-
-    @property
-    def records_path(self) -> str:
-        """The ArrayRecord file."""
-        return str(Path(self.path) / RECORDS_FILE)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Little-endian type of the numbers in a record: tokens [T+1], then segment ids [T+1]."""
-        return np.dtype("<u2" if max(self.vocab_size, self.seq_len + 2) <= 2**16 else "<u4")
-
-
-def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer) -> PreparedSplit:
-    """Tokenises and packs a split into the cache, or finds it there.
-
-    Processes that prepare the same split at once are all right (the first to finish is kept), and a killed one leaves
-    nothing that looks finished. Raises `DataError` for a corpus without text, `StorageError` if the cache can't be
-    written or is damaged.
-    """
+    directory = prepared_directory(config, split)
+    if directory is not None:
+        prepared = _fitting(load_prepared(directory), config, tokenizer)
+        if expected not in (None, prepared.fingerprint):
+            raise DataError(f"data.dataset={config.dataset}: is not the prepared corpus that this run was trained on")
+        return _verified(prepared, config)
     documents = open_documents(config, split)
-    recipe = BLOCK_RECIPE if config.in_blocks else RECIPE
-    fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, config.seq_len, split, recipe)
-    root = cache_directory(config) / "prepared"
-    final = root / fingerprint
-    if (final / META_FILE).is_file():
-        return load_prepared(final)
-    temporary = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{fingerprint}-"))
-        with _lock(temporary):
-            packer = (BlockPacker if config.in_blocks else Packer)(config.seq_len, tokenizer.pad_id)
-            skips = Skips.of(config)
-            counts = _write(documents, skips, tokenizer, config.seq_len, packer, temporary / RECORDS_FILE, split)
-            meta = {"fingerprint": fingerprint, **counts, "file_bytes": (temporary / RECORDS_FILE).stat().st_size}
-            _write_synced(temporary / META_FILE, json.dumps(meta, indent=1) + "\n")
-            _publish(temporary, final)
-            skips.warn(f"data.dataset={config.dataset}, {split} split")
-    except OSError as error:
-        raise StorageError(f"{root}: could not write the prepared corpus: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return load_prepared(final)
+    preparation = Preparation(config, split, documents, tokenizer)
+    if expected not in (None, preparation.fingerprint):
+        raise DataError(_changed(prepared_root(config) / str(expected), documents, config))
+    return preparation.run()
 
 
-def load_prepared(path: str | os.PathLike[str]) -> PreparedSplit:
-    """Reads the description of a prepared split; raises `StorageError` if its files are missing or damaged."""
-    path = Path(path)
-    try:
-        prepared = PreparedSplit(path=str(path), **read_json(path / META_FILE))
-        for field in dataclasses.fields(prepared):
-            value = getattr(prepared, field.name)
-            if not (isinstance(value, str) if field.type == "str" else type(value) is int and 0 <= value < 2**63):
-                raise ValueError(f"{field.name} is {value!r}")
-        if max(prepared.seq_len, prepared.vocab_size, prepared.pad_id) > MAX_SIZE:
-            raise ValueError(f"seq_len, vocab_size and pad_id are at most {MAX_SIZE}")
-        size = (path / RECORDS_FILE).stat().st_size
-    except (OSError, ValueError, TypeError) as error:
-        raise StorageError(
-            f"{path}: damaged prepared corpus ({error}); delete the directory to prepare it again"
-        ) from error
-    if size != prepared.file_bytes:
-        raise StorageError(
-            f"{path}: damaged prepared corpus ({RECORDS_FILE} has {size} bytes, not {prepared.file_bytes}); "
-            "delete the directory to prepare it again"
-        )
+def prepared_root(config: DataConfig) -> Path:
+    """Where splits lie that were prepared on the fly, each in a directory named by its fingerprint."""
+    return cache_directory(config) / "prepared"
+
+
+def prepared_directory(config: DataConfig, split: Split) -> Path | None:
+    """Where the split lies if the corpus is a prepared one: a directory with a manifest for the split, or one with
+    directories for both.
+    """
+    name = corpus_name(config, split)
+    path = Path(name or "").expanduser()
+    path = path.parent if path.name == MANIFEST_FILE else path
+    for directory in (path / split, path):
+        if is_manifest(directory / MANIFEST_FILE):
+            # One that is given for validation alone may be any split.
+            if directory == path and config.validation_dataset is None and load_prepared(path).split != split:
+                raise DataError(f"data.dataset={name}: holds no {split} split; name its directory, or the one above it")
+            return directory
+    return None
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a prepared corpus; that which `config` names; or one trained on the training split."""
+    directory = prepared_directory(config, "train")
+    if directory is None:
+        return build_tokenizer(config, open_documents(config, "train"))
+    found = find_tokenizer(directory)
+    if found is None:
+        raise StorageError(f"{directory}: the tokenizer is missing")
+    return found
+
+
+def _fitting(prepared: PreparedSplit, config: DataConfig, tokenizer: Tokenizer) -> PreparedSplit:
+    if prepared.seq_len != config.seq_len:
+        allowed = f"must be {prepared.seq_len}, that of the prepared corpus {prepared.path}"
+        raise ConfigError("data.seq_len", config.seq_len, allowed)
+    if prepared.tokenizer != tokenizer.fingerprint:
+        given = config.tokenizer or "that of the run"
+        raise ConfigError("data.tokenizer", given, f"is not the one that {prepared.path} was prepared with")
     return prepared
 
 
-def encode_records(records: Records, dtype: np.dtype) -> list[bytes]:
-    """Records as the bytes stored on disk."""
-    return [row.tobytes() for row in np.stack(records, axis=1).astype(dtype)]
+def _verified(prepared: PreparedSplit, config: DataConfig) -> PreparedSplit:
+    if config.verify == "full":
+        prepared.verify()
+    return prepared
 
 
-def decode_records(rows: list[bytes], prepared: PreparedSplit) -> Records:
-    """Stored bytes as records; inverse of `encode_records`."""
-    both = np.frombuffer(b"".join(rows), prepared.dtype).reshape(len(rows), 2, prepared.seq_len + 1).astype(np.int32)
-    return Records(both[:, 0], both[:, 1])
+def _recipe(config: DataConfig) -> str:
+    return BLOCK_RECIPE if config.in_blocks else RECIPE
 
 
-def _write(
-    documents: Documents,
-    skips: Skips,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    packer: Packer | BlockPacker,
-    path: Path,
-    split: str,
-) -> dict[str, int]:
-    sizes = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
-    counts = {"num_records": 0, "num_targets": 0, "num_bytes": 0, "num_documents": 0}
-    empty = PreparedSplit(path="", fingerprint="", file_bytes=0, **counts, **sizes)
-    tokens = 0
-    try:
-        writer = open_writer(path)
-
-        def store(records: Records) -> None:
-            counts["num_records"] += len(records.tokens)
-            counts["num_targets"] += int(target_mask(records.segment_ids).sum())
-            for row in encode_records(records, empty.dtype):
-                writer.write(row)
-
-        for texts in _chunks(documents, skips, f"Preparing {split}"):
-            token_documents = [
-                with_specials(ids, tokenizer.bos_id, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)
-            ]
-            counts["num_bytes"] += sum(len(text.encode("utf-8")) for text in texts)
-            tokens += sum(map(len, token_documents))
-            counts["num_documents"] += sum(len(ids) > 0 for ids in token_documents)
-            store(packer.push(token_documents))
-        store(packer.finish())
-        writer.close()
-        _check_written(path, counts["num_records"])
-    except RuntimeError as error:  # ArrayRecord's only exception
-        raise StorageError(f"{path.parent.parent}: could not write the prepared corpus: {error}") from error
-    if packer.dropped:  # exact where all characters are tokens, as in chess games
-        counts["num_bytes"] = round(counts["num_bytes"] * (1 - packer.dropped / tokens))
-    if counts["num_targets"] == 0:
-        found = skips.summary() or f"{skips.documents:,} documents"
-        raise DataError(f"data.dataset: the {split} split has no text to predict ({found})")
-    return {**counts, **sizes}
+def _changed(before: Path, documents: Documents, config: DataConfig) -> str:
+    """The line for a run whose corpus is not what it was."""
+    old = read_sources(before)
+    now = sources.describe(files_of(documents), cache_directory(config))
+    lines = [] if old is None else sources.changes(old, now)
+    what = f": {'; '.join(lines[:4])}" if lines else ""
+    what += f" and {len(lines) - 4} more files" if len(lines) > 4 else ""
+    return (
+        f"data.dataset={config.dataset}: is not what this run was trained on{what}; put it back as it was, or "
+        "begin another run from its parameters (--train.init-from RUN --workdir ANOTHER)"
+    )
 
 
-def _check_written(path: Path, num_records: int) -> None:
-    """ArrayRecord can lose a write error; reading the index back and syncing can't."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    if num_records == 0:
-        return  # reported by the caller as a corpus without text
-    reader = open_reader(path)
-    if not reader.ok() or reader.num_records() != num_records:
-        raise StorageError(f"{path}: the prepared corpus was not written completely")
-    reader.close()
+class Preparation:
+    """A split that is prepared, or will be.
+
+    Args:
+      directory: gets the files; may hold some already. Default: one in the cache.
+
+    Attributes:
+      fingerprint: what is prepared.
+      skips: the documents that were left out, when it is finished.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Split,
+        documents: Documents,
+        tokenizer: Tokenizer,
+        directory: Path | None = None,
+    ):
+        self.config, self.documents, self.tokenizer = config, documents, tokenizer
+        self.split: Split = split
+        sizes = (config.seq_len, config.shard_bytes)
+        self.fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, *sizes, split, _recipe(config))
+        self.directory = prepared_root(config) / self.fingerprint if directory is None else directory
+        self.skips = Skips.of(config)
+        self._versions = sources.versions(files_of(documents))
+
+    def run(self) -> PreparedSplit:
+        """The finished split: what is missing is made, on all cores of this machine."""
+        if (self.directory / MANIFEST_FILE).is_file():
+            return _verified(self.finished(), self.config)
+        job = self.open()
+        self.make(job, range(job.count))
+        return self.finish(job)
+
+    def finished(self) -> PreparedSplit:
+        """The split that is there already."""
+        prepared = load_prepared(self.directory)
+        if prepared.fingerprint != self.fingerprint:
+            raise DataError(f"{self.directory}: holds another prepared corpus; name another directory")
+        return prepared
+
+    def open(self) -> Job:
+        """Writes what is planned into the directory, or checks that it is what is planned there.
+
+        Raises `DataError` if the directory is another corpus's, `StorageError` if it can't be written.
+        """
+        groups = plan(self.documents.parts(), self.config.shard_bytes)
+        job = Job(self.directory, self.documents, self.config, self.split, groups)
+        planned = {"fingerprint": self.fingerprint}
+        path = self.directory / PLAN_FILE
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                # Whoever is first: what others write is the same.
+                self.tokenizer.save(self.directory)
+                write_atomic(path, json.dumps(planned).encode())
+            found = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise StorageError(f"{self.directory}: could not write the prepared corpus: {why}") from error
+        if found != planned:
+            raise DataError(
+                f"{self.directory}: was begun for another corpus, tokenizer or configuration, or a file of the corpus "
+                "changed since; name another directory, or delete it"
+            )
+        return job
+
+    def make(
+        self,
+        job: Job,
+        shards: Sequence[int],
+        *,
+        workers: int | None = None,
+        engine: Engine | None = None,
+    ) -> PreparationProgress:
+        """Makes some shards, and waits for those of them that others make."""
+        missing = [shard for shard in shards if not is_done(job, shard)]
+        raw = {shard: job.raw_bytes(shard) for shard in shards}
+        done = sum(raw[shard] for shard in shards if shard not in missing)
+        progress = PreparationProgress(f"preparing {self.split}", sum(raw.values()), done)
+        with progress:
+            if missing:
+                (engine or _local(workers))(job, missing, self.tokenizer, progress.advance)
+            wait_for_shards(
+                job,
+                missing,
+                self.tokenizer,
+                progress.advance,
+                minutes=self.config.wait_minutes,
+            )
+        self._check_unchanged(job, missing)
+        return progress
+
+    def _check_unchanged(self, job: Job, made: Sequence[int]) -> None:
+        """Unmakes `made` if a file changed meanwhile, for they may hold something else than the fingerprint says."""
+        now = sources.versions(files_of(self.documents))
+        changed = [old.path for old, new in zip(self._versions, now, strict=True) if old != new]
+        if changed:
+            for shard in made:
+                job.result_path(shard).unlink(missing_ok=True)
+            raise DataError(f"{changed[0]}: was changed while it was prepared; run the command again when it stays")
+
+    def is_complete(self, job: Job) -> bool:
+        """Whether all shards are done, also those of other jobs."""
+        return all(is_done(job, shard) for shard in range(job.count))
+
+    def finish(self, job: Job) -> PreparedSplit:
+        """Writes the manifest when all shards are done, unless another process does; returns the finished split.
+
+        Raises `DataError` for a corpus without text, with too many documents that can't be read, or that changed
+        meanwhile.
+        """
+        lease, patience = Lease(self.directory / FINISHING_FILE), Patience(self.directory, self.config.wait_minutes)
+        while not (self.directory / MANIFEST_FILE).exists():
+            owner = lease.try_acquire()
+            if owner is not None:
+                patience.wait(owner, "the manifest")
+                continue
+            try:
+                if not (self.directory / MANIFEST_FILE).exists():
+                    self._write_manifest(job)
+            finally:
+                lease.release()
+        return self.finished()
+
+    def _write_manifest(self, job: Job) -> None:
+        counts = dict.fromkeys(("num_records", "num_targets", "num_tokens", "num_bytes", "num_documents"), 0)
+        unigrams = np.zeros(self.tokenizer.vocab_size, np.int64)
+        shards = []
+        for number in range(job.count):
+            result = read_result(job, number)
+            shards.append(result.shard)
+            unigrams += result.unigrams
+            numbers = (result.shard.records, result.targets, result.tokens, result.text_bytes, result.documents)
+            counts = {name: total + more for (name, total), more in zip(counts.items(), numbers, strict=True)}
+            self.skips.add(result.skips)
+        if counts["num_targets"] == 0:
+            seen = self.skips.documents
+            if self.directory.parent == prepared_root(self.config):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise DataError(f"data.dataset: the {self.split} split has no text to predict ({seen:,} documents)")
+        prepared = PreparedSplit(
+            path=str(self.directory),
+            split=self.split,
+            fingerprint=self.fingerprint,
+            documents=self.documents.fingerprint,
+            tokenizer=self.tokenizer.fingerprint,
+            recipe=_recipe(self.config),
+            skipped=dict(self.skips.reasons),
+            seq_len=self.config.seq_len,
+            vocab_size=self.tokenizer.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            shards=tuple(shards),
+            **counts,
+        )
+        write_manifest(prepared, unigrams, sources.describe(files_of(self.documents), cache_directory(self.config)))
+        self.skips.warn(f"data.dataset={self.config.dataset}, {self.split}")
+        # The manifest says it all now.
+        for number in range(job.count):
+            for path in (job.result_path(number), shard_lease(job, number).path):
+                path.unlink(missing_ok=True)
+        (self.directory / PLAN_FILE).unlink(missing_ok=True)
 
 
-def _chunks(documents: Documents, skips: Skips, title: str) -> Iterator[list[str]]:
-    """Texts in groups that bound the memory, with a progress bar on a terminal."""
-    texts: list[str] = []
-    characters = 0
-    parts = documents.parts()
-    with _progress(title, len(parts)) as advance:
-        for part in range(len(parts)):
-            for document in accepted(documents.read(part), skips):
-                texts.append(document.text)
-                characters += len(texts[-1])
-                if len(texts) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
-                    yield texts
-                    texts, characters = [], 0
-            advance(1)
-        if texts:
-            yield texts
+def _local(workers: int | None) -> Engine:
+    """Makes shards on this machine: in this process if there is one, else in several."""
 
+    def make(job: Job, shards: Sequence[int], tokenizer: Tokenizer, advance: Advance) -> None:
+        # Not above: run as a program, that module may not be imported with its package.
+        from sparsezoo_jax.data.workers import can_be_sent, cores, run_workers
 
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Any]:
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        # The tokenizer uses all cores by itself, so processes are worth their start only for several shards.
+        if (len(shards) == 1 and workers is None) or not can_be_sent(job):
+            make_free_shards(job, shards, tokenizer, advance)
+        else:
+            run_workers(job, shards, cores() if workers is None else workers, advance)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    _sync_directory(temporary)
-    try:
-        os.rename(temporary, final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return  # another process was first; its records are the same
-    _sync_directory(final.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Marks a temporary directory as in use; the kernel drops the mark when the process dies."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Deletes what killed processes left behind."""
-    for directory in root.glob(".*-*"):
-        with contextlib.suppress(OSError):  # in use, or just deleted by another process
-            # A directory younger than this may not be locked yet.
-            if time.time() - directory.stat().st_mtime > _ABANDONED_SECONDS:
-                with _lock(directory):
-                    shutil.rmtree(directory, ignore_errors=True)
+    return make

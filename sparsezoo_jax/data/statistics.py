@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsezoo_jax.data.manifest import PreparedSplit
 from sparsezoo_jax.data.pipeline import evaluation_batches
-from sparsezoo_jax.data.preparation import PreparedSplit
 from sparsezoo_jax.errors import DataError
 
 _ROWS = 256
@@ -50,8 +50,7 @@ def unigram_entropy(
     prepared_train: PreparedSplit, prepared_validation: PreparedSplit, vocab_size: int
 ) -> UnigramEntropy:
     """Unigram entropy of the validation targets, and their cross-entropy under the training frequencies."""
-    validation = _unigram_counts(prepared_validation, vocab_size)
-    train = _unigram_counts(prepared_train, vocab_size)
+    validation, train = (_unigrams(split, vocab_size) for split in (prepared_validation, prepared_train))
     probabilities = (train + 1) / (train.sum() + vocab_size)
     total = int(validation.sum())
     return UnigramEntropy(_entropy(validation), float(-(validation * np.log(probabilities)).sum() / total), total)
@@ -76,15 +75,18 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def _unigram_counts(prepared: PreparedSplit, vocab_size: int) -> np.ndarray:
-    counts = np.zeros(vocab_size, np.int64)
-    for _, targets in _pairs(prepared, vocab_size):
-        counts += np.bincount(targets, minlength=vocab_size)
-    return counts
+def _unigrams(prepared: PreparedSplit, vocab_size: int) -> np.ndarray:
+    """Counts that were made when the split was prepared, for a vocabulary that may be larger; int64 [vocab_size]."""
+    _check_vocabulary(prepared, vocab_size)
+    return np.pad(prepared.unigrams(), (0, vocab_size - prepared.vocab_size))
+
+
+def _check_vocabulary(prepared: PreparedSplit, vocab_size: int) -> None:
+    if vocab_size < prepared.vocab_size:
+        raise DataError(f"vocab_size={vocab_size}: the split has token ids up to {prepared.vocab_size - 1}")
 
 
 def _pairs(prepared: PreparedSplit, vocab_size: int):
-    if vocab_size < prepared.vocab_size:
-        raise DataError(f"vocab_size={vocab_size}: the split has token ids up to {prepared.vocab_size - 1}")
+    _check_vocabulary(prepared, vocab_size)
     for batch in evaluation_batches(prepared, _ROWS):
         yield batch["tokens"][batch["mask"]], batch["targets"][batch["mask"]]

@@ -23,7 +23,7 @@ from sparsezoo_jax.data import DataConfig, open_documents
 from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, read_all
 from sparsezoo_jax.data.pipeline import evaluation_batches
-from sparsezoo_jax.data.preparation import META_FILE, RECORDS_FILE, load_prepared
+from sparsezoo_jax.data.manifest import FORMAT, MANIFEST_FILE, load_prepared, shard_name
 from sparsezoo_jax.data.record_file import open_writer
 from sparsezoo_jax.data.tfds_source import _check_features
 from sparsezoo_jax.data.tokenizer import load_tokenizer
@@ -330,13 +330,16 @@ def _report(folder: Path) -> None:
 
 
 def _manifest_values() -> dict[str, Any]:
-    counts = {"num_records": 1, "num_targets": 3, "num_bytes": 9, "num_documents": 1}
-    return {"fingerprint": "x", **counts, "seq_len": 3, "vocab_size": 9, "pad_id": 0, "file_bytes": len(_RECORDS)}
+    counts = {"num_records": 1, "num_targets": 3, "num_tokens": 4, "num_bytes": 9, "num_documents": 1}
+    names = {name: "x" for name in ("fingerprint", "documents", "tokenizer", "recipe")}
+    shard = {"name": shard_name(0, 1), "records": 1, "bytes": len(_RECORDS), "sha256": "x"}
+    sizes = {"seq_len": 3, "vocab_size": 9, "pad_id": 0}
+    return {"format": FORMAT, "split": "train", **names, **counts, "skipped": {}, **sizes, "shards": [shard]}
 
 
 def _records() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / RECORDS_FILE
+        path = Path(folder) / shard_name(0, 1)
         writer = open_writer(path)
         writer.write(np.array([[1, 2, 3, 4], [1, 1, 1, 1]], "<u2").tobytes())
         writer.close()
@@ -347,8 +350,8 @@ _RECORDS = _records()
 
 
 def _manifest(folder: Path, content: bytes) -> None:
-    _file(folder, RECORDS_FILE, _RECORDS)
-    _file(folder, META_FILE, content)
+    _file(folder, shard_name(0, 1), _RECORDS)
+    _file(folder, MANIFEST_FILE, content)
     list(evaluation_batches(load_prepared(folder), 2, 1))
 
 

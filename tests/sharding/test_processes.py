@@ -17,7 +17,8 @@ from tests.devices import with_devices
 pytestmark = pytest.mark.slow
 
 FLAGS = {
-    "data.mode": "streaming", "data.seq-len": 32, "data.batch-size": 8, "data.bpe-vocab-size": 300, "model.vocab-size": 320, "model.layers": 2,
+    "data.mode": "streaming",
+    "data.seq-len": 32, "data.batch-size": 8, "data.bpe-vocab-size": 300, "model.vocab-size": 320, "model.layers": 2,
     "model.d-model": 32, "model.ffn.d-ff": 64, "model.ffn.r": 16, "model.ffn.top-k": 8, "train.steps": 6,
     "train.log-every": 1, "train.eval-every": 3, "train.checkpoint-every": 3, "eval.batches": 2,
     "train.schedule.learning-rate": 1e-3,
