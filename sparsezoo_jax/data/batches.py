@@ -71,10 +71,25 @@ def endless_order(length: int, seed: int, *, shuffle: bool = True) -> Callable[[
     if not shuffle:
         return lambda position: position % length
     # Grain shuffles without a table, by drawing numbers of at least 16 bits until one is below `length`: milliseconds
-    # an index when that is small. And for 4^k + 1 it gives one index twice and another never (seen in 0.2.18).
-    if length <= 2**16 or length - 1 in (4**k for k in range(8, 17)):
+    # an index when that is small.
+    if length <= 2**16:
         return _table_order(length, seed)
+    # For 4^k + 1 it gives one index twice and another never (seen in 0.2.18).
+    power = (length - 1).bit_length() - 1
+    if length - 1 == 1 << power and power % 2 == 0:
+        return _narrowed(_grain_order(length + 1, seed), length)
     return _grain_order(length, seed)
+
+
+def _narrowed(order: Callable[[int], int], length: int) -> Callable[[int], int]:
+    """An order below `length` from one below `length + 1`: where the last index would be is what the last place has."""
+
+    def index(position: int) -> int:
+        epoch, place = divmod(position, length)
+        value = order(epoch * (length + 1) + place)
+        return order(epoch * (length + 1) + length) if value == length else value
+
+    return index
 
 
 def _table_order(length: int, seed: int) -> Callable[[int], int]:

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class RecordReader:
     their indexes stay small (`_OPEN_RECORDS`), so that memory does not grow with the corpus.
     """
 
-    def __init__(self, prepared: PreparedSplit, open_shard: Callable[[Path], Any] = open_reader):
-        self._prepared, self._open_shard = prepared, open_shard
+    def __init__(self, prepared: PreparedSplit):
+        self._prepared = prepared
         self._starts = prepared.starts
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._records = 0
@@ -80,7 +80,7 @@ class RecordReader:
         known = self._prepared.shards[shard]
         while self._open and (self._records + known.records > _OPEN_RECORDS or len(self._open) >= _OPEN_FILES):
             self._close_oldest()
-        reader = self._open_shard(Path(self._prepared.path) / known.name)
+        reader = open_reader(Path(self._prepared.path) / known.name)
         if not reader.ok() or reader.num_records() != known.records:
             raise ValueError(f"does not hold {known.records:,} records")
         self._open[shard] = reader

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sparsezoo_jax.data import evaluation_batches, prepare, prepared_batches
+from sparsezoo_jax.data import evaluation_batches, pipeline, prepare, prepared_batches
 from sparsezoo_jax.data.batches import endless_order
+from sparsezoo_jax.data.manifest import Shard, shard_name
 from sparsezoo_jax.errors import ConfigError, DataError
 
 SHAPES = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "positions": np.int32, "mask": np.bool_}
@@ -114,6 +116,58 @@ def test_a_state_of_another_stream_is_refused(prepared, change, message):
         iterator.set_state({**iterator.get_state(), **change})
     with pytest.raises(DataError, match="has no 'fingerprint'"):
         iterator.set_state({"next_batch": 3})
+
+
+class Forged:
+    """What a file of records would be read through: record i of the corpus holds i, and nothing is on disk."""
+
+    opened = 0
+
+    def __init__(self, path):
+        Forged.opened += 1
+        self.first = FORGED_RECORDS * int(path.name.split("-")[1])
+
+    def ok(self):
+        return True
+
+    def num_records(self):
+        return FORGED_RECORDS
+
+    def read(self, numbers):
+        return [np.array([[self.first + i] * 2, [1] * 2], "<u4").tobytes() for i in numbers]
+
+    def close(self):
+        Forged.opened -= 1
+
+
+FORGED_RECORDS = 1_000_000
+
+
+def test_a_large_corpus_costs_no_memory(prepared, monkeypatch):
+    names = (shard_name(i, 2000) for i in range(2000))
+    shards = tuple(Shard(name=name, records=FORGED_RECORDS, bytes=10**9, sha256="") for name in names)
+    sizes = {"num_records": 2 * 10**9, "seq_len": 1, "vocab_size": 2**24}
+    corpus = replace(prepared, shards=shards, **sizes)
+    monkeypatch.setattr(pipeline, "open_reader", Forged)
+    whole = batches(corpus, batch_size=256, start=10**6, prefetch=0)
+    rows = whole.batch_at(10**7)["tokens"][:, 0]
+    assert len(set(rows.tolist())) == 256
+    assert rows.max() > 1.9e9
+    assert Forged.opened <= 4, "indexes of four million records are kept"
+    for count in (64, 256):
+        parts = [
+            batches(corpus, batch_size=256, process_index=p, process_count=count, prefetch=0) for p in range(count)
+        ]
+        assert np.array_equal(np.concatenate([part.batch_at(10**7)["tokens"][:, 0] for part in parts]), rows)
+        for part in parts:
+            part.close()
+    whole.close()
+    assert Forged.opened == 0
+    # An order of more records than 32 bits can number.
+    order = endless_order(7 * 10**9, 0)
+    found = [order(i * 10**6) for i in range(3000)]
+    assert len(set(found)) == 3000
+    assert max(found) > 2**32
 
 
 def test_finite_epochs_end(prepared):

@@ -22,8 +22,8 @@ from sparsezoo_jax.config import read_config, to_json
 from sparsezoo_jax.data import DataConfig, open_documents
 from sparsezoo_jax.data.chess.pgn import find_games, game_string
 from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, read_all
-from sparsezoo_jax.data.pipeline import evaluation_batches
 from sparsezoo_jax.data.manifest import FORMAT, MANIFEST_FILE, load_prepared, shard_name
+from sparsezoo_jax.data.pipeline import evaluation_batches
 from sparsezoo_jax.data.record_file import open_writer
 from sparsezoo_jax.data.tfds_source import _check_features
 from sparsezoo_jax.data.tokenizer import load_tokenizer
@@ -331,7 +331,7 @@ def _report(folder: Path) -> None:
 
 def _manifest_values() -> dict[str, Any]:
     counts = {"num_records": 1, "num_targets": 3, "num_tokens": 4, "num_bytes": 9, "num_documents": 1}
-    names = {name: "x" for name in ("fingerprint", "documents", "tokenizer", "recipe")}
+    names = dict.fromkeys(("fingerprint", "documents", "tokenizer", "recipe"), "x")
     shard = {"name": shard_name(0, 1), "records": 1, "bytes": len(_RECORDS), "sha256": "x"}
     sizes = {"seq_len": 3, "vocab_size": 9, "pad_id": 0}
     return {"format": FORMAT, "split": "train", **names, **counts, "skipped": {}, **sizes, "shards": [shard]}
