@@ -18,7 +18,7 @@ from sparsezoo_jax.data import sources
 from sparsezoo_jax.data.claims import Patience, is_done, make_free_shards, shard_lease, wait_for_shards
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import corpus_name, open_documents
-from sparsezoo_jax.data.documents import Documents, Split, digest, files_of
+from sparsezoo_jax.data.documents import PART_BYTES, Documents, Split, digest, files_of
 from sparsezoo_jax.data.manifest import (
     MANIFEST_FILE,
     PreparedSplit,
@@ -28,7 +28,7 @@ from sparsezoo_jax.data.manifest import (
     write_manifest,
 )
 from sparsezoo_jax.data.progress import PreparationProgress
-from sparsezoo_jax.data.shards import Advance, Job, plan, read_result
+from sparsezoo_jax.data.shards import Advance, Job, part_bytes, plan, read_result
 from sparsezoo_jax.data.skipping import Skips
 from sparsezoo_jax.data.tokenizer import Tokenizer, build_tokenizer, find_tokenizer, write_atomic
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
@@ -123,7 +123,7 @@ def _recipe(config: DataConfig) -> str:
 def _changed(before: Path, documents: Documents, config: DataConfig) -> str:
     """The line for a run whose corpus is not what it was."""
     old = read_sources(before)
-    now = sources.describe(files_of(documents), cache_directory(config))
+    now = sources.describe(files_of(documents), PART_BYTES)
     lines = [] if old is None else sources.changes(old, now)
     what = f": {'; '.join(lines[:4])}" if lines else ""
     what += f" and {len(lines) - 4} more files" if len(lines) > 4 else ""
@@ -158,7 +158,7 @@ class Preparation:
         self.fingerprint = digest(documents.fingerprint, tokenizer.fingerprint, *sizes, split, _recipe(config))
         self.directory = prepared_root(config) / self.fingerprint if directory is None else directory
         self.skips = Skips.of(config)
-        self._versions = sources.versions(files_of(documents))
+        self._versions = [sources.version(file.path) for file in files_of(documents)]
 
     def run(self) -> PreparedSplit:
         """The finished split: what is missing is made, on all cores of this machine."""
@@ -180,8 +180,9 @@ class Preparation:
 
         Raises `DataError` if the directory is another corpus's, `StorageError` if it can't be written.
         """
-        groups = plan(self.documents.parts(), self.config.shard_bytes)
-        job = Job(self.directory, self.documents, self.config, self.split, groups)
+        parts = self.documents.parts()
+        groups, sizes = plan(parts, self.config.shard_bytes), [part_bytes(part) for part in parts]
+        job = Job(self.directory, self.documents, self.config, self.split, groups, sizes)
         planned = {"fingerprint": self.fingerprint}
         path = self.directory / PLAN_FILE
         try:
@@ -229,8 +230,7 @@ class Preparation:
 
     def _check_unchanged(self, job: Job, made: Sequence[int]) -> None:
         """Unmakes `made` if a file changed meanwhile, for they may hold something else than the fingerprint says."""
-        now = sources.versions(files_of(self.documents))
-        changed = [old.path for old, new in zip(self._versions, now, strict=True) if old != new]
+        changed = [old.path for old in self._versions if sources.version(Path(old.path)) != old]
         if changed:
             for shard in made:
                 job.result_path(shard).unlink(missing_ok=True)
@@ -271,10 +271,10 @@ class Preparation:
             counts = {name: total + more for (name, total), more in zip(counts.items(), numbers, strict=True)}
             self.skips.add(result.skips)
         if counts["num_targets"] == 0:
-            seen = self.skips.documents
+            seen = self.skips.summary() or f"{self.skips.documents:,} documents"
             if self.directory.parent == prepared_root(self.config):
                 shutil.rmtree(self.directory, ignore_errors=True)
-            raise DataError(f"data.dataset: the {self.split} split has no text to predict ({seen:,} documents)")
+            raise DataError(f"data.dataset: the {self.split} split has no text to predict ({seen})")
         prepared = PreparedSplit(
             path=str(self.directory),
             split=self.split,
@@ -289,8 +289,8 @@ class Preparation:
             shards=tuple(shards),
             **counts,
         )
-        write_manifest(prepared, unigrams, sources.describe(files_of(self.documents), cache_directory(self.config)))
-        self.skips.warn(f"data.dataset={self.config.dataset}, {self.split}")
+        write_manifest(prepared, unigrams, sources.describe(files_of(self.documents), PART_BYTES))
+        self.skips.warn(f"data.dataset={self.config.dataset}, {self.split} split")
         # The manifest says it all now.
         for number in range(job.count):
             for path in (job.result_path(number), shard_lease(job, number).path):

@@ -71,6 +71,8 @@ class Job:
     split: Split
     groups: Sequence[range]
     """The parts of each shard."""
+    sizes: Sequence[int]
+    """Raw bytes of each part."""
 
     @property
     def count(self) -> int:
@@ -87,8 +89,7 @@ class Job:
 
     def raw_bytes(self, shard: int) -> int:
         """Raw size of a shard's parts."""
-        parts = self.documents.parts()
-        return sum(part_bytes(parts[part]) for part in self.groups[shard])
+        return sum(self.sizes[part] for part in self.groups[shard])
 
 
 class Result(NamedTuple):
@@ -147,7 +148,7 @@ def _make(job: Job, number: int, tokenizer: Tokenizer, advance: Advance, tempora
         for row in encode_records(packed, dtype):
             writer.write(row)
 
-    for texts, raw in _chunks(job.documents, job.groups[number], skips):
+    for texts, raw in _chunks(job, job.groups[number], skips):
         ids = tokenizer.encode_batch(texts)
         token_documents = [with_specials(one, tokenizer.bos_id, tokenizer.eos_id) for one in ids]
         chunk_tokens = sum(map(len, token_documents))
@@ -165,19 +166,18 @@ def _make(job: Job, number: int, tokenizer: Tokenizer, advance: Advance, tempora
     return Result(shard, int(unigrams.sum()), tokens, text_bytes, documents, skips, unigrams)
 
 
-def _chunks(documents: Documents, parts: range, skips: Skips) -> Iterator[tuple[list[str], int]]:
+def _chunks(job: Job, parts: range, skips: Skips) -> Iterator[tuple[list[str], int]]:
     """Texts in groups that bound the memory, and the raw bytes of the parts that end in each."""
-    sizes = documents.parts()
     texts: list[str] = []
     characters = raw = 0
     for part in parts:
-        for document in accepted(documents.read(part), skips):
+        for document in accepted(job.documents.read(part), skips):
             texts.append(document.text)
             characters += len(document.text)
             if len(texts) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
                 yield texts, raw
                 texts, characters, raw = [], 0, 0
-        raw += part_bytes(sizes[part])
+        raw += job.sizes[part]
     yield texts, raw
 
 

@@ -1,7 +1,7 @@
 """The files of a corpus: what they hold is known by their sha256, and that by their size and time of change.
 
-A corpus is what its files hold. Reading all of them at every start would take hours, so the sha256 of a file is
-remembered in the cache under its path, size and time of change, and taken from there as long as these are the same
+A corpus is what its files hold. Reading all of them at every start would take hours, so what a pass over a file found
+is remembered in the cache under its path, size and time of change, and taken from there as long as these are the same
 (`data.verify` full reads the file anyway). A file that was moved, copied or touched is read once more: if it still
 holds the same, it is still the same corpus.
 """
@@ -12,22 +12,23 @@ import hashlib
 import json
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsezoo_jax.data.documents import SourceFile, digest
-from sparsezoo_jax.data.tokenizer import write_atomic
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import read_json
 
-MEMORY = "file_hashes"
+MEMORY = "file_scans"
 #: A file changed in the last moments may change again without its time showing it: file systems count in ticks.
 _TICK_SECONDS = 2.0
 _MAX_MEMORY_BYTES = 1 << 28
 #: So many small files of a memory become one.
 _MANY = 32
+_CHUNK = 1 << 20
 
 
 class Version(NamedTuple):
@@ -38,43 +39,76 @@ class Version(NamedTuple):
     modified_ns: int
 
 
-_known: dict[Version, str] = {}
+class Scan(NamedTuple):
+    """What a pass over the bytes of a file found."""
+
+    sha256: str
+    newlines: array[int]
+    """Newlines before each multiple of the size of a part."""
 
 
-def versions(files: Sequence[SourceFile]) -> list[Version]:
-    """Path, size and time of change of each file; raises `StorageError` if one is missing."""
-    found = []
-    for file in files:
-        try:
-            stat = os.stat(file.path)
-        except OSError as error:
-            raise StorageError(f"{file.path}: {error.strerror or error}") from error
-        found.append(Version(os.path.abspath(file.path), stat.st_size, stat.st_mtime_ns))
+_Key = tuple[Version, int]
+#: Passes of this process, and those that the cache knows of.
+_made: dict[_Key, Scan] = {}
+_remembered: dict[_Key, Scan] = {}
+
+
+def version(path: Path) -> Version:
+    """Path, size and time of change; raises `StorageError` if there is no such file."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}") from error
+    return Version(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+def scan(path: Path, part_bytes: int) -> Scan:
+    """One pass over a file, which is remembered while its size and time of change are the same.
+
+    Args:
+      part_bytes: what newlines are counted before the multiples of.
+
+    Raises `StorageError` if it can't be read.
+    """
+    key = (version(path), part_bytes)
+    found = _made.get(key) or _remembered.get(key)
+    if found is None:
+        found = _made[key] = _scan(path, part_bytes)
     return found
 
 
-def describe(files: Sequence[SourceFile], cache: Path, *, verify: bool = False) -> list[dict[str, Any]]:
-    """`name`, `bytes`, `modified_ns` and `sha256` of each file.
+def scan_all(files: Sequence[SourceFile], part_bytes: int, cache: Path) -> list[Scan]:
+    """A pass over each file, several at a time, remembered in the cache; raises `StorageError`."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "scan") as pool:
+        scans = list(pool.map(lambda file: scan(file.path, part_bytes), files))
+    _remember(files, cache)
+    return scans
 
-    Args:
-      files: of one corpus.
-      cache: directory of what is remembered.
-      verify: read every file.
 
-    Raises `StorageError` if a file can't be read.
-    """
-    found = versions(files)
-    memory = cache / MEMORY / digest(os.path.commonpath([os.path.dirname(version.path) for version in found] or ["/"]))
-    if not verify and any(version not in _known for version in found):
-        _read_memory(memory)
-    missing = [version for version in dict.fromkeys(found) if verify or version not in _known]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "hash") as pool:
-        hashes = dict(zip(missing, pool.map(_sha256, missing), strict=True))
-    _known.update(hashes)
-    _remember(memory, hashes)
+def recall(files: Sequence[SourceFile], cache: Path, *, verify: bool) -> None:
+    """Takes what the cache knows of a corpus, unless all is to be read again in this process."""
+    if verify:
+        _remembered.clear()
+        return
+    for path in sorted(_memory(files, cache).glob("*.json")):
+        try:
+            for row in read_json(path, max_bytes=_MAX_MEMORY_BYTES):
+                name, size, modified_ns, part_bytes, sha256, newlines = row
+                _remembered[Version(name, size, modified_ns), part_bytes] = Scan(str(sha256), array("q", newlines))
+        except (OSError, ValueError, TypeError, OverflowError):  # another process joins them, or a damaged one
+            continue
+
+
+def describe(files: Sequence[SourceFile], part_bytes: int) -> list[dict[str, Any]]:
+    """`name`, `bytes`, `modified_ns` and `sha256` of each file; raises `StorageError`."""
     return [
-        {"name": file.name, "bytes": v.size, "modified_ns": v.modified_ns, "sha256": _known[v]}
-        for file, v in zip(files, found, strict=True)
+        {
+            "name": file.name,
+            "bytes": now.size,
+            "modified_ns": now.modified_ns,
+            "sha256": scan(file.path, part_bytes).sha256,
+        }
+        for file, now in ((file, version(file.path)) for file in files)
     ]
 
 
@@ -90,35 +124,49 @@ def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
     return lines + [f"{name} is missing" for name in old if name not in new]
 
 
-def _sha256(version: Version) -> str:
+def _scan(path: Path, part_bytes: int) -> Scan:
+    sha256, newlines, count, left = hashlib.sha256(), array("q"), 0, 0
     try:
-        with open(version.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb") as file:
+            while chunk := file.read(min(_CHUNK, left or part_bytes)):
+                if not left:
+                    newlines.append(count)
+                    left = part_bytes
+                sha256.update(chunk)
+                count += chunk.count(b"\n")
+                left -= len(chunk)
     except OSError as error:
-        raise StorageError(f"{version.path}: {error.strerror or error}") from error
+        raise StorageError(f"{path}: {error.strerror or error}") from error
+    return Scan(sha256.hexdigest(), newlines)
 
 
-def _read_memory(memory: Path) -> None:
-    for path in sorted(memory.glob("*.json")):
-        try:
-            rows = read_json(path, max_bytes=_MAX_MEMORY_BYTES)
-            _known.update({Version(*row[:3]): str(row[3]) for row in rows})
-        except (OSError, ValueError, TypeError, IndexError):  # another process made one file of several meanwhile
-            continue
+def _memory(files: Sequence[SourceFile], cache: Path) -> Path:
+    """Where passes over the files of a corpus are remembered."""
+    folders = {os.path.dirname(os.path.abspath(file.path)) for file in files}
+    return cache / MEMORY / digest(os.path.commonpath(folders or {"/"}))
 
 
-def _remember(memory: Path, hashes: dict[Version, str]) -> None:
-    settled = (time.time() - _TICK_SECONDS) * 1e9
-    rows = [[*version, value] for version, value in hashes.items() if version.modified_ns < settled]
-    if not rows:
+def _remember(files: Sequence[SourceFile], cache: Path) -> None:
+    memory, settled = _memory(files, cache), (time.time() - _TICK_SECONDS) * 1e9
+    paths = {os.path.abspath(file.path) for file in files}
+    new = {key: found for key, found in _made.items() if key[0].path in paths and key not in _remembered}
+    new = {key: found for key, found in new.items() if key[0].modified_ns < settled}
+    if not new:
         return
-    content = json.dumps(rows).encode()
-    write_atomic(memory / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)
+    _write(memory, new)
+    _remembered.update(new)
     before = sorted(memory.glob("*.json"))
     if len(before) > _MANY:
-        _read_memory(memory)
-        everything = json.dumps([[*version, value] for version, value in _known.items()]).encode()
-        kept = write_atomic(memory / f"{hashlib.sha256(everything).hexdigest()[:16]}.json", everything)
+        recall(files, cache, verify=False)
+        kept = _write(memory, {key: found for key, found in _remembered.items() if key[0].path in paths})
         for path in before:
             if path != kept:
                 path.unlink(missing_ok=True)
+
+
+def _write(memory: Path, scans: dict[_Key, Scan]) -> Path:
+    from sparsezoo_jax.data.tokenizer import write_atomic
+
+    rows = [[*key[0], key[1], found.sha256, found.newlines.tolist()] for key, found in scans.items()]
+    content = json.dumps(rows).encode()
+    return write_atomic(memory / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)

@@ -26,6 +26,7 @@ from sparsezoo_jax.data import (
 )
 from sparsezoo_jax.data.claims import Patience, make_free_shards, shard_lease
 from sparsezoo_jax.data.documents import Part
+from sparsezoo_jax.data.local_files import documents
 from sparsezoo_jax.data.manifest import MANIFEST_FILE
 from sparsezoo_jax.data.preparation import Preparation
 from sparsezoo_jax.data.shards import plan
@@ -61,7 +62,11 @@ def made(many, tokenizer, tmp_path_factory):
 
 
 def preparation(config, tokenizer, directory, split="train"):
-    return Preparation(config, split, open_documents(config, split), tokenizer, Path(directory))
+    opened = open_documents(config, split)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PART_BYTES", 1)  # or small files would be one part
+        opened.parts()
+    return Preparation(config, split, opened, tokenizer, Path(directory))
 
 
 def made_here(preparation):
@@ -72,8 +77,8 @@ def made_here(preparation):
 
 
 def test_counts(config, prepared, tokenizer):
-    documents = open_documents(config, "train")
-    texts = [documents[i].text for i in range(len(documents))]
+    opened = open_documents(config, "train")
+    texts = [opened[i].text for i in range(len(opened))]
     ids = [tokenizer.encode(text) for text in texts]
     assert prepared.num_documents == len(texts)
     assert prepared.num_bytes == sum(len(text.encode()) for text in texts)
@@ -90,10 +95,10 @@ def test_counts(config, prepared, tokenizer):
 def test_records_decode_to_the_documents(which, request, tokenizer, tmp_path):
     config = request.getfixturevalue(which)
     prepared = made_here(preparation(config, tokenizer, tmp_path / "out"))
-    documents = open_documents(config, "train")
+    opened = open_documents(config, "train")
     (batch,) = evaluation_batches(prepared, prepared.num_records)
     stream = batch["tokens"][batch["segment_ids"] > 0].tolist()
-    expected = [i for n in range(len(documents)) for i in [1, *tokenizer.encode(documents[n].text), 2]]
+    expected = [i for n in range(len(opened)) for i in [1, *tokenizer.encode(opened[n].text), 2]]
     # The last token of a shard may be a target only.
     missing = len(expected) - len(stream)
     assert missing <= len(prepared.shards) == (6 if which == "many" else 1)
@@ -206,6 +211,8 @@ from sparsezoo_jax.data import *
 from sparsezoo_jax.data import shards
 from sparsezoo_jax.data.claims import make_free_shards
 from sparsezoo_jax.data.preparation import Preparation
+from sparsezoo_jax.data.local_files import documents
+documents.PART_BYTES = 1
 corpus, tokenizer_dir, directory, mode = sys.argv[1:]
 config = DataConfig(dataset=corpus, seq_len=16, validation_fraction=0.2, shard_bytes=1, bpe_vocab_size=300)
 tokenizer = load_tokenizer(tokenizer_dir)

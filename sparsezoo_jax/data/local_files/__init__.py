@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.dataset_names import KNOWN, format_of
-from sparsezoo_jax.data.documents import Split
+from sparsezoo_jax.data.documents import SourceFile, Split
 from sparsezoo_jax.data.local_files.columns import NoColumnError
 from sparsezoo_jax.data.local_files.documents import LocalDocuments, Share, held_out
 from sparsezoo_jax.data.local_files.file import File
@@ -17,6 +17,7 @@ from sparsezoo_jax.data.local_files.paths import Found, find, shortened
 from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.data.local_files.tables import CsvFile, ParquetFile, TsvFile
 from sparsezoo_jax.data.local_files.texts import GamesFile, JsonLinesFile, TextFile
+from sparsezoo_jax.data.sources import recall
 from sparsezoo_jax.errors import DataError, SparsezooWarning
 
 __all__ = ["LocalDocuments", "open_local", "share_of"]
@@ -53,6 +54,8 @@ def open_local(config: DataConfig, name: str, split: Split, *, whole: bool = Fal
         whole = True
     if not found.files:
         raise DataError(f"data.dataset={name}: no files for the {split} split; known are {KNOWN}")
+    named = [SourceFile(found.name_of(path), path) for path in found.files]
+    recall(named, cache_directory(config), verify=config.verify == "full")
     files, left_out = _open_all(config, found)
     if left_out:
         warnings.warn(f"data.dataset={name}: not read: {shortened(left_out)}", SparsezooWarning, stacklevel=2)

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError, Document, Part, Skipped, digest
+from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError, Document, Part, Skipped, SourceFile, digest
 from sparsezoo_jax.data.local_files.file import Entry, File
 from sparsezoo_jax.data.local_files.unpacked import UnpackedFile
+from sparsezoo_jax.data.sources import scan_all
 
 #: Changes whenever the same files give other documents.
 _RECIPE = "local-2"
@@ -97,8 +98,14 @@ class LocalDocuments:
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """Name -> digest of each file. The first call reads all of them."""
+        """Name -> digest of each file. The first call reads those that are not remembered, several at a time."""
+        scan_all(self.files, PART_BYTES, self._cache)
         return {file.name: file.digest() for file in self._files}
+
+    @property
+    def files(self) -> Sequence[SourceFile]:
+        """Those of them that are files on this machine."""
+        return [SourceFile(file.name, file.path) for file in self._files if file.path.is_file()]
 
     def __bool__(self) -> bool:
         return True  # `open_local` opens no empty ones, and their length takes a pass

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError
-from sparsezoo_jax.data.local_files.streams import reading, scan
+from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.data.skipping import HALF_SURROGATE, NO_TEXT, NOT_JSON, NOT_TEXT, NOT_UTF8, NULL_TEXT, TOO_LONG
+from sparsezoo_jax.data.sources import scan
 from sparsezoo_jax.untrusted import MAX_LINE_BYTES, parse_json
 
 

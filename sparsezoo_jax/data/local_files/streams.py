@@ -5,13 +5,10 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
-import functools
 import gzip
-import hashlib
 import io
 import lzma
 import zlib
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -223,37 +220,3 @@ def lines(file: IO[bytes], *, start: int = 0, number: int = 1, end: int | None =
         else:
             yield Line(number, start, line)
         number, start = number + 1, start + size
-
-
-class Scan(NamedTuple):
-    """What a pass over the bytes of a file found."""
-
-    sha256: str
-    newlines: array[int]
-    """Newlines before each multiple of the size of a part."""
-
-
-def scan(path: Path, part_bytes: int) -> Scan:
-    """One pass over a file, remembered while its size and time of change are the same.
-
-    Raises:
-      StorageError: it can't be read.
-    """
-    with reading(path):
-        stat = path.stat()
-        return _scan(path, part_bytes, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=65536)
-def _scan(path: Path, part_bytes: int, size: int, mtime_ns: int) -> Scan:
-    del size, mtime_ns  # the key only: both splits of a corpus read its files once
-    digest, newlines, count, left = hashlib.sha256(), array("q"), 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(min(_CHUNK, left or part_bytes)):
-            if not left:
-                newlines.append(count)
-                left = part_bytes
-            digest.update(chunk)
-            count += chunk.count(b"\n")
-            left -= len(chunk)
-    return Scan(digest.hexdigest(), newlines)

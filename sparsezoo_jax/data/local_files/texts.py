@@ -16,10 +16,10 @@ from sparsezoo_jax.data.local_files.streams import (
     open_raw,
     open_utf8,
     reading,
-    scan,
     unmarked_utf16,
 )
 from sparsezoo_jax.data.skipping import NOT_UTF8, TOO_LONG
+from sparsezoo_jax.data.sources import scan
 
 #: Bytes of a text file, which is one document.
 MAX_TEXT_BYTES = 1 << 30
