@@ -23,7 +23,7 @@ from sparsezoo_jax.config import (
 )
 from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
-from sparsezoo_jax.data.tokenizer import write_atomic
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.overrides import with_values

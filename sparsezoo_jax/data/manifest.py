@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from sparsezoo_jax.data.documents import Split
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.packing import Records
-from sparsezoo_jax.data.tokenizer import write_atomic
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import MAX_SIZE, printable, read_json
 

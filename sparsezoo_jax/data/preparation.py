@@ -19,6 +19,7 @@ from sparsezoo_jax.data.claims import Patience, is_done, make_free_shards, shard
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import corpus_name, open_documents
 from sparsezoo_jax.data.documents import PART_BYTES, Documents, Split, digest, files_of
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.manifest import (
     MANIFEST_FILE,
     PreparedSplit,
@@ -30,7 +31,7 @@ from sparsezoo_jax.data.manifest import (
 from sparsezoo_jax.data.progress import PreparationProgress
 from sparsezoo_jax.data.shards import Advance, Job, part_bytes, plan, read_result
 from sparsezoo_jax.data.skipping import Skips
-from sparsezoo_jax.data.tokenizer import Tokenizer, build_tokenizer, find_tokenizer, write_atomic
+from sparsezoo_jax.data.tokenizer import Tokenizer, build_tokenizer, find_tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 from sparsezoo_jax.lease import Lease
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json
@@ -64,7 +65,8 @@ def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer, *, expected:
     documents = open_documents(config, split)
     preparation = Preparation(config, split, documents, tokenizer)
     if expected not in (None, preparation.fingerprint):
-        raise DataError(_changed(prepared_root(config) / str(expected), documents, config))
+        before = read_sources(prepared_root(config) / str(expected))
+        raise DataError(sources.changed(config.dataset, before, files_of(documents)))
     return preparation.run()
 
 
@@ -118,19 +120,6 @@ def _verified(prepared: PreparedSplit, config: DataConfig) -> PreparedSplit:
 
 def _recipe(config: DataConfig) -> str:
     return BLOCK_RECIPE if config.in_blocks else RECIPE
-
-
-def _changed(before: Path, documents: Documents, config: DataConfig) -> str:
-    """The line for a run whose corpus is not what it was."""
-    old = read_sources(before)
-    now = sources.describe(files_of(documents), PART_BYTES)
-    lines = [] if old is None else sources.changes(old, now)
-    what = f": {'; '.join(lines[:4])}" if lines else ""
-    what += f" and {len(lines) - 4} more files" if len(lines) > 4 else ""
-    return (
-        f"data.dataset={config.dataset}: is not what this run was trained on{what}; put it back as it was, or "
-        "begin another run from its parameters (--train.init-from RUN --workdir ANOTHER)"
-    )
 
 
 class Preparation:

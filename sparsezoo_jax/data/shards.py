@@ -22,11 +22,12 @@ import numpy as np
 
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import PART_BYTES, Documents, Part, Split
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.manifest import Shard, encode_records, record_dtype, shard_name
 from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask, with_specials
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.skipping import Skips, accepted
-from sparsezoo_jax.data.tokenizer import Tokenizer, write_atomic
+from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import read_json
 

@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsezoo_jax.data.documents import SourceFile, digest
+from sparsezoo_jax.data.documents import PART_BYTES, SourceFile, digest
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import read_json
 
-MEMORY = "file_scans"
+MEMORY, CORPORA = "file_scans", "corpora"
 #: A file changed in the last moments may change again without its time showing it: file systems count in ticks.
 _TICK_SECONDS = 2.0
 _MAX_MEMORY_BYTES = 1 << 28
@@ -124,6 +125,38 @@ def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
     return lines + [f"{name} is missing" for name in old if name not in new]
 
 
+def changed(dataset: str | None, before: Sequence[dict[str, Any]] | None, files: Sequence[SourceFile]) -> str:
+    """The line for a run whose corpus is not what it was: which files changed, and the ways on.
+
+    Args:
+      dataset: as the user names it.
+      before: the description of its files then, None if it was not kept.
+      files: of the corpus now.
+    """
+    lines = [] if before is None else changes(before, describe(files, PART_BYTES))
+    what = f": {'; '.join(lines[:4])}" if lines else ""
+    what += f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+    return (
+        f"data.dataset={dataset}: is not what this run was trained on{what}; put it back as it was, or begin "
+        "another run from its parameters (--train.init-from RUN --workdir ANOTHER)"
+    )
+
+
+def keep(fingerprint: str, files: Sequence[SourceFile], cache: Path) -> None:
+    """Keeps the description of a corpus in the cache, for `kept`; raises `StorageError`."""
+    path = cache / CORPORA / f"{fingerprint}.json"
+    if files and not path.exists():
+        write_atomic(path, json.dumps(describe(files, PART_BYTES)).encode())
+
+
+def kept(fingerprint: str, cache: Path) -> list[dict[str, Any]] | None:
+    """The description of a corpus by its fingerprint; None if there is none."""
+    try:
+        return read_json(cache / CORPORA / f"{fingerprint}.json", max_bytes=_MAX_MEMORY_BYTES)
+    except (OSError, ValueError):
+        return None
+
+
 def _scan(path: Path, part_bytes: int) -> Scan:
     sha256, newlines, count, left = hashlib.sha256(), array("q"), 0, 0
     try:
@@ -165,8 +198,6 @@ def _remember(files: Sequence[SourceFile], cache: Path) -> None:
 
 
 def _write(memory: Path, scans: dict[_Key, Scan]) -> Path:
-    from sparsezoo_jax.data.tokenizer import write_atomic
-
     rows = [[*key[0], key[1], found.sha256, found.newlines.tolist()] for key, found in scans.items()]
     content = json.dumps(rows).encode()
     return write_atomic(memory / f"{hashlib.sha256(content).hexdigest()[:16]}.json", content)

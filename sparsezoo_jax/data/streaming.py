@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from sparsezoo_jax.data import sources
 from sparsezoo_jax.data.batches import Batch, Prefetcher, State, check_state, endless_order, rows_of_process
-from sparsezoo_jax.data.config import DataConfig
-from sparsezoo_jax.data.corpora import open_documents
-from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, Split
+from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.corpora import corpus_name, open_documents
+from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, Split, files_of
 from sparsezoo_jax.data.packing import positions_of, with_specials
+from sparsezoo_jax.data.preparation import prepared_directory
 from sparsezoo_jax.data.skipping import Skips
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import DataError, SparsezooWarning
@@ -73,6 +75,8 @@ class StreamingBatches:
             "batch_size": config.batch_size,
         }
         self._skips = Skips.of(config)
+        self._dataset, self._cache = config.dataset, cache_directory(config)
+        sources.keep(documents.fingerprint, files_of(documents), self._cache)
         self._lanes = {row: _Lane() for row in rows}
         self._positions = self._snapshot()
         self._prefetcher = Prefetcher(self._produce, self._prefetch)
@@ -93,6 +97,9 @@ class StreamingBatches:
 
         States of several processes are joined by `merge_states` before a restore on another number of processes.
         """
+        if state.get("documents", documents := self._identity["documents"]) != documents:
+            before = sources.kept(state["documents"], self._cache)
+            raise DataError(sources.changed(self._dataset, before, files_of(self._documents)))
         check_state(state, self._identity)
         lanes = state.get("lanes", {})
         missing = [row for row in self._rows if str(row) not in lanes]
@@ -191,4 +198,8 @@ def streaming_batches(
     can't be read or has no text.
     """
     rows = rows_of_process(config.batch_size, process_index, process_count)
+    if prepared_directory(config, split) is not None:
+        raise DataError(
+            f"data.dataset={corpus_name(config, split)}: is a prepared corpus; data.mode=streaming reads text"
+        )
     return StreamingBatches(open_documents(config, split), tokenizer, config=config, rows=rows)

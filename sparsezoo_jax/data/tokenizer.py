@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest, with_parts
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.special_tokens import (
     GENERATION_FILE,
@@ -27,7 +27,7 @@ from sparsezoo_jax.data.special_tokens import (
     numbers_in,
     template_tokens,
 )
-from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning, StorageError
+from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning
 from sparsezoo_jax.untrusted import (
     MAX_SIZE,
     MAX_TOKENIZER_BYTES,
@@ -299,26 +299,6 @@ class SentencePieceTokenizer(_Base):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.model`; returns it. Raises `StorageError`."""
         return write_atomic(Path(directory) / SENTENCEPIECE_FILE, self._processor.serialized_model_proto())
-
-
-def write_atomic(path: Path, content: bytes) -> Path:
-    """Writes a file that is either whole or absent, even after a crash; raises `StorageError`."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise StorageError(f"{path}: could not write: {error.strerror or error}") from error
-    return path
 
 
 def find_tokenizer(run_dir: str | os.PathLike[str]) -> Tokenizer | None:

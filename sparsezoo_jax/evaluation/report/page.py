@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.data.tokenizer import write_atomic
+from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.plots import comparison_plots, run_plots
 from sparsezoo_jax.evaluation.report.svg import escape
