@@ -47,7 +47,7 @@ class Prepare:
     engine: Literal["local", "beam"] = "local"
     """local: processes of this machine. beam: a pipeline of Apache Beam (pip install 'sparsezoo-jax[beam]')."""
     beam: str = ""
-    """Flags of Beam's runner, as one text: '--runner=DataflowRunner --project=...'."""
+    """Flags of Beam's runner, as one text: --beam='--runner=DataflowRunner --project=...'."""
 
     def __post_init__(self):
         require(self.workers is None or 1 <= self.workers <= 4096, "--workers", self.workers, "must be from 1 to 4096")
