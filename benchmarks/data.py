@@ -106,7 +106,7 @@ def measured(words: list[str]) -> dict[str, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.2):
+        while not ended.wait(0.5):
             peak = max(peak, sum(map(memory, family(process.pid))))
 
     thread = threading.Thread(target=watch)

@@ -33,7 +33,7 @@ from sparsezoo_jax.untrusted import read_json
 
 #: Raw bytes of a shard, at most; of a smaller corpus a share of it, so that many cores can work, but not too few bytes.
 SHARD_BYTES, SHARD_SHARE, FEWEST_BYTES = 1 << 30, 256, 1 << 26
-_CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 4_000_000
+_CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 1_000_000
 _MAX_BAD_OF_SHARD = 0.5
 _MAX_RESULT_BYTES = 1 << 28
 

@@ -23,6 +23,7 @@ from sparsezoo_jax.data import (
     prepared_batches,
     shards,
     unigram_entropy,
+    workers,
 )
 from sparsezoo_jax.data.claims import Patience, make_free_shards, shard_lease
 from sparsezoo_jax.data.documents import Part
@@ -311,12 +312,10 @@ def test_what_a_worker_raises_is_raised_here(many, tokenizer, tmp_path):
     job = broken.open()
     (folder / "3.jsonl").unlink()
     with pytest.raises(StorageError, match=r"3\.jsonl: No such file"):
-        broken.make(job, range(6), workers=2)
+        workers.run_workers(job, range(6), 2, lambda *done: None)
 
 
 def test_a_worker_that_is_killed_is_reported(many, tokenizer, tmp_path):
-    from sparsezoo_jax.data import workers
-
     made = preparation(many, tokenizer, tmp_path)
     job = made.open()
 
@@ -365,9 +364,10 @@ def test_damaged_files_are_reported(config, tokenizer, tmp_path):
     (Path(made.path) / "unigrams.npy").write_bytes(b"")
     with pytest.raises(StorageError, match="damaged prepared corpus"):
         unigram_entropy(again, again, again.vocab_size)
-    for values in ({"seq_len": 3}, {"shards": [{"name": "../x", "records": 1, "bytes": 1, "sha256": ""}]}):
-        known = json.loads((Path(made.path) / MANIFEST_FILE).read_text())
-        (tmp_path / MANIFEST_FILE).write_text(json.dumps(values if "seq_len" in values else {**known, **values}))
+    known = json.loads((Path(made.path) / MANIFEST_FILE).read_text())
+    (shard,) = known["shards"]
+    for change in ({"seq_len": "3"}, {"shards": [shard | {"name": "../x"}]}, {"shards": []}, {"format": "another"}):
+        (tmp_path / MANIFEST_FILE).write_text(json.dumps(known | change))
         with pytest.raises(StorageError, match="damaged prepared corpus"):
             load_prepared(tmp_path)
 
@@ -434,3 +434,27 @@ def replace_fingerprint(tokenizer):
     other.__dict__.update(tokenizer.__dict__)
     other.fingerprint = "other"
     return other
+
+
+def test_a_file_cut_short(config, tokenizer, tmp_path, monkeypatch):
+    opened = shards.open_writer
+
+    class Losing:
+        """ArrayRecord tells nothing of some errors."""
+
+        def __init__(self, path):
+            self.writer = opened(path)
+            self.count = 0
+
+        def write(self, row):
+            self.count += 1
+            if self.count > 1:
+                self.writer.write(row)
+
+        def close(self):
+            self.writer.close()
+
+    monkeypatch.setattr(shards, "open_writer", Losing)
+    with pytest.raises(StorageError, match="was not written completely"):
+        prepare(with_cache(config, tmp_path), "train", tokenizer)
+    assert not list((tmp_path / "prepared").rglob("*.array_record"))
