@@ -7,6 +7,7 @@ whoever sees that writes the manifest (`data.manifest`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from sparsezoo_jax.data.manifest import (
 from sparsezoo_jax.data.progress import PreparationProgress
 from sparsezoo_jax.data.shards import Advance, Job, part_bytes, plan, read_result
 from sparsezoo_jax.data.skipping import Skips
-from sparsezoo_jax.data.tokenizer import Tokenizer, build_tokenizer, find_tokenizer
+from sparsezoo_jax.data.tokenizer import HF_CONFIG_FILE, TOKENIZER_FILES, Tokenizer, build_tokenizer, find_tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 from sparsezoo_jax.lease import Lease
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json
@@ -204,18 +205,24 @@ class Preparation:
         raw = {shard: job.raw_bytes(shard) for shard in shards}
         done = sum(raw[shard] for shard in shards if shard not in missing)
         progress = PreparationProgress(f"preparing {self.split}", sum(raw.values()), done)
-        with progress:
-            if missing:
-                (engine or _local(workers))(job, missing, self.tokenizer, progress.advance)
-            wait_for_shards(
-                job,
-                missing,
-                self.tokenizer,
-                progress.advance,
-                minutes=self.config.wait_minutes,
-            )
+        try:
+            with progress:
+                if missing:
+                    (engine or _local(workers))(job, missing, self.tokenizer, progress.advance)
+                minutes = self.config.wait_minutes
+                wait_for_shards(job, missing, self.tokenizer, progress.advance, minutes=minutes)
+        except DataError:
+            self._leave_nothing()
+            raise
         self._check_unchanged(job, missing)
         return progress
+
+    def _leave_nothing(self) -> None:
+        """Removes the directory if it has no finished shard, nor anything of somebody else."""
+        own = {PLAN_FILE, HF_CONFIG_FILE, *TOKENIZER_FILES}
+        with contextlib.suppress(OSError):
+            if all(entry.name in own or entry.name.startswith(".") for entry in self.directory.iterdir()):
+                shutil.rmtree(self.directory, ignore_errors=True)
 
     def _check_unchanged(self, job: Job, made: Sequence[int]) -> None:
         """Unmakes `made` if a file changed meanwhile, for they may hold something else than the fingerprint says."""
@@ -261,8 +268,10 @@ class Preparation:
             self.skips.add(result.skips)
         if counts["num_targets"] == 0:
             seen = self.skips.summary() or f"{self.skips.documents:,} documents"
-            if self.directory.parent == prepared_root(self.config):
-                shutil.rmtree(self.directory, ignore_errors=True)
+            for number in range(job.count):
+                job.result_path(number).unlink(missing_ok=True)
+                job.path(number).unlink(missing_ok=True)
+            self._leave_nothing()
             raise DataError(f"data.dataset: the {self.split} split has no text to predict ({seen})")
         prepared = PreparedSplit(
             path=str(self.directory),

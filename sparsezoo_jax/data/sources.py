@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsezoo_jax.data.documents import PART_BYTES, SourceFile, digest
+from sparsezoo_jax.data.documents import PART_BYTES, SourceFile, changed_files, digest
 from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import read_json
@@ -113,18 +113,6 @@ def describe(files: Sequence[SourceFile], part_bytes: int) -> list[dict[str, Any
     ]
 
 
-def changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
-    """What is different between two descriptions of a corpus, a line for each file."""
-    old, new = {row["name"]: row for row in before}, {row["name"]: row for row in now}
-    lines = []
-    for name, row in new.items():
-        if name not in old:
-            lines.append(f"{name} is new")
-        elif row["sha256"] != old[name].get("sha256"):
-            lines.append(f"{name} was changed ({old[name].get('bytes')} bytes then, {row['bytes']} now)")
-    return lines + [f"{name} is missing" for name in old if name not in new]
-
-
 def changed(dataset: str | None, before: Sequence[dict[str, Any]] | None, files: Sequence[SourceFile]) -> str:
     """The line for a run whose corpus is not what it was: which files changed, and the ways on.
 
@@ -133,9 +121,9 @@ def changed(dataset: str | None, before: Sequence[dict[str, Any]] | None, files:
       before: the description of its files then, None if it was not kept.
       files: of the corpus now.
     """
-    lines = [] if before is None else changes(before, describe(files, PART_BYTES))
-    what = f": {'; '.join(lines[:4])}" if lines else ""
-    what += f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+    now = {row["name"]: row["sha256"] for row in describe(files, PART_BYTES)}
+    found = changed_files({row["name"]: row.get("sha256", "") for row in before or ()}, now) if before else ""
+    what = f" ({found})" if found else ""
     return (
         f"data.dataset={dataset}: is not what this run was trained on{what}; put it back as it was, or begin "
         "another run from its parameters (--train.init-from RUN --workdir ANOTHER)"
