@@ -17,7 +17,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,15 @@ from typing import Any
 
 import numpy as np
 
-TOKENS, CHIPS = 15e12, 1024
+TOKENS = 15e12
+PREPARE = (sys.executable, "-m", "sparsezoo_jax.prepare")
+#: The command with smaller parts of files, so that a small text has many shards.
+SMALL_PARTS = """
+from sparsezoo_jax import cli, prepare
+from sparsezoo_jax.data.local_files import documents
+documents.PART_BYTES = 500_000
+cli.run(prepare.main)
+"""
 
 
 def main() -> None:
@@ -89,12 +96,13 @@ def command(options: argparse.Namespace, text: Path, out: Path, *more: object) -
     """The command that prepares the training split of a text."""
     flags = {"--data.dataset": text, "--data.tokenizer": tokenizer(options), "--out": out, "--data.seq-len": 1024}
     flags |= {"--splits": "train", "--data.validation-fraction": 0.01}
-    return [*prepare(), *(str(word) for pair in flags.items() for word in pair), *map(str, more)]
+    return [*PREPARE, *(str(word) for pair in flags.items() for word in pair), *map(str, more)]
 
 
-def prepare() -> list[str]:
-    """The command without flags."""
-    return [sys.executable, "-m", "sparsezoo_jax.prepare"]
+def in_small_parts(options: argparse.Namespace, megabytes: int, out: Path, workers: int) -> list[str]:
+    """The same with many shards of little text."""
+    words = command(options, corpus(options, megabytes), out, "--data.shard-bytes", 500_000, "--workers", workers)
+    return [sys.executable, "-c", SMALL_PARTS, *words[len(PREPARE) :]]
 
 
 # ----------------------------------------------------------------------------------------------------------- Measuring
@@ -189,7 +197,8 @@ def on_paper(rate: float, size: float) -> Iterator[str]:
     """What these rates mean for a large run."""
     shards = TOKENS * size / 1e9
     yield ""
-    yield f"on paper, {TOKENS:.0e} tokens: {TOKENS / rate / 86400:,.0f} core-days, {TOKENS * size / 1e12:,.1f} TB"
+    days, size_tb = TOKENS / rate / 86400, TOKENS * size / 1e12
+    yield f"on paper, {TOKENS / 1e12:.0f}T tokens: {days:,.0f} core-days, {size_tb:,.1f} TB"
     yield f"in {shards:,.0f} files of a gigabyte, whose manifest has {shards * 150 / 1e6:.1f} MB"
 
 
@@ -202,7 +211,7 @@ def restart(options: argparse.Namespace) -> Iterator[str]:
         f"{options.megabytes:,} MB of text, prepared on the fly before": ["--data.dataset", str(text)],
         f"{options.megabytes:,} MB of text, its prepared directory": ["--data.dataset", str(options.dir / "both")],
     }
-    words = [*prepare(), "--data.dataset", str(text), "--out", str(options.dir / "both"), "--data.seq-len", "1024"]
+    words = [*PREPARE, "--data.dataset", str(text), "--out", str(options.dir / "both"), "--data.seq-len", "1024"]
     subprocess.run([*words, "--data.tokenizer", str(tokenizer(options))], check=True, capture_output=True)
     yield "| corpus | first step of a restarted run after |\n|---|---|"
     for name, flags in corpora.items():
@@ -220,43 +229,47 @@ def restart(options: argparse.Namespace) -> Iterator[str]:
 
 
 def kills(options: argparse.Namespace) -> Iterator[str]:
-    """SIGKILL at random moments, until it is done."""
-    megabytes = max(options.megabytes // 10, 10)
-    text, draw = corpus(options, megabytes), random.Random(0)
-    small = ["--data.shard-bytes", 2_000_000, "--workers", 2]
+    """SIGKILL at random moments, until it is done; then again from the beginning."""
+    megabytes, draw = max(options.megabytes // 10, 10), random.Random(0)
     whole, out = options.dir / "whole", options.dir / "killed"
     for folder in (whole, out):
         shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(command(options, text, whole, *small), check=True, capture_output=True)
-    done = 0
-    while done < options.kills and not (out / "train" / "manifest.json").exists():
-        process = subprocess.Popen(command(options, text, out, *small), stdout=-3, stderr=-3)
-        time.sleep(draw.uniform(2.0, 4.0))
-        done += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    left = 0 if (out / "train" / "manifest.json").exists() else len(list((out / "train").glob("shard-*.json")))
-    finished = subprocess.run(command(options, text, out, *small), check=True, capture_output=True, text=True)
-    shards = len(manifest(out)["shards"])
-    yield f"{megabytes} MB in {shards} shards: {done} kills, {left} shards done after the last"
-    yield f"records bitwise as without: {records(out) == records(whole)}"
-    now = re.findall(r"made now *│ *([\d,]+) documents", finished.stdout)
-    total = manifest(out)["num_documents"]
-    yield f"made by the command that finished it: {now[0] if now else 0} of {total:,} documents"
+    subprocess.run(in_small_parts(options, megabytes, whole, 2), check=True, capture_output=True)
+    expected, shards = records(whole), len(manifest(whole)["shards"])
+    words = in_small_parts(options, megabytes, out, 2)
+    done = rounds = same = most = 0
+    while done < options.kills:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(3.0, 12.0))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            done += 1
+            most = max(most, len(list((out / "train").glob(".shard-*.array_record.*"))))
+            continue
+        rounds += 1
+        same += records(out) == expected
+        shutil.rmtree(out)
+    subprocess.run(words, check=True, capture_output=True)
+    yield f"{megabytes} MB in {shards} shards, two workers: {done} kills in {rounds + 1} preparations"
+    yield f"records bitwise as without: {same + (records(out) == expected)} of {rounds + 1}"
+    yield f"shards begun and not finished after a kill: at most {most}, one for each worker"
 
 
 def starters(options: argparse.Namespace) -> Iterator[str]:
     """Several commands at once share the work."""
     megabytes = max(options.megabytes // 10, 10)
-    text, out, whole = corpus(options, megabytes), options.dir / "together", options.dir / "whole"
-    small = ["--data.shard-bytes", 2_000_000, "--workers", 1]
+    out, whole = options.dir / "together", options.dir / "whole"
     shutil.rmtree(out, ignore_errors=True)
     if not whole.exists():
-        subprocess.run(command(options, text, whole, *small), check=True, capture_output=True)
-    words = command(options, text, out, *small)
-    processes = [subprocess.Popen(words, stdout=-1, stderr=-1, text=True) for _ in range(options.starters)]
-    found = [process.communicate() for process in processes]
-    counts = [int(m[0].replace(",", "")) if (m := re.findall(r"made now *│ *([\d,]+) doc", o)) else 0 for o, _ in found]
+        subprocess.run(in_small_parts(options, megabytes, whole, 2), check=True, capture_output=True)
+    words = in_small_parts(options, megabytes, out, 1)
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) for _ in range(options.starters)]
+    found = [process.communicate()[0] for process in processes]
+    numbers = [re.findall(r"made now *│ *([\d,]+) documents", text) for text in found]
+    counts = [int(number[0].replace(",", "")) if number else 0 for number in numbers]
     yield f"{options.starters} commands at once: exit statuses {[process.returncode for process in processes]}"
     yield f"documents made by each: {counts}, together {sum(counts):,} of {manifest(out)['num_documents']:,}"
     yield f"records bitwise those of one: {records(out) == records(whole)}"
