@@ -9,7 +9,7 @@ import pytest
 
 from sparsezoo_jax import data, prepare, train
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.errors import ConfigError, DataError, UserError
+from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning, UserError
 
 FLAGS = ["--data.seq-len", "32", "--data.bpe-vocab-size", "300"]
 
@@ -25,7 +25,8 @@ def made(small_corpus, tmp_path_factory):
         patch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
         tables = []
         patch.setattr("sparsezoo_jax.cli.print_table", lambda title, header, rows: tables.append(dict(rows)))
-        prepare.main(["--data.dataset", str(root / "text"), "--out", str(root / "out"), *FLAGS])
+        with pytest.warns(SparsezooWarning, match="documents skipped"):
+            prepare.main(["--data.dataset", str(root / "text"), "--out", str(root / "out"), *FLAGS])
     shutil.rmtree(root / "text")
     return root / "out", printed, tables
 

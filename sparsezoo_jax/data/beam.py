@@ -24,8 +24,8 @@ def beam_engine(flags: Sequence[str]) -> Engine:
     Raises `UserError` if Beam is not installed.
     """
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--engine=beam: needs Apache Beam: pip install 'sparsezoo-jax[beam]'") from None
 

@@ -29,8 +29,8 @@ class DataConfig:
     """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', a data set of
     Hugging Face's hub as 'hf://owner/name[:config][/split]', or a path, directory or glob of local files, or several of
     these with commas between them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the
-    ones of text also as .gz, .zst, .bz2 or .xz. None in the configuration of somebody else's run whose corpus is not
-    embedded: it has to be named here."""
+    ones of text also as .gz, .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the
+    configuration of somebody else's run whose corpus is not embedded: it has to be named here."""
 
     text_field: str = "text"
     """Field (TFDS feature, JSON key, column of a table) that holds the text of a document; with dots within others, as

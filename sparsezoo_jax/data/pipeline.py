@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,34 @@ from sparsezoo_jax.errors import ConfigError
 
 #: An open file has an index in memory, of about 20 bytes a record: files of so many records together are kept open.
 _OPEN_RECORDS, _OPEN_FILES = 4_000_000, 64
+#: Files that are opened and read at the same time.
+_THREADS = 8
 
 
 class RecordReader:
     """Random access to the records of a prepared split.
 
-    Which file has a record is arithmetic on the manifest. Files are opened when they are read, and kept open while
-    their indexes stay small (`_OPEN_RECORDS`), so that memory does not grow with the corpus.
+    Which file has a record is arithmetic on the manifest. Files are opened when they are read, several at a time, and
+    kept open while their indexes stay small (`_OPEN_RECORDS`), so that memory does not grow with the corpus.
     """
 
     def __init__(self, prepared: PreparedSplit):
-        self._prepared = prepared
-        self._starts = prepared.starts
+        self._prepared, self._starts = prepared, prepared.starts
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._records = 0
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_THREADS, "data-shards")
 
     def read(self, indices: Sequence[int]) -> Records:
         """Records by index; raises `StorageError` if a file is missing or damaged."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
+        wanted = [(shard, np.flatnonzero(shards == shard).tolist()) for shard in np.unique(shards).tolist()]
+        numbers = [[int(indices[place] - self._starts[shard]) for place in places] for shard, places in wanted]
+        reads = (map if len(wanted) == 1 else self._pool.map)(self._read, (shard for shard, _ in wanted), numbers)
         rows: list[bytes] = [b""] * len(indices)
-        with self._lock:
-            for shard in np.unique(shards).tolist():
-                places = np.flatnonzero(shards == shard).tolist()
-                numbers = [int(indices[place] - self._starts[shard]) for place in places]
-                for place, row in zip(places, self._read(shard, numbers), strict=True):
-                    rows[place] = row
+        for (_, places), found in zip(wanted, reads, strict=True):
+            for place, row in zip(places, found, strict=True):
+                rows[place] = row
         try:
             return decode_records(rows, self._prepared)
         except ValueError as error:
@@ -61,9 +63,8 @@ class RecordReader:
 
     def close(self) -> None:
         """Closes all files."""
-        with self._lock:
-            while self._open:
-                self._close_oldest()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._open.clear()
 
     def _read(self, shard: int, numbers: list[int]) -> list[bytes]:
         try:
@@ -74,24 +75,23 @@ class RecordReader:
             raise damaged(self._prepared.path, f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
     def _reader(self, shard: int) -> Any:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
         known = self._prepared.shards[shard]
-        while self._open and (self._records + known.records > _OPEN_RECORDS or len(self._open) >= _OPEN_FILES):
-            self._close_oldest()
         reader = open_reader(Path(self._prepared.path) / known.name)
         if not reader.ok() or reader.num_records() != known.records:
             raise ValueError(f"does not hold {known.records:,} records")
-        self._open[shard] = reader
-        self._records += known.records
+        with self._lock:
+            while self._open and (self._records + known.records > _OPEN_RECORDS or len(self._open) >= _OPEN_FILES):
+                # Another thread may be reading it: it is closed when nobody holds it any more.
+                oldest, _ = self._open.popitem(last=False)
+                self._records -= self._prepared.shards[oldest].records
+            if shard not in self._open:
+                self._records += known.records
+            self._open[shard] = reader
         return reader
-
-    def _close_oldest(self) -> None:
-        shard, reader = self._open.popitem(last=False)
-        self._records -= self._prepared.shards[shard].records
-        with contextlib.suppress(RuntimeError):  # raised for a damaged file, which reading reports
-            reader.close()
 
 
 class PreparedBatches:
