@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ _MAX_MEMORY_BYTES = 1 << 28
 #: So many small files of a memory become one.
 _MANY = 32
 _CHUNK = 1 << 20
+#: A pass over so many bytes is announced.
+_TELL_BYTES = 4 << 30
 
 
 class Version(NamedTuple):
@@ -72,14 +75,21 @@ def scan(path: Path, part_bytes: int) -> Scan:
     Raises `StorageError` if it can't be read.
     """
     key = (version(path), part_bytes)
-    found = _made.get(key) or _remembered.get(key)
-    if found is None:
-        found = _made[key] = _scan(path, part_bytes)
-    return found
+    if not _is_known(key):
+        _made[key] = _scan(path, part_bytes)
+    return _made.get(key) or _remembered[key]
+
+
+def _is_known(key: _Key) -> bool:
+    return key in _made or key in _remembered
 
 
 def scan_all(files: Sequence[SourceFile], part_bytes: int, cache: Path) -> list[Scan]:
     """A pass over each file, several at a time, remembered in the cache; raises `StorageError`."""
+    unknown = [key[0].size for file in files if not _is_known(key := (version(file.path), part_bytes))]
+    if sum(unknown) > _TELL_BYTES:
+        what = f"{len(unknown):,} files ({sum(unknown) / 1e9:,.0f} GB)"
+        print(f"reading {what} once, to know what they hold; {cache / MEMORY} remembers it", file=sys.stderr)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "scan") as pool:
         scans = list(pool.map(lambda file: scan(file.path, part_bytes), files))
     _remember(files, cache)

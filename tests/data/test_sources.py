@@ -53,6 +53,14 @@ def test_a_file_is_read_once(local, corpus, passes, monkeypatch):
     assert passes == 2 * [corpus.name]
 
 
+def test_a_long_pass_is_announced(local, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "_TELL_BYTES", 1)
+    fingerprint(local)
+    assert "reading 1 files (0 GB) once, to know what they hold" in capsys.readouterr().err
+    fingerprint(local)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_moved_or_touched_file_is_read_again_and_is_the_same(local, corpus, passes, monkeypatch, tmp_path):
     first = fingerprint(local)
     set_time(tmp_path / "corpus" / corpus.name, LONG_AGO + 1)
