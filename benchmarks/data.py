@@ -1,6 +1,6 @@
 """Preparing a corpus, and training on it again: `python -m benchmarks.data [PART ...] [--megabytes N] [--kills N]`.
 
-Parts: scaling (one core and two, and the memory of a tenth of the text), restart (time to the first step), kills
+Parts: scaling (one core and two, and the memory that less text takes), restart (time to the first step), kills
 (records bitwise as without), starters (several at once), reader (two billion records). The text is made of the embedded
 corpus. What a part printed is kept in --dir and not measured again there, so that a command that was cut off goes on
 with the part that it was in. On a machine that others use, look at CPU time rather than time.
@@ -29,6 +29,16 @@ from typing import Any
 import numpy as np
 
 TOKENS = 15e12
+#: CPU time from the start of Python to the first batch.
+OPEN = """
+import sys, time
+from sparsezoo_jax import data
+config = data.DataConfig(dataset=sys.argv[1], tokenizer=sys.argv[2] or None, seq_len=1024, batch_size=1)
+tokenizer = data.open_tokenizer(config)
+data.prepare(config, "validation", tokenizer)
+next(data.prepared_batches(data.prepare(config, "train", tokenizer), batch_size=1, seed=0))
+print(time.process_time())
+"""
 PREPARE = (sys.executable, "-m", "sparsezoo_jax.prepare")
 #: The command with smaller parts of files, so that a small text has many shards.
 SMALL_PARTS = """
@@ -44,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--megabytes", type=int, default=1000, help="of text")
+    parser.add_argument("--small-megabytes", type=int, default=100, help="of text to compare memory with")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--starters", type=int, default=4)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "sparsezoo-benchmark-data")
@@ -168,9 +179,9 @@ def prepared(options: argparse.Namespace, megabytes: int) -> Path:
 # --------------------------------------------------------------------------------------------------------------- Parts
 def scaling(options: argparse.Namespace) -> Iterator[str]:
     """One process against two, each with one thread."""
-    whole, tenth = options.megabytes, options.megabytes // 10
+    whole, small = options.megabytes, options.small_megabytes
     figures, made = {}, {}
-    for workers, megabytes in ((2, tenth), (1, whole), (2, whole)):
+    for workers, megabytes in ((2, small), (1, whole), (2, whole)):
         out = options.dir / f"scaling-{workers}-{megabytes}"
         shutil.rmtree(out, ignore_errors=True)
         figures[workers, megabytes] = measured(command(options, corpus(options, megabytes), out, "--workers", workers))
@@ -213,7 +224,7 @@ def restart(options: argparse.Namespace) -> Iterator[str]:
     }
     words = [*PREPARE, "--data.dataset", str(text), "--out", str(options.dir / "both"), "--data.seq-len", "1024"]
     subprocess.run([*words, "--data.tokenizer", str(tokenizer(options))], check=True, capture_output=True)
-    yield "| corpus | first step of a restarted run after |\n|---|---|"
+    yield "| corpus | first step of a restarted run after | CPU time of opening the data |\n|---|---|---|"
     for name, flags in corpora.items():
         workdir = options.dir / "run"
         shutil.rmtree(workdir, ignore_errors=True)
@@ -225,7 +236,10 @@ def restart(options: argparse.Namespace) -> Iterator[str]:
             train += ["--data.tokenizer", str(tokenizer(options))]
         subprocess.run([*train, "--train.stop-at", "2"], check=True, capture_output=True)
         subprocess.run(train, check=True, capture_output=True)
-        yield f"| {name} | {json.loads((workdir / 'evaluation.json').read_text())['seconds_to_first_step']} s |"
+        seconds = json.loads((workdir / "evaluation.json").read_text())["seconds_to_first_step"]
+        names = [flags[1], str(tokenizer(options)) if "both" not in flags[-1] else ""]
+        opened = subprocess.run([sys.executable, "-c", OPEN, *names], check=True, capture_output=True, text=True)
+        yield f"| {name} | {seconds} s | {float(opened.stdout):.2f} s |"
 
 
 def kills(options: argparse.Namespace) -> Iterator[str]:
