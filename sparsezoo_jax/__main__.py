@@ -17,6 +17,7 @@ COMMANDS = {
     "aot": "compile a step for TPUs or GPUs that are not here: memory, communication, time",
     "sae": "train a sparse autoencoder on a run's activations",
     "chess": "play games of chess to train on",
+    "prepare": "tokenise and pack a corpus into records to train on",
 }
 
 

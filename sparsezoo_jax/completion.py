@@ -70,7 +70,10 @@ def flags_of(name: str) -> list[str]:
                 continue
             found |= dict.fromkeys([*ALIASES, *paths])
         else:
-            found |= dict.fromkeys(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command))
+            try:
+                found |= dict.fromkeys(_paths(command()))
+            except (TypeError, ValueError):  # it has fields without defaults, and none with fields within
+                found |= dict.fromkeys(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command))
     return [*found, "--help"]
 
 

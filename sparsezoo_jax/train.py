@@ -167,9 +167,10 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         config.model.vocab_size,
         f"must be at least the tokenizer's {tokenizer.vocab_size}",
     )
-    validation = data.prepare(config.data, "validation", tokenizer)
+    # First of all, for a run whose corpus changed is refused here, before anything is prepared.
     trained_on = saved_position(workdir).get("fingerprint") if has_steps else None
     prepared, batches = training_batches(config, tokenizer, rows, trained_on)
+    validation = data.prepare(config.data, "validation", tokenizer)
     bytes_per_token = validation.num_bytes / validation.num_targets
 
     def evaluate(model, max_batches: int | None, between: Callable[[], None]):
