@@ -90,8 +90,8 @@ class DataConfig:
     """Directory of prepared TFDS data sets; None is TFDS's own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
 
     shard_bytes: int | None = None
-    """Raw bytes of the corpus that become one file of records. None is a gigabyte; in a corpus below 256 GB a 256th of
-    it, but at least 64 MB."""
+    """Raw bytes of the corpus that become one file of records. None is three gigabytes, which make about one of
+    records; in a corpus below 768 GB a 256th of it, but at least 64 MB."""
 
     verify: Literal["stat", "full"] = "stat"
     """How files are told to be those that were read before: by path, size and time of change ('stat'), or by reading

@@ -31,8 +31,9 @@ from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import read_json
 
-#: Raw bytes of a shard, at most; of a smaller corpus a share of it, so that many cores can work, but not too few bytes.
-SHARD_BYTES, SHARD_SHARE, FEWEST_BYTES = 1 << 30, 256, 1 << 26
+#: Raw bytes of a shard, at most, which become about a gigabyte of records; of a smaller corpus a share of it, so that
+#: many cores can work, but not too few bytes.
+SHARD_BYTES, SHARD_SHARE, FEWEST_BYTES = 3 << 30, 256, 1 << 26
 _CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 4096, 1_000_000
 _MAX_BAD_OF_SHARD = 0.5
 _MAX_RESULT_BYTES = 1 << 28

@@ -126,8 +126,8 @@ def test_shards_are_parts_of_about_equal_raw_size():
     assert [list(group) for group in groups] == [[0, 1, 2], [3], [4, 5, 6], [7], [8]]
     assert plan(parts, 10**6) == [range(9)]
     assert len(plan(parts)) == 1
-    # By default a gigabyte, a 256th of a smaller corpus, but not too small.
-    assert len(plan([Part("", 2**25)] * 2**15)) == 1024
+    # By default three gigabytes, a 256th of a smaller corpus, but not too small.
+    assert len(plan([Part("", 2**25)] * 3 * 2**15)) == 1024
     assert len(plan([Part("", 2**25)] * 2**11)) == 256
     assert len(plan([Part("", 2**25)] * 16)) == 8
     assert len(plan([Part("", 0)] * 16)) == 8
