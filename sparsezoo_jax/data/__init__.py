@@ -20,14 +20,13 @@ from sparsezoo_jax.data.tokenizer import (
     SentencePieceTokenizer,
     StreamDecoder,
     Tokenizer,
-    build_tokenizer,
     continuation,
     find_tokenizer,
     load_tokenizer,
     pieces,
     register_tokenizer,
-    train_bpe,
 )
+from sparsezoo_jax.data.trained_tokenizers import build_tokenizer, train_bpe
 
 __all__ = [
     "CORPORA",

@@ -33,7 +33,8 @@ from sparsezoo_jax.data.progress import PreparationProgress
 from sparsezoo_jax.data.shards import Advance, Job, part_bytes, plan, read_result
 from sparsezoo_jax.data.skipping import Skips
 from sparsezoo_jax.data.special_tokens import HF_CONFIG_FILE
-from sparsezoo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, build_tokenizer, find_tokenizer
+from sparsezoo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
+from sparsezoo_jax.data.trained_tokenizers import build_tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 from sparsezoo_jax.lease import Lease
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json

@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face `tokenizer.json`, SentencePiece `.model`, and a byte-level BPE trained on the corpus."""
+"""Tokenizers from files: Hugging Face's `tokenizer.json`, `vocab.json` with `merges.txt`, SentencePiece's `.model`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsezoo_jax.data.chess.pgn import CHARACTERS
-from sparsezoo_jax.data.config import DataConfig, cache_directory
-from sparsezoo_jax.data.documents import Documents, digest, with_parts
+from sparsezoo_jax.data.documents import digest
 from sparsezoo_jax.data.files import write_atomic
-from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.special_tokens import (
     GENERATION_FILE,
     HF_CONFIG_FILE,
@@ -38,14 +34,7 @@ from sparsezoo_jax.untrusted import (
 
 HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-#: Names the tokenizer of chess games in `data.tokenizer`.
-CHESS = "chess"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-#: Changes whenever `train_bpe` would give another tokenizer for the same corpus.
-BPE_RECIPE = "byte-bpe-2"
-#: A BPE is trained on at most so many documents and characters, from so many parts all over the corpus.
-BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS, BPE_MAX_PARTS = 200_000, 256_000_000, 1000
 
 
 #: Ids that the text of the next one may depend on.
@@ -450,84 +439,3 @@ TOKENIZER_FILES: dict[str, Callable[[Path, bytes], Tokenizer]] = {
     SENTENCEPIECE_FILE: _load_sentencepiece,
     VOCABULARY_FILE: _load_vocabulary,
 }
-
-
-def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
-    """The tokenizer that `config` names, that of chess games for a corpus of them, or else a byte-level BPE trained on
-    `documents` (the training split).
-    """
-    name = config.tokenizer_name
-    if name is None:
-        return train_bpe(documents, config.bpe_vocab_size, cache_directory(config), Skips.of(config))
-    return character_tokenizer(CHARACTERS) if name == CHESS else load_tokenizer(name)
-
-
-def character_tokenizer(characters: str) -> HFTokenizer:
-    """A tokenizer whose tokens are single characters, numbered as in `characters`; it has no special tokens.
-
-    Other characters are left out.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # A BPE without merges: unlike a table of words, it has an answer to characters that it does not know.
-    model = models.BPE(vocab={character: i for i, character in enumerate(characters)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    # Without it the places of characters behind an unknown one would be wrong.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return HFTokenizer(tokenizer)
-
-
-def train_bpe(
-    documents: Documents, vocab_size: int, cache_dir: str | os.PathLike[str], skips: Skips | None = None
-) -> HFTokenizer:
-    """Trains a byte-level BPE with `<pad>`=0, `<bos>`=1, `<eos>`=2 and all 256 bytes, so that every text round-trips.
-
-    The result is kept in `cache_dir` under the fingerprint of (documents, size, recipe). A corpus with few distinct
-    words gives fewer than `vocab_size` tokens. Documents that can't be read are passed over under the policy of
-    `skips`. Raises `DataError` for a corpus without text, `StorageError` if the cache can't be written.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    directory = Path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
-    if (directory / HF_FILE).is_file():
-        return _load_hf(directory / HF_FILE, (directory / HF_FILE).read_bytes())
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(_sample(with_parts(documents), skips or Skips()), trainer)
-    trained = HFTokenizer(tokenizer)
-    trained.save(directory)
-    return trained
-
-
-def _sample(documents: Documents, skips: Skips) -> Iterator[str]:
-    """Texts from the beginnings of parts all over the corpus, as many of each."""
-    parts = len(documents.parts())
-    chosen = range(0, parts, -(-parts // BPE_MAX_PARTS) or 1)
-    texts, characters, empty = BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS, True
-    for number, part in enumerate(chosen):
-        # What one part has too little of is left to those after it.
-        share = len(chosen) - number
-        texts_here, characters_here = -(-texts // share), -(-characters // share)
-        for document in accepted(documents.read(part), skips):
-            texts, texts_here = texts - 1, texts_here - 1
-            characters, characters_here = characters - len(document.text), characters_here - len(document.text)
-            empty = empty and not document.text
-            yield document.text
-            if texts_here <= 0 or characters_here <= 0:
-                break
-    if empty:
-        found = skips.summary()
-        reason = "every document is empty" if found is None else found
-        raise DataError(f"data.dataset: no text to train a tokenizer on, {reason}")

@@ -13,7 +13,7 @@ from flax import nnx
 from sparsezoo_jax import cli, evaluate, train
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data import DataConfig, build_tokenizer, open_documents
-from sparsezoo_jax.data.tokenizer import character_tokenizer
+from sparsezoo_jax.data.trained_tokenizers import character_tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning
 from sparsezoo_jax.evaluation.chess import games_for, score_features
 from sparsezoo_jax.evaluation.chess import positions as chess_positions
