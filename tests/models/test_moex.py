@@ -1,6 +1,7 @@
 """MoE-X against a worked example, its invariances, and its equivalences with a wide MLP and a dense one."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,25 @@ def layer(config=FIXTURE, up=UP, down=DOWN, dtype=jnp.float32):
     return ffn
 
 
+# Compiled as one: op by op each of these would be dozens of programs.
+@partial(nnx.jit, static_argnames="record")
 def output(ffn, x, record=()):
-    x = jnp.asarray(x)
     y, aux = ffn(x.reshape(1, -1, x.shape[-1]), context((1, x.size // x.shape[-1]), record))
     return y.reshape(x.shape), aux
+
+
+@nnx.jit
+def routed(ffn, x):
+    """Scores and routing of tokens."""
+    return ffn.scores(x), ffn.route(x)
+
+
+def scores_of(ffn, x):
+    return routed(ffn, jnp.asarray(x))[0]
+
+
+def route(ffn, x):
+    return routed(ffn, jnp.asarray(x))[1]
 
 
 @pytest.fixture
@@ -75,22 +91,22 @@ def test_gate_by_hand(x64):
     np.testing.assert_allclose(scores, [-0.41271061, 0.54151616, -0.02552223], atol=1e-8)
     np.testing.assert_allclose(4 * (1 - scores) / 2, [2.82542122, 0.91696768, 2.05104447], atol=1e-8)
     np.testing.assert_array_equal((W_ENC @ X > 0).sum(-1), [2, 1, 1])
-    routing = layer(dtype=jnp.float64).route(jnp.asarray(X))
+    routing = route(layer(dtype=jnp.float64), X)
     np.testing.assert_allclose(routing.weights_BTE, [0, 0.63807952, 0.36192048], atol=1e-8)
     np.testing.assert_array_equal(routing.experts_BTK, [1, 2])
 
 
 def test_the_rootless_variant_is_another(x64):
-    literal = layer(dataclasses.replace(FIXTURE, literal=True), dtype=jnp.float64).scores(jnp.asarray(X))
+    literal = scores_of(layer(dataclasses.replace(FIXTURE, literal=True), dtype=jnp.float64), X)
     np.testing.assert_allclose(literal, [-0.51179727, 0.60218415, -0.03265759], atol=1e-8)
-    assert np.abs(literal - layer(dtype=jnp.float64).scores(jnp.asarray(X))).max() > 0.09
+    assert np.abs(literal - scores_of(layer(dtype=jnp.float64), X)).max() > 0.09
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "ragged", "loop"])
 def test_output_by_hand(implementation, x64):
     ffn = layer(dataclasses.replace(FIXTURE, implementation=implementation), dtype=jnp.float64)
-    y, aux = output(ffn, X, record=["ffn_gate", "ffn_scores", "expert_scores"])
+    y, aux = output(ffn, jnp.asarray(X), record=("ffn_gate", "ffn_scores", "expert_scores"))
     np.testing.assert_allclose(y, [0.6699835, 0.65145686, 0.65145686], atol=1e-7)
     features = ffn.features(jnp.asarray(X))
     np.testing.assert_allclose(y, features @ ffn.dictionary, atol=1e-12)
@@ -107,7 +123,7 @@ def test_output_by_hand(implementation, x64):
 @pytest.mark.parametrize("implementation", ["dense", "ragged", "loop"])
 def test_gradients_go_through_the_statistics(implementation, x64):
     ffn = layer(dataclasses.replace(FIXTURE, implementation=implementation), dtype=jnp.float64)
-    grads = nnx.grad(lambda ffn: jnp.sum(output(ffn, X)[0]))(ffn)
+    grads = nnx.jit(nnx.grad(lambda ffn: jnp.sum(output(ffn, jnp.asarray(X))[0])))(ffn)
     by_neuron = np.asarray(grads["up_EDW"][...]).swapaxes(1, 2)
     # Of expert 2 neuron 0 is inactive: what reaches its weights came through the gate.
     got = [by_neuron[e, m, i] for e, m, i in ((0, 0, 0), (1, 0, 0), (1, 2, 1), (2, 0, 0), (2, 1, 1), (2, 3, 2))]
@@ -133,37 +149,37 @@ def tokens_of(n=64, d=16):
 
 def test_scores_depend_on_directions_only():
     ffn, x = random_layer(), tokens_of()
-    scores = ffn.scores(x)
+    scores = scores_of(ffn, x)
     close = {"rtol": 1e-4, "atol": 1e-5}  # sums of 32 float32 products
-    np.testing.assert_allclose(ffn.scores(7.5 * x), scores, **close)
-    np.testing.assert_allclose(ffn.scores(-x), -scores, **close)
-    assert (jnp.abs(scores) < 1).all()
+    np.testing.assert_allclose(scores_of(ffn, 7.5 * x), scores, **close)
+    np.testing.assert_allclose(scores_of(ffn, -x), -scores, **close)
+    assert (np.abs(scores) < 1).all()
     up = ffn.up_EDW[...]
     ffn.up_EDW[...] = up.at[3].multiply(2.5)
-    np.testing.assert_allclose(ffn.scores(x), scores, **close)
+    np.testing.assert_allclose(scores_of(ffn, x), scores, **close)
     ffn.up_EDW[...] = up[..., jax.random.permutation(jax.random.key(1), 32)]
-    np.testing.assert_allclose(ffn.scores(x), scores, **close)
+    np.testing.assert_allclose(scores_of(ffn, x), scores, **close)
     order = jax.random.permutation(jax.random.key(2), 8)
-    weights = layer(ffn.config, np.asarray(up), np.asarray(ffn.down_EWD[...])).route(x).weights_BTE
+    weights = route(layer(ffn.config, np.asarray(up), np.asarray(ffn.down_EWD[...])), x).weights_BTE
     ffn.up_EDW[...] = up[order]
-    np.testing.assert_allclose(ffn.route(x).weights_BTE, weights[:, order], **close)
+    np.testing.assert_allclose(route(ffn, x).weights_BTE, weights[:, order], **close)
 
 
 def test_literal_scores_depend_on_the_scale():
     ffn, x = random_layer(literal=True), tokens_of()
-    assert jnp.abs(ffn.scores(2 * x) - ffn.scores(x)).max() > 0.05
+    assert np.abs(scores_of(ffn, 2 * x) - scores_of(ffn, x)).max() > 0.05
 
 
 def test_weights_of_two_experts_are_bounded():
     ffn, x = random_layer(), 100 * tokens_of(512)
-    weights = ffn.route(x).weights_BTE
+    weights = np.asarray(route(ffn, x).weights_BTE)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     np.testing.assert_array_equal((weights != 0).sum(-1), 2)
     kept = weights[weights != 0]
     assert kept.min() >= 0.11920292
     assert kept.max() <= 0.88079708
-    alone = random_layer(k=1).route(x).weights_BTE
-    np.testing.assert_array_equal(jnp.sort(alone, axis=-1)[:, -1], 1)
+    alone = np.asarray(route(random_layer(k=1), x).weights_BTE)
+    np.testing.assert_array_equal(np.sort(alone, axis=-1)[:, -1], 1)
     np.testing.assert_array_equal((alone != 0).sum(-1), 1)
 
 
@@ -207,13 +223,13 @@ def test_copies_of_a_dense_layer_are_that_layer(k):
         return layer(config, np.asarray(made["up_EDW"]), np.asarray(made["down_EWD"]))
 
     twin = upcycled(0.0)
-    np.testing.assert_array_equal(twin.scores(x), jnp.broadcast_to(twin.scores(x)[:, :1], (64, 8)))
-    np.testing.assert_array_equal(twin.route(x).experts_BTK, jnp.broadcast_to(jnp.arange(k), (64, k)))
+    np.testing.assert_array_equal(scores_of(twin, x), np.broadcast_to(scores_of(twin, x)[:, :1], (64, 8)))
+    np.testing.assert_array_equal(route(twin, x).experts_BTK, np.broadcast_to(np.arange(k), (64, k)))
     np.testing.assert_allclose(output(twin, x)[0], output(dense, x)[0], atol=1e-6)
     noisy = upcycled(0.02)
-    assert (jnp.std(noisy.scores(x), axis=-1) > 1e-5).all()
+    assert (np.std(scores_of(noisy, x), axis=-1) > 1e-5).all()
     if k < 8:
-        assert len(jnp.unique(noisy.route(x).experts_BTK)) == 8
+        assert len(np.unique(route(noisy, x).experts_BTK)) == 8
     ratio = noisy.up_EDW[...] / weights["up_DF"] - 1
     assert float(jnp.std(ratio)) == pytest.approx(0.02, rel=0.05)
     np.testing.assert_array_equal(noisy.down_EWD[...], twin.down_EWD[...])
@@ -243,19 +259,23 @@ def test_decoding_keeps_the_statistics(tokens):
     np.testing.assert_allclose(nnx.jit(lambda model: model(tokens).logits)(single), expected, atol=1e-5)
     ffn = single.segments[1].blocks[0].ffn
     x = tokens_of(d=24)
-    before = ffn.scores(x)
+    before = scores_of(ffn, x)
     ffn.up_EDW[...] = ffn.up_EDW[...] + 1
-    np.testing.assert_array_equal(ffn.scores(x), before)
+    np.testing.assert_array_equal(scores_of(ffn, x), before)
     ffn.prepare()
-    assert jnp.abs(ffn.scores(x) - before).max() > 0.1
+    assert np.abs(scores_of(ffn, x) - before).max() > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ balance loss
 
 
-def balance_of(p_NE, probabilities="dense", k=2):
-    p = jnp.asarray(p_NE, jnp.float32)[None]
-    return float(first_choice_balance(top_k(jnp.log(p), k), context(p.shape[:2]), probabilities))
+@partial(jax.jit, static_argnums=1)
+def _balance_of(p, probabilities):
+    return first_choice_balance(top_k(jnp.log(p), 2), context(p.shape[:2]), probabilities)
+
+
+def balance_of(p_NE, probabilities="dense"):
+    return float(_balance_of(np.asarray(p_NE, np.float32)[None], probabilities))
 
 
 @pytest.mark.slow
@@ -296,9 +316,9 @@ def test_unchosen_experts_learn_from_the_dense_balance_loss_only():
     def gradient(balance):
         ffn = random_layer(balance=balance)
         x = tokens_of(4)
-        unused = np.setdiff1d(np.arange(8), np.unique(ffn.route(x).experts_BTK))
+        unused = np.setdiff1d(np.arange(8), np.unique(route(ffn, x).experts_BTK))
         assert unused.size
-        grads = nnx.grad(lambda ffn: output(ffn, x)[1].losses["balance"])(ffn)
+        grads = nnx.jit(nnx.grad(lambda ffn: output(ffn, x)[1].losses["balance"]))(ffn)
         return np.abs(np.asarray(grads["up_EDW"][...]))[unused].max()
 
     assert gradient("dense") > 0
@@ -309,11 +329,12 @@ def test_unchosen_experts_learn_from_the_dense_balance_loss_only():
 
 
 def true_l0(ffn, x):
-    """Active units of every expert, [tokens, E], and how many the chosen ones and the best ones have together."""
-    ffn_scores = np.asarray(output(ffn, x, record=["ffn_scores"])[1].records["ffn_scores"][0])
+    """Active units of every expert, [tokens, E]; how many the chosen ones and the best ones have together; `l0`."""
+    _, aux = output(ffn, x, record=("ffn_scores",))
+    ffn_scores = np.asarray(aux.records["ffn_scores"][0])
     l0 = (ffn_scores.reshape(len(x), ffn.config.experts, -1) > 0).sum(-1)
-    chosen = np.take_along_axis(l0, np.asarray(ffn.route(x).experts_BTK).reshape(len(x), -1), axis=-1).sum(-1)
-    return l0, chosen, np.sort(l0, axis=-1)[:, : ffn.config.k].sum(-1)
+    chosen = np.take_along_axis(l0, np.asarray(route(ffn, x).experts_BTK).reshape(len(x), -1), axis=-1).sum(-1)
+    return l0, chosen, np.sort(l0, axis=-1)[:, : ffn.config.k].sum(-1), float(aux.stats["l0"])
 
 
 @pytest.mark.slow
@@ -323,17 +344,16 @@ def test_relu_and_the_gate_make_units_sparse():
     for gate in ("sparsity", "switch"):
         for activation in ("relu", "gelu_tanh"):
             ffn = random_layer(gate=gate, activation=activation)
-            mean[gate, activation] = float(output(ffn, x)[1].stats["l0"])
-            _, chosen, oracle = true_l0(ffn, x)
+            _, chosen, oracle, mean[gate, activation] = true_l0(ffn, x)
             if activation == "relu":
                 assert mean[gate, activation] == pytest.approx(chosen.mean())
             assert (chosen >= oracle).all()
     assert mean["sparsity", "gelu_tanh"] > 0.98 * 2 * 32
     assert mean["switch", "relu"] < 0.75 * 2 * 32
     assert mean["sparsity", "relu"] < 0.75 * mean["switch", "relu"]
-    l0, chosen, oracle = true_l0(random_layer(), x)
+    l0, chosen, oracle, _ = true_l0(random_layer(), x)
     assert chosen.mean() < 1.1 * oracle.mean()
-    scores = np.asarray(random_layer().scores(x))
+    scores = np.asarray(scores_of(random_layer(), x))
     assert np.corrcoef(scores.ravel(), l0.ravel())[0, 1] < -0.9, "32 neurons are few"
 
 
