@@ -289,12 +289,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="programs whose name contains this")
     parser.add_argument("--longest", action="store_true", help="the most tokens of an attention that fit, and end")
-    parser.add_argument("--compile-only", type=int, help="compile one program, for the assembler, and end")
-    parser.add_argument("--topology", default="h100:1x1x1", help="what to compile that program for")
+    parser.add_argument("--compile-only", type=int, nargs="+", help="compile programs, for the assembler, and end")
+    parser.add_argument("--topology", default="h100:1x1x1", help="what to compile those programs for")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    if args.compile_only is not None:
-        compile_case(cases()[args.compile_only], args.topology)
+    if args.compile_only:
+        for index in args.compile_only:
+            compile_case(cases()[index], args.topology)
         return
     if args.longest:
         for implementation in ("xla", "pallas_gpu"):
@@ -317,7 +318,8 @@ def main() -> None:
         temporaries = program.memory_analysis().temp_size_in_bytes
         by_bytes = 1e3 * size / chip.hbm_bandwidth
         shown = f"{case.name} | {size / 1e6:.1f} | {temporaries / 1e6:.1f} | {by_bytes:.4f} | {products}"
-        for kernel in kernels([sys.executable, "-m", "benchmarks.gpu_kernels", "--compile-only", str(index)]):
+        (found,) = kernels([sys.executable, "-m", "benchmarks.gpu_kernels", "--compile-only", str(index)])
+        for kernel in found:
             print(
                 f"| {shown} | `{kernel.name}` | {kernel.blocks} x {kernel.threads} | {kernel.registers} | "
                 f"{kernel.shared / 1e3:.1f} | {kernel.spills} | {kernel.occupancy:.2f} |",

@@ -57,13 +57,15 @@ def assembler() -> Path:
     raise UserError("registers of GPU kernels need ptxas: pip install nvidia-cuda-nvcc-cu12")
 
 
-def kernels(command: Sequence[str]) -> list[Kernel]:
-    """The kernels of the programs that `command` compiles for a GPU, in the order in which they are launched.
+def kernels(command: Sequence[str]) -> list[list[Kernel]]:
+    """The kernels of each program that `command` compiles for a GPU, in the order in which they are launched.
+
+    Programs are in the order in which they are compiled; one without kernels is left out.
 
     Raises:
       UserError: it failed, or there is no `ptxas`.
     """
-    ptxas = assembler()
+    assembler()
     with tempfile.TemporaryDirectory() as folder:
         # newer compilers write a kernel only if it matches the expression
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_emitter_re=.*".strip()
@@ -76,14 +78,22 @@ def kernels(command: Sequence[str]) -> list[Kernel]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the compiler ended with status {done.returncode}: {done.stderr.strip()[-200:]}")
-        assembled = ""
-        for path in sorted(Path(folder).glob("*.ptx")):
-            if path.stat().st_size:
-                target = re.findall(r"^\.target (\w+)", path.read_text(), re.MULTILINE)[0]
-                run = [str(ptxas), "-v", f"-arch={target}", str(path), "-o", "/dev/null"]
-                assembled += subprocess.run(run, capture_output=True, text=True, check=True).stderr
-        launches = "".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
-    return summarise(launches, assembled)
+        found = []
+        # module_0001 and so on are in all names of a program's files.
+        for launches in sorted(Path(folder).glob("*thunk_sequence.txt")):
+            module = launches.name.partition(".")[0]
+            reports = [_assembled(path) for path in sorted(Path(folder).glob(f"{module}.*.ptx"))]
+            found.append(summarise(launches.read_text(), "".join(reports)))
+    return [program for program in found if program]
+
+
+def _assembled(path: Path) -> str:
+    """What the assembler says of a file of PTX, in the order of its kernels."""
+    if not path.stat().st_size:
+        return ""
+    target = re.findall(r"^\.target (\w+)", path.read_text(), re.MULTILINE)[0]
+    command = [str(assembler()), "-v", f"-arch={target}", str(path), "-o", "/dev/null"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def summarise(launches: str, assembled: str) -> list[Kernel]:
