@@ -57,6 +57,7 @@ def test_the_whole_command_without_optional_packages(tmp_path):
     path = tmp_path / "results" / "cpu.json"
     # The programs run once: to optimise them takes longer than to run them.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     args = ["--interpret", "gpu", "--minutes", "60", "--json", str(path)]
     done = run(*args, code=WITHOUT, XLA_FLAGS=flags)
     machine, rows = read(path)
