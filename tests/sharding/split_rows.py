@@ -1,6 +1,6 @@
 """Statistical top-k of rows split over devices, by `shard_map`; prints its distance from whole rows as JSON.
 
-Its argument is the implementation.
+Its arguments are the implementations.
 """
 
 import json
@@ -18,6 +18,10 @@ AXES = ("batch", "length", "ffn")
 
 
 def main():
+    print(json.dumps({implementation: report_of(implementation) for implementation in sys.argv[1:]}))
+
+
+def report_of(implementation):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 6, 256)) * np.linspace(0.5, 3, 256), jnp.float32)
     g = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
@@ -29,7 +33,7 @@ def main():
             *masks, axes = rest
             over = axes["ffn"] if whole_rows else ()
             mask = masks[0] if masks else None
-            return statistical_topk(x, 20, where=mask, split_over=over, implementation=sys.argv[1])
+            return statistical_topk(x, 20, where=mask, split_over=over, implementation=implementation)
 
         arrays = (x,) if where is None else (x, where)
         return shard_map(kernel, arrays, (AXES,) * len(arrays), AXES)
@@ -48,7 +52,7 @@ def main():
                 "gradients": float(jnp.max(jnp.abs(jax.device_get(gradient) - pull(g)[0]))),
                 "pieces": len({str(shard.index) for shard in found.addressable_shards}),
             }
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":

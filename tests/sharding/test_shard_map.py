@@ -6,10 +6,17 @@ import pytest
 from sparsezoo_jax.sharding import shard_map
 from tests.kernels.few_rows import implementation
 
+FORMS = ("xla", "pallas_tpu_interpret")
 
-@pytest.fixture(scope="module", params=["xla", "pallas_tpu_interpret"])
-def split_rows(on_eight_devices, request):
-    return on_eight_devices("split_rows", request.param)
+
+@pytest.fixture(scope="module")
+def split_rows_by_form(on_eight_devices):
+    return on_eight_devices("split_rows", *FORMS)
+
+
+@pytest.fixture(params=FORMS)
+def split_rows(split_rows_by_form, request):
+    return split_rows_by_form[request.param]
 
 
 @pytest.mark.slow
