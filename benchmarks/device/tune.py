@@ -71,6 +71,14 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
         products = grid([(128, 128, 64), (128, 128, 32), (64, 128, 64), (128, 64, 64), (64, 64, 64)], (4, 8), (3, 4))
         experts, *_ = shapes.grouped(s)
         unions = grid([(32, 64), (16, 64), (32, 128), (64, 64)], (2, 4), (2, 3, 4))
+        sparse, *_ = shapes.sparse_relu(s)
+        deep = grid([(128, 64, 64), (64, 64, 64), (128, 128, 32), (128, 64, 32)], (4, 8), (2, 3))
+        of_unions = {
+            "hidden": deep,
+            "gradients": grid([(128, 64, 64), (128, 64, 32), (128, 32, 64)], (4, 8), (2, 3)),
+            "sum": grid([(128, 128, 32), (128, 64, 64), (128, 64, 32)], (4, 8), (2, 3)),
+            "weights": grid([(64, 128, 32), (64, 64, 64), (128, 128, 32), (128, 64, 32)], (4, 8), (2, 3)),
+        }
         rows = grid([(32, 64, 512), (32, 64, 256), (32, 128, 512), (64, 64, 512), (16, 64, 256)], (4, 8), (2, 3))
         found += [
             Search("statistical_topk", topk, grid([(8,), (16,), (32,), (64,)])),
@@ -84,6 +92,7 @@ def searches(s: Sizes, platform: str, tiny: bool) -> list[Search]:
             ),
             *(Search(f"ragged_{part}", experts, products) for part in ("rows", "weights")),
             *(Search(f"block_ffn_union_{part}", union, unions) for part in ("hidden", "sum")),
+            *(Search(f"relu_ffn_{part}", sparse, tiles) for part, tiles in of_unions.items()),
             Search("spark_attention_rows", shapes.attention_rows(s, s.keys[0], BF16), rows, s.spark_attention[2]),
         ]
     return [search._replace(launches=search.launches[:2]) for search in found] if tiny else found

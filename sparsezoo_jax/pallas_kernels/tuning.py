@@ -95,7 +95,7 @@ TABLE: dict[Key, Launch] = {
     Key("ragged_weights"): Launch((64, 64, 32), 4, 2),
     Key("ragged_weights", 2): Launch((128, 128, 64), 8, 3),
     # Tokens of a block, neurons of a program or columns of the result, terms of one matrix product; for the weights'
-    # gradients neurons of a block, columns, tokens of a turn. The first three have the same blocks.
+    # gradients neurons of a block, columns, tokens of a turn. The first line's block is that of the two others.
     Key("relu_ffn_hidden"): Launch((64, 32, 32), 4, 1),
     Key("relu_ffn_hidden", 2): Launch((128, 64, 64), 8, 3),
     Key("relu_ffn_sum"): Launch((64, 64, 32), 4, 1),

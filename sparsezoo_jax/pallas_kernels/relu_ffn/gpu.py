@@ -174,14 +174,15 @@ def _weights_kernel(places_ref, count_ref, z_ref, x_ref, values_refs, *result_re
         store(ref, neurons, columns, exist[:, None] & own[None], found)
 
 
-def _fitted(kernel: str, dtype: Any, pairs: int, width: int, terms: int) -> Launch:
+def _fitted(kernel: str, dtype: Any, block: int, pairs: int, width: int, terms: int) -> Launch:
     """The table's line for a kernel, narrowed to what the arrays have and the target's shared memory holds.
 
-    `pairs` of tiles of rows and of columns are loaded in a turn; the first tile is the block, which stays as it is.
+    `pairs` of tiles of rows and of columns are loaded in a turn. The first tile is the block that lists are made for,
+    whatever the line says.
     """
     itemsize = jnp.dtype(dtype).itemsize
     launch = launch_of(kernel, itemsize=itemsize)
-    block, across, depth = launch.tiles
+    _, across, depth = launch.tiles
     across, depth, stages = min(across, height(width)), min(depth, height(terms)), launch.stages
     while 4096 + stages * pairs * (block + across) * depth * itemsize > target().shared and (
         stages > 1 or depth > SMALLEST
@@ -214,11 +215,12 @@ def forward(x_MD, z_MF, up_FD, down_FD, places_PF, count_P, *, interpret: Any) -
     (tokens, d), neurons, blocks = x_MD.shape, z_MF.shape[1], count_P.size
     hidden = jax.ShapeDtypeStruct((tokens, neurons), x_MD.dtype)
     flops = 2 * tokens * d * neurons
-    launch = _fitted("relu_ffn_hidden", x_MD.dtype, 1, neurons, d)
+    block = tokens_of_a_block(x_MD.dtype)
+    launch = _fitted("relu_ffn_hidden", x_MD.dtype, block, 1, neurons, d)
     grid = blocks * pl.cdiv(neurons, launch.tiles[1])
     inputs = [places_PF, count_P, x_MD, z_MF, up_FD]
     hidden = _run("relu_ffn_hidden", _hidden_kernel, launch, grid, inputs, hidden, flops, interpret)
-    launch = _fitted("relu_ffn_sum", x_MD.dtype, 1, d, neurons)
+    launch = _fitted("relu_ffn_sum", x_MD.dtype, block, 1, d, neurons)
     grid = blocks * pl.cdiv(d, launch.tiles[1])
     results = [jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype), jax.ShapeDtypeStruct((tokens,), jnp.float32)]
     inputs = [places_PF, count_P, [hidden], [down_FD]]
@@ -241,14 +243,15 @@ def backward(x_MD, z_MF, first_FD, second_FD, down_FD, dy_MD, dl1_M, unions, tok
     blocks, maps = unions[1].size, 1 if second_FD is None else 2
     flops = 2 * count * d * neurons
     like_z = jax.ShapeDtypeStruct((count, neurons), dtype)
-    launch = _fitted("relu_ffn_gradients", dtype, 1, neurons, d)
+    block = tokens_of_a_block(dtype)
+    launch = _fitted("relu_ffn_gradients", dtype, block, 1, neurons, d)
     inputs = [*unions, x_MD, z_MF, second_FD, down_FD, dy_MD, dl1_M.astype(jnp.float32)]
     grid = blocks * pl.cdiv(neurons, launch.tiles[1])
     name = "relu_ffn_gradients"
     made = _run(name, _gradients_kernel, launch, grid, inputs, [like_z] * (2 * maps + 1), maps * flops, interpret)
     listed, (*own, hidden) = made[:maps], made[maps:]
 
-    launch = _fitted("relu_ffn_sum", dtype, maps, d, neurons)
+    launch = _fitted("relu_ffn_sum", dtype, block, maps, d, neurons)
     grid = blocks * pl.cdiv(d, launch.tiles[1])
     weights = [first_FD] if second_FD is None else [second_FD, first_FD]
     inputs = [*unions, listed, weights]
@@ -256,7 +259,7 @@ def backward(x_MD, z_MF, first_FD, second_FD, down_FD, dy_MD, dl1_M, unions, tok
     (dx,) = _run("relu_ffn_sum", _sum_kernel, launch, grid, inputs, results, maps * flops, interpret)
 
     def of_weights(x, values):
-        launch = _fitted("relu_ffn_weights", dtype, len(values), d, count)
+        launch = _fitted("relu_ffn_weights", dtype, neurons_of_a_block(dtype), len(values), d, count)
         grid = tokens[1].size * pl.cdiv(d, launch.tiles[1])
         results = [jax.ShapeDtypeStruct((neurons, d), dtype)] * len(values)
         inputs = [*tokens, z_MF, x, values]
