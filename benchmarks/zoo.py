@@ -73,7 +73,8 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
 
         def figures() -> dict[str, Any]:
             found = figures_of(own, arch, flags)
-            return {"loss": found["loss"], "density": density(found), **measured(own, options.batches)}
+            kept = {"loss": found["loss"], "density": density(found), "seconds": found["seconds"]}
+            return {**kept, **measured(own, options.batches)}
 
         return recorded(options.record, own.name, figures)
 

@@ -1,5 +1,6 @@
 """Flags, help, errors and the one name of the commands."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,7 +53,7 @@ def test_help(monkeypatch, capsys):
     for command, words in (
         (
             train,
-            ["--train.steps, --steps  (default: 300)", "  sparselm   SparseLM (", "  9b     42 layers, width 3,584"],
+            [r"--train\.steps, --steps  \(default: 300\)", r"  sparselm +SparseLM \(", r"  9b +42 layers, width 3,584"],
         ),
         (evaluate, ["--merge-last", "--json"]),
         (generate, ["--max-new-tokens", "--top-p"]),
@@ -60,10 +61,11 @@ def test_help(monkeypatch, capsys):
     ):
         assert call(command, ["--help"], monkeypatch) == 0
         text = capsys.readouterr().out
-        assert all(word in text for word in words)
+        assert all(re.search(word, text) for word in words)
     assert call(train, ["--help-all"], monkeypatch) == 0
     everything = capsys.readouterr().out
-    assert all(word in everything for word in ("--model.ffn.top-k", "spark: tiny small 2b 9b"))
+    assert "--model.ffn.top-k" in everything
+    assert "spark: tiny small 2b 9b" in " ".join(everything.replace("│", "").split())
 
 
 def test_one_name_for_all_commands(monkeypatch, capsys):

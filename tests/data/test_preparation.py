@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -319,14 +320,18 @@ def test_a_worker_that_is_killed_is_reported(many, tokenizer, tmp_path):
     made = preparation(many, tokenizer, tmp_path)
     job = made.open()
 
-    def kill(*done):
-        for process in subprocess.run(
-            ["pgrep", "-P", str(os.getpid()), "-f", "data.workers"], capture_output=True, text=True, check=True
-        ).stdout.split():
-            os.kill(int(process), signal.SIGKILL)
+    def kill():
+        """As soon as there is one: it takes a while to start."""
+        command = ["pgrep", "-P", str(os.getpid()), "-f", "data.workers"]
+        while not (found := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()):
+            time.sleep(0.01)
+        os.kill(int(found[0]), signal.SIGKILL)
 
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
     with pytest.raises(StorageError, match=r"a worker process was killed \(signal 9; .*the same command goes on"):
-        workers.run_workers(job, range(6), 1, kill)
+        workers.run_workers(job, range(6), 1, lambda *done: None)
+    killer.join(timeout=10)
 
 
 def test_another_directory_is_refused(config, many, tokenizer, made, tmp_path):
@@ -339,11 +344,14 @@ def test_another_directory_is_refused(config, many, tokenizer, made, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- Disks
 def test_full_disk(many, tokenizer, tmp_path, monkeypatch):
-    code = (
+    opened = "job = made.open()\n"
+    full = (
         "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
     )
-    monkeypatch.setitem(globals(), "WORK", code + WORK)
+    # From here on: what a pass over the corpus found, which the cache keeps, may be as long.
+    assert opened in WORK
+    monkeypatch.setitem(globals(), "WORK", WORK.replace(opened, opened + full))
     output, _ = start(many, tokenizer, tmp_path).communicate(timeout=60)
     assert output.startswith("StorageError")
     assert "File too large" in output

@@ -49,6 +49,7 @@ PRODUCTS = {
     "spark": ([32, 16, 16, 24], [48, 48, 24], [1, 1]),  # and two statistics of the scores
     "llama": ([32, 16, 16, 24], [32, 32]),
     "gpt2": ([24, 24, 24, 24], [32]),
+    "lazy": ([16, 16, 16, 24], [32]),
     "blockffn": ([16, 12 + 4, 3 * 12, 3 * 14, 24], [8, 48]),
     "deco": ([16, 16, 16, 24], [8, 48, 12, 12]),
     # The experts' hidden units are computed again whatever the policy.
