@@ -7,6 +7,7 @@ command, however that was ended.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -71,7 +72,8 @@ def run_workers(job: Job, shards: Sequence[int], workers: int, advance: Advance)
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # a dead worker's task may still wait to be written
+                    pipe.close()
 
 
 def _start(threads: int) -> subprocess.Popen[bytes]:
