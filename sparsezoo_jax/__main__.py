@@ -7,18 +7,7 @@ import importlib
 import sys
 
 import sparsezoo_jax
-
-COMMANDS = {
-    "train": "train a preset on a corpus, or go on with a run",
-    "evaluate": "loss, perplexity and sparsity of a run; its features, its chess, its activation ratio",
-    "generate": "continue a text with a run's model",
-    "report": "plots of one run or of several side by side, as one HTML file",
-    "convert": "checkpoints from and to Hugging Face's layout; adapters into a run of their own",
-    "aot": "compile a step for TPUs or GPUs that are not here: memory, communication, time",
-    "sae": "train a sparse autoencoder on a run's activations",
-    "chess": "play games of chess to train on",
-    "prepare": "tokenise and pack a corpus into records to train on",
-}
+from sparsezoo_jax.flag_text import COMMANDS
 
 
 def main() -> None:

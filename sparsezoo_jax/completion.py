@@ -7,10 +7,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from sparsezoo_jax.__main__ import COMMANDS
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import ConfigError, require
-from sparsezoo_jax.flag_text import ALIASES
+from sparsezoo_jax.flag_text import ALIASES, COMMANDS
 
 SHELLS = ("bash", "zsh")
 SCRIPT = """\
