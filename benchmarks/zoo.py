@@ -1,9 +1,10 @@
 """All architectures side by side at tiny scale: `python -m benchmarks.zoo`.
 
 Every architecture's tiny preset (about 1.5 million parameters) trains on the same text, in batches of the same tokens.
-Its learning rate is searched on the first seed; the best one trains on further seeds, which change the initialisation
-and the order of the data. From each first seed's run, the validation text gives the share of active neurons and the
-FLOPs of a token; its packed model decodes in turns with the others', and train steps take turns likewise.
+Its learning rate is searched on the first seed, further on where the best is the outermost that was tried; the best
+trains on further seeds, which change the initialisation and the order of the data. From each first seed's run, the
+validation text gives the share of active neurons and the FLOPs of a token; its packed model decodes in turns with the
+others', and train steps take turns likewise.
 
 Finished runs and measurements are kept in `--runs` and not repeated; a run that was cut off resumes. Their figures are
 in `benchmarks/results/zoo.json` as well (`--record`), from which the table is made where a run's directory is gone;
@@ -78,10 +79,28 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
 
         return recorded(options.record, own.name, figures)
 
-    rates = {own * factor: run(own * factor, options.seeds[0]) for factor in options.factors}
-    best = min(rates, key=lambda rate: rates[rate]["loss"])
+    tried: dict[float, dict[str, Any]] = {}
+
+    def loss(rate: float) -> float:
+        if rate not in tried:
+            tried[rate] = run(rate, options.seeds[0])
+        return tried[rate]["loss"]
+
+    best = searched([own * factor for factor in options.factors], loss)
     found = [run(best, seed) for seed in options.seeds]
     return Trained(best, [figures["loss"] for figures in found], found[0], folder(best, options.seeds[0]))
+
+
+def searched(rates: list[float], loss: Callable[[float], float], further: int = 3) -> float:
+    """The rate of the lowest loss: `rates`, and where the best is the outermost, up to `further` halves or doubles."""
+    found = {rate: loss(rate) for rate in rates}
+    for _ in range(further):
+        best = min(found, key=found.__getitem__)
+        if len(found) < 2 or min(found) < best < max(found):
+            break
+        beyond = best / 2 if best == min(found) else best * 2
+        found[beyond] = loss(beyond)
+    return min(found, key=found.__getitem__)
 
 
 def recorded(record: Path, name: str, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, written after each")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep the good rows of this file")
     parser.add_argument("--tune", action="store_true", help="search tiles instead, and print lines for the table")
-    parser.add_argument("--table", action="store_true", help="write the table of benchmarks/results to docs, and end")
+    parser.add_argument("--table", action="store_true", help="write the tables of all results to docs, and end")
     parser.add_argument(
         "--interpret",
         choices=("gpu", "tpu"),

@@ -1,4 +1,4 @@
-"""The tables of docs/device.md, made from the files of benchmarks/results."""
+"""The tables of docs/device.md, made from the files of benchmarks/results/device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.device.rows import FAILED, OK, WRONG, Row, read
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "device.md"
+RESULTS, DOCS = ROOT / "benchmarks" / "results" / "device", ROOT / "docs" / "device.md"
 START, END = "<!-- results -->", "<!-- end of results -->"
 #: The figures of each stage that the tables show.
 COLUMNS = {
