@@ -29,6 +29,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.timing import interleaved, print_ratios
+from sparsezoo_jax import platforms
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin
 from sparsezoo_jax.models.attention import GQAConfig
@@ -86,6 +87,7 @@ def step_of(
 
 def main() -> None:
     """Time the variants and print the table."""
+    platforms.keep_freed_memory()  # as training does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="spark", choices=sorted(VARIANTS))
     parser.add_argument("--size", default="tiny")

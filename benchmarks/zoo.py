@@ -33,7 +33,7 @@ from benchmarks.run_text import validation_text
 from benchmarks.timing import interleaved
 from benchmarks.train_step import compiled_step
 from benchmarks.training_runs import figures_of
-from sparsezoo_jax import data, run_dir
+from sparsezoo_jax import data, platforms, run_dir
 from sparsezoo_jax.configs import PRESETS, preset
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.evaluation.meters import measure
@@ -203,6 +203,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, tuple[float, float, float
 
 def main() -> None:
     """Train, measure and print the table."""
+    platforms.keep_freed_memory()  # as training does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--archs", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS))

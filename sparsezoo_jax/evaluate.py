@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from sparsezoo_jax import cli
+from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
@@ -87,6 +87,7 @@ class Evaluate(WeightFormats, CorpusFlags):
 
 def main(args: Sequence[str]) -> None:
     """Evaluate and print."""
+    platforms.keep_freed_memory()
     command = cli.parse(Evaluate, args, prog="evaluate", description=(__doc__ or "").strip())
     modes = _modes(command)
     for mode in modes:

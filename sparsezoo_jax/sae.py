@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sparsezoo_jax import cli
+from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.autoencoders.config import (
     GBASAE,
     BatchTopKSAE,
@@ -60,6 +60,7 @@ class TrainSAE(CorpusFlags):
 
 def main(args: Sequence[str]) -> None:
     """Train, measure, save and print."""
+    platforms.keep_freed_memory()
     kind = cli.value_of(args, "--kind") or "topk"
     require(kind in KINDS, "--kind", kind, f"must be one of {', '.join(KINDS)}")
     default = TrainSAE(directory=tyro.MISSING, kind=kind, sae=KINDS[kind](), train=SAETrainConfig())

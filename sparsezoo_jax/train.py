@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from sparsezoo_jax import cli
+from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.config import RunConfig, flatten, restorable
 from sparsezoo_jax.errors import (
     STRICT,
@@ -78,6 +78,7 @@ class Train(RunConfig):
 
 def main(args: Sequence[str]) -> None:
     """Train, evaluate on the validation split, and print what came out and a sample."""
+    platforms.keep_freed_memory()
     command = cli.parse_with_preset(Train, args, prog="train", description=(__doc__ or "").strip())
     join_processes(command)
     workdir = command.workdir or Path("runs") / f"{command.arch}-{command.size}"
