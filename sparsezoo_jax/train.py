@@ -177,8 +177,8 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     def evaluate(model, max_batches: int | None, between: Callable[[], None]):
         def shown() -> Iterator[data.Batch]:
             for batch in data.evaluation_batches(validation, config.data.batch_size, max_batches):
-                between()
                 yield batch
+                between()
 
         return evaluate_model(
             model,
@@ -228,10 +228,11 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
             batches.close()
         if not result.finished:
             return {}
-        with phases("evaluation"), Requests() as requests:
+        # Without an evaluation before it, this one is mostly compilation until its first batch is done.
+        with phases("evaluation" if result.evaluation else "compilation"), Requests() as requests:
 
             def between_batches() -> None:
-                phases.beat()
+                phases.enter("evaluation")
                 if requests.agreed().stop:
                     raise EvaluationInterrupted
 

@@ -29,6 +29,7 @@ from sparsezoo_jax.training.checkpoint_format import (
     describe,
     read_arrays,
     read_meta,
+    unreadable_steps,
     verify,
     write_meta,
 )
@@ -80,6 +81,9 @@ class Checkpointer:
     A step becomes visible when it is complete; the newest `keep_last`, those of `keep_steps` and, with `keep_best`, the
     one with the lowest validation loss are kept.
 
+    Args:
+      mark: a file to write when the first save is complete, for whoever finds `directory` empty one day.
+
     Raises:
       StorageError: saving or reading failed, from the call that finds out: `save`, `check`, `wait` or `close`.
     """
@@ -92,8 +96,10 @@ class Checkpointer:
         keep_best: bool = True,
         keep_steps: Sequence[int] = (),
         read_only: bool = False,
+        mark: Path | None = None,
     ):
         self.directory = Path(directory).absolute()
+        self._mark = mark
         self._failed = False
         self._unchecked = False  # whether a save in the background may have failed without anybody knowing
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last), checkpoint_managers.CustomSteps(keep_steps)]
@@ -106,6 +112,7 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        self._set_unreadable_aside(read_only)
         with self._storage_errors("opening"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -214,6 +221,26 @@ class Checkpointer:
         record = RunRecord(**meta.get("record", {}))
         return Restored(TrainState(**parts["model"], **parts["training"]), meta["data"], record)
 
+    def _set_unreadable_aside(self, read_only: bool) -> None:
+        """Steps that would keep orbax from opening the directory; one process looks, before all of them open it."""
+
+        def set_aside() -> None:
+            found = unreadable_steps(self.directory)
+            others = {int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()} - found.keys()
+            if found and (read_only or not others):
+                reasons = "; ".join(f"step {step}: {reason}" for step, reason in found.items())
+                raise StorageError(f"no checkpoint in {self.directory} can be read; {reasons}")
+            for step, reason in found.items():
+                print(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason})", file=sys.stderr)
+                self._rename(step)
+
+        in_all(lambda: set_aside() if jax.process_index() == 0 else None)
+
+    def _rename(self, step: int) -> None:
+        target = self.directory / f"{step}.damaged"
+        shutil.rmtree(target, ignore_errors=True)
+        (self.directory / str(step)).rename(target)
+
     def _set_aside(self, steps: list[int]) -> None:
         """Make room for the steps that will be made again."""
         if not steps:
@@ -221,9 +248,7 @@ class Checkpointer:
         with self._storage_errors("setting a damaged checkpoint aside"):
             if jax.process_index() == 0:
                 for step in steps:
-                    target = self.directory / f"{step}.damaged"
-                    shutil.rmtree(target, ignore_errors=True)
-                    (self.directory / str(step)).rename(target)
+                    self._rename(step)
             barrier("damaged checkpoints set aside")
             self._manager.reload()
 
@@ -234,10 +259,12 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return when the save under way is complete."""
-        self._unchecked = False
+        unchecked, self._unchecked = self._unchecked, False
         with self._storage_errors("saving a checkpoint"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+            if unchecked and self._mark is not None and jax.process_index() == 0 and not self._mark.exists():
+                self._mark.write_text(f"{self.directory.name}/ has held a complete checkpoint\n")
 
     def __enter__(self) -> Checkpointer:
         return self

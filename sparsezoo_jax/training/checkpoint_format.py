@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.processes import DamagedCheckpointError
 from sparsezoo_jax.training.state import PureDict, flatten
-from sparsezoo_jax.untrusted import check_expansion
+from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, check_expansion, read_bytes, require_regular
 
 # Orbax logs what it raises as well, once a thread with a traceback, and warns of each option it derives from
 # read_only. What it raises becomes one StorageError; pages before that line would hide it.
@@ -92,6 +93,66 @@ def describe(items: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {path: [list(x.shape), str(x.dtype), int(_fingerprint(x))] for path, x in arrays.items()}
 
 
+_DESCRIPTION = "_CHECKPOINT_METADATA"
+
+
+def unreadable_steps(directory: Path, *, only_sizes: bool = False) -> dict[int, str]:
+    """Steps whose description keeps orbax from opening the whole directory, with the reason; empty if there are none.
+
+    Args:
+      only_sizes: look at sizes and kinds of files, and not at what is in them, which takes some milliseconds each.
+
+    Raises:
+      OSError: the directory can't be read.
+    """
+    descriptions = {
+        int(step.name): step / _DESCRIPTION
+        for step in (directory.iterdir() if directory.is_dir() else ())
+        if step.name.isdigit() and (step / _DESCRIPTION).exists()
+    }
+    found = {}
+    for step, path in sorted(descriptions.items()):
+        try:
+            content = read_bytes(path, MAX_CONFIG_BYTES)
+        except ValueError as error:
+            found[step] = f"{_DESCRIPTION} {error}"
+            continue
+        if only_sizes:
+            continue
+        # Most of what could be wrong with it orbax takes for a description that is missing, and does without.
+        with tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / str(step)).mkdir()
+            (Path(alone) / str(step) / _DESCRIPTION).write_bytes(content)
+            try:
+                ocp.CheckpointManager(alone, options=_alone()).close()
+            except Exception as error:
+                found[step] = f"{_DESCRIPTION} can't be read: {brief(error).rstrip('.')}"
+    return found
+
+
+def _alone() -> ocp.CheckpointManagerOptions:
+    """For a manager of this process, which does not wait for others at any barrier."""
+    own = jax.process_index()
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone{own}"
+    )
+    return ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=processes)
+
+
+def check_texts(step: Path) -> None:
+    """Check the files of a step that are read as a whole, its descriptions; those of arrays are read in parts.
+
+    Raises:
+      ValueError: one is longer than `MAX_INDEX_BYTES`, or no regular file.
+    """
+    for folder, _, names in os.walk(step):
+        # OCDBT keeps arrays and the index of them in folders of this name.
+        for path in (Path(folder, name) for name in names if Path(folder).name != "d"):
+            require_regular(path)
+            if path.stat().st_size > MAX_INDEX_BYTES:
+                raise ValueError(f"{path.relative_to(step)} is longer than {MAX_INDEX_BYTES:,} bytes")
+
+
 def write_meta(content: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as it is stored: `content` with the format's number and a checksum over all of it."""
     meta = {"format": FORMAT, **content}
@@ -110,6 +171,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
       StorageError: it can't be read, which says nothing of what was written; or it is of a later version.
     """
     with reading(manager, step, "its metadata can't be read: "):
+        check_texts(Path(manager.directory) / str(step))
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if not isinstance(meta, dict):
         raise DamagedCheckpointError("its metadata is no JSON object")

@@ -49,6 +49,8 @@ The second argument is to be called between batches: it says that the evaluation
 exception when the run was asked to stop."""
 
 CHECKPOINTS = "checkpoints"
+SAVED_ONCE = "checkpoints.saved"
+"""A file of a run that has had a complete checkpoint."""
 METRICS = "metrics.jsonl"
 
 
@@ -147,7 +149,11 @@ def fit(
         _refuse_lost_checkpoints(workdir)
         kept = config.merged_steps()
         checkpointer = Checkpointer(
-            workdir / CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best, keep_steps=kept
+            workdir / CHECKPOINTS,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            keep_steps=kept,
+            mark=workdir / SAVED_ONCE,
         )
         resources.enter_context(checkpointer)
         # Order of restoring:
@@ -199,7 +205,7 @@ def fit(
         latest: dict[str, Any] = {}
         evaluation: dict[str, float] = {}
         time_to_first_step = float("nan")
-        interrupted = False
+        interrupted = evaluated = False
         saved_at = time.monotonic()
         spiked: int | None = None
         step = first
@@ -226,8 +232,8 @@ def fit(
         requests = resources.enter_context(Requests())
 
         def between_batches() -> None:
-            """Called between the batches of an evaluation, which may take long."""
-            phases.beat()
+            """Called after each batch of an evaluation, which may take long."""
+            phases.enter("evaluation")
             # Whoever sends a signal may soon send a harder one: save first of all.
             if requests.agreed().stop:
                 raise EvaluationInterrupted
@@ -294,9 +300,11 @@ def fit(
             validation_loss = None
             if evaluate is not None and evaluates and not interrupted:
                 try:
-                    with phases("evaluation"), speed.paused():
+                    # Until its first batch is done, the first evaluation of a start is mostly compilation.
+                    with phases("evaluation" if evaluated else "compilation"), speed.paused():
                         model = prepared.model(state)
                         evaluation = dict(evaluate(model, between_batches))
+                    evaluated = True
                     writer.write(step, evaluation, split="validation")
                     validation_loss = evaluation.get("loss")
                 except EvaluationInterrupted:
@@ -419,13 +427,22 @@ def _take(lease: Lease, before_writing: Callable[[], None] | None) -> None:
 
 
 def _refuse_lost_checkpoints(workdir: Path) -> None:
-    """Raise `StorageError` where a log of steps lies beside no directory of checkpoints: as after a failed mount."""
+    """Raise `StorageError` where checkpoints were and there are none: as after a failed mount.
+
+    That leaves no directory where it was linked, and an empty one where it was mounted.
+    """
+    directory, mark = workdir / CHECKPOINTS, workdir / SAVED_ONCE
 
     def check() -> None:
-        if not (workdir / CHECKPOINTS).is_dir() and has_steps(workdir / METRICS):
+        lost, traces = "", []
+        if not directory.is_dir() and has_steps(workdir / METRICS):
+            lost, traces = f"is missing, but {METRICS} has steps", [workdir / METRICS, mark]
+        elif mark.exists() and not any(directory.glob("[0-9]*")):
+            lost, traces = "is empty, but has held checkpoints", [mark]
+        if lost:
+            found = " and ".join(str(path) for path in traces if path.exists())
             raise StorageError(
-                f"{workdir / CHECKPOINTS} is missing, but {METRICS} has steps: is a file system not mounted? To start "
-                f"again from step 0, delete {workdir / METRICS}"
+                f"{directory} {lost}: is a file system not mounted? To start again from step 0, delete {found}"
             )
 
     in_all(check)

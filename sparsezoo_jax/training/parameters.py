@@ -21,6 +21,7 @@ from sparsezoo_jax.training.checkpoint_format import (
     read_arrays,
     read_meta,
     reading,
+    unreadable_steps,
     verify,
     write_meta,
 )
@@ -214,5 +215,17 @@ def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator
 
 
 def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+    _refuse_unreadable(directory, only_sizes=True)
+    try:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+    except Exception as error:
+        _refuse_unreadable(directory)
+        raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
+
+
+def _refuse_unreadable(directory: Path, *, only_sizes: bool = False) -> None:
+    for step, reason in unreadable_steps(directory, only_sizes=only_sizes).items():
+        raise StorageError(
+            f"checkpoint {directory / str(step)} is damaged: {reason}; to read other steps, rename it to {step}.damaged"
+        )

@@ -221,6 +221,8 @@ def server():
             status, text = self.answers.pop(0)
             data = json.dumps({"choices": [{"message": {"content": text}}]}) if status == 200 else text
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", text)
             self.end_headers()
             self.wfile.write(data.encode())
 
@@ -252,6 +254,11 @@ def test_the_endpoint(server, monkeypatch):
     assert "Passage 2: war ends" in asked
     assert judge.answer("endings", [window]) is None
     assert "between << and >>" in handler.requests[-1][2]["messages"][0]["content"]
+    asked = len(handler.requests)
+    handler.answers += [(302, f"{url}/elsewhere")]  # which would be told the key
+    with pytest.raises(UserError, match=r"chat/completions: 302"):
+        judge.explain([window], [])
+    assert len(handler.requests) == asked + 1
     handler.answers += [(401, "no")]
     with pytest.raises(UserError, match=r"chat/completions: 401"):
         judge.explain([window], [])

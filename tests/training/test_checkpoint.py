@@ -174,6 +174,13 @@ DAMAGES = {
     "no checksum": change_meta(lambda meta: meta.pop("checksum")),
     "no format": change_meta(lambda meta: meta.pop("format")),
     "another name for the format": change_meta(lambda meta: meta.update(formad=meta.pop("format"))),
+    "description of orbax": lambda directory, step: describe_step(directory, step, "[]"),
+    "description's handlers": lambda directory, step: describe_step(directory, step, '{"item_handlers": 3}'),
+    "description's metrics": lambda directory, step: describe_step(directory, step, '{"metrics": 5}'),
+    "nested description": lambda directory, step: describe_step(directory, step, "[" * 100_000),
+    "pipe as a description": lambda directory, step: describe_step(directory, step, None),
+    "long description": lambda directory, step: lengthen(directory / str(step) / "_CHECKPOINT_METADATA"),
+    "long list of arrays": lambda directory, step: lengthen(directory / str(step) / "model" / "_METADATA"),
     "a list": lambda directory, step: replace_meta(directory, step, "[]"),
     "null": lambda directory, step: replace_meta(directory, step, "null"),
     "nested": lambda directory, step: replace_meta(directory, step, "[" * 100_000),
@@ -181,6 +188,18 @@ DAMAGES = {
     "array as a number": change_meta(rewritten(lambda meta: meta["arrays"].update({"model/params/up": 7}))),
     "shape of words": change_meta(rewritten(lambda meta: meta["arrays"]["model/params/up"].__setitem__(0, ["a"]))),
 }
+
+
+def describe_step(directory, step, text):
+    path = directory / str(step) / "_CHECKPOINT_METADATA"
+    path.unlink()
+    os.mkfifo(path) if text is None else path.write_text(text)
+
+
+def lengthen(path):
+    """To a size that would fill the memory if it were read; the disk holds nothing of it."""
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)
 
 
 def replace_meta(directory, step, text):
@@ -347,6 +366,23 @@ def test_a_step_that_is_not_there_lists_those_that_are(directory, tmp_path):
         restore_params(directory, 7)
     with pytest.raises(UserError, match=r"no checkpoint in .*; steps there are: none"):
         restore_params(tmp_path / "absent")
+
+
+def test_steps_without_a_readable_description_are_not_none(directory, states):
+    for step in (1, 2, 3):
+        describe_step(directory, step, "[]")
+    with pytest.raises(StorageError, match=r"no checkpoint in .* can be read; step 1: _CHECKPOINT_METADATA can't be"):
+        restore(directory, states[0])
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("text", ["[]", None])
+def test_a_reader_names_the_step_without_a_readable_description(directory, text):
+    describe_step(directory, 3, text)
+    with pytest.raises(StorageError, match=r"checkpoints/3 is damaged: _CHECKPOINT_METADATA .* rename it to 3.damaged"):
+        restore_params(directory, 2)
+    (directory / "3").rename(directory / "3.damaged")
+    restore_params(directory, 2)
 
 
 def test_reading_does_not_write(directory):

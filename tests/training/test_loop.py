@@ -23,6 +23,7 @@ from sparsezoo_jax.training.lease import Lease, RunInUseError
 from sparsezoo_jax.training.loop import fit
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
+from sparsezoo_jax.training.phases import Phases
 from tests.devices import with_devices
 
 from .test_step import assert_equal
@@ -45,7 +46,18 @@ class Recorder:
         return {step: metrics["loss"] for step, split, metrics in self.rows if split is None}
 
 
-def run(workdir, *, build=ToyModel, data=None, evaluate=None, writers=None, before_writing=None, place=None, **changes):
+def run(
+    workdir,
+    *,
+    build=ToyModel,
+    data=None,
+    evaluate=None,
+    writers=None,
+    before_writing=None,
+    place=None,
+    phases=None,
+    **changes,
+):
     return fit(
         config(**changes),
         build=build,
@@ -56,6 +68,7 @@ def run(workdir, *, build=ToyModel, data=None, evaluate=None, writers=None, befo
         place=place,
         before_writing=before_writing,
         writers=writers,
+        phases=phases,
     )
 
 
@@ -294,6 +307,29 @@ def test_a_log_without_checkpoints_is_no_fresh_start(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     shutil.move(tmp_path / "elsewhere", tmp_path / "checkpoints")
     assert run(tmp_path).resumed_from == 2
+
+
+def test_an_empty_place_to_mount_checkpoints_is_no_fresh_start(tmp_path):
+    run(tmp_path, stop_at=2)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(StorageError, match=r"checkpoints is empty, but has held checkpoints: .* delete .*s.saved$"):
+        run(tmp_path)
+    (tmp_path / "checkpoints.saved").unlink()
+    assert run(tmp_path, stop_at=1).resumed_from == 0
+
+
+def test_the_first_evaluation_counts_as_compilation_until_its_first_batch_is_done(tmp_path):
+    phases, seen = Phases(), []
+
+    def evaluate(model, between):
+        seen.append(phases.current)
+        between()
+        seen.append(phases.current)
+        return {"loss": 1.0}
+
+    run(tmp_path, evaluate=evaluate, phases=phases, writers=[], eval_every=3)
+    assert seen == ["compilation", "evaluation", "evaluation", "evaluation"]
 
 
 def test_rows_that_the_disk_had_no_room_for_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):

@@ -87,7 +87,7 @@ class EndpointJudge:
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                with _OPENER.open(request, timeout=self.timeout) as response:
                     answer = parse_json(response.read(MAX_ANSWER_BYTES), max_bytes=MAX_ANSWER_BYTES)
                     return str(answer["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
@@ -101,6 +101,16 @@ class EndpointJudge:
                 raise UserError(f"{self.url}: {why}")
             time.sleep(2**attempt)
         raise AssertionError
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirection would send the key to wherever it points."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 def _numbered(windows: Sequence[Window]) -> str:
