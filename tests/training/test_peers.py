@@ -26,7 +26,7 @@ def pair(workdir, victim, number):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1)}
     processes = []
     for i in (0, 1):
-        arguments = [str(i), str(port), str(workdir), str(victim), str(int(number))]
+        arguments = [str(i), str(port), str(workdir), str(-1 if victim is None else victim), str(int(number))]
         command = [sys.executable, "-m", "training.lost_process", *arguments]
         processes.append(
             subprocess.Popen(
@@ -69,7 +69,16 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
     assert (first.returncode, second.returncode) == (0, 0), error + other
     assert "stopped on the signal of another process after step 5" in error
     assert out.splitlines()[-1] == "ended after step 5"
-    assert saved_steps(tmp_path / "checkpoints")[-1] == 5
+    checkpoints = tmp_path / "checkpoints"
+    assert saved_steps(checkpoints) == [4, 5]
+    # Both go on from the step before one that orbax could not even open.
+    (checkpoints / "5" / "_CHECKPOINT_METADATA").write_text("[]")
+    ends = [(process.communicate(timeout=300), process.returncode) for process in pair(tmp_path, None, 0)]
+    assert [(out.splitlines()[-1], status) for (out, _), status in ends] == [("ended after step 40", 0)] * 2, ends
+    errors = "".join(error for (_, error), _ in ends)
+    assert errors.count("checkpoints/5 is damaged") == 1, errors
+    assert "resuming from step 4" in errors
+    assert (checkpoints / "5.damaged").is_dir()
 
 
 def test_processes_that_never_come_are_waited_for_no_longer_than_the_timeout():
