@@ -85,6 +85,8 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.checkpoint_every_minutes",
+    "train.local_checkpoints",
+    "train.local_checkpoint_every",
     "train.keep_last",
     "train.merge_last",
     "train.merge_decay",

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,66 @@ class Restored:
     """Position of the data iterator."""
     record: RunRecord
     """What the run has been through."""
+
+
+def contents(
+    state: TrainState,
+    data_state: Mapping[str, Any],
+    validation_loss: float | None = None,
+    *,
+    step: int,
+    record: RunRecord,
+) -> tuple[dict[str, PureDict], dict[str, Any]]:
+    """The items of a step, and its metadata without checksum; a computation of all processes."""
+    model, training = _split(state)
+    items = {"model": nested(flatten(model)), "training": nested(flatten(training))}
+    return items, {
+        "step": step,
+        "data": data_state,
+        "validation_loss": validation_loss,
+        "passed_over": record.passed_over,
+        "record": asdict(record),
+        "arrays": describe(items),
+    }
+
+
+def read_step(
+    manager: ocp.CheckpointManager,
+    step: int,
+    abstract: TrainState,
+    read: Callable[[dict[str, PureDict]], Mapping[str, PureDict]],
+    *,
+    parts: int = 1,
+) -> Restored:
+    """A step on the shardings of `abstract`, verified.
+
+    Args:
+      read: gives the arrays of both items for their shapes and shardings.
+      parts: number of directories over which the step's arrays are spread.
+
+    Raises:
+      DamagedCheckpointError, StorageError, UserError: it is damaged, can't be read, or is of another model.
+    """
+    model, training = _split(abstract)
+    wanted = {"model": flatten(model), "training": flatten(training)}
+
+    def described() -> dict[str, Any]:
+        meta = read_meta(manager, step, parts=parts)
+        check_fits(Path(manager.directory) / str(step), meta["arrays"], wanted)
+        return meta
+
+    # Each part is agreed on before the next begins: verifying is a computation of all processes.
+    meta = in_all(described)
+    items = in_all(lambda: read({name: nested(flat) for name, flat in wanted.items()}))
+    in_all(lambda: verify(manager, step, items, meta["arrays"]))
+    found = {f"{name}/{path}": leaf for name, tree in items.items() for path, leaf in flatten(tree).items()}
+    treedefs = {"model": jax.tree.structure(model), "training": jax.tree.structure(training)}
+    fields = {
+        name: jax.tree.unflatten(treedefs[name], [found[f"{name}/{path}"] for path in flat])
+        for name, flat in wanted.items()
+    }
+    record = RunRecord(**meta.get("record", {}))
+    return Restored(TrainState(**fields["model"], **fields["training"]), meta["data"], record)
 
 
 class Checkpointer:
@@ -138,17 +198,7 @@ class Checkpointer:
         record: RunRecord | None = None,
     ) -> None:
         """Start saving `state` as `step`; `data_state` is JSON."""
-        model, training = _split(state)
-        items = {"model": nested(flatten(model)), "training": nested(flatten(training))}
-        record = record or RunRecord()
-        content = {
-            "step": step,
-            "data": data_state,
-            "validation_loss": validation_loss,
-            "passed_over": record.passed_over,
-            "record": asdict(record),
-            "arrays": describe(items),
-        }
+        items, content = contents(state, data_state, validation_loss, step=step, record=record or RunRecord())
         # A validation loss that is not finite can't be the best one.
         ranked = validation_loss is not None and math.isfinite(validation_loss)
         with self._storage_errors("saving a checkpoint"):
@@ -199,27 +249,7 @@ class Checkpointer:
         Raises:
           DamagedCheckpointError, StorageError, UserError: it is damaged, can't be read, or is of another model.
         """
-        model, training = _split(abstract)
-        wanted = {"model": flatten(model), "training": flatten(training)}
-
-        def described() -> dict[str, Any]:
-            meta = read_meta(self._manager, step)
-            check_fits(self.directory / str(step), meta["arrays"], wanted)
-            return meta
-
-        # Each part is agreed on before the next begins: verifying is a computation of all processes.
-        meta = in_all(described)
-        trees = {name: nested(flat) for name, flat in wanted.items()}
-        items = in_all(lambda: read_arrays(self._manager, step, trees))
-        in_all(lambda: verify(self._manager, step, items, meta["arrays"]))
-        found = {f"{name}/{path}": leaf for name, tree in items.items() for path, leaf in flatten(tree).items()}
-        treedefs = {"model": jax.tree.structure(model), "training": jax.tree.structure(training)}
-        parts = {
-            name: jax.tree.unflatten(treedefs[name], [found[f"{name}/{path}"] for path in flat])
-            for name, flat in wanted.items()
-        }
-        record = RunRecord(**meta.get("record", {}))
-        return Restored(TrainState(**parts["model"], **parts["training"]), meta["data"], record)
+        return read_step(self._manager, step, abstract, lambda trees: read_arrays(self._manager, step, trees))
 
     def _set_unreadable_aside(self, read_only: bool) -> None:
         """Steps that would keep orbax from opening the directory; one process looks, before all of them open it."""

@@ -124,19 +124,19 @@ def unreadable_steps(directory: Path, *, only_sizes: bool = False) -> dict[int, 
             (Path(alone) / str(step)).mkdir()
             (Path(alone) / str(step) / _DESCRIPTION).write_bytes(content)
             try:
-                ocp.CheckpointManager(alone, options=_alone()).close()
+                ocp.CheckpointManager(alone, options=of_this_process(read_only=True)).close()
             except Exception as error:
                 found[step] = f"{_DESCRIPTION} can't be read: {brief(error).rstrip('.')}"
     return found
 
 
-def _alone() -> ocp.CheckpointManagerOptions:
-    """For a manager of this process, which does not wait for others at any barrier."""
+def of_this_process(**options: Any) -> ocp.CheckpointManagerOptions:
+    """Options of a manager of this process alone, which waits for no other one."""
     own = jax.process_index()
     processes = ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone{own}"
+        primary_host=None, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
     )
-    return ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=processes)
+    return ocp.CheckpointManagerOptions(create=False, multiprocessing_options=processes, **options)
 
 
 def check_texts(step: Path) -> None:
@@ -163,8 +163,8 @@ def _checksum(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The metadata of a step, verified.
+def read_meta(manager: ocp.CheckpointManager, step: int, *, parts: int = 1) -> dict[str, Any]:
+    """The metadata of a step, verified; its arrays are spread over directories like this one, `parts` of them.
 
     Raises:
       DamagedCheckpointError: it is not what was written.
@@ -193,7 +193,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
                 f"package; this one reads format {FORMAT}"
             )
     _check_meta(meta, step)
-    _check_size(manager, step, meta["arrays"])
+    _check_size(manager, step, meta["arrays"], parts)
     return meta
 
 
@@ -214,13 +214,13 @@ def _check_meta(meta: dict[str, Any], step: int) -> None:
         raise DamagedCheckpointError(f"its position in the data is batch {batch}, not {expected}")
 
 
-def _check_size(manager: ocp.CheckpointManager, step: int, arrays: Mapping[str, list[Any]]) -> None:
+def _check_size(manager: ocp.CheckpointManager, step: int, arrays: Mapping[str, list[Any]], parts: int) -> None:
     """Arrays that have no bytes on disk are read as zeros: without this, a small file could fill the memory."""
     with reading(manager, step, "its metadata can't be right: "):
         folders = (manager.directory / str(step)).walk()
         stored = sum((folder / name).stat().length for folder, _, names in folders for name in names)
         sizes = {path: math.prod(shape) * jnp.dtype(dtype).itemsize for path, (shape, dtype, _) in arrays.items()}
-        check_expansion(sizes, stored)
+        check_expansion(sizes, stored * parts)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,11 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     checkpoint_every_minutes: float = 0.0
     """Minutes after which a checkpoint is saved, besides those by steps; 0 is never."""
+    local_checkpoints: Annotated[str | None, Local()] = None
+    """Directory on a disk of each machine for further checkpoints, which a failure of the machine takes along; a start
+    goes on from the newest step, here or in the run directory. None: none."""
+    local_checkpoint_every: int = 0
+    """Steps between those."""
     keep_last: int = 2
     """Number of newest checkpoints kept."""
     keep_best: bool = True
@@ -136,13 +141,25 @@ class TrainConfig:
             "profile_steps",
         ):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be above 0")
-        for name in ("eval_every", "checkpoint_every", "checkpoint_every_minutes", "seed", "z_loss", "upcycle_noise"):
+        for name in (
+            "eval_every",
+            "checkpoint_every",
+            "checkpoint_every_minutes",
+            "local_checkpoint_every",
+            "seed",
+            "z_loss",
+            "upcycle_noise",
+        ):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
         for name in ("stop_at", "grad_clip", "loss_chunk", "profile_start"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", value, "must be above 0 or None")
         hang = self.hang_timeout
         require(hang is None or hang >= 0, "train.hang_timeout", hang, "must be at least 0 or None")
+        place, every = self.local_checkpoints, self.local_checkpoint_every
+        require(place is None or bool(place.strip()), "train.local_checkpoints", "''", "must name a directory")
+        allowed = "must be above 0 with train.local_checkpoints, and 0 without"
+        require((place is not None) == (every > 0), "train.local_checkpoint_every", every, allowed)
         require(
             self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
         )

@@ -25,6 +25,7 @@ from sparsezoo_jax.training.goodput import Account
 from sparsezoo_jax.training.guards import SpikeGuard, stop_if_diverging, stop_if_rewound_too_often
 from sparsezoo_jax.training.interrupts import Requests
 from sparsezoo_jax.training.lease import Lease
+from sparsezoo_jax.training.local_checkpoints import LocalCheckpoints, newest, run_id
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.phases import Phases
@@ -157,12 +158,17 @@ def fit(
         )
         resources.enter_context(checkpointer)
         # Order of restoring:
-        # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step;
+        # 1. parameters, model state (random streams included), optimizer, objectives and counters, all from one step,
+        #    on a local disk if there is a newer one;
         # 2. the position in the data, saved with them;
         # 3. the metrics files, cut back to that step (below, when they are opened).
         # Without a checkpoint: initialise, from another run's parameters if there is one, and start at the first data.
         # With adapters, what they are trained for comes from that other run every time.
-        restored = checkpointer.restore(prepared.abstract)
+        local = None
+        if config.local_checkpoints is not None:
+            local = LocalCheckpoints(config.local_checkpoints, run_id(workdir))
+            resources.callback(local.close)
+        restored = newest(checkpointer, local, prepared.abstract)
         base = warm_start.read(place) if adapts and warm_start is not None else None
         if restored is None:
             state = prepared.first_state(jax.random.key(config.seed))
@@ -266,8 +272,9 @@ def fit(
                 asked = requests.agreed(save=is_main and 0 < config.checkpoint_every_minutes <= minutes)
                 interrupted = asked.stop
                 saves = saves or asked.stop or asked.save
+            saves_locally = local is not None and not saves and _is_due(step, config.local_checkpoint_every)
             evaluates = step == config.steps or (saves and config.keep_best) or _is_due(step, config.eval_every)
-            if saves or evaluates:
+            if saves or saves_locally or evaluates:
                 finish_step()
 
             # ------------------------------------------------------------------------------------------------ Rewind
@@ -289,6 +296,8 @@ def fit(
                     if is_main:
                         passed = f"passing over {spiked - back} batches"
                         print(f"the loss spiked at step {spiked}: back to step {back}, {passed}", file=sys.stderr)
+                    if local is not None:
+                        local.forget_after(back)
                     account.rewound(restored.record, steps=step - back, batches=spiked - back)
                     guard.forget_after(back)
                     writer.rewind(back)
@@ -311,16 +320,19 @@ def fit(
                     interrupted = saves = True
 
             # -------------------------------------------------------------------------------------------- Checkpoint
-            if saves:
+            if saves or saves_locally:
                 with phases("save"), speed.paused():
-                    if is_main:
+                    if is_main and saves:
                         lease.check()
                     # Rows up to a checkpoint's step are in the log or in the checkpoint: no step is ever missing.
                     current = account.snapshot(guard.state(), unlogged=writer.flush())
                     # Each process knows where its own rows are; whoever restores them may have others.
                     position = merge_states(gather(data.get_state()))
-                    checkpointer.save(state, position, validation_loss, step=step, record=current)
-                    saved_at = time.monotonic()
+                    if saves:
+                        checkpointer.save(state, position, validation_loss, step=step, record=current)
+                        saved_at = time.monotonic()
+                    elif local is not None:
+                        local.save(state, position, step=step, record=current)
 
         # ---------------------------------------------------------------------------------------------------- Finish
         finish_step()

@@ -1,6 +1,6 @@
-"""One of two processes that train the toy together: `python -m training.lost_process ID PORT WORKDIR VICTIM SIGNAL`.
+"""One of two processes that train the toy: `python -m training.lost_process ID PORT WORKDIR VICTIM SIGNAL [LOCAL]`.
 
-The victim sends itself the signal before its fifth step.
+The victim sends itself the signal before its fifth step. Checkpoints are saved every two steps, below LOCAL if given.
 """
 
 import os
@@ -19,7 +19,8 @@ from .toy import BATCH, LENGTH, ToyData, ToyModel, config
 TIMEOUT = 8.0
 
 
-def main(number, port, workdir, victim, signal):
+def main(number, port, workdir, victim, signal, local=None):
+    saving = {"local_checkpoints": local, "local_checkpoint_every": 2, "checkpoint_every": 0}
     join(f"127.0.0.1:{port}", 2, number, 300.0)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -38,7 +39,7 @@ def main(number, port, workdir, victim, signal):
     try:
         with Watchdog(phases, TIMEOUT, peers.explain), peers:
             result = fit(
-                config(steps=40, checkpoint_every=2),
+                config(steps=40, **(saving if local else {"checkpoint_every": 2})),
                 build=ToyModel,
                 data=Dying(batch=BATCH // 2),
                 batch_shape=(BATCH, LENGTH),
@@ -52,4 +53,4 @@ def main(number, port, workdir, victim, signal):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])

@@ -1,6 +1,7 @@
 """One of two processes is lost: the other ends soon, with status 1 and a line that names it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from .lost_process import TIMEOUT
 pytestmark = pytest.mark.slow
 
 
-def pair(workdir, victim, number):
+def pair(workdir, victim, number, *more):
     """Exit status, output, errors, and when it ended, of both processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +27,7 @@ def pair(workdir, victim, number):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1)}
     processes = []
     for i in (0, 1):
-        arguments = [str(i), str(port), str(workdir), str(-1 if victim is None else victim), str(int(number))]
+        arguments = [str(i), str(port), str(workdir), str(-1 if victim is None else victim), str(int(number)), *more]
         command = [sys.executable, "-m", "training.lost_process", *arguments]
         processes.append(
             subprocess.Popen(
@@ -79,6 +80,21 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
     assert errors.count("checkpoints/5 is damaged") == 1, errors
     assert "resuming from step 4" in errors
     assert (checkpoints / "5.damaged").is_dir()
+
+
+def test_both_go_on_from_what_their_own_disks_hold(tmp_path):
+    local = str(tmp_path / "local")
+    for process in pair(tmp_path / "run", 1, signal.SIGKILL, local):
+        process.communicate(timeout=300)
+    (run,) = (tmp_path / "local").iterdir()
+    assert sorted(path.name for path in run.iterdir()) == ["0-of-2", "1-of-2"]
+    assert saved_steps(tmp_path / "run" / "checkpoints") == []
+    ends = [
+        (process.communicate(timeout=300), process.returncode) for process in pair(tmp_path / "run", None, 0, local)
+    ]
+    assert [(out.splitlines()[-1], status) for (out, _), status in ends] == [("ended after step 40", 0)] * 2, ends
+    assert re.search(r"resuming from step [24] in ", ends[0][0][1]), ends
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [40]
 
 
 def test_processes_that_never_come_are_waited_for_no_longer_than_the_timeout():
