@@ -79,8 +79,8 @@ class TrainConfig:
     local_checkpoints: Annotated[str | None, Local()] = None
     """Directory on a disk of each machine for further checkpoints, which a failure of the machine takes along; a start
     goes on from the newest step, here or in the run directory. None: none."""
-    local_checkpoint_every: int = 0
-    """Steps between those."""
+    local_checkpoint_every: Annotated[int | None, Local()] = None
+    """Steps between those; None: a tenth of train.checkpoint_every."""
     keep_last: int = 2
     """Number of newest checkpoints kept."""
     keep_best: bool = True
@@ -145,7 +145,6 @@ class TrainConfig:
             "eval_every",
             "checkpoint_every",
             "checkpoint_every_minutes",
-            "local_checkpoint_every",
             "seed",
             "z_loss",
             "upcycle_noise",
@@ -158,8 +157,8 @@ class TrainConfig:
         require(hang is None or hang >= 0, "train.hang_timeout", hang, "must be at least 0 or None")
         place, every = self.local_checkpoints, self.local_checkpoint_every
         require(place is None or bool(place.strip()), "train.local_checkpoints", "''", "must name a directory")
-        allowed = "must be above 0 with train.local_checkpoints, and 0 without"
-        require((place is not None) == (every > 0), "train.local_checkpoint_every", every, allowed)
+        allowed = "must be above 0, and train.local_checkpoints given"
+        require(every is None or (every > 0 and place is not None), "train.local_checkpoint_every", every, allowed)
         require(
             self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
         )
@@ -179,6 +178,10 @@ class TrainConfig:
         total = sum(steps_of(length, self.steps) for length in self.schedule.phases())
         allowed = f"the schedule's phases take {total} steps; shorten them, or give them as fractions of train.steps"
         require(total <= self.steps, "train.steps", self.steps, allowed)
+
+    def local_every(self) -> int:
+        """Steps between local checkpoints."""
+        return self.local_checkpoint_every or max(self.checkpoint_every // 10, 1)
 
     def merged_steps(self) -> tuple[int, ...]:
         """Steps whose checkpoints are averaged at the end of the run, oldest first; empty if none are."""

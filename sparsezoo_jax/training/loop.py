@@ -272,7 +272,7 @@ def fit(
                 asked = requests.agreed(save=is_main and 0 < config.checkpoint_every_minutes <= minutes)
                 interrupted = asked.stop
                 saves = saves or asked.stop or asked.save
-            saves_locally = local is not None and not saves and _is_due(step, config.local_checkpoint_every)
+            saves_locally = local is not None and not saves and _is_due(step, config.local_every())
             evaluates = step == config.steps or (saves and config.keep_best) or _is_due(step, config.eval_every)
             if saves or saves_locally or evaluates:
                 finish_step()

@@ -93,8 +93,14 @@ def test_a_full_local_disk_is_said_and_the_run_goes_on(tmp_path, local, whole, m
 
 
 @pytest.mark.parametrize(
-    "changes", [{"local_checkpoints": "/x"}, {"local_checkpoint_every": 3}, {"local_checkpoints": " "}]
+    "changes",
+    [
+        {"local_checkpoint_every": 3},
+        {"local_checkpoints": " "},
+        {"local_checkpoints": "/x", "local_checkpoint_every": 0},
+    ],
 )
 def test_bad_settings(changes):
     with pytest.raises(ConfigError, match=r"train\.local_checkpoint"):
         config(**changes)
+    assert config(local_checkpoints="/x", checkpoint_every=50).local_every() == 5
