@@ -1,8 +1,10 @@
 """Time of decoding with whole models, dense and sparse of equal parameters: `python -m benchmarks.decode`.
 
 Weights are random, drawn from one pool of numbers into buffers of their own; so are the keys and values of the context.
-Nothing is said about quality. `--model spark` is the 2B shape, `blockffn` the 2.8B one, whose router keeps its share
-of the largest scores, for a random one has no sparsity, `moe` the 1.2B one with latent attention, `moex` the 1.8B one.
+Nothing is said about quality. `--model spark` is the 2B shape, `blockffn` the 2.8B one, `deco` the 0.1B one, `moe` the
+1.2B one with latent attention, `moex` the 1.8B one; `--size` takes another. The routers of BlockFFN and DECO keep the
+share of the largest scores that their configuration expects, for random ones have no sparsity.
+
 Variants take turns, a few tokens each, in every round; figures
 are medians over the rounds. Ratios are against the native dense model of the same precision, and their limit is the
 ratio of the bytes that both have to read. `read` is the bandwidth that a variant's bytes make of its time; `stream`
@@ -43,13 +45,16 @@ from sparsezoo_jax.inference import Formats, Sampling, packed
 from sparsezoo_jax.inference.cost import bytes_read
 from sparsezoo_jax.inference.generation import next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig, bytes_per_token, dense_twin
+from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.cache import DecoderCache
+from sparsezoo_jax.models.deco import DECOFFN
 
 #: Tokens that a variant decodes in its turn of a round.
 TURN = 4
 PRESETS = {
     "spark": ("spark", "2b"),
     "blockffn": ("blockffn", "2_8b"),
+    "deco": ("deco", "0_1b"),
     "moe": ("moe", "xlarge"),
     "moex": ("moex", "medium"),
 }
@@ -101,17 +106,28 @@ def drawn(config: DecoderConfig) -> Decoder:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
+def router_logits(ffn: BlockFFN | DECOFFN) -> Callable[[jax.Array], jax.Array]:
+    """The map from tokens to the logits of a layer's router, in float32."""
+    if isinstance(ffn, DECOFFN):
+        return ffn.logits
+    return lambda x_BTD: x_BTD.astype(jnp.float32) @ ffn.router_DE[...].astype(jnp.float32)
+
+
 def keep_largest(model: Decoder) -> None:
-    """Let the routers keep the share of experts that their configuration expects, whatever their signs are."""
+    """Let the routers of BlockFFN and DECO keep the share of experts that they expect, whatever the signs are."""
     for period in model.segments:
         for block in period.blocks:
             ffn: Any = block.ffn
-            kept, route = round(ffn.config.expected_density * ffn.config.experts), ffn.router_DE
+            if not isinstance(ffn, BlockFFN | DECOFFN):
+                continue
+            kept, logits = round(ffn.config.expected_density * ffn.config.experts), router_logits(ffn)
 
-            def largest(x_BTD: jax.Array, route=route, kept=kept) -> tuple[jax.Array, jax.Array, jax.Array]:
-                logits = x_BTD.astype(jnp.float32) @ route[...].astype(jnp.float32)
-                scores = jnp.where(logits >= jax.lax.top_k(logits, kept)[0][..., -1:], 1 + jnp.abs(logits), 0)
-                return logits, scores, scores
+            def largest(x_BTD: jax.Array, ffn: Any = ffn, logits=logits, kept=kept) -> tuple[jax.Array, ...]:
+                logits_BTE = logits(x_BTD)
+                # Counted, not sorted: a sort takes longer than the router's product.
+                larger = jnp.sum(logits_BTE[..., None, :] > logits_BTE[..., None], axis=-1, dtype=jnp.float32)
+                scores = jnp.where(larger < kept, 1 + jnp.abs(logits_BTE), 0)
+                return (scores, scores) if isinstance(ffn, DECOFFN) else (logits_BTE, scores, scores)
 
             object.__setattr__(ffn, "route", largest)
 
@@ -172,7 +188,7 @@ def variant(
     model = drawn(config) if trained is None else in_types_of(trained.model, config)
     if formats is not None:
         model = packed(model, formats)
-    if config.ffn.kind == "blockffn" and trained is None:
+    if trained is None:
         keep_largest(model)
     graphdef, state = nnx.split(model)
     token, one, key = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), jax.random.key(0)
@@ -256,6 +272,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(PRESETS), default="spark")
+    parser.add_argument("--size", help="of the model; None: the one above")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--vocab", type=int, default=None, help="rows of the output projection; None: the preset's")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the preset has")
@@ -268,8 +285,8 @@ def main() -> None:
     options = parser.parse_args()
     trained = None
     if options.run is not None:
-        if options.vocab is not None or options.layers is not None:
-            parser.error("--run: has its own layers and vocabulary, which --layers and --vocab can't change")
+        if any(value is not None for value in (options.size, options.vocab, options.layers)):
+            parser.error("--run: has its own layers and vocabulary, which --size, --layers and --vocab can't change")
         model, tokens, segments = validation_text(options.run, 64)
         # One long text: documents are packed into rows one after the other.
         trained = Trained(model, tokens[segments > 0])
@@ -285,7 +302,8 @@ def main() -> None:
 def print_table(options: argparse.Namespace, context: int, formats: str, trained: Trained | None) -> Group:
     """Measure all variants of one context and number format, taking turns; what the figure shows of them."""
     dtype, form_of = FORMATS[formats]
-    like = preset(*PRESETS[options.model]).model if trained is None else trained.model.config
+    arch, size = PRESETS.get(options.model, (options.model, ""))
+    like = trained.model.config if trained is not None else preset(arch, options.size or size).model
     sparse, dense = configs(like, options.vocab, options.layers, dtype)
     variants: dict[str, Variant] = {}
     for how in options.forms:

@@ -23,6 +23,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.deco_ffn import deco_ffn
 from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
+from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.rows import dequantised
 
 #: Logical axes of experts' weights, rows of neurons.
@@ -178,8 +179,9 @@ class PackedDECOFFN(DECOFFN, DecodingLayout):
 
     def __init__(self, source: DECOFFN, formats: Formats):
         self.config, self.dtype = source.config, source.dtype
-        self.router_DE, self.router_scale_E = source.router_DE, source.router_scale_E
-        self.norm_scale_W = source.norm_scale_W
+        self.router_scale_E, self.norm_scale_W = source.router_scale_E, source.norm_scale_W
+        # Kept in the parameters' dtype: rounding it would change which experts are taken.
+        self.router = Rows(source.router_DE[...].T, "model", source.router_DE.dtype, ("ffn", "embed"))
         self.up = Rows(source.expert_up_DF[...].T, formats.weights, source.dtype)
         self.down = Rows(source.expert_down_FD[...], formats.weights, source.dtype)
         # Of the rows as they are stored: rounded ones have another mean.
@@ -188,14 +190,21 @@ class PackedDECOFFN(DECOFFN, DecodingLayout):
 
     def restore(self, source: DECOFFN) -> None:
         """Put the weights back into `source`."""
+        assign(source.router_DE, self.router.restored().T)
         assign(source.expert_up_DF, self.up.restored().T)
         assign(source.expert_down_FD, self.down.restored())
         self.shared.restore(source.shared)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads with this share of the routed experts active."""
-        every = self.router_DE[...].nbytes + self.router_scale_E[...].nbytes + self.shared.bytes_read()
+        every = self.router.nbytes + self.router_scale_E[...].nbytes + self.shared.bytes_read()
         return every + density * (self.up.nbytes + self.down.nbytes)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of the router, [B, T, E], float32."""
+        rows, router_ED = x_BTD.reshape(-1, x_BTD.shape[-1]), self.router.arrays[0]
+        exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
+        return linear(rows, router_ED, **exact).reshape(*x_BTD.shape[:2], -1)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         positive_BTE, scores_BTE = self.route(x_BTD)

@@ -121,11 +121,14 @@ class DECOFFN(FFN):
 
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """ReLU of the router's logits, and that times the learned factors; [B, T, E] each, float32."""
+        positive_BTE = jax.nn.relu(self.logits(x_BTD))
+        return positive_BTE, positive_BTE * self.router_scale_E[...].astype(positive_BTE.dtype)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Of the router, [B, T, E], float32."""
         wide = jnp.promote_types(jnp.float32, x_BTD.dtype)
         router_DE = self.router_DE[...].astype(wide)
-        logits_BTE = product(jnp.matmul(x_BTD.astype(wide), router_DE, precision=jax.lax.Precision.HIGHEST))
-        positive_BTE = jax.nn.relu(logits_BTE)
-        return positive_BTE, positive_BTE * self.router_scale_E[...].astype(wide)
+        return product(jnp.matmul(x_BTD.astype(wide), router_DE, precision=jax.lax.Precision.HIGHEST))
 
     def form(self) -> dict[str, Any]:
         """What `deco_ffn` and `deco_ffn_rows` need beside maps and scores."""

@@ -30,6 +30,7 @@ OPERATIONS = (
     "relu_ffn_backward",
     "active_rows",
     "block_ffn",
+    "deco_ffn",
     "attention",
     "spark_attention",
     "from_blocks",

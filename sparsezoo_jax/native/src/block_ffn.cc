@@ -1,33 +1,12 @@
 // BlockFFN (arXiv 2507.08771) and other mixtures: the experts with a score that is not 0 for some token, each read once.
 #include <algorithm>
 
+#include "experts.h"
 #include "operations.h"
 
 namespace sparsezoo {
 
 namespace {
-
-struct Expert {
-  long index;
-  std::vector<long> tokens;
-  std::vector<const float*> to_up, to_gate;
-};
-
-std::vector<Expert> active_experts(const Vectors& to_up, const Vectors& to_gate, const Vectors& scores, long tokens,
-                                   long experts) {
-  std::vector<Expert> active;
-  for (long e = 0; e < experts; e++) {
-    Expert expert{e, {}, {}, {}};
-    for (long j = 0; j < tokens; j++) {
-      if (scores[j][e] == 0) continue;
-      expert.tokens.push_back(j);
-      expert.to_up.push_back(to_up[j]);
-      expert.to_gate.push_back(to_gate[j]);
-    }
-    if (!expert.tokens.empty()) active.push_back(std::move(expert));
-  }
-  return active;
-}
 
 constexpr long kRows = 32;
 
@@ -56,7 +35,7 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
   const Type gate_type = gate.data ? gate.type : up.type;
   const Vectors to_up(x, up.type), to_gate(x, gate_type), factors(scores, kFloat32);
   const long d = x.width;
-  const std::vector<Expert> experts = active_experts(to_up, to_gate, factors, x.count, scores.width);
+  const std::vector<Expert> experts = active_experts(factors, x.count, scores.width);
   const long expert_bytes = expert_width * d * (size_of(up.type) + size_of(down.type) + (gate.data ? size_of(gate.type) : 0));
   // A part is the same piece of every expert: all parts are alike, whichever experts are active.
   const long parts = std::min(expert_width, 8L);
@@ -72,17 +51,17 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
     const Vectors hidden(2 * x.count, kRows);
     float *g = hidden[0], *h = hidden[x.count];
     const long ld = hidden.stride();
-    std::vector<float*> to(x.count);
     for (size_t e = 0; e < experts.size(); e++) {
       const Expert& expert = experts[e];
       const long m = long(expert.tokens.size()), base = expert.index * expert_width;
-      for (long j = 0; j < m; j++) to[j] = out[expert.tokens[j]];
+      const std::vector<float*> to = expert.of<float*>(out);
+      const std::vector<const float*> from_gate = expert.of(to_gate.pointers()), from_up = expert.of(to_up.pointers());
       const long end = first_of(p + 1, parts, expert_width);
       for (long f = first_of(p, parts, expert_width); f < end; f += kRows) {
         const long n = std::min(kRows, end - f);
         const char* const rows_down = all_used ? down.row(base + f) : nullptr;
-        if (gate.data) gate.dot(base + f, n, d, expert.to_gate.data(), m, g, ld, up.row(base + f));
-        up.dot(base + f, n, d, expert.to_up.data(), m, h, ld, rows_down);
+        if (gate.data) gate.dot(base + f, n, d, from_gate.data(), m, g, ld, up.row(base + f));
+        up.dot(base + f, n, d, from_up.data(), m, h, ld, rows_down);
         for (long j = 0; j < m; j++) {
           float* const hj = h + j * ld;
           float* const gj = g + j * ld;

@@ -101,6 +101,15 @@ ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, 
   return ffi::Error::Success();
 }
 
+ffi::Error DecoFfn(ffi::ThreadPool threads, Array x, Array scores, Array up, Array down, Array up_scale, Array down_scale,
+                   Array mean_row, Array scale, Array none, Result y, double eps) {
+  NormSilu form{matrix(mean_row, none), floats(scale), eps};
+  if (mean_row.element_count() == 0) form.mean_row.data = nullptr;
+  deco_ffn(pool_of(threads), tokens(x), tokens(scores), matrix(up, up_scale), matrix(down, down_scale),
+           rows_of(up) / width_of(scores), form, tokens(*y));
+  return ffi::Error::Success();
+}
+
 Heads heads_of(const Array& q, const Array& k, const Array& mask) {
   return {q.dimensions()[0], q.dimensions()[1], k.dimensions()[1], k.dimensions()[2],
           static_cast<const unsigned char*>(mask.untyped_data())};
@@ -245,6 +254,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
                                   .Ret<Array>()
                                   .Ret<Array>()
                                   .Attr<int64_t>("activation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_deco_ffn, DecoFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("eps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention, AttentionRows,
                               BIND.Arg<Array>()

@@ -202,6 +202,16 @@ void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const 
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active);
 
+struct NormSilu {
+  Matrix mean_row;     // [1, D], the mean of all rows of `up`; `data` is null where the mean stays
+  const float* scale;  // [W]; null where units are not normalised
+  double eps;
+};
+
+// `scores` [M, E], `up` and `down` [E * width, D].
+void deco_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& up, const Matrix& down, long width,
+              const NormSilu& form, const Tokens& y);
+
 struct Heads {
   long batch, queries, keyvalues, keys;  // B, N, K, S
   const unsigned char* mask;             // [B, S]

@@ -11,6 +11,7 @@ from sparsezoo_jax.pallas_kernels.rows import (
     MOST_ROWS,
     check_shapes,
     check_weights,
+    dequantised,
     native_refusal,
     or_empty,
     product,
@@ -26,6 +27,7 @@ def linear(
     scale: jax.Array | None = None,
     *,
     dtype: jnp.dtype | type | None = None,
+    precision: jax.lax.Precision | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`x W^T`, summed up in float32; no gradient by the native form.
@@ -35,6 +37,8 @@ def linear(
       w: [N, K] in float32, bfloat16 or int8; a row makes one output.
       scale: float32 [N], factors of the rows of int8 weights; None for the others.
       dtype: of the result, float32 or bfloat16; None: that of x.
+      precision: of the plain form's product, of tokens and weights in float32; None: the product is in the dtype of w,
+        and the platform's default. Natively nothing is rounded before it is multiplied.
       implementation: "xla", "native", or None: "native" on a CPU for up to 16 rows.
 
     Returns:
@@ -48,6 +52,8 @@ def linear(
     out = jnp.dtype(x.dtype if dtype is None else dtype)
 
     def xla(x, w, scale):
+        if precision is not None:
+            return jnp.matmul(x.astype(jnp.float32), dequantised(w, scale).T, precision=precision).astype(out)
         return product(x, w, scale).astype(out)
 
     def cpp(x, w, scale):
