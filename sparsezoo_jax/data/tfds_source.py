@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ _ON_THE_HUB = {
 
 
 class TfdsDocuments(InRanges):
-    """One split of a TFDS dataset; a document's id is its `id` feature, or its index in the split."""
+    """One split of a TFDS dataset; a document's id is its `id` feature, or its index in the split.
 
-    def __init__(self, source: Any, name: str, text_field: str, fingerprint: str, total_bytes: int = 0):
-        self._source, self._name, self._text_field = source, name, text_field
+    Args:
+      path: names of the features that lead to the text, one within the other.
+    """
+
+    def __init__(self, source: Any, name: str, path: Sequence[str], fingerprint: str, total_bytes: int = 0):
+        self._source, self._name, self._path = source, name, path
         self.total_bytes = total_bytes
         self.fingerprint = fingerprint
 
@@ -48,9 +53,8 @@ class TfdsDocuments(InRanges):
             raise IndexError(f"document {index} of {len(self._source)}")
         example = self._source[index]
         where = f"{self._name}:{index}"
-        return Document(
-            _text(example["id"], where) if "id" in example else where, _text(example[self._text_field], where)
-        )
+        text = functools.reduce(lambda value, name: value[name], self._path, example)
+        return Document(_text(example["id"], where) if "id" in example else where, _text(text, where))
 
 
 def _text(value: Any, where: str) -> str:
@@ -71,9 +75,7 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
         builder = _builder(config, name)
         _prepare(builder, name)
     info = builder.info
-    features = list(info.features or {})
-    if config.text_field not in features:
-        raise DataError(f"data.text_field={config.text_field}: {name} has the fields {', '.join(features)}")
+    path = _path_to_text(info.features, config.text_field, name)
     try:
         source = builder.as_data_source(split)
     except NotImplementedError as error:
@@ -91,7 +93,32 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     except (KeyError, ValueError):
         sizes = (len(source),)  # a dataset that doesn't record its splits
     fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
-    return TfdsDocuments(source, f"{name}:{split}", config.text_field, fingerprint, (*sizes, 0)[1] or 0)
+    return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0)
+
+
+def _path_to_text(features: Any, text_field: str, name: str) -> list[str]:
+    """The names of features that lead to the text: a feature as it is, or the parts of its path between dots.
+
+    Raises:
+      DataError: there is no such feature, or it holds others.
+    """
+    path = [text_field] if text_field in (features or {}) else text_field.split(".")
+    if ".".join(path) not in (fields := _fields(features)):
+        raise DataError(f"data.text_field={text_field}: {name} has the fields {', '.join(fields)}")
+    return path
+
+
+def _fields(features: Any, prefix: str = "") -> list[str]:
+    """The features that hold one value, with dots between the names of one within the other."""
+    import tensorflow_datasets as tfds
+
+    found = []
+    for name, feature in (features or {}).items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            found += _fields(feature, f"{prefix}{name}.")
+        elif not isinstance(feature, (tfds.features.Sequence, tfds.features.Dataset)):
+            found.append(prefix + name)
+    return found
 
 
 def _builder(config: DataConfig, name: str) -> Any:

@@ -104,6 +104,67 @@ def test_apache_beam_is_asked_for_before_a_download(tmp_path, capfd, monkeypatch
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory):
+    """Where a data set with features within features is prepared."""
+    import tensorflow_datasets as tfds
+
+    class NestedTexts(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {
+                "meta": {"text": text, "source": {"name": text}},
+                "translation": tfds.features.Translation(languages=("en", "de")),
+                "answers": tfds.features.Sequence({"text": text}),
+                "a.b": text,
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for n in range(3):
+                yield (
+                    n,
+                    {
+                        "meta": {"text": f"peace {n} 日本", "source": {"name": f"source {n}"}},
+                        "translation": {"en": f"law {n}", "de": f"Gesetz {n}"},
+                        "answers": [{"text": "no"}],
+                        "a.b": f"dotted {n}",
+                    },
+                )
+
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("meta.text", "peace {} 日本"),
+        ("meta.source.name", "source {}"),
+        ("translation.en", "law {}"),
+        ("translation.de", "Gesetz {}"),
+        ("a.b", "dotted {}"),
+    ],
+)
+def test_fields_within_fields(nested, field, text):
+    config = DataConfig(dataset="nested_texts", text_field=field, tfds_data_dir=str(nested))
+    documents = open_documents(config, "train")
+    assert sorted(documents[i].text for i in range(3)) == [text.format(n) for n in range(3)]
+    assert [document.text for document in documents.read(0)] == [documents[i].text for i in range(3)]
+
+
+@pytest.mark.parametrize("field", ["meta", "meta.texts", "meta.text.x", "answers", "answers.text", "translation"])
+def test_what_is_no_field_is_answered_with_those_there_are(nested, field):
+    with pytest.raises(DataError, match=rf"data\.text_field={field}: nested_texts has the fields ") as error:
+        open_documents(DataConfig(dataset="nested_texts", text_field=field, tfds_data_dir=str(nested)), "train")
+    named = str(error.value).partition(" has the fields ")[2].split(", ")
+    assert sorted(named) == ["a.b", "meta.source.name", "meta.text", "translation.de", "translation.en"]
+
+
 def test_unknown_split_of_the_call():
     with pytest.raises(DataError, match="split=test: must be 'train' or 'validation'"):
         open_documents(DataConfig(), "test")
