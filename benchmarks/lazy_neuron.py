@@ -97,8 +97,10 @@ def corpus(options: argparse.Namespace) -> Corpus:
     """The embedded corpus with a tokenizer of the size asked for."""
     config = configured(options, None, 0).data
     tokenizer = data.build_tokenizer(config, data.open_documents(config, "train"))
-    train = sample(data.prepare(config, "train", tokenizer), options.records)
-    return Corpus(tokenizer, train, sample(data.prepare(config, "validation", tokenizer), options.validation_records))
+    train = sample(data.prepare_split(config, "train", tokenizer), options.records)
+    return Corpus(
+        tokenizer, train, sample(data.prepare_split(config, "validation", tokenizer), options.validation_records)
+    )
 
 
 def trained(

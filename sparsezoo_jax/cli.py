@@ -28,7 +28,7 @@ from sparsezoo_jax.configs import PRESETS, archs, preset, sizes
 from sparsezoo_jax.data.config import MIN_BPE_VOCAB_SIZE
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.flag_text import expanded, one_line_errors, short_help
-from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list
+from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list, with_values
 from sparsezoo_jax.untrusted import printable
 
 Command = TypeVar("Command")
@@ -36,6 +36,8 @@ Command = TypeVar("Command")
 
 #: What comes before a command's name where it is called: `sparsezoo` sets it to its own name.
 PROGRAM = "python -m sparsezoo_jax."
+#: The list of objects that is given in place of `data.dataset`.
+MIXTURE = "data.mixture"
 
 
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
@@ -140,9 +142,7 @@ def parse_with_preset(
         part = path.removesuffix(".kind")
         if part != path and not has_plain_kind(config, part):
             config = with_kind(config, part, _needed_value_of(args, flag))
-        elif path in list_fields(config):
-            config = with_list(config, path, _needed_value_of(args, flag))
-            args = _without(args, flag)
+    config, args = with_lists(config, args)
     kinds = "; ".join(f"--{path}.kind {'|'.join(members)}" for path, members in union_kinds(config).items())
     presets = "; ".join(f"{name}: {' '.join(sizes)}" for name, sizes in PRESETS.items())
     lists = "; ".join(f"--{path} '[{{...}}]'" for path in list_fields(config))
@@ -159,6 +159,23 @@ def parse_with_preset(
             prog=name,
             description=text,
         )
+
+
+def with_lists(config: Any, args: Sequence[str]) -> tuple[Any, list[str]]:
+    """`config` with the lists of objects that `args` give as JSON, and the rest of `args`.
+
+    Raises:
+      ConfigError: not JSON, or objects that are not what the field holds.
+    """
+    args = list(args)
+    for flag in dict.fromkeys(arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        path = flag.removeprefix("--").replace("-", "_")
+        if path in list_fields(config):
+            if path == MIXTURE:  # in place of the preset's corpus; one that is named beside it is refused
+                config = with_values(config, {"data.dataset": None})
+            config = with_list(config, path, _needed_value_of(args, flag))
+            args = _without(args, flag)
+    return config, args
 
 
 def _of_source(args: Sequence[str], arch: str | None) -> RunConfig | None:
@@ -243,6 +260,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     Console(file=file).print(table)
+
+
+def corpus_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row on the loss of each corpus of a mixture, for a table of figures; none for a run on one corpus."""
+    return [
+        (f"loss of {name}, weight {found['weight']:.4f}", f"{found['loss']:.4f} nats/token")
+        for name, found in figures.get("corpora", {}).items()
+    ]
 
 
 def without_nan(figures: Any) -> Any:

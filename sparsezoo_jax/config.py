@@ -56,7 +56,7 @@ class RunConfig:
         require(
             modules < self.data.seq_len, "model.mtp_layers", modules, f"must be below data.seq_len={self.data.seq_len}"
         )
-        trains_tokenizer = self.data.dataset is not None and self.data.tokenizer_name is None
+        trains_tokenizer = bool(self.data.names) and self.data.tokenizer_name is None
         require(
             not trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,
             "data.bpe_vocab_size",
@@ -153,7 +153,9 @@ def restorable(config: RunConfig) -> RunConfig:
 
 
 def _corpora(data: DataConfig) -> tuple[str, ...]:
-    return tuple(name for name in (data.dataset, data.validation_dataset) if name is not None)
+    configs = [data] if data.mixture is None else [data.of(part) for part in data.mixture]
+    names = (name for one in configs for name in (one.dataset, one.validation_dataset))
+    return tuple(name for name in names if name is not None)
 
 
 def read_config(path: Path) -> RunConfig:
@@ -217,12 +219,25 @@ def differences(
     old: RunConfig, new: RunConfig, ignored: tuple[str, ...] = FREE_ON_RESUME
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted fields that differ and would change what a resumed run computes: name to (old, new)."""
-    a, b = flatten(old), flatten(new)
+    a, b = _compared(old), _compared(new)
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name) and not any(name == free or name.startswith(f"{free}.") for free in ignored)
     }
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """`flatten`, with the fields of a mixture's corpora by their names. Where they lie is left out: as for
+    `data.dataset`, their fingerprints count.
+    """
+    flat = flatten(config)
+    parts = config.data.mixture or ()
+    flat["data.mixture"] = ", ".join(part.label for part in parts) or None
+    for part in parts:
+        own = flatten(part, f"data.mixture[{part.label}].")
+        flat |= {name: value for name, value in own.items() if not name.endswith(("].dataset", "].name"))}
+    return flat
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ class CorpusFlags:
     def corpus(self, config: DataConfig) -> DataConfig:
         """`config` with what the flags say."""
         if self.dataset is not None:
-            config = dataclasses.replace(config, dataset=self.dataset, validation_dataset=None)
+            config = dataclasses.replace(config, dataset=self.dataset, mixture=None, validation_dataset=None)
         if self.stockfish is not None:
             config = dataclasses.replace(config, chess=dataclasses.replace(config.chess, stockfish=self.stockfish))
         places = {"cache_dir": self.cache_dir, "tfds_data_dir": self.tfds_data_dir}

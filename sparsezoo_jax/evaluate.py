@@ -1,6 +1,7 @@
 """Evaluate a run: `python -m sparsezoo_jax.evaluate DIR`.
 
-Prints loss, perplexity and bits per byte of a split, and the meters of every layer's sparsity (docs/evaluation.md).
+Prints loss, perplexity and bits per byte of a split, for a mixture also of each corpus, and the meters of every layer's
+sparsity (docs/evaluation.md).
 With --chess, for a model of chess games: what its features say about the board (docs/chess.md).
 With --interpret: how well a layer's features can be explained (docs/interpretability.md).
 With --calibration: how often the likeliest token is right, beside the model's probability of it (docs/evaluation.md).
@@ -51,7 +52,7 @@ class Evaluate(WeightFormats, CorpusFlags):
     batch_size: int | None = None
     """Sequences in a batch; none is the run's."""
     batches: int | None = None
-    """Batches to read; none reads the whole split."""
+    """Batches to read, of each corpus of a mixture; none reads the whole split."""
     meters: bool = True
     """Measure density, selection, score distribution, dead neurons and experts of every layer, and what they cost."""
     meter_batches: int = 8
@@ -126,6 +127,8 @@ def _modes(command: Evaluate) -> tuple[Mode, ...]:
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """The figures by name: loss (nats/token), perplexity, bits_per_byte, tokens, and per-layer statistics.
 
+    Of a mixture also "corpora": its weight and these figures for each corpus by name. Its own figures are averages by
+    the weights.
     With number formats also "packed": "formats", "loss" and its "change".
     With calibration also "calibration" (see `evaluation.Calibration`).
     With cett also "activation": see `activation`.
@@ -136,7 +139,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
       StorageError: files that can't be read.
     """
     from sparsezoo_jax import data
-    from sparsezoo_jax.evaluation import as_rows, calibrate, cost_table, evaluate_model, measure
+    from sparsezoo_jax.evaluation import as_rows, calibrate, corpora, cost_table, evaluate_corpora, measure
     from sparsezoo_jax.inference import packed
 
     require(command.batches is None or command.batches > 0, "--batches", command.batches, "must be above 0")
@@ -152,16 +155,20 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)
     batch_size = command.batch_size or config.data.batch_size
-    batches = data.evaluation_batches(prepared, batch_size, command.batches)
-    result = evaluate_model(model, batches, prepared.num_bytes / prepared.num_targets)
+
+    def of_corpus(split: data.PreparedSplit) -> Any:
+        return data.evaluation_batches(split, batch_size, command.batches)
+
+    result, each = evaluate_corpora(model, prepared, of_corpus)
     if not math.isfinite(result.loss):
         raise NumericsError(
             f"{command.directory}: the loss is {result.loss}: a weight that is no number, or a run that diverged"
         )
     figures: dict[str, Any] = {"split": command.split, **result.as_dict()}
+    if each:
+        figures["corpora"] = corpora.as_figures(prepared, each)
     if command.chosen:
-        batches = data.evaluation_batches(prepared, batch_size, command.batches)
-        loss = evaluate_model(packed(model, command.formats), batches).loss
+        loss = evaluate_corpora(packed(model, command.formats), prepared, of_corpus)[0].loss
         names = command.formats._asdict().items()
         text = ", ".join(f"{name} {form}" for name, form in names if form is not None)
         figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}

@@ -16,6 +16,7 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
         ("perplexity", f"{figures['perplexity']:.2f}"),
         ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
         ("tokens", f"{figures['tokens']:,}"),
+        *cli.corpus_rows(figures),
     ]
     if "packed" in figures:
         stored = figures["packed"]

@@ -50,6 +50,7 @@ FREQUENT = (
     "train.init_from",
     "train.seed",
     "data.dataset",
+    "data.mixture",
     "data.text_field",
     "data.tokenizer",
     "data.seq_len",

@@ -61,7 +61,8 @@ def _members(hint: Any) -> dict[str, Any]:
 
 def list_fields(config: Any) -> dict[str, Any]:
     """For each dotted field that holds a tuple of objects: its type. Such fields are given as JSON."""
-    return {path: hint for path, hint in _hints(config).items() if _is_list_of_objects(_plain(hint))}
+    plain = {path: _without_none(_plain(hint)) for path, hint in _hints(config).items()}
+    return {path: hint for path, hint in plain.items() if _is_list_of_objects(hint)}
 
 
 def integers(config: Any, prefix: str = "") -> dict[str, int]:
@@ -109,6 +110,14 @@ def _hints(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _plain(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` of `X | None`, any other type as it is."""
+    if get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    rest = [member for member in get_args(hint) if member is not type(None)]
+    return rest[0] if len(rest) == 1 else hint
 
 
 def _is_list_of_objects(hint: Any) -> bool:

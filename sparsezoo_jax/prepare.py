@@ -3,11 +3,13 @@
 Tokenises and packs it into files of records and a manifest. Training then takes --data.dataset DIR and needs no text.
 All cores of this machine work; more machines help if they are given the same command (or --shard I/N each) and see the
 same DIR. However a command was ended, the same one goes on with the file that it was in. Without --out the records go
-to the cache, where training with the same flags finds them.
+to the cache, where training with the same flags finds them. Of a mixture (--data.mixture) every corpus is prepared.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +40,8 @@ class Prepare:
     splits: tuple[Literal["train", "validation"], ...] = ("train", "validation")
     """What to prepare."""
     out: Path | None = None
-    """Directory for the records, with a folder for each split. Default: the cache."""
+    """Directory for the records, with a folder for each split; of a mixture with a folder for each corpus. Default: the
+    cache."""
     workers: int | None = None
     """Processes of this machine that work. Default: one for each core."""
     shard: str | None = None
@@ -70,6 +73,7 @@ def main(args: Sequence[str]) -> None:
     plugins.load_installed()
     arch = cli.value_of(args, "--arch")
     default = Prepare() if arch is None else Prepare(data=preset(arch, cli.value_of(args, "--size") or "tiny").data)
+    default, args = cli.with_lists(default, args)
     command = cli.parse(Prepare, args, prog="prepare", description=(__doc__ or "").strip(), default=default)
     prepare(command)
 
@@ -84,21 +88,39 @@ def prepare(command: Prepare) -> list[PreparedSplit]:
     from sparsezoo_jax import data
     from sparsezoo_jax.data.preparation import Preparation, prepared_directory
 
-    require(command.data.dataset is not None, "--data.dataset", None, "must be named")
-    for split in command.splits:
-        given = prepared_directory(command.data, split)
-        require(given is None, "--data.dataset", command.data.dataset, "is prepared already")
+    require(bool(command.data.names), "--data.dataset", None, "must be named")
+    configs, folders = [command.data], [command.out]
+    if command.data.mixture is not None:
+        configs = [command.data.of(part) for part in command.data.mixture]
+        folders = [None if command.out is None else command.out / part.label for part in command.data.mixture]
+    for config in configs:
+        for split in command.splits:
+            given = prepared_directory(config, split)
+            require(given is None, "--data.dataset", config.dataset, "is prepared already")
     tokenizer = data.open_tokenizer(command.data)
     finished = []
-    for split in command.splits:
-        directory = None if command.out is None else command.out / split
-        documents = data.open_documents(command.data, split)
-        preparation = Preparation(command.data, split, documents, tokenizer, directory)
-        made = run(preparation, command)
-        finished += [] if made is None else [made]
-    if command.out is not None and len(finished) == len(command.splits):
-        print(f"\nTrain on it with --data.dataset {command.out} --data.seq-len {command.data.seq_len}")
+    for config, folder in zip(configs, folders, strict=True):
+        for split in command.splits:
+            directory = None if folder is None else folder / split
+            documents = data.open_documents(config, split)
+            preparation = Preparation(config, split, documents, tokenizer, directory)
+            made = run(preparation, command)
+            finished += [] if made is None else [made]
+    if command.out is not None and len(finished) == len(command.splits) * len(configs):
+        print(f"\nTrain on it with {flags_for(command.data, command.out)} --data.seq-len {command.data.seq_len}")
     return finished
+
+
+def flags_for(config: DataConfig, out: Path) -> str:
+    """The flags that name what was prepared in a directory."""
+    if config.mixture is None:
+        return f"--data.dataset {out}"
+    parts = [
+        {"dataset": str(out / part.label), "name": part.label, "weight": part.weight}
+        | ({} if part.epochs is None else {"epochs": part.epochs})
+        for part in config.mixture
+    ]
+    return f"--data.mixture {shlex.quote(json.dumps(parts))}"
 
 
 def run(preparation: Preparation, command: Prepare) -> PreparedSplit | None:

@@ -7,6 +7,7 @@ resumed; the same flags must be given.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -129,7 +130,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     import jax
 
     from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.evaluation import evaluate_model, measure
+    from sparsezoo_jax.evaluation import corpora, evaluate_corpora, measure
     from sparsezoo_jax.evaluation.report import run_figures, write_report
     from sparsezoo_jax.models import Decoder, train_flops_per_token
     from sparsezoo_jax.training.interrupts import Requests
@@ -171,25 +172,27 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     # First of all, for a run whose corpus changed is refused here, before anything is prepared.
     trained_on = saved_position(workdir).get("fingerprint") if has_steps else None
     prepared, batches = training_batches(config, tokenizer, rows, trained_on)
+    if config.data.mixture is not None and is_main:
+        print_mixture(config, prepared)
     validation = data.prepare(config.data, "validation", tokenizer)
-    bytes_per_token = validation.num_bytes / validation.num_targets
 
     def evaluate(model, max_batches: int | None, between: Callable[[], None]):
-        def shown() -> Iterator[data.Batch]:
-            for batch in data.evaluation_batches(validation, config.data.batch_size, max_batches):
+        def shown(split: data.PreparedSplit) -> Iterator[data.Batch]:
+            for batch in data.evaluation_batches(split, config.data.batch_size, max_batches):
                 yield batch
                 between()
 
-        return evaluate_model(
+        return evaluate_corpora(
             model,
-            shown(),
-            bytes_per_token,
+            validation,
+            shown,
             loss_chunk=config.train.loss_chunk,
             to_device=lambda batch: device_put(batch, batch_sharding, batch_shape),
         )
 
     def evaluate_in_training(model: Any, between: Callable[[], None]) -> dict[str, Any]:
-        figures = evaluate(model, config.eval.batches, between).as_arrays()
+        found, each = evaluate(model, config.eval.batches, between)
+        figures = {**found.as_arrays(), **corpora.by_name(each)}
         if config.eval.meter_batches == 0:
             return figures
         shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.meter_batches)
@@ -223,6 +226,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                 before_writing=write_run_files,
                 phases=phases,
                 flops_per_token={"mfu_dense": counted.dense, "mfu_sparse": counted.sparse},
+                tokens_by_corpus=batches.tokens_by_corpus if config.data.mixture is not None else None,
             )
         finally:
             batches.close()
@@ -237,7 +241,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                     raise EvaluationInterrupted
 
             try:
-                final = evaluate(result.model, config.eval.final_batches, between_batches)
+                final, each = evaluate(result.model, config.eval.final_batches, between_batches)
             except EvaluationInterrupted:
                 if is_main:
                     print(f"stopped in the final evaluation; the same command on {workdir} repeats it", file=sys.stderr)
@@ -252,10 +256,14 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         "seconds_to_first_step": round(result.time_to_first_step + setup_seconds, 1),
         "train_tokens_per_second": round(result.tokens_per_second, 1),
     }
-    bigram = data.bigram_entropy(validation, tokenizer.vocab_size)
-    figures["bigram_entropy"] = bigram.entropy
+    if each:
+        figures["corpora"] = corpora.as_figures(validation, each)
+    size = tokenizer.vocab_size
+    figures["bigram_entropy"] = data.weighted(validation, lambda split: data.bigram_entropy(split, size).entropy)
     if prepared is not None:
-        figures["unigram_entropy"] = data.unigram_entropy(prepared, validation, tokenizer.vocab_size).entropy
+        pairs = zip(data.components_of(prepared), data.components_of(validation), strict=True)
+        entropies = ((held.weight, data.unigram_entropy(read.split, held.split, size)) for read, held in pairs)
+        figures["unigram_entropy"] = sum(weight * found.entropy for weight, found in entropies)
     if is_main:
         _write_json(workdir / "evaluation.json", figures)
         print_figures(figures, workdir)
@@ -340,8 +348,11 @@ def saved_position(workdir: Path) -> dict[str, Any]:
 def training_batches(config: RunConfig, tokenizer: Any, rows: range, trained_on: str | None = None) -> tuple[Any, Any]:
     """The prepared training split (None when streaming), and batches: the rows of each that this process feeds.
 
-    `trained_on` is the fingerprint of the split that a run was trained on: another one is refused before it is
-    prepared.
+    `trained_on` is the fingerprint of the split that a run was trained on (of a mixture: those of all corpora): another
+    one is refused before it is prepared.
+
+    Raises:
+      ConfigError: all corpora of a mixture end before the run.
     """
     from sparsezoo_jax import data
 
@@ -349,9 +360,14 @@ def training_batches(config: RunConfig, tokenizer: Any, rows: range, trained_on:
     part, parts = rows.start // len(rows), config.data.batch_size // len(rows)
     if config.data.mode == "prepared":
         prepared = data.prepare(config.data, "train", tokenizer, expected=trained_on)
-        return prepared, data.prepared_batches(
+        batches = data.prepared_batches(
             prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
         )
+        if config.train.steps > batches.num_batches:
+            batches.close()
+            allowed = f"all corpora of data.mixture have ended after {batches.num_batches} batches, by their epochs"
+            raise ConfigError("train.steps", config.train.steps, allowed)
+        return prepared, batches
     return None, data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
 
 
@@ -390,6 +406,26 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
         )
 
 
+def print_mixture(config: RunConfig, prepared: Any) -> None:
+    """Print to stderr what a mixture comes to: normalised weights, and how often each corpus will have been read.
+
+    Args:
+      prepared: the training split, None when streaming.
+    """
+    parts = config.data.mixture or ()
+    total = sum(part.weight for part in parts)
+    header = ["corpus", "weight", "epochs at most"]
+    rows = [[part.label, f"{part.weight / total:.4f}", "-" if part.epochs is None else part.epochs] for part in parts]
+    if prepared is not None:
+        schedule, size = prepared.schedule(), config.data.batch_size
+        header += ["sequences", f"epochs in {config.train.steps:,} steps", "ends in step"]
+        drawn = schedule.counts(config.train.steps * size)
+        for row, component, count, end in zip(rows, prepared.components, drawn, schedule.ends, strict=True):
+            records, step = component.split.num_records, end / size
+            row += [f"{records:,}", f"{count / records:.2f}", math.ceil(step) if step <= config.train.steps else "-"]
+    cli.print_table("Mixture", header, rows, file=sys.stderr)
+
+
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(cli.without_nan(figures), indent=2) + "\n", encoding="utf-8")
@@ -403,6 +439,7 @@ def print_figures(figures: dict[str, Any], workdir: Path) -> None:
         ("validation loss", f"{figures['loss']:.4f} nats/token"),
         ("perplexity", f"{figures['perplexity']:.2f}"),
         ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
+        *cli.corpus_rows(figures),
         *(
             (f"{name} entropy of the split", f"{figures[f'{name}_entropy']:.4f} nats/token")
             for name in ("unigram", "bigram")

@@ -34,6 +34,13 @@ BAD_FLAGS = [
     (["--arch", "spark", "--data.dataset", "sotuu"], "sotuu"),
     (["--arch", "spark", "--train.groups", "[{"], "train.groups=[{: must be a JSON list"),
     (["--arch", "spark", "--train.groups"], "train.groups=: needs a value"),
+    (["--data.mixture", "[{"], "data.mixture=[{: must be a JSON list"),
+    (["--data.mixture", "[" * 99], "more than 64 objects and lists within each other"),
+    (["--data.mixture", "[]"], "data.mixture=0 corpora: must be 1 to 256"),
+    (["--data.mixture", '{"dataset": "a"}'], "data.mixture={"),
+    (["--data.mixture", '[{"dataset": "a", "weight": NaN}]'], "data.mixture[a].weight=nan: must be above 0"),
+    (["--data.mixture", '[{"dataset": "a", "wieght": 1}]'], "0.wieght: Unexpected keyword argument"),
+    (["--data.mixture", '[{"dataset": "a", "weight": 1}]', "--dataset", "sotu"], "data.dataset=sotu: can't be given"),
     (["--arch", "spark", "--train.optimizer.kind", "moon"], "train.optimizer.kind=moon: must be one of"),
 ]
 

@@ -15,7 +15,7 @@ import tokenizers
 import sparsezoo_jax
 from sparsezoo_jax.config import RunConfig, from_json, read_config, stored_config, to_json
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.data import DataConfig, open_documents
+from sparsezoo_jax.data import Component, DataConfig, open_documents
 from sparsezoo_jax.data.chess.pgn import game_string
 from sparsezoo_jax.data.tokenizer import load_tokenizer
 from sparsezoo_jax.errors import DataError, SparsezooWarning, StorageError, UserError
@@ -52,7 +52,7 @@ def text_fields(hint, path, marks=()):
     if dataclasses.is_dataclass(hint):
         for name, inner in typing.get_type_hints(hint, include_extras=True).items():
             if name in hint.__dataclass_fields__:
-                yield from text_fields(inner, f"{path}.{name}" if path else name)
+                yield from text_fields(inner, f"{path}.{name}" if path else name, marks)
     elif typing.get_origin(hint) is typing.Annotated and isinstance(hint.__metadata__[0], Registry):
         for kind in hint.__metadata__[0].members().values():
             yield from text_fields(kind, path, marks)
@@ -68,11 +68,15 @@ def text_fields(hint, path, marks=()):
 def test_every_text_field_is_a_name_or_marked_as_local():
     found = set(text_fields(RunConfig, ""))
     assert {path for path, local in found if not local} == NAMES | CODE
-    local = {path for path, local in found if local}
+    # Values are cleared in objects; of lists of them, the whole list.
+    local = {"data.mixture" if path.startswith("data.mixture.") else path for path, local in found if local}
     assert {"data.dataset", "data.cache_dir", "data.tfds_data_dir", "data.chess.stockfish", "train.init_from"} < local
-    # Values are cleared in objects, not in lists of them.
-    config = with_values(preset("spark"), dict.fromkeys(sorted(local), "x"))
-    assert local_fields(config).keys() == local
+    places = local - {"data.mixture", "data.dataset", "data.validation_dataset"}
+    config = with_values(preset("spark"), {"data.dataset": None, **dict.fromkeys(sorted(places), "x")})
+    assert local_fields(config).keys() == places
+    one = with_values(config, {"data.dataset": "x", "data.validation_dataset": "x"})
+    several = with_values(config, {"data.mixture": (Component(dataset="x", weight=1.0),)})
+    assert local_fields(one).keys() | local_fields(several).keys() == local
 
 
 PLACES = {

@@ -1,17 +1,26 @@
 """Corpora, tokenizers, packing and batches.
 
-`open_documents` -> `build_tokenizer` -> `prepare` -> `prepared_batches` (or `streaming_batches` without preparing).
+`open_tokenizer` -> `prepare` -> `prepared_batches` (or `streaming_batches` without preparing).
 Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are imported by the functions that need them.
 """
 
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State, merge_states
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.config import Component, DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Document, Documents
 from sparsezoo_jax.data.manifest import PreparedSplit, load_prepared
+from sparsezoo_jax.data.mixtures import (
+    Prepared,
+    PreparedComponent,
+    PreparedMixture,
+    components_of,
+    open_tokenizer,
+    prepare,
+    weighted,
+)
 from sparsezoo_jax.data.pipeline import PreparedBatches, evaluation_batches, prepared_batches
-from sparsezoo_jax.data.preparation import open_tokenizer, prepare
+from sparsezoo_jax.data.preparation import prepare_split
 from sparsezoo_jax.data.special_tokens import stop_ids
 from sparsezoo_jax.data.statistics import BigramEntropy, UnigramEntropy, bigram_entropy, unigram_entropy
 from sparsezoo_jax.data.streaming import StreamingBatches, streaming_batches
@@ -33,12 +42,16 @@ __all__ = [
     "Batch",
     "BatchIterator",
     "BigramEntropy",
+    "Component",
     "Corpus",
     "DataConfig",
     "Document",
     "Documents",
     "HFTokenizer",
+    "Prepared",
     "PreparedBatches",
+    "PreparedComponent",
+    "PreparedMixture",
     "PreparedSplit",
     "SentencePieceTokenizer",
     "State",
@@ -49,6 +62,7 @@ __all__ = [
     "bigram_entropy",
     "build_tokenizer",
     "cache_directory",
+    "components_of",
     "continuation",
     "evaluation_batches",
     "find_tokenizer",
@@ -59,6 +73,7 @@ __all__ = [
     "open_tokenizer",
     "pieces",
     "prepare",
+    "prepare_split",
     "prepared_batches",
     "register_corpus",
     "register_tokenizer",
@@ -66,4 +81,5 @@ __all__ = [
     "streaming_batches",
     "train_bpe",
     "unigram_entropy",
+    "weighted",
 ]

@@ -1,8 +1,12 @@
-"""Configuration of the corpus, the tokenizer and the batches."""
+"""Configuration of the corpora, the tokenizer and the batches."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,12 +14,57 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
-from sparsezoo_jax.data.dataset_names import are_games
+from sparsezoo_jax.data.dataset_names import are_games, short_name
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
 MIN_BPE_VOCAB_SIZE = 259
+#: Corpora of a mixture, and characters of the name of one.
+MAX_COMPONENTS, MAX_NAME = 256, 64
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Component:
+    """One corpus of a mixture. A field that is None has the value of the field of that name in `DataConfig`.
+
+    Raises `ConfigError` that names the field for a value that is not allowed.
+    """
+
+    dataset: str
+    """Corpus, as in `data.dataset`."""
+    weight: float
+    """Share of the tokens; weights need not add up to 1."""
+    name: str | None = None
+    """What it is called in metrics and directories. None: as its file, its directory or in its catalogue."""
+    epochs: int | None = None
+    """How often it is read at most: then the others go on without it, their shares as their weights are to each other.
+    None: it is repeated for as long as the run lasts."""
+    text_field: str | None = None
+    """Field that holds the text of a document."""
+    train_split: str | None = None
+    """Training split."""
+    validation_split: str | None = None
+    """Validation split."""
+    validation_fraction: float | None = None
+    """Share of the documents to hold out for validation, where there is no validation split."""
+    validation_dataset: str | None = None
+    """Another corpus to validate this one on."""
+
+    def __post_init__(self):
+        require(bool(self.dataset.strip()), "data.mixture", repr(self.dataset), "names no dataset")
+        where = f"data.mixture[{self.label}]"
+        good = math.isfinite(self.weight) and self.weight > 0
+        require(good, f"{where}.weight", self.weight, "must be above 0, and finite")
+        require(self.epochs is None or self.epochs >= 1, f"{where}.epochs", self.epochs, "must be at least 1, or none")
+        good = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.label) is not None and len(self.label) <= MAX_NAME
+        allowed = f"must be of at most {MAX_NAME} letters, digits, dots, dashes and underscores"
+        require(good, "data.mixture.name", self.label, allowed)
+
+    @property
+    def label(self) -> str:
+        """`name`, or what stands for it."""
+        return short_name(self.dataset)[:MAX_NAME] if self.name is None else self.name
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,6 +80,10 @@ class DataConfig:
     these with commas between them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the
     ones of text also as .gz, .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the
     configuration of somebody else's run whose corpus is not embedded: it has to be named here."""
+
+    mixture: Annotated[tuple[Component, ...] | None, Local()] = None
+    """Several corpora in place of `dataset`, as a JSON list: '[{"dataset": "c4/en", "weight": 0.7}, {"dataset":
+    "books/", "weight": 0.3, "epochs": 4}]' (docs/data.md)."""
 
     text_field: str = "text"
     """Field (TFDS feature, JSON key, column of a table) that holds the text of a document; with dots within others, as
@@ -110,6 +163,7 @@ class DataConfig:
     """The games of the corpus 'chess'."""
 
     def __post_init__(self):
+        self._check_mixture()
         for name in ("text_field", "train_split", "validation_split"):
             require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
         for name in ("train_split", "validation_split"):
@@ -151,6 +205,37 @@ class DataConfig:
         require(0 <= self.prefetch <= 1024, "data.prefetch", self.prefetch, "must be from 0 to 1024")
         require(0 <= self.workers <= 256, "data.workers", self.workers, "must be from 0 to 256")
 
+    def _check_mixture(self) -> None:
+        if self.mixture is None:
+            return
+        count = len(self.mixture)
+        require(1 <= count <= MAX_COMPONENTS, "data.mixture", f"{count} corpora", f"must be 1 to {MAX_COMPONENTS}")
+        for name in ("dataset", "validation_dataset"):
+            value = getattr(self, name)
+            require(value is None, f"data.{name}", value, "can't be given with data.mixture, which names the corpora")
+        twice = [label for label, times in Counter(part.label for part in self.mixture).items() if times > 1]
+        allowed = 'is the name of two corpora; give each another "name"'
+        require(not twice, "data.mixture.name", ", ".join(twice), allowed)
+        endless = any(part.epochs is None for part in self.mixture)
+        allowed = "needs a corpus without epochs: how many tokens the others have is not known before they end"
+        require(self.mode == "prepared" or endless, "data.mode", self.mode, allowed)
+        for part in self.mixture:
+            self.of(part)
+
+    def of(self, part: Component) -> DataConfig:
+        """The configuration of one corpus of the mixture: as if it were the only one."""
+        own = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        own = {name: value for name, value in own.items() if name not in ("name", "weight", "epochs")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(self, mixture=None, **given)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `dataset` and `mixture` name as training corpora; nothing if none is named."""
+        if self.mixture is not None:
+            return tuple(part.dataset for part in self.mixture)
+        return () if self.dataset is None else (self.dataset,)
+
     @property
     def corpus(self) -> type[Corpus] | None:
         """The registered corpus whose habits this one has. Games in a .pgn file are those of chess; a directory of such
@@ -168,7 +253,12 @@ class DataConfig:
 
     @property
     def tokenizer_name(self) -> str | None:
-        """`tokenizer`, or else what the corpus has in its place; None: a byte-level BPE is trained on the corpus."""
+        """`tokenizer`, or else what the corpus (or all of a mixture) has in its place; None: a byte-level BPE is
+        trained on the corpus.
+        """
+        if self.mixture is not None and self.tokenizer is None:
+            wanted = {self.of(part).tokenizer_name for part in self.mixture}
+            return wanted.pop() if len(wanted) == 1 else None
         return self.corpus.tokenizer if self.tokenizer is None and self.corpus is not None else self.tokenizer
 
 

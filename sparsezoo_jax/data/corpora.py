@@ -27,6 +27,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
         raise DataError(f"split={split}: must be 'train' or 'validation'")
     own_corpus = split == "validation" and config.validation_dataset is not None
     name = corpus_name(config, split)
+    require(config.mixture is None, "data.mixture", "(several corpora)", "one has to be named here: --dataset")
     require(name is not None, "data.dataset", None, "must be named: --dataset, for a run from elsewhere")
     assert name is not None
     documents: Indexed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,3 +69,20 @@ def are_games(dataset: str) -> bool:
     """Whether all names of `dataset` end as those of PGN files. A directory of such files has a name of its own."""
     formats = [format_of(name) for name in names_in(dataset)]
     return bool(formats) and all(found is not None and found.name == "pgn" for found in formats)
+
+
+def short_name(dataset: str) -> str:
+    """A name for a corpus, of letters, digits, dots, dashes and underscores: what its file or directory is called,
+    without endings, or its name in a catalogue.
+    """
+    first = next(iter(names_in(dataset)), dataset).removeprefix(HUGGING_FACE)
+    path = Path(first)
+    while glob.has_magic(path.name):
+        path = path.parent
+    found = format_of(path)
+    name = path.name
+    if found is not None:
+        name = name[: -len(found.suffix) - len(found.compression)]
+    elif not first.startswith((".", "/", "~")):
+        name = str(path)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "corpus"

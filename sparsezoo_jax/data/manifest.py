@@ -102,6 +102,11 @@ class PreparedSplit:
         return np.concatenate([[0], np.cumsum([shard.records for shard in self.shards], dtype=np.int64)])
 
     @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes that a target token stands for."""
+        return self.num_bytes / self.num_targets
+
+    @property
     def file_bytes(self) -> int:
         """Size of all files of records."""
         return sum(shard.bytes for shard in self.shards)

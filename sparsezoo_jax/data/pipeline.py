@@ -1,7 +1,8 @@
-"""Batches from a prepared split: batch n is a pure function of (fingerprint, seed, n)."""
+"""Batches of prepared corpora: batch n is a pure function of (fingerprints, weights, seed, n)."""
 
 from __future__ import annotations
 
+import abc
 import collections
 import math
 import threading
@@ -22,8 +23,10 @@ from sparsezoo_jax.data.batches import (
     rows_of_process,
 )
 from sparsezoo_jax.data.manifest import PreparedSplit, damaged, decode_records
+from sparsezoo_jax.data.mixtures import Prepared, PreparedMixture
 from sparsezoo_jax.data.packing import Records
 from sparsezoo_jax.data.record_file import open_reader
+from sparsezoo_jax.data.schedule import row_order, seed_of
 from sparsezoo_jax.errors import ConfigError
 
 #: An open file has an index in memory, of about 20 bytes a record: files of so many records together are kept open.
@@ -37,14 +40,19 @@ class RecordReader:
 
     Which file has a record is arithmetic on the manifest. Files are opened when they are read, several at a time, and
     kept open while their indexes stay small (`_OPEN_RECORDS`), so that memory does not grow with the corpus.
+
+    Args:
+      prepared: the split.
+      readers: that share the memory.
     """
 
-    def __init__(self, prepared: PreparedSplit):
+    def __init__(self, prepared: PreparedSplit, readers: int = 1):
         self._prepared, self._starts = prepared, prepared.starts
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._records = 0
+        self._most_records, self._most_files = _OPEN_RECORDS // readers, max(_OPEN_FILES // readers, 1)
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_THREADS, "data-shards")
+        self._pool = ThreadPoolExecutor(max(_THREADS // readers, 1), "data-shards")
 
     def read(self, indices: Sequence[int]) -> Records:
         """Records by index; raises `StorageError` if a file is missing or damaged."""
@@ -84,7 +92,9 @@ class RecordReader:
         if not reader.ok() or reader.num_records() != known.records:
             raise ValueError(f"does not hold {known.records:,} records")
         with self._lock:
-            while self._open and (self._records + known.records > _OPEN_RECORDS or len(self._open) >= _OPEN_FILES):
+            while self._open and (
+                self._records + known.records > self._most_records or len(self._open) >= self._most_files
+            ):
                 # Another thread may be reading it: it is closed when nobody holds it any more.
                 oldest, _ = self._open.popitem(last=False)
                 self._records -= self._prepared.shards[oldest].records
@@ -94,8 +104,104 @@ class RecordReader:
         return reader
 
 
-class PreparedBatches:
-    """The `BatchIterator` over a prepared split; see `prepared_batches`."""
+class _MixedReader:
+    """Random access to the records of several prepared splits, as (split, record)."""
+
+    def __init__(self, mixture: PreparedMixture):
+        count = len(mixture.components)
+        self._readers = [RecordReader(component.split, count) for component in mixture.components]
+
+    def read(self, places: Sequence[tuple[int, int]]) -> Records:
+        """Records by split and index; raises `StorageError` if a file is missing or damaged."""
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for number, reader in enumerate(self._readers):
+            wanted = [row for row, (split, _) in enumerate(places) if split == number]
+            if wanted:
+                found = reader.read([places[row][1] for row in wanted])
+                rows.update(zip(wanted, zip(found.tokens, found.segment_ids, strict=True), strict=True))
+        tokens, segment_ids = zip(*(rows[row] for row in range(len(places))), strict=True)
+        return Records(np.stack(tokens), np.stack(segment_ids))
+
+    def close(self) -> None:
+        """Closes all files."""
+        for reader in self._readers:
+            reader.close()
+
+
+class NumberedBatches(abc.ABC):
+    """A `BatchIterator` whose batches are known by their numbers.
+
+    Args:
+      identity: what determines the batches.
+      num_batches: how many there are; may be infinity.
+      start: number of the first.
+      prefetch: batches made ahead in the background.
+    """
+
+    def __init__(self, identity: State, num_batches: float, start: int, prefetch: int):
+        self._identity, self.num_batches, self._prefetch = identity, num_batches, prefetch
+        self._next_batch = start
+        self._counts: dict[str, int] = {}
+        self._prefetcher = self._start()
+
+    @abc.abstractmethod
+    def batch_at(self, n: int) -> Batch:
+        """Batch n of the run (this process's rows), in O(1); raises `IndexError` outside the epochs."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stops the background thread and closes the files."""
+
+    def _draw(self, n: int) -> tuple[Batch, dict[str, int]]:
+        return self.batch_at(n), {}
+
+    def tokens_by_corpus(self) -> dict[str, int]:
+        """Target tokens of each corpus of a mixture in the last batch given (this process's rows)."""
+        return self._counts
+
+    def __iter__(self) -> NumberedBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        drawn = self._prefetcher.next()
+        if drawn is None:
+            raise StopIteration
+        self._next_batch += 1
+        batch, self._counts = drawn
+        return batch
+
+    def get_state(self) -> State:
+        """What determines the batches, and `next_batch`."""
+        return {**self._identity, "next_batch": self._next_batch}
+
+    def set_state(self, state: State) -> None:
+        """Continues at the saved batch; raises `DataError` if corpus, tokenizer, seed or batch size differ."""
+        check_state(state, self._identity)
+        self._prefetcher.close()
+        self._next_batch = int(state["next_batch"])
+        self._prefetcher = self._start()
+
+    def _check(self, n: int) -> None:
+        if not 0 <= n < self.num_batches:
+            raise IndexError(f"batch {n} of {self.num_batches}")
+
+    def _start(self) -> Prefetcher:
+        n = self._next_batch
+
+        def produce() -> tuple[Batch, dict[str, int]] | None:
+            nonlocal n
+            if n >= self.num_batches:
+                return None
+            n += 1
+            return self._draw(n - 1)
+
+        return Prefetcher(produce, self._prefetch)
+
+
+class PreparedBatches(NumberedBatches):
+    """Batches of a prepared split; see `prepared_batches`. Its state is `fingerprint`, `seed`, `batch_size`, `shuffle`
+    and `next_batch`.
+    """
 
     def __init__(
         self,
@@ -110,66 +216,101 @@ class PreparedBatches:
         prefetch: int,
     ):
         self._order = endless_order(prepared.num_records, seed, shuffle=shuffle)
-        self._num_batches = math.inf if epochs is None else epochs * prepared.num_records // batch_size
         self._reader = RecordReader(prepared)
-        self._batch_size, self._rows, self._prefetch = batch_size, rows, prefetch
-        self._identity = {
+        self._batch_size, self._rows = batch_size, rows
+        identity = {
             "fingerprint": prepared.fingerprint,
             "seed": seed,
             "batch_size": batch_size,
             "shuffle": shuffle,
         }
-        self._next_batch = start
-        self._prefetcher = self._start()
+        num_batches = math.inf if epochs is None else epochs * prepared.num_records // batch_size
+        super().__init__(identity, num_batches, start, prefetch)
 
     def batch_at(self, n: int) -> Batch:
         """Batch n of the run (this process's rows), in O(1); raises `IndexError` outside the epochs."""
-        if not 0 <= n < self._num_batches:
-            raise IndexError(f"batch {n} of {self._num_batches}")
+        self._check(n)
         first = n * self._batch_size
         return batch_from_records(self._reader.read([self._order(first + row) for row in self._rows]))
 
-    def __iter__(self) -> PreparedBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self._prefetcher.next()
-        if batch is None:
-            raise StopIteration
-        self._next_batch += 1
-        return batch
-
-    def get_state(self) -> State:
-        """`fingerprint`, `seed`, `batch_size`, `shuffle` and `next_batch`."""
-        return {**self._identity, "next_batch": self._next_batch}
-
-    def set_state(self, state: State) -> None:
-        """Continues at the saved batch; raises `DataError` if corpus, tokenizer, seed or batch size differ."""
-        check_state(state, self._identity)
-        self._prefetcher.close()
-        self._next_batch = int(state["next_batch"])
-        self._prefetcher = self._start()
-
     def close(self) -> None:
-        """Stops the background thread and closes the file."""
+        """Stops the background thread and closes the files."""
         self._prefetcher.close()
         self._reader.close()
 
-    def _start(self) -> Prefetcher:
-        n = self._next_batch
 
-        def produce() -> Batch | None:
-            nonlocal n
-            if n >= self._num_batches:
-                return None
-            n += 1
-            return self.batch_at(n - 1)
+class MixedBatches(NumberedBatches):
+    """Batches of a mixture; see `prepared_batches`. Its state is that of `PreparedBatches` with the fingerprints of all
+    corpora, their `weights` and `epochs`.
 
-        return Prefetcher(produce, self._prefetch)
+    Sequence p of the run has a corpus by `Schedule`, and is the next one of that corpus's own endless order. Batch n
+    has sequences nB to (n+1)B - 1, in rows that are drawn by (seed, n).
+    """
+
+    def __init__(
+        self,
+        mixture: PreparedMixture,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        rows: range,
+        shuffle: bool,
+        epochs: int | None,
+        prefetch: int,
+    ):
+        parts = mixture.components
+        self._names = [part.name for part in parts]
+        self._orders = [
+            endless_order(part.split.num_records, seed_of(seed, number), shuffle=shuffle)
+            for number, part in enumerate(parts)
+        ]
+        times = [part.epochs if epochs is None else epochs for part in parts]
+        self.schedule = mixture.schedule(epochs=times)
+        self._reader = _MixedReader(mixture)
+        self._batch_size, self._seed, self._rows, self._shuffle = batch_size, seed, rows, shuffle
+        identity = {
+            "fingerprint": mixture.fingerprint,
+            "weights": [part.given_weight for part in parts],
+            "epochs": times,
+            "seed": seed,
+            "batch_size": batch_size,
+            "shuffle": shuffle,
+        }
+        length = self.schedule.length
+        super().__init__(identity, length if math.isinf(length) else length // batch_size, start, prefetch)
+
+    def batch_at(self, n: int) -> Batch:
+        """Batch n of the run (this process's rows), in O(1); raises `IndexError` outside the epochs."""
+        return self._draw(n)[0]
+
+    def corpora_at(self, n: int) -> list[str]:
+        """The corpus of each row of batch n (of this process's rows)."""
+        return [self._names[number] for number, _ in self._places(n)]
+
+    def _places(self, n: int) -> list[tuple[int, int]]:
+        self._check(n)
+        order = row_order(self._batch_size, self._seed, n) if self._shuffle else range(self._batch_size)
+        first = n * self._batch_size
+        return [self.schedule.at(first + order[row]) for row in self._rows]
+
+    def _draw(self, n: int) -> tuple[Batch, dict[str, int]]:
+        places = self._places(n)
+        batch = batch_from_records(self._reader.read([(part, self._orders[part](number)) for part, number in places]))
+        targets = batch["mask"].sum(axis=1).tolist()
+        counts = dict.fromkeys(self._names, 0)
+        for (part, _), count in zip(places, targets, strict=True):
+            counts[self._names[part]] += count
+        return batch, counts
+
+    def close(self) -> None:
+        """Stops the background thread and closes the files."""
+        self._prefetcher.close()
+        self._reader.close()
 
 
 def prepared_batches(
-    prepared: PreparedSplit,
+    prepared: Prepared,
     *,
     batch_size: int,
     seed: int,
@@ -179,34 +320,37 @@ def prepared_batches(
     shuffle: bool = True,
     epochs: int | None = None,
     prefetch: int = 2,
-) -> PreparedBatches:
-    """Training batches from a prepared split.
+) -> PreparedBatches | MixedBatches:
+    """Training batches from a prepared split, or from those of a mixture in the shares of their weights.
 
     Args:
-      prepared: the split.
+      prepared: the split, or the mixture.
       batch_size: sequences of the global batch B; process p of P gets rows p*B/P to (p+1)*B/P of it.
       seed: of the order; every epoch is shuffled anew. A batch may span two epochs.
       start: first batch; O(1).
       process_index: this process, 0 to process_count - 1.
       process_count: processes that share the global batch.
       shuffle: False reads the records in order.
-      epochs: stop after so many, dropping an incomplete last batch; None never stops.
+      epochs: stop after so many, dropping an incomplete last batch; None never stops. Of each corpus of a mixture;
+        None there: as the mixture says.
       prefetch: batches made ahead in the background.
 
     Raises `ConfigError` for impossible sizes, `StorageError` if the files are damaged.
     """
     _check_sizes(batch_size, start, epochs)
     rows = rows_of_process(batch_size, process_index, process_count)
-    return PreparedBatches(
-        prepared,
-        batch_size=batch_size,
-        seed=seed,
-        start=start,
-        rows=rows,
-        shuffle=shuffle,
-        epochs=epochs,
-        prefetch=prefetch,
-    )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "start": start,
+        "rows": rows,
+        "shuffle": shuffle,
+        "epochs": epochs,
+        "prefetch": prefetch,
+    }
+    if isinstance(prepared, PreparedMixture):
+        return MixedBatches(prepared, **options)
+    return PreparedBatches(prepared, **options)
 
 
 def _check_sizes(batch_size: int, start: int, epochs: int | None) -> None:
@@ -219,14 +363,14 @@ def _check_sizes(batch_size: int, start: int, epochs: int | None) -> None:
 
 
 def evaluation_batches(
-    prepared: PreparedSplit,
+    prepared: Prepared,
     batch_size: int,
     max_batches: int | None = None,
     *,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """All records once, in order, for evaluation.
+    """All records once, in order, for evaluation; of a mixture in the shares of their weights while all have some.
 
     Every target has `mask` set exactly once over the batches of all processes. The last batch is filled up with empty
     rows (mask and segment ids 0), so that all batches have one shape. At most `max_batches` are given. Raises
@@ -239,18 +383,22 @@ def evaluation_batches(
     return _in_order(prepared, batch_size, max_batches, rows)
 
 
-def _in_order(prepared: PreparedSplit, batch_size: int, max_batches: int | None, rows: range) -> Iterator[Batch]:
-    reader = RecordReader(prepared)
+def _in_order(prepared: Prepared, batch_size: int, max_batches: int | None, rows: range) -> Iterator[Batch]:
+    reader: Any
+    if isinstance(prepared, PreparedMixture):
+        reader, place = _MixedReader(prepared), prepared.schedule(epochs=[1] * len(prepared.components)).at
+    else:
+        reader, place = RecordReader(prepared), int
     try:
         count = -(-prepared.num_records // batch_size)
         for n in range(count if max_batches is None else min(count, max_batches)):
-            indices = [i for row in rows if (i := n * batch_size + row) < prepared.num_records]
-            yield batch_from_records(_fill_up(reader.read(indices) if indices else None, len(rows), prepared))
+            places = [place(i) for row in rows if (i := n * batch_size + row) < prepared.num_records]
+            yield batch_from_records(_fill_up(reader.read(places) if places else None, len(rows), prepared))
     finally:
         reader.close()
 
 
-def _fill_up(records: Records | None, count: int, prepared: PreparedSplit) -> Records:
+def _fill_up(records: Records | None, count: int, prepared: Prepared) -> Records:
     tokens = np.full((count, prepared.seq_len + 1), prepared.pad_id, np.int32)
     segment_ids = np.zeros((count, prepared.seq_len + 1), np.int32)
     if records is not None:

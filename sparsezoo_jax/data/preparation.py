@@ -1,6 +1,6 @@
 """Tokenise and pack a corpus once, into files of records that later runs read by index.
 
-`prepare` gives the prepared split of a configuration: from a directory that holds one, from the cache, or made now.
+`prepare_split` gives the prepared split of one corpus: from a directory that holds one, from the cache, or made now.
 The work is a list of shards (`data.shards`), each made by whoever takes it first (`data.claims`); when all are there,
 whoever sees that writes the manifest (`data.manifest`).
 """
@@ -33,8 +33,7 @@ from sparsezoo_jax.data.progress import PreparationProgress
 from sparsezoo_jax.data.shards import Advance, Job, part_bytes, plan, read_result
 from sparsezoo_jax.data.skipping import Skips
 from sparsezoo_jax.data.special_tokens import HF_CONFIG_FILE
-from sparsezoo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
-from sparsezoo_jax.data.trained_tokenizers import build_tokenizer
+from sparsezoo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 from sparsezoo_jax.lease import Lease
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json
@@ -47,7 +46,9 @@ Engine = Callable[[Job, Sequence[int], Tokenizer, Advance], None]
 """Makes those of some shards that nobody else makes, and returns."""
 
 
-def prepare(config: DataConfig, split: Split, tokenizer: Tokenizer, *, expected: str | None = None) -> PreparedSplit:
+def prepare_split(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, *, expected: str | None = None
+) -> PreparedSplit:
     """The prepared split that `config` names: found where it says, found in the cache, or made there now.
 
     Processes that prepare the same split at once share the work; a killed one loses the shard that it was in.
@@ -92,17 +93,6 @@ def prepared_directory(config: DataConfig, split: Split) -> Path | None:
                 raise DataError(f"data.dataset={name}: holds no {split} split; name its directory, or the one above it")
             return directory
     return None
-
-
-def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer of a prepared corpus; that which `config` names; or one trained on the training split."""
-    directory = prepared_directory(config, "train")
-    if directory is None:
-        return build_tokenizer(config, open_documents(config, "train"))
-    found = find_tokenizer(directory)
-    if found is None:
-        raise StorageError(f"{directory}: the tokenizer is missing")
-    return found
 
 
 def _fitting(prepared: PreparedSplit, config: DataConfig, tokenizer: Tokenizer) -> PreparedSplit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
@@ -29,6 +31,24 @@ def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
     name = config.tokenizer_name
     if name is None:
         return train_bpe(documents, config.bpe_vocab_size, cache_directory(config), Skips.of(config))
+    return named_tokenizer(name)
+
+
+def build_mixture_tokenizer(config: DataConfig, corpora: Sequence[Documents], shares: Sequence[float]) -> Tokenizer:
+    """As `build_tokenizer` for the training splits of a mixture's corpora, and their shares, which add up to 1."""
+    if config.tokenizer_name is not None:
+        return named_tokenizer(config.tokenizer_name)
+    size, directory = config.bpe_vocab_size, cache_directory(config)
+    key = digest("mixture", *(documents.fingerprint for documents in corpora), *shares, size, BPE_RECIPE)
+    samples = (
+        _sample(with_parts(documents), Skips.of(config), share)
+        for documents, share in zip(corpora, shares, strict=True)
+    )
+    return _train(itertools.chain.from_iterable(samples), size, directory / "tokenizers" / key)
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: a path, or that of chess games."""
     return character_tokenizer(CHARACTERS) if name == CHESS else load_tokenizer(name)
 
 
@@ -59,11 +79,16 @@ def train_bpe(
     words gives fewer than `vocab_size` tokens. Documents that can't be read are passed over under the policy of
     `skips`. Raises `DataError` for a corpus without text, `StorageError` if the cache can't be written.
     """
+    directory = Path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
+    return _train(_sample(with_parts(documents), skips or Skips()), vocab_size, directory)
+
+
+def _train(texts: Iterator[str], vocab_size: int, directory: Path) -> HFTokenizer:
+    """The tokenizer that is kept in `directory`, trained on `texts` if there is none."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    directory = Path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
     if (directory / HF_FILE).is_file():
         found = load_tokenizer(directory / HF_FILE)
         assert isinstance(found, HFTokenizer)
@@ -77,17 +102,17 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_sample(with_parts(documents), skips or Skips()), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     trained = HFTokenizer(tokenizer)
     trained.save(directory)
     return trained
 
 
-def _sample(documents: Documents, skips: Skips) -> Iterator[str]:
-    """Texts from the beginnings of parts all over the corpus, as many of each."""
+def _sample(documents: Documents, skips: Skips, share: float = 1.0) -> Iterator[str]:
+    """Texts from the beginnings of parts all over the corpus, as many of each; `share` of the usual amount."""
     parts = len(documents.parts())
     chosen = range(0, parts, -(-parts // BPE_MAX_PARTS) or 1)
-    texts, characters, empty = BPE_MAX_DOCUMENTS, BPE_MAX_CHARACTERS, True
+    texts, characters, empty = math.ceil(share * BPE_MAX_DOCUMENTS), math.ceil(share * BPE_MAX_CHARACTERS), True
     for number, part in enumerate(chosen):
         # What one part has too little of is left to those after it.
         share = len(chosen) - number

@@ -1,6 +1,7 @@
 """What a trained model is worth: perplexity, bits per byte, sparsity, and what its tokens cost."""
 
 from sparsezoo_jax.evaluation.calibration import Calibration, calibrate
+from sparsezoo_jax.evaluation.corpora import evaluate_corpora
 from sparsezoo_jax.evaluation.cost import Cost, as_rows, cost_table
 from sparsezoo_jax.evaluation.history import History, read_history
 from sparsezoo_jax.evaluation.meters import Meters, measure
@@ -15,6 +16,7 @@ __all__ = [
     "as_rows",
     "calibrate",
     "cost_table",
+    "evaluate_corpora",
     "evaluate_model",
     "measure",
     "read_history",

@@ -12,9 +12,9 @@ class EvalConfig:
     """How much of the validation split is read."""
 
     batches: int | None = 8
-    """Batches of an evaluation during training; None reads the whole split."""
+    """Batches of an evaluation during training, of each corpus of a mixture; None reads the whole split."""
     final_batches: int | None = None
-    """Batches of the evaluation at the end; None reads the whole split."""
+    """Batches of the evaluation at the end, of each corpus of a mixture; None reads the whole split."""
     meter_batches: int = 0
     """Batches of each evaluation during training on which neurons and experts that are never active are counted, for
     the metrics dead_neurons and dead_experts of each layer; 0 counts none. In one process only."""

@@ -30,6 +30,7 @@ from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.processes import barrier, gather, in_all
+from sparsezoo_jax.training.shares import TokenShares
 from sparsezoo_jax.training.speed import SpeedMeter, yardstick
 from sparsezoo_jax.training.state import Build, Placement, PureDict, TrainState, first_device, flatten, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
@@ -99,6 +100,7 @@ def fit(
     writers: Sequence[MetricWriter] | None = None,
     phases: Phases | None = None,
     flops_per_token: Mapping[str, float] | None = None,
+    tokens_by_corpus: Callable[[], Mapping[str, int]] | None = None,
 ) -> FitResult:
     """Train a model until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -117,6 +119,8 @@ def fit(
       phases: tells a watchdog what the run is doing.
       flops_per_token: FLOPs of a train step per token by the name of a metric, which is logged as their share of the
         devices' peak, where that is known.
+      tokens_by_corpus: target tokens of each corpus of a mixture in the batch that `data` gave last, of this process's
+        rows; their shares are logged.
 
     Raises:
       ConfigError: an objective for a loss, or a group or adapters for parameters, that the model does not have;
@@ -208,6 +212,7 @@ def fit(
         pending = _Pending()
         speed = SpeedMeter(yardstick(batch_sharding.device_set, flops_per_token or {}))
         guard = SpikeGuard(config.spike, record.losses)
+        shares = TokenShares()
         latest: dict[str, Any] = {}
         evaluation: dict[str, float] = {}
         time_to_first_step = float("nan")
@@ -222,14 +227,15 @@ def fit(
             found = pending.pop()
             if found is None:
                 return
-            done, latest = found
+            done, latest, counts = found
+            shares.add(counts)
             # The first step is mostly compilation; the clock starts when it is over.
             if done == first + 1:
                 speed.start()
             else:
                 speed.add(latest["tokens"])
             if done % config.log_every == 0 or done == last:
-                writer.write(done, {**latest, **speed.take(), **account.take(done)})
+                writer.write(done, {**latest, **shares.take(), **speed.take(), **account.take(done)})
             stop_if_diverging(done, latest, config.max_skipped_steps, checkpointer)
             if guard.is_spike(done, latest["loss"]) and config.spike.mode == "rewind":
                 spiked = done
@@ -250,13 +256,14 @@ def fit(
             profiler.before_step(step + 1)
             with phases("data"):
                 batch = _to_device(next(data), batch_shape, batch_sharding, rows)
+                drawn = {} if tokens_by_corpus is None else tokens_by_corpus()
             with phases("compilation" if step == first else "step"):
                 limit = (jnp.float32(guard.limit(step + 1)),) if config.spike.mode == "skip" else ()
                 state, metrics = train_step(state, batch, *limit)
                 # The device works on this step while the host reads the metrics of the one before.
                 finish_step()
                 step += 1
-                pending.push(step, metrics)
+                pending.push(step, metrics, drawn)
                 if step == first + 1:
                     finish_step()
                     time_to_first_step = time.monotonic() - started
@@ -370,17 +377,19 @@ class _Pending:
     """The newest step's metrics, read one step late: the device works on the next step meanwhile."""
 
     def __init__(self):
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, Mapping[str, int]] | None = None
 
-    def push(self, step: int, metrics: Metrics) -> None:
-        self._pending = (step, metrics)
+    def push(self, step: int, metrics: Metrics, counts: Mapping[str, int]) -> None:
+        self._pending = (step, metrics, counts)
 
-    def pop(self) -> tuple[int, dict[str, Any]] | None:
-        """The pending step and its metrics, scalars as floats, once the step is done; None if no step is pending."""
+    def pop(self) -> tuple[int, dict[str, Any], Mapping[str, int]] | None:
+        """The pending step, its metrics, scalars as floats, once the step is done, and its tokens by corpus; None if no
+        step is pending.
+        """
         if self._pending is None:
             return None
-        (step, metrics), self._pending = self._pending, None
-        return step, {name: x if x.ndim else float(x) for name, x in jax.device_get(metrics).items()}
+        (step, metrics, counts), self._pending = self._pending, None
+        return step, {name: x if x.ndim else float(x) for name, x in jax.device_get(metrics).items()}, counts
 
 
 class _Profiler:
