@@ -41,6 +41,10 @@ class Generate(WeightFormats):
     """Seed of the draws: the same seed gives the same text."""
     special_tokens: bool = False
     """Read the names of special tokens in the prompt, such as '<|im_start|>', as these tokens and not as text."""
+    chat: bool = False
+    """Take each prompt for a user's message, put it into the tokenizer's chat template, and print the answer."""
+    system: str | None = None
+    """With --chat: the system message before it."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text, beside those that the tokenizer and generation_config.json name."""
     drafts: int = 0
@@ -61,6 +65,8 @@ def main(args: Sequence[str]) -> None:
     from sparsezoo_jax.inference import Engine, Sampling, packed
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
+    require(command.system is None or command.chat, "--system", command.system, "needs --chat")
+    require(not (command.chat and command.special_tokens), "--special-tokens", True, "is implied by --chat")
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
     model, _, tokenizer = run_dir.load(command.directory, step=command.step, base=command.base)
     if tokenizer is None:
@@ -70,7 +76,14 @@ def main(args: Sequence[str]) -> None:
         require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
     stop = (*command.stop_ids, *data.stop_ids(command.directory, tokenizer))
     model = packed(model, command.formats)
-    prompts = [tokenizer.encode_prompt(prompt, special_tokens=command.special_tokens) for prompt in command.prompt]
+    if command.chat:
+        system = [] if command.system is None else [{"role": "system", "content": command.system}]
+        prompts = [
+            data.chat_prompt(command.directory, tokenizer, [*system, {"role": "user", "content": prompt}])
+            for prompt in command.prompt
+        ]
+    else:
+        prompts = [tokenizer.encode_prompt(prompt, special_tokens=command.special_tokens) for prompt in command.prompt]
     generation = Engine(model).generate(
         prompts,
         max_new_tokens=command.max_new_tokens,
@@ -84,7 +97,8 @@ def main(args: Sequence[str]) -> None:
     if len(command.prompt) == 1:
         text = tokenizer.stream_decoder(prompts[0])
         with cli.held_warnings():
-            print(command.prompt[0], end="", flush=True)
+            if not command.chat:
+                print(command.prompt[0], end="", flush=True)
             for (new,) in generation:
                 for token in new:
                     print(shown(text.push(token)), end="", flush=True)
@@ -93,7 +107,7 @@ def main(args: Sequence[str]) -> None:
         for _ in generation:
             pass
         for prompt, ids, row in zip(command.prompt, prompts, generation.rows, strict=True):
-            print(f"{prompt}{shown(data.continuation(tokenizer, ids, row))}\n")
+            print(f"{'' if command.chat else prompt}{shown(data.continuation(tokenizer, ids, row))}\n")
     if command.stats:
         print_stats(model, generation.stats)
 

@@ -368,6 +368,13 @@ def test_generate(trained, monkeypatch, capsys):
     assert output.out.startswith(text.strip() + "\n\nThe")
     for said in ("tokens/s", "MB for each token", "active neurons, by layer", "attended keys, by layer"):
         assert said in output.err
+    template = trained / "chat_template.jinja"
+    template.write_text("{{ bos_token }}{{ messages[0].content }} {{ messages[1].content }}")
+    chat = [trained, "--chat", "--system", "The", "--prompt", "state", "--max-new-tokens", 12, "--temperature", 0]
+    assert call(generate, chat, monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == text.removeprefix("The state").strip()
+    assert read[-1] == read[0]
+    template.unlink()
     drafts = [trained, "--prompt", "The state", "--max-new-tokens", 12, "--temperature", 0, "--drafts", 3, "--stats"]
     assert call(generate, drafts, monkeypatch) == 0
     assert capsys.readouterr().out == text

@@ -5,6 +5,7 @@ Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are im
 """
 
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State, merge_states
+from sparsezoo_jax.data.chat import chat_prompt
 from sparsezoo_jax.data.config import Component, DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
@@ -62,6 +63,7 @@ __all__ = [
     "bigram_entropy",
     "build_tokenizer",
     "cache_directory",
+    "chat_prompt",
     "components_of",
     "continuation",
     "evaluation_batches",

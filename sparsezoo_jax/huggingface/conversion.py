@@ -19,6 +19,7 @@ from flax import nnx
 
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
+from sparsezoo_jax.data.chat import TEMPLATE_FILE
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface.layouts import Entry, Layout, layout_of, read_model, write_model
@@ -30,7 +31,7 @@ from sparsezoo_jax.training.state import ModelTemplate, initial_variables
 from sparsezoo_jax.untrusted import printable, read_json
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", TEMPLATE_FILE),
     *("vocab.json", "merges.txt", "generation_config.json"),
 )
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
