@@ -1,8 +1,8 @@
 """Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, `to-hf DIR DST`, or `merge DIR RUN`.
 
 SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer; SRC may hold
-pytorch_model.bin instead), DIR and RUN are run directories. Gemma 2, Llama, GPT-2 and BlockFFN are known. `merge` makes
-a run of adapters and the parameters that they were trained for.
+pytorch_model.bin instead), DIR and RUN are run directories. docs/huggingface.md lists the families that are known.
+`merge` makes a run of adapters and the parameters that they were trained for.
 """
 
 from __future__ import annotations

@@ -376,10 +376,10 @@ def _check(
     if found:
         raise UserError(f"{source}: tensors do not fit its config.json: {'; '.join(found)}")
     typed = [names[place.name] for place in wanted if place.paths[0] in parameters]
-    dtypes = sorted({DTYPES[files.dtypes[name]] for name in typed})
+    dtypes, notes = sorted({DTYPES[files.dtypes[name]] for name in typed}), layout.notes(files.shapes)
     if dtypes in (["float32"], ["bfloat16"]):
-        return names, dtypes[0], ()
-    return names, "float32", (f"tensors are {' and '.join(dtypes)}: parameters are stored as float32",)
+        return names, dtypes[0], notes
+    return names, "float32", (*notes, f"tensors are {' and '.join(dtypes)}: parameters are stored as float32")
 
 
 def _untied_head(layout: Layout, files: TensorFiles, names: Mapping[str, str]) -> str | None:

@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+#: Their name of a ReLU with a threshold, which `hidden_act_param` gives.
+FATRELU = "fatrelu"
 #: Kinds of scaled rotary embeddings, by transformers' names, which are ours.
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 _NEEDED = object()
@@ -70,6 +72,10 @@ class Fields:
         """A positive number or null."""
         return None if name in self.values and self.values[name] is None else self.number(name, default)
 
+    def optional_integer(self, name: str, default: int | None) -> int | None:
+        """A positive integer or null."""
+        return None if name in self.values and self.values[name] is None else self.integer(name, default)
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false; null counts as absent."""
         value = self.values.get(name)
@@ -86,14 +92,21 @@ class Fields:
         self.problems.append(f"{name}={value}: must be {' or '.join(allowed)}")
         return allowed[0]
 
-    def activation(self, names: tuple[str, ...], default: str) -> str:
-        """The non-linearity that the first of `names` with a value gives, by our name."""
+    def activation(self, names: tuple[str, ...], default: str, others: tuple[str, ...] = ()) -> str:
+        """The non-linearity that the first of `names` with a value gives, by our name; a fault lists `others`, too."""
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         value = self.values.get(name, default) or default
         if not isinstance(value, str) or value not in ACTIVATIONS:
-            self.problems.append(f"{name}={value}: must be one of {', '.join(ACTIVATIONS)}")
+            self.problems.append(f"{name}={value}: must be one of {', '.join((*ACTIVATIONS, *others))}")
             value = default
         return ACTIVATIONS[value]
+
+    def gate(self, default: str = "silu") -> dict[str, Any]:
+        """The non-linearity of a gated FFN and its threshold, as fields of the FFN."""
+        if self.values.get("hidden_act") != FATRELU:
+            return {"activation": self.activation(("hidden_act",), default, (FATRELU,))}
+        threshold = self._number("hidden_act_param", _NEEDED, "a number from 0 on", lambda v: v >= 0, 0.0)
+        return {"activation": "relu", "threshold": float(threshold)}
 
     def rope(self, default: float = 10_000.0, fraction: float = 1, *, scaled: bool = False) -> RopeConfig:
         """Rotary embeddings, from `rope_theta` with `rope_scaling` or the newer `rope_parameters`.

@@ -250,7 +250,7 @@ class PackedSparseLMFFN(FFN, DecodingLayout):
 def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGatedFFN | MappedGatedFFN:
     config = source.config
     sparse = any(config.activation_sparsity_pattern) or config.activation in EXACT_ZERO_ACTIVATIONS
-    if active is None and not sparse and not config.bias:
+    if active is None and not sparse and not config.bias and config.up_activation is None:
         return PackedGatedFFN(source, formats.weights)
     return MappedGatedFFN(source, formats.weights, active)
 

@@ -1,5 +1,5 @@
-"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate; ProSparse) and plain (GELU, ReLU,
-ReLU^2; Lazy Neuron's top-k).
+"""Dense feed-forward networks: gated (GeGLU, SwiGLU, ReGLU; Gemma 3n's sparse gate; ProSparse; dReLU) and plain (GELU,
+ReLU, ReLU^2; Lazy Neuron's top-k).
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class GatedFFNConfig(FFNKind):
     """Inner width."""
     activation: ActivationName = "gelu_tanh"
     """Non-linearity of the gate."""
+    up_activation: ActivationName | None = None
+    """Non-linearity of what the gate multiplies (TurboSparse, arXiv 2406.05955: relu, as that of the gate, which makes
+    dReLU). None: there is none."""
     bias: bool = False
     """Biases on the three maps."""
     activation_sparsity_pattern: tuple[float, ...] = ()
@@ -92,14 +95,24 @@ class GatedFFNConfig(FFNKind):
         return (1 - sparsity) * self.d_ff if by_count else None
 
     def weights(self, d_model: int, active: float | None = None) -> float:
-        """Weights that one token needs with `active` neurons (None: the target); the gate is always computed whole."""
+        """Weights that one token needs with `active` neurons (None: the target); the gate is always computed whole, and
+        so is what it multiplies where that decides, too, whether a neuron is active.
+        """
         active = or_target(active, self)
-        biases = self.d_ff + active + d_model if self.bias else 0
-        return d_model * self.d_ff + 2 * d_model * active + biases
+        biases = (self._whole_maps * self.d_ff + (2 - self._whole_maps) * active + d_model) if self.bias else 0
+        return self._map_weights(d_model, active) + biases
 
     def flops(self, d_model: int, active: float | None = None) -> float:
         """FLOPs per token with `active` neurons (None: the target; a multiply-add counts 2)."""
-        return 2 * d_model * (self.d_ff + 2 * or_target(active, self))
+        return 2 * self._map_weights(d_model, or_target(active, self))
+
+    @property
+    def _whole_maps(self) -> int:
+        """Of the two maps from the stream, those of all neurons."""
+        return 2 if self.up_activation in EXACT_ZERO_ACTIVATIONS else 1
+
+    def _map_weights(self, d_model: int, active: float) -> float:
+        return d_model * (self._whole_maps * self.d_ff + (3 - self._whole_maps) * active)
 
     def dense_twin(self) -> GatedFFNConfig:
         """The layer of equal parameters that computes all neurons."""
@@ -137,15 +150,18 @@ class GatedFFN(FFN):
         gate = activation_fn(config.activation)(gate)
         if config.threshold > 0 and self.deterministic:
             gate = jnp.where(gate >= config.threshold, gate, 0)
+        if config.up_activation is not None:
+            up = activation_fn(config.up_activation)(up)
         hidden = constrain(gate * up, ("batch", "length", "ffn"))
         losses = {}
         if config.l1:
             mean_BT = jnp.mean(jnp.abs(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))), axis=-1)
             losses = {MEAN_L1: self.summed_layers * ctx.mean_over_tokens(mean_BT)}
-        exact_zeros = sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
+        decides = hidden if config.up_activation in EXACT_ZERO_ACTIVATIONS else gate
+        exact_zeros = decides is hidden or sparsity > 0 or config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             losses=losses | smooth_density(gate, ctx),
-            stats={"ffn_density": density(gate, ctx) if exact_zeros else jnp.float32(1)},
+            stats={"ffn_density": density(decides, ctx) if exact_zeros else jnp.float32(1)},
             records=ctx.recorded({FFN_SCORES: lambda: scores, FFN_GATE: lambda: gate, FFN_HIDDEN: lambda: hidden}),
         )
         return self.output(hidden, ctx.width), aux

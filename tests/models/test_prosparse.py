@@ -12,6 +12,7 @@ from sparsezoo_jax.inference.layouts import Formats
 from sparsezoo_jax.inference.packing import packed
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
+from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.training.warm_start import _converted
 
@@ -72,6 +73,21 @@ def test_packed_layers_keep_the_threshold(model):
     whole = model(TOKENS)
     np.testing.assert_allclose(last.logits[:, 0], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(out.logits, whole.logits[:, :6], rtol=1e-4, atol=1e-4)
+
+
+def test_drelu_counts_neurons_that_are_not_zero():
+    ffn = GatedFFNConfig(d_ff=24, activation="relu", up_activation="relu")
+    layer = ffn.build(CONFIG.build_context(), nnx.Rngs(0))
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 7, 16))
+    y_BTD, aux = layer(x_BTD, CallContext(jnp.zeros((2, 7), jnp.int32), SEGMENTS))
+    gate, up, down = (np.asarray(weight[...]) for weight in (layer.gate_DF, layer.up_DF, layer.down_FD))
+    hidden = np.maximum(x_BTD @ gate, 0) * np.maximum(x_BTD @ up, 0)
+    np.testing.assert_allclose(y_BTD, hidden @ down, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(aux.stats["ffn_density"], np.mean(hidden[np.asarray(SEGMENTS) > 0] > 0), rtol=1e-5)
+    # Both maps from the stream are needed whole to know the active neurons, of which the third one is.
+    assert ffn.weights(16, 6) == 16 * (24 + 24 + 6)
+    assert ffn.flops(16, 6) == 2 * ffn.weights(16, 6)
+    assert ffn.dense_twin().weights(16) == 3 * 16 * 24
 
 
 def test_a_silu_model_gives_all_parameters():

@@ -14,12 +14,14 @@ from typing import Any
 from sparsezoo_jax.config import flatten
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.fields import Fields
+from sparsezoo_jax.huggingface.layouts.blockffn import BLOCKFFN
 from sparsezoo_jax.huggingface.layouts.deco import DECO
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.ling import LING
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
 from sparsezoo_jax.huggingface.layouts.plm import PLM
+from sparsezoo_jax.huggingface.layouts.relu import BAMBOO, PROSPARSE
 from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
 from sparsezoo_jax.huggingface.layouts.sparselm import SPARSELM
 from sparsezoo_jax.models import DecoderConfig
@@ -28,7 +30,7 @@ from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
-for _layout in (LLAMA, GEMMA2, GPT2, MINICPM, DECO, SPARSELM, LING, PLM):
+for _layout in (LLAMA, GEMMA2, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, BAMBOO, PROSPARSE, MINICPM):
     register_layout(_layout)
 
 
@@ -43,7 +45,7 @@ def read_model(values: Mapping[str, Any], source: object) -> tuple[Layout, Decod
     found = layout.read(fields)
     if fields.problems:
         raise UserError(f"{source}: {'; '.join(dict.fromkeys(fields.problems))}")
-    tables = {name: found.pop(name, getattr(layout, name)) for name in ("entries", "variants")}
+    tables = {name: found.pop(name, getattr(layout, name)) for name in ("entries", "variants", "arch")}
     layout = dataclasses.replace(layout, **tables)
     defaults = {"attention": layout.attention_kinds[0], "ffn": layout.ffn_kind}
     try:
@@ -63,10 +65,12 @@ def layout_of(values: Mapping[str, Any], source: object) -> Layout:
     Raises:
       UserError: another model type.
     """
-    layout = next((one for one in LAYOUTS.values() if one.recognises(values)), None)
-    layout = LAYOUTS.get(str(values.get("model_type"))) if layout is None else layout
+    found, layouts = values.get("model_type"), LAYOUTS.values()
+    named = next((one for one in layouts if one.model_type == found), None)
+    layout = next((one for one in layouts if one.recognises(values)), named)
     if layout is None:
-        raise UserError(f"{source}: model_type={values.get('model_type')}: must be one of {', '.join(LAYOUTS)}")
+        names = dict.fromkeys(one.model_type for one in layouts)
+        raise UserError(f"{source}: model_type={found}: must be one of {', '.join(names)}")
     return layout
 
 
@@ -117,6 +121,8 @@ def _compared(model: DecoderConfig, layout: Layout) -> dict[str, Any]:
         for name, value in flatten(model).items()
         if not any(name == one or name.startswith(f"{one}.") for one in skipped)
     }
+    if model.embedding_scale == "sqrt_d_model":
+        flat["embedding_scale"] = model.d_model**0.5
     flat["layer_types"] = tuple(spec.layer_type for spec in model.layer_specs())
     if "local" not in flat["layer_types"]:
         flat.pop("attention.window", None)

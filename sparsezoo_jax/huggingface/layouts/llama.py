@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sparsezoo_jax.huggingface.fields import Fields, rope_scaling
@@ -16,6 +17,7 @@ from sparsezoo_jax.huggingface.layouts.rows import (
     activation_name,
     linear,
     vector,
+    written_gate,
 )
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
@@ -31,6 +33,7 @@ COMMON = (
     *linear("model.layers.{layer}.mlp.up_proj", "ffn/up_DF"),
     *linear("model.layers.{layer}.mlp.down_proj", "ffn/down_FD"),
 )
+BIASES = ("attention_bias", "mlp_bias")
 _LAYER_TYPES: dict[str, LayerType] = {"sliding_attention": "local", "full_attention": "global"}
 
 
@@ -132,36 +135,57 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
     }
 
 
-def _read_llama(f: Fields) -> dict[str, Any]:
+def read_llama(
+    f: Fields,
+    *,
+    tied: bool = False,
+    kv_heads: int | None = None,
+    max_seq_len: int = 2048,
+    biases: tuple[str, ...] = BIASES,
+) -> dict[str, Any]:
+    """Fields of Llama and of its relatives, which have other defaults and may lack some of the `biases`."""
+    for name in BIASES:
+        if name not in biases:
+            f.require(name, False)
     heads = f.integer("num_attention_heads")
-    rope, sizes = f.rope(scaled=True), read_sizes(f, 2048, tied=False)
+    rope, sizes = f.rope(scaled=True), read_sizes(f, max_seq_len, tied=tied)
     if rope.scaling is not None and rope.scaling.kind == "dynamic":
         # The field is the length from which on the base grows.
         sizes["max_seq_len"] = math.floor(sizes["max_seq_len"] * rope.scaling.factor)
+    gate = f.gate()
+    sparse = gate["activation"] == "relu"
     return {
         **sizes,
         "attention": {
             "heads": heads,
-            "kv_heads": f.integer("num_key_value_heads", heads),
+            "kv_heads": f.integer("num_key_value_heads", heads if kv_heads is None else kv_heads),
             "head_dim": f.integer("head_dim", f.integer("hidden_size", 1) // heads),
             "rope": rope,
-            "bias": f.flag("attention_bias", False),
+            "bias": "attention_bias" in biases and f.flag("attention_bias", False),
         },
         "ffn": {
             "d_ff": f.integer("intermediate_size"),
-            "activation": f.activation(("hidden_act",), "silu"),
-            "bias": f.flag("mlp_bias", False),
+            **gate,
+            "bias": "mlp_bias" in biases and f.flag("mlp_bias", False),
+            # The loss that ProSparse goes on with; it weighs nothing until an objective names it.
+            "l1": sparse,
         },
         "norm": NormConfig(eps=f.number("rms_norm_eps", 1e-6)),
+        "arch": "prosparse" if sparse else "dense",
     }
 
 
-def _write_llama(model: Any) -> dict[str, Any]:
-    return {
-        **write_sizes(model),
-        "hidden_act": activation_name(model.ffn.activation),
-        "mlp_bias": model.ffn.bias,
-    }
+def write_llama(model: Any, biases: tuple[str, ...] = BIASES) -> dict[str, Any]:
+    values = {**write_sizes(model), **written_gate(model.ffn), "mlp_bias": model.ffn.bias}
+    return {name: value for name, value in values.items() if name not in BIASES or name in biases}
+
+
+def read_window(f: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a decoder `found`, the fields that give all layers the window of `sliding_window`."""
+    window = f.optional_integer("sliding_window", 4096)
+    if window is None:
+        return {}
+    return {"attention": {**found["attention"], "window": window}, "layer_pattern": ("local",)}
 
 
 GEMMA2 = Layout(
@@ -187,8 +211,8 @@ LLAMA = Layout(
     "model.",
     (*COMMON, Entry("model.layers.{layer}.post_attention_layernorm.weight", FFN_NORM)),
     INV_FREQ,
-    _read_llama,
-    _write_llama,
+    read_llama,
+    write_llama,
     ("gqa",),
     "gated",
     lambda model: True,

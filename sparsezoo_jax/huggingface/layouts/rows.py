@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sparsezoo_jax.huggingface.fields import ACTIVATIONS, Fields
+from sparsezoo_jax.huggingface.fields import ACTIVATIONS, FATRELU, Fields
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.training.config import TrainConfig
 
@@ -45,7 +45,7 @@ class Layout:
     """Regular expression of tensors that are no parameters, prefix left out."""
     read: Callable[[Fields], dict[str, Any]]
     """From config.json to the fields of `DecoderConfig`; `attention` and `ffn` as dictionaries with their `kind`. May
-    also give `entries`, where these depend on the configuration."""
+    also give `entries` and `arch`, where these depend on the configuration."""
     write: Callable[[Any], dict[str, Any]]
     """And back."""
     attention_kinds: tuple[str, ...]
@@ -57,7 +57,11 @@ class Layout:
     not_stored: tuple[str, ...] = ()
     """Fields of the decoder, beside `NOT_STORED`, for which a checkpoint has no place."""
     arch: str = "dense"
-    """Architecture of the run."""
+    """Architecture of the run. `read` may give this, too."""
+    name: str = ""
+    """By which it is registered, where other families have the same model type."""
+    left_out: tuple[str, str] | None = None
+    """Regular expression of parameters that a decoder has no place for, prefix left out, and a note that says so."""
     train: Callable[[Any], TrainConfig] = lambda model: TrainConfig()
     """How a run of this decoder would train."""
     recognises: Callable[[Mapping[str, Any]], bool] = lambda values: False
@@ -78,7 +82,14 @@ class Layout:
 
     def is_ignored(self, key: str, *, tied: bool) -> bool:
         """Whether a tensor holds nothing to convert; with tied embeddings a stored head is a copy."""
-        return re.fullmatch(self.ignored, key) is not None or (tied and key == "lm_head.weight")
+        ignored = self.ignored if self.left_out is None else f"{self.ignored}|{self.left_out[0]}"
+        return re.fullmatch(ignored, key) is not None or (tied and key == "lm_head.weight")
+
+    def notes(self, names: Collection[str]) -> tuple[str, ...]:
+        """What a user should know of a checkpoint with these tensors."""
+        if self.left_out is None or not any(re.fullmatch(self.left_out[0], self.key(name)) for name in names):
+            return ()
+        return self.left_out[1:]
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -86,7 +97,7 @@ LAYOUTS: dict[str, Layout] = {}
 
 def register_layout(layout: Layout) -> Layout:
     """Make a layout known to `convert` by its model type. Of several that suit a decoder the last one is taken."""
-    LAYOUTS[layout.model_type] = layout
+    LAYOUTS[layout.name or layout.model_type] = layout
     return layout
 
 
@@ -126,3 +137,20 @@ def activation_name(ours: str, preferred: str | None = None) -> str:
     if preferred is not None and ACTIVATIONS[preferred] == ours:
         return preferred
     return next(name for name, value in ACTIVATIONS.items() if value == ours)
+
+
+def written_gate(ffn: Any, preferred: str | None = None) -> dict[str, Any]:
+    """The fields that `Fields.gate` reads."""
+    if ffn.threshold > 0:
+        return {"hidden_act": FATRELU, "hidden_act_param": ffn.threshold}
+    return {"hidden_act": activation_name(ffn.activation, preferred)}
+
+
+def auto_map(family: str, model: str) -> dict[str, dict[str, str]]:
+    """Where transformers finds the classes that it lacks: in modules that come with the released checkpoints."""
+    return {
+        "auto_map": {
+            "AutoConfig": f"configuration_{family}.{model}Config",
+            "AutoModelForCausalLM": f"modeling_{family}.{model}ForCausalLM",
+        }
+    }
