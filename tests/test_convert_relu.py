@@ -19,6 +19,7 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.layouts import read_model, write_model
 from sparsezoo_jax.inference.packing import packed
+from sparsezoo_jax.models.ffn import GatedFFNConfig
 from tests.test_convert import assert_same, tensors_of, write
 
 # Keys and values as the released files have them, but for the sizes.
@@ -73,7 +74,7 @@ CONFIGS = {
 TOKENS = np.arange(12)
 
 
-def stored(config, dtype=np.float32, scale=1.0):
+def stored(config, dtype: type = np.float32, scale=1.0):
     tensors = tensors_of({"head_dim": config["hidden_size"] // config["num_attention_heads"], **config})
     return {name: (np.float32(scale) * x).astype(dtype) for name, x in tensors.items()}
 
@@ -136,9 +137,10 @@ def test_logits_and_the_way_back(name, tmp_path):
     made = huggingface.from_hf(write(tmp_path / "source", config, tensors), tmp_path / "run")
     assert made.notes == ()
     model, run, _ = sparsezoo_jax.load(tmp_path / "run")
-    sparse = config["hidden_act"] != "silu"
+    sparse, ffn = config["hidden_act"] != "silu", run.model.ffn
     assert run.arch == ("prosparse" if sparse else "dense")
-    assert (run.model.ffn.l1, run.model.ffn.threshold) == (sparse, config.get("hidden_act_param", 0))
+    assert isinstance(ffn, GatedFFNConfig)
+    assert (ffn.l1, ffn.threshold) == (sparse, config.get("hidden_act_param", 0))
     golden = logits_of(config, tensors)
     tokens = jnp.asarray(TOKENS)[None]
     out = model(tokens)
@@ -168,7 +170,9 @@ def test_bfloat16_and_the_threshold_of_a_llama(tmp_path):
     tensors = stored(config, ml_dtypes.bfloat16)
     huggingface.from_hf(write(tmp_path / "source", config, tensors), tmp_path / "run")
     run = read_config(tmp_path / "run" / "config.json")
-    assert (run.arch, run.size, run.model.ffn.threshold) == ("prosparse", "sparsellama_hf", 0.25)
+    assert (run.arch, run.size) == ("prosparse", "sparsellama_hf")
+    assert isinstance(run.model.ffn, GatedFFNConfig)
+    assert run.model.ffn.threshold == 0.25
     huggingface.to_hf(tmp_path / "run", tmp_path / "back")
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
@@ -212,6 +216,7 @@ def test_configurations_that_are_not_supported(name, change, message):
 @pytest.mark.parametrize(("size", "model_type"), [("tiny", "sparsellama"), ("1b", "minicpm"), ("13b", "sparsellama")])
 def test_presets_go_into_the_released_layouts(size, model_type):
     model = preset("prosparse", size).model
+    assert isinstance(model.ffn, GatedFFNConfig)
     _, values = write_model(model, "run")
     assert (values["model_type"], values["hidden_act"]) == (model_type, "fatrelu")
     assert values["hidden_act_param"] == model.ffn.threshold

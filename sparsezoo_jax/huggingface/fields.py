@@ -101,10 +101,10 @@ class Fields:
             value = default
         return ACTIVATIONS[value]
 
-    def gate(self, default: str = "silu") -> dict[str, Any]:
-        """The non-linearity of a gated FFN and its threshold, as fields of the FFN."""
-        if self.values.get("hidden_act") != FATRELU:
-            return {"activation": self.activation(("hidden_act",), default, (FATRELU,))}
+    def gate(self, *, fatrelu: bool = False) -> dict[str, Any]:
+        """The non-linearity of a gated FFN, and its threshold where the family knows FATReLU, as fields of the FFN."""
+        if not fatrelu or self.values.get("hidden_act") != FATRELU:
+            return {"activation": self.activation(("hidden_act",), "silu", (FATRELU,) if fatrelu else ())}
         threshold = self._number("hidden_act_param", _NEEDED, "a number from 0 on", lambda v: v >= 0, 0.0)
         return {"activation": "relu", "threshold": float(threshold)}
 

@@ -12,13 +12,15 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
-from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.norms import Norm, NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.attention import flash_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
+
+NormOver = Literal["head", "heads"]
 
 
 @register_attention
@@ -44,14 +46,23 @@ class GQAConfig(AttentionKind):
     softcap: float | None = None
     """Scores become cap * tanh(scores / cap)."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head, before rotation."""
+    """RMS-normalise queries and keys, before rotation."""
+    qk_norm_over: NormOver = "head"
+    """What each of these norms is over: one head (Qwen 3), or all heads together, whose scales differ (OLMo 2)."""
+    qk_norm_eps: float = 1e-6
+    """Added to the mean square by these norms."""
     bias: bool = False
     """Biases on the four projections."""
+    output_bias: bool | None = None
+    """Bias on the output projection (Qwen 2: none beside those of the other three). None: as `bias`."""
     implementation: str | None = None
     """Kernel of `flash_attention`; None picks by platform."""
 
     def __post_init__(self):
         check_heads(self.heads, self.kv_heads, self.head_dim, self.window, self.rope)
+        require(self.qk_norm_eps > 0, "model.attention.qk_norm_eps", self.qk_norm_eps, "must be above 0")
+        allowed = "works together with model.attention.qk_norm only"
+        require(self.qk_norm or self.qk_norm_over == "head", "model.attention.qk_norm_over", self.qk_norm_over, allowed)
 
     def projection_flops(self, d_model: int) -> int:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
@@ -103,8 +114,28 @@ def projection_flops(d_model: int, heads: int, kv_heads: int, head_dim: int) -> 
 def projection_weights(config, d_model: int) -> int:
     """Weights of query, key, value and output projections, biases included."""
     width = config.head_dim * (config.heads + config.kv_heads)
-    biases = config.head_dim * (config.heads + 2 * config.kv_heads) + d_model if config.bias else 0
-    return 2 * d_model * width + biases
+    biases = config.head_dim * (config.heads + 2 * config.kv_heads) if config.bias else 0
+    return 2 * d_model * width + biases + (d_model if has_output_bias(config) else 0)
+
+
+def has_output_bias(config) -> bool:
+    """Whether the output projection has a bias."""
+    return config.bias if config.output_bias is None else config.output_bias
+
+
+class HeadNorm(Norm):
+    """The RMS norm of queries or keys, over each head or over all of them at once."""
+
+    def __init__(self, over: NormOver, eps: float, ctx: BuildContext, heads: int, width: int, axis: str):
+        whole = over == "heads"
+        super().__init__(NormConfig(eps=eps), ctx, heads * width if whole else width, axis if whole else "head_dim")
+        self.whole = whole
+
+    def __call__(self, x_BTNH: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """Normalised [B, T, N, H]."""
+        if not self.whole:
+            return super().__call__(x_BTNH, where)
+        return super().__call__(x_BTNH.reshape(*x_BTNH.shape[:2], -1), where).reshape(x_BTNH.shape)
 
 
 class Projections(nnx.Module):
@@ -120,10 +151,14 @@ class Projections(nnx.Module):
         self.q_bias = ctx.constant(0.0, (heads, width), ("heads", "head_dim")) if config.bias else None
         self.k_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
         self.v_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
-        self.o_bias = ctx.constant(0.0, (d,), ("embed",)) if config.bias else None
-        norm = NormConfig()
-        self.q_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
-        self.k_norm = norm.build(ctx, width, "head_dim") if config.qk_norm else None
+        self.o_bias = ctx.constant(0.0, (d,), ("embed",)) if has_output_bias(config) else None
+
+        def norm(heads: int, axis: str) -> HeadNorm | None:
+            return (
+                HeadNorm(config.qk_norm_over, config.qk_norm_eps, ctx, heads, width, axis) if config.qk_norm else None
+            )
+
+        self.q_norm, self.k_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
 
     def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""

@@ -6,7 +6,7 @@ The predictor is part of the function, not an approximation of one: nothing else
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,14 @@ from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.models.attention import GQAConfig, Projections, check_heads, projection_flops, projection_weights
+from sparsezoo_jax.models.attention import (
+    GQAConfig,
+    NormOver,
+    Projections,
+    check_heads,
+    projection_flops,
+    projection_weights,
+)
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, Attention, AttentionKind, FFNKind, register_attention, register_ffn
@@ -138,6 +145,11 @@ class SparkFFN(FFN):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SparkAttentionConfig(AttentionKind):
     """`V [softmax(StatTop_k^-inf(K1^T q[:r])) * softplus(K2^T q[r:])]` per head; no parameters beyond GQA's."""
+
+    # What `Projections` reads of an attention's configuration, and this one leaves as it is.
+    qk_norm_over: ClassVar[NormOver] = "head"
+    qk_norm_eps: ClassVar[float] = 1e-6
+    output_bias: ClassVar[bool | None] = None
 
     kind: Literal["spark"] = "spark"
     heads: int

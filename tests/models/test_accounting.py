@@ -1,8 +1,11 @@
 """FLOPs per token against the Spark paper's accounting."""
 
 import dataclasses
+import math
 
+import jax
 import pytest
+from flax import nnx
 
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import (
@@ -12,6 +15,7 @@ from sparsezoo_jax.models import (
     dense_twin,
     flops_per_token,
 )
+from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 
 DENSE, SPARK = preset("dense", "gemma2_2b").model, preset("spark", "2b").model
@@ -36,6 +40,15 @@ def test_attention():
     assert SPARK.attention.mixing_flops(8192) == 18_350_080
     assert SPARK.attention.mixing_flops(100) == DENSE.attention.mixing_flops(100), "few keys: nothing to save"
     assert DENSE.attention.projection_flops(2304) == pytest.approx(28.31e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("output_bias", [None, True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_of_projections(bias, output_bias):
+    config = GQAConfig(heads=4, kv_heads=2, head_dim=8, bias=bias, output_bias=output_bias)
+    layer = jax.eval_shape(lambda: config.build(DENSE.build_context(), nnx.Rngs(0)))
+    parameters = jax.tree.leaves(nnx.state(layer, nnx.Param))
+    assert config.projection_weights(DENSE.d_model) == sum(math.prod(x.shape) for x in parameters)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sparsezoo_jax.models.attention import GQA, GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS, RESIDUAL_KINDS
 from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.residual import PreNormConfig
 from tests.models.conftest import BASE, CONFIGS, build, forward, with_weights_of
 
 
@@ -178,6 +179,18 @@ def test_impossible_configurations(change, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: GQAConfig(heads=2, kv_heads=1, head_dim=8, qk_norm_over="heads"),
+            "model.attention.qk_norm_over=heads: works together with model.attention.qk_norm only",
+        ),
+        (
+            lambda: GQAConfig(heads=2, kv_heads=1, head_dim=8, qk_norm=True, qk_norm_eps=0),
+            "model.attention.qk_norm_eps=0.0: must be above 0",
+        ),
+        (
+            lambda: PreNormConfig(input_norm=False),
+            "model.residual.input_norm=False: needs model.residual.post_norm=True",
+        ),
         (lambda: GQAConfig(heads=6, kv_heads=4, head_dim=8), "model.attention.kv_heads=4: must divide"),
         (lambda: GQAConfig(heads=4, kv_heads=4, head_dim=7), "model.attention.head_dim=7: must be even"),
         (lambda: GatedFFNConfig(d_ff=0), "model.ffn.d_ff=0"),

@@ -21,6 +21,7 @@ from sparsezoo_jax.huggingface.layouts.ling import LING
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
 from sparsezoo_jax.huggingface.layouts.minicpm import MINICPM
 from sparsezoo_jax.huggingface.layouts.plm import PLM
+from sparsezoo_jax.huggingface.layouts.relatives import MISTRAL, OLMO2, QWEN2, QWEN3
 from sparsezoo_jax.huggingface.layouts.relu import BAMBOO, PROSPARSE
 from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
 from sparsezoo_jax.huggingface.layouts.sparselm import SPARSELM
@@ -30,7 +31,8 @@ from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
-for _layout in (LLAMA, GEMMA2, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, BAMBOO, PROSPARSE, MINICPM):
+_RELATIVES = (MISTRAL, QWEN2, QWEN3, OLMO2, PROSPARSE, BAMBOO, MINICPM)
+for _layout in (LLAMA, GEMMA2, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES):
     register_layout(_layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sparsezoo_jax.huggingface.fields import Fields, rope_scaling
@@ -76,7 +77,7 @@ def _read_gemma2(f: Fields) -> dict[str, Any]:
     f.require("use_bidirectional_attention", False)
     return {
         **read_sizes(f, 8192, tied=True),
-        "layer_pattern": _read_layer_types(f),
+        "layer_pattern": read_layer_types(f, ("local", "global")),  # alternating, local first
         "attention": {
             "heads": heads,
             "kv_heads": f.integer("num_key_value_heads", 4),
@@ -98,22 +99,32 @@ def _read_gemma2(f: Fields) -> dict[str, Any]:
     }
 
 
-def _read_layer_types(f: Fields) -> tuple[LayerType, ...]:
-    """The shortest pattern that repeats to `layer_types`; without that field layers alternate, local first."""
+def read_layer_types(f: Fields, default: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
+    """The shortest pattern that repeats to `layer_types`; `default` without that field."""
     names = f.values.get("layer_types")
     if names is None:
-        return ("local", "global")
+        return default
     known = isinstance(names, list) and all(isinstance(name, str) and name in _LAYER_TYPES for name in names)
     if not known or len(names) > MAX_LAYERS:
         f.problems.append(f"layer_types={names}: must list at most {MAX_LAYERS} {' and '.join(_LAYER_TYPES)}")
-        return ("local", "global")
+        return default
     if len(names) != f.values.get("num_hidden_layers"):
         f.problems.append(f"layer_types=<{len(names)} values>: must have one for each of num_hidden_layers")
-    types: tuple[LayerType, ...] = tuple(_LAYER_TYPES[name] for name in names)
+    return shortest_pattern(tuple(_LAYER_TYPES[name] for name in names))
+
+
+def shortest_pattern(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
+    """The pattern that repeats to these types of layers."""
     for width in range(1, len(types)):
         if all(kind == types[i % width] for i, kind in enumerate(types)):
             return types[:width]
     return types or ("global",)
+
+
+def written_layer_types(model: DecoderConfig) -> list[str]:
+    """What `read_layer_types` reads."""
+    names = {ours: name for name, ours in _LAYER_TYPES.items()}
+    return [names[spec.layer_type] for spec in model.layer_specs()]
 
 
 def _write_gemma2(model: Any) -> dict[str, Any]:
@@ -121,7 +132,6 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
     scalar = float(attention.head_dim) if attention.query_scale is None else attention.query_scale**-2
     # Undo what rounding does to 144 ** -0.5 on the way back.
     scalar = round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
-    names = {ours: name for name, ours in _LAYER_TYPES.items()}
     activation = activation_name(model.ffn.activation)
     return {
         **write_sizes(model),
@@ -131,53 +141,65 @@ def _write_gemma2(model: Any) -> dict[str, Any]:
         "attn_logit_softcapping": attention.softcap,
         "final_logit_softcapping": model.final_softcap,
         "sliding_window": attention.window or 4096,
-        "layer_types": [names[spec.layer_type] for spec in model.layer_specs()],
+        "layer_types": written_layer_types(model),
     }
 
 
-def read_llama(
-    f: Fields,
-    *,
-    tied: bool = False,
-    kv_heads: int | None = None,
-    max_seq_len: int = 2048,
-    biases: tuple[str, ...] = BIASES,
-) -> dict[str, Any]:
-    """Fields of Llama and of its relatives, which have other defaults and may lack some of the `biases`."""
+@dataclass(frozen=True)
+class Relative:
+    """What the `config.json` of Llama or of a relative may say, and what holds where it says nothing."""
+
+    biases: tuple[str, ...] = BIASES
+    """Fields that give biases to matrices, of those of Llama."""
+    fatrelu: bool = False
+    """Whether the gate may be a ReLU with a threshold."""
+    tied: bool = False
+    kv_heads: int | None = None
+    """None: as many as heads."""
+    head_dim: int | None = None
+    """None: the width over the heads."""
+    max_seq_len: int = 2048
+    eps: float = 1e-6
+
+
+def read_llama(f: Fields, family: Relative = Relative()) -> dict[str, Any]:
+    """The decoder's fields, without what `family` has beside Llama's."""
     for name in BIASES:
-        if name not in biases:
+        if name not in family.biases:
             f.require(name, False)
     heads = f.integer("num_attention_heads")
-    rope, sizes = f.rope(scaled=True), read_sizes(f, max_seq_len, tied=tied)
+    rope, sizes = f.rope(scaled=True), read_sizes(f, family.max_seq_len, tied=family.tied)
     if rope.scaling is not None and rope.scaling.kind == "dynamic":
         # The field is the length from which on the base grows.
         sizes["max_seq_len"] = math.floor(sizes["max_seq_len"] * rope.scaling.factor)
-    gate = f.gate()
+    gate = f.gate(fatrelu=family.fatrelu)
     sparse = gate["activation"] == "relu"
     return {
         **sizes,
         "attention": {
             "heads": heads,
-            "kv_heads": f.integer("num_key_value_heads", heads if kv_heads is None else kv_heads),
-            "head_dim": f.integer("head_dim", f.integer("hidden_size", 1) // heads),
+            "kv_heads": f.integer("num_key_value_heads", family.kv_heads or heads),
+            "head_dim": f.integer("head_dim", family.head_dim or f.integer("hidden_size", 1) // heads),
             "rope": rope,
-            "bias": "attention_bias" in biases and f.flag("attention_bias", False),
+            "bias": "attention_bias" in family.biases and f.flag("attention_bias", False),
         },
         "ffn": {
             "d_ff": f.integer("intermediate_size"),
             **gate,
-            "bias": "mlp_bias" in biases and f.flag("mlp_bias", False),
+            "bias": "mlp_bias" in family.biases and f.flag("mlp_bias", False),
             # The loss that ProSparse goes on with; it weighs nothing until an objective names it.
             "l1": sparse,
         },
-        "norm": NormConfig(eps=f.number("rms_norm_eps", 1e-6)),
+        "norm": NormConfig(eps=f.number("rms_norm_eps", family.eps)),
         "arch": "prosparse" if sparse else "dense",
     }
 
 
-def write_llama(model: Any, biases: tuple[str, ...] = BIASES) -> dict[str, Any]:
-    values = {**write_sizes(model), **written_gate(model.ffn), "mlp_bias": model.ffn.bias}
-    return {name: value for name, value in values.items() if name not in BIASES or name in biases}
+def write_llama(model: Any, family: Relative = Relative()) -> dict[str, Any]:
+    """What `read_llama` reads."""
+    gate = written_gate(model.ffn, fatrelu=family.fatrelu)
+    values = {**write_sizes(model), **gate, "mlp_bias": model.ffn.bias}
+    return {name: value for name, value in values.items() if name not in BIASES or name in family.biases}
 
 
 def read_window(f: Fields, found: Mapping[str, Any]) -> dict[str, Any]:

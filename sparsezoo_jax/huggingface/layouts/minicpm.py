@@ -7,14 +7,14 @@ from typing import Any
 
 from sparsezoo_jax.configs.minicpm import INIT, OPTIMIZER, groups
 from sparsezoo_jax.huggingface.fields import Fields
-from sparsezoo_jax.huggingface.layouts.llama import LLAMA, read_llama, write_llama
+from sparsezoo_jax.huggingface.layouts.llama import LLAMA, Relative, read_llama, write_llama
 from sparsezoo_jax.huggingface.layouts.rows import INV_FREQ, Layout, auto_map
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.schedules import WSD
 
-_BIASES = ("attention_bias",)
+_MINICPM = Relative(biases=("attention_bias",), fatrelu=True, tied=True)
 #: Fields of BlockFFN, whose model type is the same.
 _OF_BLOCKFFN = {"ffn_type", "expert_size", "router_act"}
 
@@ -44,7 +44,7 @@ def _plain(value: float) -> float:
 
 
 def _read(f: Fields) -> dict[str, Any]:
-    found = read_llama(f, tied=True, biases=_BIASES)
+    found = read_llama(f, _MINICPM)
     # Mixtures and sparse attention come under the same model type.
     f.require("num_experts", 0)
     f.require("sparse_config", None)
@@ -52,7 +52,7 @@ def _read(f: Fields) -> dict[str, Any]:
 
 
 def _write(model: Any) -> dict[str, Any]:
-    return {**auto_map("minicpm", "MiniCPM"), **write_llama(model, _BIASES), **write_scales(model)}
+    return {**auto_map("minicpm", "MiniCPM"), **write_llama(model, _MINICPM), **write_scales(model)}
 
 
 def _is_scaled(model: DecoderConfig) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from sparsezoo_jax.huggingface.fields import FATRELU, Fields
-from sparsezoo_jax.huggingface.layouts.llama import LLAMA, read_llama, read_window, write_llama
+from sparsezoo_jax.huggingface.layouts.llama import LLAMA, Relative, read_llama, read_window, write_llama
 from sparsezoo_jax.huggingface.layouts.rows import auto_map
 from sparsezoo_jax.models import DecoderConfig
 
@@ -15,26 +15,27 @@ def _threshold(model: DecoderConfig) -> float:
     return getattr(model.ffn, "threshold", 0.0)
 
 
-_BIASES = ("attention_bias",)
+_LLAMA = Relative(biases=("attention_bias",), fatrelu=True)
+_BAMBOO = Relative(biases=(), kv_heads=8, max_seq_len=4096 * 32)
 PROSPARSE = dataclasses.replace(
     LLAMA,
     model_type="sparsellama",
     architecture="SparseLlamaForCausalLM",
-    read=lambda f: read_llama(f, biases=_BIASES),
-    write=lambda model: {**auto_map("sparsellama", "SparseLlama"), **write_llama(model, _BIASES)},
+    read=lambda f: read_llama(f, _LLAMA),
+    write=lambda model: {**auto_map("sparsellama", "SparseLlama"), **write_llama(model, _LLAMA)},
     suits=lambda model: _threshold(model) > 0,
     recognises=lambda values: values.get("model_type") == "llama" and values.get("hidden_act") == FATRELU,
 )
 
 
 def _read_bamboo(f: Fields) -> dict[str, Any]:
-    found = read_llama(f, kv_heads=8, max_seq_len=4096 * 32, biases=())
+    found = read_llama(f, _BAMBOO)
     ffn = found["ffn"]
     return {**found, **read_window(f, found), "ffn": {**ffn, "up_activation": ffn["activation"]}}
 
 
 def _write_bamboo(model: Any) -> dict[str, Any]:
-    return {**auto_map("bamboo", "Bamboo"), **write_llama(model, ()), "sliding_window": model.attention.window}
+    return {**auto_map("bamboo", "Bamboo"), **write_llama(model, _BAMBOO), "sliding_window": model.attention.window}
 
 
 BAMBOO = dataclasses.replace(

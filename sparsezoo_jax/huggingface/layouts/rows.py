@@ -139,11 +139,11 @@ def activation_name(ours: str, preferred: str | None = None) -> str:
     return next(name for name, value in ACTIVATIONS.items() if value == ours)
 
 
-def written_gate(ffn: Any, preferred: str | None = None) -> dict[str, Any]:
+def written_gate(ffn: Any, *, fatrelu: bool = False) -> dict[str, Any]:
     """The fields that `Fields.gate` reads."""
-    if ffn.threshold > 0:
+    if fatrelu and ffn.threshold > 0:
         return {"hidden_act": FATRELU, "hidden_act_param": ffn.threshold}
-    return {"hidden_act": activation_name(ffn.activation, preferred)}
+    return {"hidden_act": activation_name(ffn.activation)}
 
 
 def auto_map(family: str, model: str) -> dict[str, dict[str, str]]:
