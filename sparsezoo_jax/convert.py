@@ -63,9 +63,14 @@ def main(args: Sequence[str]) -> None:
     """Convert, and print what was made."""
     command = cli.parse(Convert, args, prog="convert", description=(__doc__ or "").strip())
     if isinstance(command, Merge):
-        from sparsezoo_jax.run_dir import merge_adapters
+        from sparsezoo_jax.config import read_config
+        from sparsezoo_jax.run_dir import CONFIG, merge_adapters
 
         step = merge_adapters(command.directory, command.destination, command.base)
+        width = read_config(command.destination / CONFIG).model.adapter.width
+        if width is not None:
+            reason = "a bottleneck has a non-linearity, which no matrix can take in"
+            print(f"note: {reason}: the adapters of model.adapter.width={width} stay layers of their own")
         print(f"{command.destination}: adapters of step {step} merged into their base")
         return
     from sparsezoo_jax import huggingface

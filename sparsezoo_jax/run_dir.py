@@ -25,7 +25,7 @@ from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
-from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.training.lease import LEASE
 from sparsezoo_jax.training.lora import Adapters, LoRAConfig
@@ -80,7 +80,7 @@ def load(
     kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
     if base is not None:
-        require(config.train.lora.rank is not None, "base", base, f"{directory} holds no adapters")
+        require(config.train.lora.active, "base", base, f"{directory} holds no adapters")
         config = with_values(config, {"train.init_from": str(base)})
     tokenizer = find_tokenizer(directory)
     if tokenizer is not None:
@@ -89,7 +89,7 @@ def load(
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
     if merge_last is not None and merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
-    read = restore_params if config.train.lora.rank is None else _with_adapters(directory, config, template)
+    read = _with_adapters(directory, config, template) if config.train.lora.active else restore_params
     own = _merged_steps(directory, config) if step is None and merge_last is None else ()
     if own:
         decay = config.train.merge_decay
@@ -138,11 +138,11 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
       UserError: no run or step there, or one whose parameters don't fit, or are not those that adapters were trained
         for; adapters without such a run.
     """
-    rank = config.train.lora.rank
+    lora = config.train.lora
     if config.train.init_from is None:
         if adapters is not None:
             raise UserError(f"{adapters}: holds adapters for another run, unknown here; {_HOW_TO_NAME_IT}")
-        require(rank is None, "train.lora.rank", rank, "needs train.init_from, the run whose parameters get adapters")
+        require(not lora.active, *lora.asked, "needs train.init_from, the run whose parameters get adapters")
         return None
     directory = Path(config.train.init_from)
     found = (directory / CONFIG).is_file()
@@ -150,9 +150,10 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
     require(found, "train.init_from", directory, f"is no run directory ({CONFIG} is missing){where}")
     source = read_config(directory / CONFIG)
     allowed = f"holds adapters alone; make a whole run of it with: convert merge {directory} RUN"
-    require(source.train.lora.rank is None, "train.init_from", directory, allowed)
-    same = rank is None or source.model.ffn.kind == config.model.ffn.kind
-    require(same, "train.lora.rank", rank, f"needs FFNs of the kind that {directory} has, {source.model.ffn.kind}")
+    require(not source.train.lora.active, "train.init_from", directory, allowed)
+    same = not lora.active or source.model.ffn.kind == config.model.ffn.kind
+    require(same, *lora.asked, f"needs FFNs of the kind that {directory} has, {source.model.ffn.kind}")
+    _check_new_adapters(source.model, config, directory)
     step, identity = config.train.init_step, {} if adapters is None else _identity_of_base(adapters)
     start = open_warm_start(
         directory / CHECKPOINTS,
@@ -166,7 +167,15 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
         allowed = f"step {start.step} there does not hold the parameters that {adapters} has adapters for"
         raise ConfigError("train.init_from", directory, allowed)
     there, here = flatten_config(source.model, "model."), flatten_config(config.model, "model.")
-    ignored = ("model.ffn", "model.init", "model.dtype", "model.param_dtype", "model.scan_layers", "model.remat")
+    ignored = (
+        "model.ffn",
+        "model.init",
+        "model.dtype",
+        "model.param_dtype",
+        "model.scan_layers",
+        "model.remat",
+        "model.adapter",
+    )
     changed = [
         f"{name} was {there.get(name)}, is {here.get(name)}"
         for name in sorted(there.keys() | here.keys())
@@ -175,6 +184,19 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
     if changed:
         warnings.warn(f"train.init_from={directory}: {'; '.join(changed)}", SparsezooWarning, stacklevel=2)
     return start
+
+
+def _check_new_adapters(source: DecoderConfig, config: RunConfig, directory: Path) -> None:
+    """Raise `ConfigError` where nothing would train bottleneck adapters that the source of all else lacks."""
+    lora, width = config.train.lora, config.model.adapter.width
+    if not lora.active or width is None or source.adapter.width is not None:
+        return
+    template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
+    left = template.parameters.keys() - Adapters(lora, template.parameters).parameters.keys()
+    trains = not any("_adapter/" in path for path in left)
+    require(
+        trains, "train.lora.whole", lora.whole, f"must find _adapter/: {directory} has no adapters to leave as they are"
+    )
 
 
 def _identity_of_base(directory: Path) -> dict[str, Any]:
@@ -201,7 +223,7 @@ def stored_parameters(
     Raises:
       UserError, StorageError: as `load`.
     """
-    if config.train.lora.rank is None and not _merged_steps(directory, config):
+    if not config.train.lora.active and not _merged_steps(directory, config):
         yield from read_params(directory / CHECKPOINTS, state=state)
         return
     params, others = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)
@@ -215,7 +237,7 @@ def stored_parameters(
 def with_absolute_base(config: RunConfig) -> RunConfig:
     """`config` that names the base of adapters in a way that holds in any directory: each reader of them needs it."""
     base = config.train.init_from
-    if config.train.lora.rank is None or base is None:
+    if not config.train.lora.active or base is None:
         return config
     return with_values(config, {"train.init_from": str(Path(base).absolute())})
 
@@ -235,7 +257,7 @@ def merge_adapters(directory: Path, destination: Path, base: Path | None = None)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: is not empty; name another directory")
     model, config, tokenizer = load(directory, base=base)
-    require(config.train.lora.rank is not None, "DIR", directory, "holds no adapters to merge")
+    require(config.train.lora.active, "DIR", directory, "holds no adapters to merge")
     params, model_state = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(model)
     step = saved_steps(directory / CHECKPOINTS)[-1]
     save_params(destination / CHECKPOINTS, flatten(params), step=step, model_state=flatten(model_state))
@@ -268,7 +290,7 @@ def open_for_training(directory: Path, config: RunConfig, *, fresh: bool) -> boo
     if CONFIG not in entries:
         raise UserError(f"--workdir={directory}: holds files but no run ({', '.join(entries[:4])}); name another")
     ignored = FREE_ON_RESUME
-    if config.train.lora.rank is not None:
+    if config.train.lora.active:
         ignored += ("train.init_from", "train.init_step")  # `open_source` looks at what is there
     changed = differences(stored_config(directory / CONFIG), config, ignored)
     if changed:

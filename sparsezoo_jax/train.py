@@ -156,7 +156,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
     # A run that was killed before its first checkpoint starts from the other run again.
     has_steps = resumes and bool(saved_steps(workdir / run_dir.CHECKPOINTS))
-    adapts = config.train.lora.rank is not None
+    adapts = config.train.lora.active
     warm_start = None if has_steps and not adapts else run_dir.open_source(config, workdir if has_steps else None)
     tokenizer = data.find_tokenizer(workdir) if resumes else None
     if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
@@ -325,7 +325,7 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
                 place=place,
                 to_device=lambda batch: device_put(batch, batch_sharding, batch_shape, rows.start),
                 report=report,
-                warm_start=run_dir.open_source(config, workdir) if config.train.lora.rank is not None else None,
+                warm_start=run_dir.open_source(config, workdir) if config.train.lora.active else None,
             )
         except DamagedCheckpointError as error:
             raise StorageError(f"{workdir}: the checkpoint before step {steps[0]} is damaged: {error}") from None

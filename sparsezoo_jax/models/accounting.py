@@ -218,12 +218,14 @@ def _connections(config: DecoderConfig) -> float:
 
 def _layer_flops(config: DecoderConfig, spec: LayerSpec, mixing: float, active: float | None) -> float:
     attention = spec.attention.projection_flops(_width(config, "attention")) + mixing
-    return attention + spec.ffn.flops(_width(config, "ffn"), active) + 2 * _connections(config)
+    beside = 2 * _connections(config) + config.adapter.flops(config.d_model)
+    return attention + spec.ffn.flops(_width(config, "ffn"), active) + beside
 
 
 def _layer_weights(config: DecoderConfig, spec: LayerSpec, active: float | None) -> float:
     attention = spec.attention.projection_weights(_width(config, "attention"))
-    return attention + spec.ffn.weights(_width(config, "ffn"), active) + _connections(config)
+    beside = _connections(config) + config.adapter.weights(config.d_model)
+    return attention + spec.ffn.weights(_width(config, "ffn"), active) + beside
 
 
 def _head_weights(config: DecoderConfig) -> float:

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.models.adapter import AdapterConfig
 from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
 from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, FFNKind, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
@@ -58,6 +59,8 @@ class DecoderConfig:
     """The feed-forward kind of these layers."""
     residual: ResidualConfig = PreNormConfig()
     """How sublayers join the residual stream."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Bottleneck adapters after sublayers."""
     norm: NormConfig = NormConfig()
     """Normalisation of sublayer inputs and of the final state."""
     layer_pattern: tuple[LayerType, ...] = Field(default=("global",), min_length=1)
@@ -104,6 +107,10 @@ class DecoderConfig:
             None,
             "must be set, for model.layer_pattern has local layers",
         )
+        # A routed stream lets a sublayer write to a part of the width, an adapter after it would write to all of it.
+        allowed = f"must be none with model.residual.kind={self.residual.kind}: adapters are for pre_norm"
+        plain = self.adapter.width is None or isinstance(self.residual, PreNormConfig)
+        require(plain, "model.adapter.width", self.adapter.width, allowed)
         self.attention.check(self.d_model)
         first, below = self.first_layers, self.first_ffn
         require(0 <= first < self.layers, "model.first_layers", first, f"must be from 0 to {self.layers - 1}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax.models.adapter import adapted
 from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, Attention, Observed, Sublayer
 from sparsezoo_jax.models.records import FFN_HIDDEN, FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
@@ -93,12 +94,16 @@ class Block(nnx.Module):
         self.attention = spec.attention.build(ctx, rngs)
         self.ffn_residual = config.residual.build(ctx, config.norm, rngs, "ffn")
         self.ffn = spec.ffn.build(ctx, rngs)
+        self.attention_adapter = config.adapter.build(ctx, rngs, "attention")
+        self.ffn_adapter = config.adapter.build(ctx, rngs, "ffn")
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any) -> tuple[jax.Array, LayerAux, Any]:
         watch = LayerWatch(ctx)
-        attended = self.attention_residual(x_BTD, ctx, watch.attention(self.attention, cache))
+        attention = adapted(watch.attention(self.attention, cache), self.attention_adapter)
+        attended = self.attention_residual(x_BTD, ctx, attention)
         x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
-        fed = self.ffn_residual(x_BTD, replace(ctx, routing=attended.routing), watch.ffn(self.ffn))
+        ffn = adapted(watch.ffn(self.ffn), self.ffn_adapter)
+        fed = self.ffn_residual(x_BTD, replace(ctx, routing=attended.routing), ffn)
         x_BTD, ffn_aux = watch.residual(constrain(fed.stream_BTD, STREAM)), fed.extra
         aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
         parts = {

@@ -101,7 +101,7 @@ class TrainConfig:
     upcycle_noise: float = 0.02
     """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""
     lora: LoRAConfig = LoRAConfig()
-    """Train low-rank adapters of the run that init_from names, whose parameters stay as they are."""
+    """Train adapters, or some parameters, of the run that init_from names, whose others stay as they are."""
     accumulation: int = 1
     """Micro-batches per step; they divide data.batch_size, and change memory, not results."""
     loss_chunk: int | None = None
@@ -170,8 +170,8 @@ class TrainConfig:
         )
         merges, every = self.merge_last > 1, self.checkpoint_every
         require(not merges or every > 0, "train.checkpoint_every", every, "must be above 0 with train.merge_last")
-        allowed = "must be 1 with train.lora.rank: an average of adapters is not that of the models"
-        require(not merges or self.lora.rank is None, "train.merge_last", self.merge_last, allowed)
+        allowed = "must be 1 with train.lora: an average of adapters is not that of the models"
+        require(not merges or not self.lora.active, "train.merge_last", self.merge_last, allowed)
         losses = [objective.loss for objective in self.objectives]
         for loss in losses:
             require(losses.count(loss) == 1, "train.objectives.loss", loss, "has more than one objective")

@@ -141,7 +141,7 @@ def fit(
     shardings, train_step = prepared.shardings, prepared.train_step
     adapts = prepared.adapters is not None
     allowed = "needs train.init_from, the run whose parameters get adapters"
-    require(not adapts or warm_start is not None, "train.lora.rank", config.lora.rank, allowed)
+    require(not adapts or warm_start is not None, *config.lora.asked, allowed)
     batch_sharding = prepared.batch["tokens"].sharding
     rows = addressable_rows(batch_sharding, batch_shape)
 

@@ -27,17 +27,29 @@ _A, _B = "lora_a", "lora_b"
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoRAConfig:
-    """Training small matrices beside those of another run, which stay as they are."""
+    """Training small matrices beside those of another run, which stay as they are, or some of its parameters alone."""
 
     rank: int | None = None
-    """Columns of A and rows of B (r); at most the smaller side of every adapted matrix. None: all parameters train."""
+    """Columns of A and rows of B (r); at most the smaller side of every adapted matrix. None: no such matrices, and all
+    parameters train unless `whole` names some."""
     alpha: float = 16.0
     """The product A B is multiplied by alpha / rank."""
     targets: tuple[str, ...] = (r"/(attention|ffn)/(?!.*router)",)
     """Regular expressions searched in the paths of parameters: matrices that they find get adapters, each of a stack of
     layers or experts its own; vectors that they find stay as they are. Default: attention and FFNs without routers."""
     whole: tuple[str, ...] = ()
-    """Regular expressions for parameters that train themselves, such as '/scale$' or 'bias$'."""
+    """Regular expressions for parameters that train themselves, such as '/scale$' or 'bias$', or '_adapter/' for the
+    bottleneck adapters of model.adapter; all others stay as they are, with or without a rank."""
+
+    @property
+    def active(self) -> bool:
+        """Whether a run holds what it trains beside another run's parameters."""
+        return self.rank is not None or bool(self.whole)
+
+    @property
+    def asked(self) -> tuple[str, object]:
+        """The field that makes this active, and its value."""
+        return ("train.lora.whole", self.whole) if self.rank is None else ("train.lora.rank", self.rank)
 
     def __post_init__(self):
         for name in ("targets", "whole"):
@@ -46,9 +58,8 @@ class LoRAConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ConfigError(f"train.lora.{name}", pattern, f"is no regular expression ({error})") from None
-            default = type(self).__dataclass_fields__[name].default
-            used = self.rank is not None or getattr(self, name) == default
-            require(used, f"train.lora.{name}", getattr(self, name), "works together with train.lora.rank only")
+        used = self.rank is not None or self.targets == type(self).__dataclass_fields__["targets"].default
+        require(used, "train.lora.targets", self.targets, "works together with train.lora.rank only")
         require(self.rank is None or self.rank > 0, "train.lora.rank", self.rank, "must be at least 1 or None")
         require(self.alpha > 0, "train.lora.alpha", self.alpha, "must be above 0")
         require(bool(self.targets), "train.lora.targets", self.targets, "needs at least one pattern")
@@ -81,11 +92,10 @@ class Adapters:
         Raises:
           ConfigError: a pattern that finds nothing, a rank beyond a matrix, a parameter that both lists name.
         """
-        assert config.rank is not None
-        self._rank, self._scale = config.rank, config.alpha / config.rank
+        self._rank, self._scale = config.rank or 0, config.alpha / (config.rank or 1)
         roles = {path: matrix_roles(variable) for path, variable in parameters.items()}
         matrices = [path for path in parameters if len(roles[path]) >= 2]
-        adapted = _found("train.lora.targets", config.targets, matrices, "matrix")
+        adapted = [] if config.rank is None else _found("train.lora.targets", config.targets, matrices, "matrix")
         self._whole = frozenset(_found("train.lora.whole", config.whole, list(parameters), "parameter"))
         self._splits: dict[str, _Split] = {}
         self.parameters: dict[str, Variable] = {path: parameters[path] for path in sorted(self._whole)}
@@ -117,9 +127,13 @@ class Adapters:
         return nested(made)
 
     def divided(self, params: PureDict, adapters: PureDict) -> tuple[PureDict, PureDict]:
-        """`trained` and `frozen` of all parameters of a model; of `adapters` only those count."""
+        """`trained` and `frozen` of all parameters of a model; of `adapters` only those count.
+
+        What trains whole and is not among the parameters (bottlenecks, for a base without any) is taken of `adapters`.
+        """
         base, beside = flatten(params), flatten(adapters)
-        trained = {path: base[path] if path in self._whole else beside[path] for path in self.parameters}
+        given = self._whole & base.keys()
+        trained = {path: base[path] if path in given else beside[path] for path in self.parameters}
         return nested(trained), nested({path: x for path, x in base.items() if path not in self._whole})
 
     def undivided(self, trained: PureDict, frozen: PureDict) -> PureDict:
@@ -141,7 +155,7 @@ class Adapters:
 
 def adapters_of(config: LoRAConfig, parameters: Mapping[str, Variable]) -> Adapters | None:
     """The adapters that a configuration asks for, None without any."""
-    return None if config.rank is None else Adapters(config, parameters)
+    return Adapters(config, parameters) if config.active else None
 
 
 def _found(field: str, patterns: tuple[str, ...], paths: list[str], noun: str) -> list[str]:

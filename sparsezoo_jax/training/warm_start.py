@@ -30,10 +30,12 @@ from sparsezoo_jax.training.state import (
     first_device,
     flatten,
     map_with_path,
+    nested,
 )
 
 _FIELD = "train.init_from"
 _FFN = re.compile(r"(?P<layer>.*/ffn)/(?P<name>.+)")
+_ADAPTER = re.compile(r"/(attention|ffn)_adapter/")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class WarmStart:
         return jax.jit(converted, out_shardings=shardings)(own, found, jax.random.key(self.seed))
 
     def read(self, place: Placement = first_device) -> tuple[PureDict, PureDict]:
-        """All parameters of the decoder to start, where the other run has its like for each, and its other variables.
+        """All parameters of the decoder to start that the other run has its like for, and its other variables.
 
         Raises:
           StorageError: the other run's checkpoint is damaged.
@@ -87,10 +89,15 @@ class WarmStart:
         template, wanted = _template(self.target), _abstract(self.target)
         found, model_state = self._restored(place)
 
-        def converted(found: PureDict) -> PureDict:
-            return _converted(self.source, self.target, self.noise, wanted, found, jax.random.key(self.seed))
+        # New adapters have no like there; those that the run trained take their place.
+        new = self.source.adapter.width is None
+        kept = {path: x for path, x in flatten(wanted).items() if not (new and _ADAPTER.search(path))}
 
-        shardings = map_with_path(lambda path, x: place(template.parameters[path].full_axes, x.shape), wanted)
+        def converted(found: PureDict) -> PureDict:
+            made = _converted(self.source, self.target, self.noise, wanted, found, jax.random.key(self.seed))
+            return nested({path: x for path, x in flatten(made).items() if path in kept})
+
+        shardings = nested({path: place(template.parameters[path].full_axes, x.shape) for path, x in kept.items()})
         return jax.jit(converted, out_shardings=shardings)(found), model_state
 
     def identity(self) -> dict[str, Any]:
@@ -167,8 +174,11 @@ def _converted(
                 padding = (0, target.vocab_rows - source.vocab_size)
                 given[path] = jnp.pad(words, [padding if i == axis else (0, 0) for i in range(2)])
     optional: set[str] = set()
+    if source.adapter.width is None:
+        optional = {path for path in own if _ADAPTER.search(path)}
     if source.ffn.kind != target.ffn.kind:
-        given, optional = _with_upcycled(source.ffn, target.ffn, noise, own, given, key)
+        given, unmade = _with_upcycled(source.ffn, target.ffn, noise, own, given, key)
+        optional |= unmade
     for path in sorted((own.keys() | given.keys()) - optional):
         here, there = (tuple(x.shape) if x is not None else "absent" for x in (own.get(path), given.get(path)))
         if here != there:

@@ -304,3 +304,52 @@ def nnx_params(model):
 def stored(directory, step=None):
     """All parameters of a run by path."""
     return flatten(nnx_params(sparsezoo_jax.load(directory, step=step).model))
+
+
+@pytest.mark.slow
+def test_a_run_of_bottlenecks(small_corpus, tmp_path, monkeypatch, capsys):
+    base, run = tmp_path / "base", tmp_path / "run"
+    assert call(train, flags(small_corpus, base, train__steps=2), monkeypatch) == 0
+    bottleneck = {"train__init_from": base, "model__adapter__width": 4, "train__lora__whole": "_adapter/"}
+    args = flags(small_corpus, run, train__steps=4, train__checkpoint_every=2, **bottleneck)
+    assert call(train, [*args, "--train.stop-at", "2"], monkeypatch) == 0
+    assert call(train, args, monkeypatch) == 0
+    assert "resuming from step 2" in capsys.readouterr().err
+
+    # Checkpoints hold the adapters alone; loaded, everything else is the base's.
+    trained = flatten(restore_params(run / "checkpoints")[0])
+    assert all("_adapter/" in path for path in trained)
+    assert np.any(trained["segments/0/blocks/0/ffn_adapter/up_RD"] != 0)
+    held, whole = flatten(restore_params(base / "checkpoints")[0]), stored(run)
+    assert_equal({path: whole[path] for path in held}, held)
+    assert_equal({path: whole[path] for path in trained}, trained)
+    assert held.keys() | trained.keys() == whole.keys()
+
+    # Merging keeps them as layers and says so; Hugging Face's layouts can't hold them.
+    assert call(convert, ["merge", run, tmp_path / "whole"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert (
+        "note: a bottleneck has a non-linearity, which no matrix can take in: the adapters of model.adapter.wid" in out
+    )
+    assert_equal(stored(tmp_path / "whole"), whole)
+    for directory in (run, tmp_path / "whole"):
+        assert call(convert, ["to-hf", directory, tmp_path / "hf"], monkeypatch) == 2
+        assert "can't hold model.adapter.width=4: only None" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    moved = base.rename(tmp_path / "moved")
+    short = ["--no-meters", "--batches", 1, "--json"]
+    losses = []
+    for args in ([run, *short, "--base", moved], [tmp_path / "whole", *short], [moved, *short]):
+        assert call(evaluate, args, monkeypatch) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    assert call(generate, [run, "--prompt", "The", "--max-new-tokens", 2, "--base", moved], monkeypatch) == 0
+    capsys.readouterr()
+    for changes, message in (
+        ({"train__lora__whole": "scale$"}, "train.lora.whole=('scale$',): must find _adapter/"),
+        ({"train__lora__whole": "_adapters/"}, "train.lora.whole=_adapters/: finds no parameter"),
+    ):
+        new = flags(small_corpus, tmp_path / "new", **{**bottleneck, "train__init_from": moved, **changes})
+        assert call(train, new, monkeypatch) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
