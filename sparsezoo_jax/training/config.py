@@ -170,7 +170,7 @@ class TrainConfig:
         )
         merges, every = self.merge_last > 1, self.checkpoint_every
         require(not merges or every > 0, "train.checkpoint_every", every, "must be above 0 with train.merge_last")
-        allowed = "must be 1 with train.lora: an average of adapters is not that of the models"
+        allowed = f"must be 1 with {self.lora.asked[0]}: an average of adapters is not that of the models"
         require(not merges or not self.lora.active, "train.merge_last", self.merge_last, allowed)
         losses = [objective.loss for objective in self.objectives]
         for loss in losses:
