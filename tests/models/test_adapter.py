@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def test_before_the_norm_of_the_output():
     """Post-norms see the sublayer and its adapter together: of silent sublayers they normalise the adapter's part."""
     config = dataclasses.replace(ADAPTED, layers=1, residual=PreNormConfig(input_norm=False, post_norm=True))
     model = Decoder(config, rngs=nnx.Rngs(0))
-    block = model.segments[0].blocks[0]
+    block: Any = model.segments[0].blocks[0]
     block.attention.projections.o_NHD[...] *= 0
     block.ffn.down_FD[...] *= 0
     block.attention_adapter.up_bias[...] += jnp.arange(16.0)
