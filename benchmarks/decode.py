@@ -2,8 +2,9 @@
 
 Weights are random, drawn from one pool of numbers into buffers of their own; so are the keys and values of the context.
 Nothing is said about quality. `--model spark` is the 2B shape, `blockffn` the 2.8B one, `deco` the 0.1B one, `moe` the
-1.2B one with latent attention, `moex` the 1.8B one; `--size` takes another. The routers of BlockFFN and DECO keep the
-share of the largest scores that their configuration expects, for random ones have no sparsity.
+1.2B one with latent attention, `moex` the 1.8B one, `prosparse` the 1B one; `--size` takes another. The routers of
+BlockFFN and DECO keep the share of the largest scores that their configuration expects, and ProSparse's threshold keeps
+the paper's share of the gates, for random ones have no sparsity.
 
 Variants take turns, a few tokens each, in every round; figures
 are medians over the rounds. Ratios are against the native dense model of the same precision, and their limit is the
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -48,10 +50,14 @@ from sparsezoo_jax.models import Decoder, DecoderConfig, bytes_per_token, dense_
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.cache import DecoderCache
 from sparsezoo_jax.models.deco import DECOFFN
+from sparsezoo_jax.models.ffn import GatedFFN
 
 #: Tokens that a variant decodes in its turn of a round.
 TURN = 4
+#: Share of ReLU gates that are kept: of ProSparse's 1B model (arXiv 2402.13516, table 1: 87.89 % zeros).
+RELU_ACTIVE = 0.1211
 PRESETS = {
+    "prosparse": ("prosparse", "1b"),
     "spark": ("spark", "2b"),
     "blockffn": ("blockffn", "2_8b"),
     "deco": ("deco", "0_1b"),
@@ -114,10 +120,16 @@ def router_logits(ffn: BlockFFN | DECOFFN) -> Callable[[jax.Array], jax.Array]:
 
 
 def keep_largest(model: Decoder) -> None:
-    """Let the routers of BlockFFN and DECO keep the share of experts that they expect, whatever the signs are."""
+    """Let routers of BlockFFN and DECO, and ReLU gates, keep the share that is expected, whatever the weights are."""
     for period in model.segments:
         for block in period.blocks:
             ffn: Any = block.ffn
+            if isinstance(ffn, GatedFFN) and ffn.config.activation == "relu":
+                # Of a normalised token, gates are normal.
+                spread = float(jnp.std(ffn.gate_DF[...], dtype=jnp.float32)) * math.sqrt(ffn.gate_DF.shape[0])
+                threshold = spread * statistics.NormalDist().inv_cdf(1 - RELU_ACTIVE)
+                object.__setattr__(ffn, "config", dataclasses.replace(ffn.config, threshold=threshold))
+                continue
             if not isinstance(ffn, BlockFFN | DECOFFN):
                 continue
             kept, logits = round(ffn.config.expected_density * ffn.config.experts), router_logits(ffn)

@@ -246,9 +246,55 @@ class PackedSparseLMFFN(FFN, DecodingLayout):
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
 
 
+class PackedReGLUFFN(GatedFFN, DecodingLayout):
+    """`GatedFFN` whose gate is a ReLU, with its threshold: rows of the gate, and the rest of each neuron as one row."""
+
+    def __init__(self, source: GatedFFN, form: WeightFormat):
+        self.config, self.dtype, self.summed_layers = source.config, source.dtype, source.summed_layers
+        self.gate = Rows(source.gate_DF[...].T, form, source.dtype, NEURONS)
+        self.rest = Rows((source.up_DF[...].T, source.down_FD[...]), form, source.dtype, NEURONS)
+
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.rest.parts()[1]
+
+    def restore(self, source: GatedFFN) -> None:
+        """Put the weights back into `source`."""
+        up_FD, down_FD = self.rest.parts()
+        assign(source.gate_DF, self.gate.restored().T)
+        assign(source.up_DF, up_FD.T)
+        assign(source.down_FD, down_FD)
+
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads with this share of the neurons active."""
+        return self.gate.nbytes + density * self.rest.nbytes
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        rows = few_tokens(x_BTD)
+        if rows is None or ctx.record:
+            return super().__call__(x_BTD, ctx)
+        (gate, s1), (rest, s2) = self.gate.arrays, self.rest.arrays
+        y, active_M = relu_ffn_rows(rows, gate, rest, scales=(s1, s2), threshold=self.config.threshold)
+        density = ctx.mean_over_tokens(active_M.reshape(x_BTD.shape[:2])) / self.config.d_ff
+        return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
+
+    def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
+        """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
+        return self.gate.product(x_BTD), x_BTD @ self.rest.parts()[0].T
+
+    def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
+        """The map back to the stream, [B, T, D]."""
+        return hidden_BTF @ self.rest.parts()[1]
+
+
 @packs(GatedFFN)
-def _gated(source: GatedFFN, formats: Formats, active: float | None) -> PackedGatedFFN | MappedGatedFFN:
+def _gated(
+    source: GatedFFN, formats: Formats, active: float | None
+) -> PackedGatedFFN | PackedReGLUFFN | MappedGatedFFN:
     config = source.config
+    if active is None and config.activation == "relu" and not config.bias and not config.activation_sparsity_pattern:
+        return PackedReGLUFFN(source, formats.weights)
     sparse = any(config.activation_sparsity_pattern) or config.activation in EXACT_ZERO_ACTIVATIONS
     if active is None and not sparse and not config.bias and config.up_activation is None:
         return PackedGatedFFN(source, formats.weights)

@@ -18,6 +18,7 @@ from sparsezoo_jax.inference.ffn import (
     MappedPlainFFN,
     PackedGatedFFN,
     PackedPlainFFN,
+    PackedReGLUFFN,
     PackedSparkFFN,
     PackedSparseLMFFN,
 )
@@ -54,6 +55,9 @@ KINDS = {
         attention=dataclasses.replace(CONFIGS["blockffn"].attention, q_lora_rank=None),
         ffn=PlainFFNConfig(d_ff=32, activation="relu2"),
     ),
+    "prosparse": dataclasses.replace(
+        CONFIGS["llama"], layers=1, ffn=GatedFFNConfig(d_ff=32, activation="relu", l1=True, threshold=0.2)
+    ),
     "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
     "ling": dataclasses.replace(
@@ -86,6 +90,7 @@ LAID_OUT = {
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),
     "sparselm": (PackedGQA, PackedSparseLMFFN),
+    "prosparse": (PackedGQA, PackedReGLUFFN),
     "gemma3n": (PackedGQA, MappedGatedFFN),
     "moe": (PackedGQA, PackedMoEFFN),
     "remoe": (PackedGQA, PackedMoEFFN),

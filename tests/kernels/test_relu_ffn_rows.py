@@ -1,5 +1,7 @@
 """The sparse ReLU layer of a few tokens against its definition, and against the form that is trained."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,12 +37,14 @@ def layer(draw, d, neurons, gated):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("storage", "m", "sizes"), [("bfloat16", 3, (37, 101)), ("int8", 8, (24, 64))])
-def test_is_the_definition(form, storage, m, sizes):
+@pytest.mark.parametrize(
+    ("storage", "m", "sizes", "threshold"), [("bfloat16", 3, (37, 101), 0.0), ("int8", 8, (24, 64), 0.5)]
+)
+def test_is_the_definition(form, storage, m, sizes, threshold):
     (apply, gated), draw = form, Draw(storage)
     x, (weights, scales) = draw.tokens(m, sizes[0]), layer(draw, *sizes, gated)
-    y, active = apply(x, *weights, scales=scales)
-    expected, expected_active = jax.jit(reference)(x, *weights, scales=scales)
+    y, active = apply(x, *weights, scales=scales, threshold=threshold)
+    expected, expected_active = jax.jit(partial(reference, threshold=threshold))(x, *weights, scales=scales)
     close(y, expected)
     np.testing.assert_array_equal(active, expected_active)
 
@@ -62,11 +66,21 @@ def test_is_the_form_that_is_trained(form):
     np.testing.assert_array_equal(active, 0)
 
 
+def test_a_gate_at_its_threshold_counts(form):
+    (apply, gated), first = form, jnp.asarray([[0.1], [np.nextafter(np.float32(0.1), 0)], [-0.1], [0.3]], jnp.float32)
+    rows = jnp.ones((4, 2 if gated else 1))
+    y, active = apply(jnp.ones((1, 1)), first, rows, threshold=0.1)
+    np.testing.assert_allclose(y, [[0.4]], rtol=1e-6)
+    assert active.tolist() == [2]
+
+
 def test_wrong_shapes():
     x, first = jnp.zeros((2, 8)), jnp.zeros((16, 8))
     with pytest.raises(ConfigError, match=r"relu_ffn_rows.rows=\(16, 9\): must be \(16, 8\) or \(16, 16\)"):
         relu_ffn_rows(x, first, jnp.zeros((16, 9)))
     with pytest.raises(ConfigError, match=r"relu_ffn_rows.first=\(16, 9\): must be \[F, 8\] for x"):
         relu_ffn_rows(x, jnp.zeros((16, 9)), jnp.zeros((16, 8)))
+    with pytest.raises(ConfigError, match=r"relu_ffn_rows.threshold=-1: must be at least 0"):
+        relu_ffn_rows(x, first, jnp.zeros((16, 8)), threshold=-1)
     with pytest.raises(ConfigError, match='takes layers with a gate only; use "xla"'):
         relu_ffn_rows(x, first, jnp.zeros((16, 8)), implementation="pallas_gpu_interpret")

@@ -60,11 +60,11 @@ ffi::Error SparkFfn(ffi::ThreadPool threads, Array x, Array k1, Array rows, Arra
 }
 
 ffi::Error ReluFfn(ffi::ThreadPool threads, Array x, Array first, Array rows, Array first_scale, Array rows_scale,
-                   Result y, Result active) {
+                   Result y, Result active, double bound) {
   const bool gated = width_of(rows) > width_of(x);
   const Matrix up = matrix(rows, rows_scale, 0, gated ? 2 : 1);
   relu_ffn(pool_of(threads), tokens(x), matrix(first, first_scale), up,
-           gated ? matrix(rows, rows_scale, width_of(x), 2) : up, gated, rows_of(first), tokens(*y),
+           gated ? matrix(rows, rows_scale, width_of(x), 2) : up, gated, rows_of(first), float(bound), tokens(*y),
            static_cast<int*>(active->untyped_data()));
   return ffi::Error::Success();
 }
@@ -214,7 +214,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn, ReluFfn,
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Ret<Array>()
-                                  .Ret<Array>());
+                                  .Ret<Array>()
+                                  .Attr<double>("bound"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_forward, ReluFfnForward,
                               BIND.Arg<Array>()

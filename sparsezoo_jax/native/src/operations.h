@@ -176,9 +176,10 @@ struct Selection {
 void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
                long neurons, double top_k, const Selection& selection, const Tokens& y, int* active);
 
-// `up` and `down` are the two parts of the same rows, or `down` is all of them; `active` [M] counts neurons.
+// `up` and `down` are the two parts of the same rows, or `down` is all of them; gates up to `bound`, at least 0, are 0;
+// `active` [M] counts the neurons above it.
 void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
-              long neurons, const Tokens& y, int* active);
+              long neurons, float bound, const Tokens& y, int* active);
 
 // A layer whose hidden units are a ReLU's, all float32; weights are rows of neurons [F, D].
 struct ReluLayer {

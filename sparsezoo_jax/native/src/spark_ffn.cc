@@ -1,5 +1,5 @@
 // Layers that read all of one matrix, and the rows of the neurons that its scores select: Spark FFN (arXiv 2506.06644)
-// by a threshold, SparseLM (arXiv 2603.23198) by a ReLU; and a product that reads the rows of units that are not 0.
+// by a threshold, SparseLM (arXiv 2603.23198) and ProSparse (arXiv 2402.13516) by a ReLU; and a product that reads the rows of units that are not 0.
 #include <algorithm>
 #include <cmath>
 
@@ -104,10 +104,11 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
 }
 
 void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
-              long neurons, const Tokens& y, int* active) {
-  const auto threshold = [](const float*) { return 0.0f; };
-  const auto gates = [](const float* scores, const int* places, long n, float, float* g) {
-    for (long i = 0; i < n; i++) g[i] = std::max(scores[places[i]], 0.0f);
+              long neurons, float bound, const Tokens& y, int* active) {
+  const auto threshold = [&](const float*) { return bound; };
+  const auto gates = [](const float* scores, const int* places, long n, float above, float* g) {
+    // Neurons of other tokens are among them.
+    for (long i = 0; i < n; i++) g[i] = scores[places[i]] > above ? scores[places[i]] : 0;
   };
   // How many there are decides how the work is cut: a tenth is more than such layers have once they are trained.
   const double expected = double(neurons) / 10;

@@ -5,11 +5,13 @@ Shapes: M tokens, D model width, F neurons.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsezoo_jax import native
 from sparsezoo_jax.errors import require
@@ -40,6 +42,7 @@ def relu_ffn_rows(
     rows: jax.Array,
     *,
     scales: Scales = (None, None),
+    threshold: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`relu_ffn` with weights laid out for inference, in float32; no gradient.
@@ -53,17 +56,19 @@ def relu_ffn_rows(
         int8.
       rows: of each neuron the row of the output map, [F, D], after that of the map that is gated, if any: [F, 2 D].
       scales: float32 factors of int8 weights: [F] of first, and of rows [F], or [F, 2] of its two parts.
+      threshold: gates below it are 0 (ProSparse, arXiv 2402.13516, section 3.2); at least 0.
       implementation: "xla" (gathers active rows in a loop), "native", "pallas_gpu" (with a gate), "pallas_tpu", either
         of these with "_interpret" (see `dispatch`), or None: for up to 16 rows "native" on a CPU and the kernel on a
         GPU or TPU, else "xla". The kernel for TPUs reads tiles of 8 (float32), 16 (bfloat16) or 32 (int8) rows.
 
     Returns:
-      [M, D] in the dtype of x, and the number of neurons of each token that are above 0, int32 [M].
+      [M, D] in the dtype of x, and the number of neurons of each token that are not 0, int32 [M].
 
     Raises:
       ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
     """
     d, neurons = x.shape[1], first.shape[0]
+    require(0 <= threshold < math.inf, "relu_ffn_rows.threshold", threshold, "must be at least 0, and finite")
     require(first.shape[1] == d, "relu_ffn_rows.first", first.shape, f"must be [F, {d}] for x")
     shapes = ((neurons, d), (neurons, 2 * d))
     require(rows.shape in shapes, "relu_ffn_rows.rows", rows.shape, f"must be {shapes[0]} or {shapes[1]}")
@@ -74,10 +79,10 @@ def relu_ffn_rows(
     def on_shards(x, first, rows, first_scale, rows_scale, split):
         few = len(x) <= MOST_ROWS
         implementations = [
-            plain(partial(_gathered, gated)),
-            native_cpu(_natively, native_refusal(x=x), default=few),
-            *pallas("cuda", _on_gpu, lambda interpret: _gpu_refusal(x, gated)),
-            *pallas("tpu", partial(_on_tpu, gated), partial(_tpu_refusal, gated, x, rows), default=few),
+            plain(partial(_gathered, gated, threshold)),
+            native_cpu(partial(_natively, threshold), native_refusal(x=x), default=few),
+            *pallas("cuda", partial(_on_gpu, threshold), lambda interpret: _gpu_refusal(x, gated)),
+            *pallas("tpu", partial(_on_tpu, gated, threshold), partial(_tpu_refusal, gated, x, rows), default=few),
         ]
         y, active = dispatch("relu_ffn_rows", implementation, implementations)(
             x, first, rows, (first_scale, rows_scale)
@@ -97,9 +102,14 @@ def relu_ffn_rows(
 # The implementations return sums in float32 and the number of active neurons.
 
 
-def _gates(x: jax.Array, first: jax.Array, scale: jax.Array | None) -> jax.Array:
+def _gates(x: jax.Array, first: jax.Array, scale: jax.Array | None, threshold: float) -> jax.Array:
     # Fused with what follows, XLA for CPU computes the scores several times.
-    return jax.nn.relu(jax.lax.optimization_barrier(product(x, first, scale)))
+    return _above(jax.lax.optimization_barrier(product(x, first, scale)), threshold)
+
+
+def _above(scores: jax.Array, threshold: float) -> jax.Array:
+    gate = jax.nn.relu(scores)
+    return gate if threshold == 0 else jnp.where(gate >= threshold, gate, 0)
 
 
 def _count(gate: jax.Array) -> jax.Array:
@@ -113,8 +123,8 @@ def _parts(scale: jax.Array | None, gated: bool) -> tuple[jax.Array | None, jax.
     return (scale[:, 0], scale[:, 1]) if gated else (None, scale)
 
 
-def _gathered(gated: bool, x, first, rows, scales: Scales):
-    gate, d = _gates(x, first, scales[0]), x.shape[1]
+def _gathered(gated: bool, threshold: float, x, first, rows, scales: Scales):
+    gate, d = _gates(x, first, scales[0], threshold), x.shape[1]
     up_scale, down_scale = _parts(scales[1], gated)
 
     def add(total, places, valid, rows):
@@ -129,9 +139,11 @@ def _gathered(gated: bool, x, first, rows, scales: Scales):
     return y, _count(gate)
 
 
-def _natively(x, first, rows, scales: Scales):
+def _natively(threshold: float, x, first, rows, scales: Scales):
+    # Above the largest number below the threshold is what is at least the threshold.
+    bound = float(np.nextafter(np.float32(threshold), np.float32(-1))) if threshold > 0 else 0.0
     results = result_shapes((x.shape, x.dtype), ((len(x),), jnp.int32))
-    y, active = native.call("relu_ffn", results, x, first, rows, *map(or_empty, scales))
+    y, active = native.call("relu_ffn", results, x, first, rows, *map(or_empty, scales), bound=bound)
     return y.astype(jnp.float32), active
 
 
@@ -139,13 +151,13 @@ def _gpu_refusal(x: jax.Array, gated: bool) -> str | None:
     return rows_gpu.refusal(x) if gated else "takes layers with a gate only"
 
 
-def _on_gpu(x, first, rows, scales: Scales, *, interpret):
-    gate = _gates(x, first, scales[0])
+def _on_gpu(threshold: float, x, first, rows, scales: Scales, *, interpret):
+    gate = _gates(x, first, scales[0], threshold)
     return rows_gpu.sum_over_active(x, gate, rows, scales[1], interpret), _count(gate)
 
 
-def _on_tpu(gated: bool, x, first, rows, scales: Scales, *, interpret):
-    gate = _gates(x, first, scales[0])
+def _on_tpu(gated: bool, threshold: float, x, first, rows, scales: Scales, *, interpret):
+    gate = _gates(x, first, scales[0], threshold)
     weights = gate
     for scale in _parts(scales[1], gated):
         weights = weights if scale is None else weights * scale
@@ -165,10 +177,12 @@ def _tpu_refusal(gated: bool, x, rows, interpret: bool) -> str | None:
     return native_refusal(x=x) or weighted_rows.refusal(len(x), part, rows, interpret=interpret)
 
 
-def reference(x: jax.Array, first: jax.Array, rows: jax.Array, *, scales: Scales = (None, None)) -> Any:
+def reference(
+    x: jax.Array, first: jax.Array, rows: jax.Array, *, scales: Scales = (None, None), threshold: float = 0.0
+) -> Any:
     """The definition: every neuron, with weights in float32."""
     d, wide = x.shape[1], x.astype(jnp.float32)
-    hidden = jax.nn.relu(wide @ dequantised(first, scales[0]).T)
+    hidden = _above(wide @ dequantised(first, scales[0]).T, threshold)
     count, (up_scale, down_scale) = _count(hidden), _parts(scales[1], rows.shape[1] > d)
     if rows.shape[1] > d:
         hidden = hidden * (wide @ dequantised(rows[:, :d], up_scale).T)
