@@ -45,12 +45,13 @@ from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.inference import Formats, Sampling, packed
 from sparsezoo_jax.inference.cost import bytes_read
+from sparsezoo_jax.inference.ffn import PackedReGLUFFN
 from sparsezoo_jax.inference.generation import next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig, bytes_per_token, dense_twin
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.cache import DecoderCache
 from sparsezoo_jax.models.deco import DECOFFN
-from sparsezoo_jax.models.ffn import GatedFFN
+from sparsezoo_jax.models.ffn import GatedFFN, GatedFFNConfig
 
 #: Tokens that a variant decodes in its turn of a round.
 TURN = 4
@@ -92,6 +93,9 @@ def configs(
     dense = dense_twin(sparse)
     if dense is None:
         raise UserError(f"model.ffn.kind={model.ffn.kind}: has no dense twin to compare with")
+    if isinstance(dense.ffn, GatedFFNConfig) and dense.ffn.activation == "relu":
+        # Half of a ReLU's units are 0, which is not dense.
+        dense = dataclasses.replace(dense, ffn=dataclasses.replace(dense.ffn, activation="silu"))
     return sparse, dense
 
 
@@ -126,7 +130,8 @@ def keep_largest(model: Decoder) -> None:
             ffn: Any = block.ffn
             if isinstance(ffn, GatedFFN) and ffn.config.activation == "relu":
                 # Of a normalised token, gates are normal.
-                spread = float(jnp.std(ffn.gate_DF[...], dtype=jnp.float32)) * math.sqrt(ffn.gate_DF.shape[0])
+                gate = ffn.gate.restored() if isinstance(ffn, PackedReGLUFFN) else ffn.gate_DF[...]
+                spread = float(jnp.std(gate, dtype=jnp.float32)) * math.sqrt(gate.size / ffn.config.d_ff)
                 threshold = spread * statistics.NormalDist().inv_cdf(1 - RELU_ACTIVE)
                 object.__setattr__(ffn, "config", dataclasses.replace(ffn.config, threshold=threshold))
                 continue

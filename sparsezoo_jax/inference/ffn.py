@@ -293,10 +293,11 @@ def _gated(
     source: GatedFFN, formats: Formats, active: float | None
 ) -> PackedGatedFFN | PackedReGLUFFN | MappedGatedFFN:
     config = source.config
-    if active is None and config.activation == "relu" and not config.bias and not config.activation_sparsity_pattern:
+    plain = active is None and not config.bias and config.up_activation is None
+    if plain and config.activation == "relu" and not config.activation_sparsity_pattern:
         return PackedReGLUFFN(source, formats.weights)
     sparse = any(config.activation_sparsity_pattern) or config.activation in EXACT_ZERO_ACTIVATIONS
-    if active is None and not sparse and not config.bias and config.up_activation is None:
+    if plain and not sparse:
         return PackedGatedFFN(source, formats.weights)
     return MappedGatedFFN(source, formats.weights, active)
 
