@@ -29,6 +29,8 @@ from sparsezoo_jax.data.config import MIN_BPE_VOCAB_SIZE
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.flag_text import expanded, one_line_errors, short_help
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list, with_values
+from sparsezoo_jax.path_flags import PATHS, check_paths
+from sparsezoo_jax.storage import scheme_of
 from sparsezoo_jax.untrusted import printable
 
 Command = TypeVar("Command")
@@ -104,11 +106,15 @@ def parse(
     plugins.load_named(named)
     description += "\n\n--plugins MODULE ...: modules to import first, which register kinds of yours (docs/kinds.md)."
     with one_line_errors(name, getattr(command, "__dataclass_fields__", ())):
+        shared: Any = {"args": list(args), "prog": name, "description": description, "registry": PATHS}
         if default is None:
-            return tyro.cli(command, args=list(args), prog=name, description=description)
-        # Members of unions are as in `default`, not subcommands.
-        kinds: Any = tyro.conf.AvoidSubcommands[command]  # pyright: ignore[reportInvalidTypeArguments]
-        return tyro.cli(kinds, args=list(args), default=default, prog=name, description=description)
+            parsed = tyro.cli(command, **shared)
+        else:
+            # Members of unions are as in `default`, not subcommands.
+            kinds: Any = tyro.conf.AvoidSubcommands[command]  # pyright: ignore[reportInvalidTypeArguments]
+            parsed = tyro.cli(kinds, default=default, **shared)
+    check_paths(parsed)
+    return parsed
 
 
 def parse_with_preset(
@@ -152,13 +158,16 @@ def parse_with_preset(
     )
     fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
     with one_line_errors(name):
-        return tyro.cli(
+        parsed = tyro.cli(
             tyro.conf.AvoidSubcommands[command],  # pyright: ignore[reportInvalidTypeArguments]
             default=command(**fields),
             args=list(args),
             prog=name,
             description=text,
+            registry=PATHS,
         )
+    check_paths(parsed)
+    return parsed
 
 
 def with_lists(config: Any, args: Sequence[str]) -> tuple[Any, list[str]]:
@@ -186,9 +195,8 @@ def _of_source(args: Sequence[str], arch: str | None) -> RunConfig | None:
     named = [value_of(args, flag) for flag in ("--workdir", "--train.init-from")]
     if named[1] is None:
         return None
-    path = next(
-        (Path(folder) / "config.json" for folder in named if folder and (Path(folder) / "config.json").is_file()), None
-    )
+    files = (Path(folder) / "config.json" for folder in named if folder and scheme_of(folder) is None)
+    path = next((file for file in files if file.is_file()), None)
     if path is None:
         return None
     found = read_config(path)

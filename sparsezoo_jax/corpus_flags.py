@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsezoo_jax.data.dataset_names import require_corpus
+from sparsezoo_jax.storage import require_place
+
 if TYPE_CHECKING:
     from sparsezoo_jax.data import DataConfig
 
@@ -22,6 +25,11 @@ class CorpusFlags:
     """As --data.tfds-data-dir of training: directory of prepared TFDS data sets."""
     stockfish: str | None = None
     """As --data.chess.stockfish of training: the program that plays the games of the corpus 'chess'."""
+
+    def __post_init__(self):
+        require_corpus("--dataset", self.dataset)
+        for name in ("cache_dir", "tfds_data_dir", "stockfish"):
+            require_place(f"--{name.replace('_', '-')}", getattr(self, name))
 
     def corpus(self, config: DataConfig) -> DataConfig:
         """`config` with what the flags say."""

@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
-from sparsezoo_jax.data.dataset_names import are_games, short_name
+from sparsezoo_jax.data.dataset_names import are_games, require_corpus, short_name
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.storage import require_place, scheme_of
 from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
@@ -168,11 +169,12 @@ class DataConfig:
             require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
         for name in ("train_split", "validation_split"):
             path = Path(getattr(self, name))
-            inside = not path.is_absolute() and ".." not in path.parts
+            inside = not path.is_absolute() and ".." not in path.parts and scheme_of(path) is None
             require(inside, f"data.{name}", path, "must name a split, or a directory within the corpus")
         for name in ("dataset", "validation_dataset", "tokenizer", "cache_dir", "tfds_data_dir"):
             value = getattr(self, name)
             require(value is None or bool(value.strip()), f"data.{name}", repr(value), "must not be empty")
+            (require_corpus if name.endswith("dataset") else require_place)(f"data.{name}", value)
         require(
             0 <= self.validation_fraction < 1,
             "data.validation_fraction",
@@ -265,4 +267,5 @@ class DataConfig:
 def cache_directory(config: DataConfig) -> Path:
     """The directory for prepared corpora and trained tokenizers (not created here)."""
     path = config.cache_dir or os.environ.get("SPARSEZOO_CACHE") or "~/.cache/sparsezoo_jax"
+    require_place("SPARSEZOO_CACHE", path)
     return Path(path).expanduser()

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from sparsezoo_jax.storage import require_place
+
 #: Ending of a file -> format. Case does not matter.
 FORMATS = {
     ".txt": "text",
@@ -63,6 +65,13 @@ def names_in(dataset: str) -> list[str]:
     if "," not in dataset or os.path.lexists(os.path.expanduser(dataset)):
         return [dataset]
     return [name for name in map(str.strip, dataset.split(",")) if name]
+
+
+def require_corpus(field: str, dataset: str | None) -> None:
+    """Raise `ConfigError` if a name that `dataset` lists is a place that can't be read."""
+    for name in () if dataset is None else names_in(dataset):
+        if not name.startswith(HUGGING_FACE):
+            require_place(field, name)
 
 
 def are_games(dataset: str) -> bool:

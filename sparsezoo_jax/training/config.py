@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
+from sparsezoo_jax.storage import require_place
 from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
@@ -162,6 +163,7 @@ class TrainConfig:
         require(
             self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
         )
+        require_place("train.init_from", self.init_from)
         require(
             self.init_step is None or (self.init_from is not None and self.init_step >= 0),
             "train.init_step",

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.storage import require_place
 from sparsezoo_jax.untrusted import Local
 
 
@@ -34,6 +35,7 @@ class ChessConfig:
     """Processes that play; none takes all cores. The games are the same."""
 
     def __post_init__(self):
+        require_place("data.chess.stockfish", self.stockfish)
         require(self.games >= 2, "data.chess.games", self.games, "must be at least 2")
         require(0 <= self.seed < 2**32, "data.chess.seed", self.seed, f"must be from 0 to {2**32 - 1}")
         require(1 <= self.nodes <= 10**9, "data.chess.nodes", self.nodes, f"must be from 1 to {10**9}")

@@ -1,0 +1,47 @@
+"""Paths among the flags of commands: parsed so that a scheme survives, and refused where it can't be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from sparsezoo_jax import storage
+
+#: How `tyro.cli` makes paths.
+PATHS = ConstructorRegistry()
+
+
+@PATHS.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda args: storage.path(args[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def check_paths(command: Any) -> None:
+    """Raise `ConfigError` for a flag of a parsed command whose path has a scheme that the flag does not take."""
+    for field, value in _paths(command):
+        storage.require_place(field, value)
+
+
+def _paths(command: Any) -> Iterator[tuple[str, Path]]:
+    """The flags of a command that are paths, as they are called, and their values."""
+    hints = typing.get_type_hints(type(command), include_extras=True)
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        marks = getattr(hints[field.name], "__metadata__", ())
+        name = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Path):
+                yield name or f"--{field.name.replace('_', '-')}", one

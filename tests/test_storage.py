@@ -1,0 +1,120 @@
+"""Places: which flags take which, and that a name with a scheme never becomes a local folder."""
+
+import dataclasses
+import pickle
+import typing
+from pathlib import Path
+
+import pytest
+
+from sparsezoo_jax import chess, cli, convert, evaluate, generate, prepare, report, sae, storage, train
+from sparsezoo_jax.errors import ConfigError
+from tests.test_commands import call
+
+#: Flags that are paths, by command: what comes before the path, and the name in the error.
+FIELDS = [
+    (train, ["--workdir"], "--workdir"),
+    (train, ["--train.init-from"], "train.init_from"),
+    (train, ["--data.dataset"], "data.dataset"),
+    (train, ["--data.validation-dataset"], "data.validation_dataset"),
+    (train, ["--data.tokenizer"], "data.tokenizer"),
+    (train, ["--data.cache-dir"], "data.cache_dir"),
+    (train, ["--data.tfds-data-dir"], "data.tfds_data_dir"),
+    (train, ["--data.train-split"], "data.train_split"),
+    (train, ["--data.validation-split"], "data.validation_split"),
+    (train, ["--data.chess.stockfish"], "data.chess.stockfish"),
+    (prepare, ["--out"], "--out"),
+    (prepare, ["--data.dataset"], "data.dataset"),
+    (chess, ["generate", "--out"], "--out"),
+    (chess, ["generate", "--out", "games.pgn", "--stockfish"], "data.chess.stockfish"),
+    (evaluate, [], "DIR"),
+    (evaluate, ["run", "--base"], "--base"),
+    (evaluate, ["run", "--interpret.sae"], "interpret.sae"),
+    (generate, ["--prompt", "a", "--base", "run"], "DIR"),
+    (generate, ["run", "--prompt", "a", "--base"], "--base"),
+    (report, [], "DIR"),
+    (report, ["run"], "DIR"),
+    (report, ["run", "--output"], "--output"),
+    *((command, ["run", f"--{name}"], f"--{name}") for command in (evaluate, report) for name in ("dataset",)),
+    *((evaluate, ["run", f"--{name}"], f"--{name}") for name in ("cache-dir", "tfds-data-dir", "stockfish")),
+    (sae, [], "DIR"),
+    (sae, ["run", "--workdir"], "--workdir"),
+    (convert, ["from-hf"], "SRC"),
+    (convert, ["from-hf", "source"], "DIR"),
+    (convert, ["to-hf"], "DIR"),
+    (convert, ["to-hf", "run"], "DST"),
+    (convert, ["merge"], "DIR"),
+    (convert, ["merge", "run"], "RUN"),
+    (convert, ["merge", "run", "other", "--base"], "--base"),
+]
+#: What has to follow for the flags to be complete.
+REST = {
+    ("from-hf",): ["directory"],
+    ("to-hf",): ["destination"],
+    ("merge",): ["destination"],
+}
+
+
+@pytest.mark.parametrize("place", ["http://host/name", "ftp:/host/name"])
+@pytest.mark.parametrize(
+    ("command", "before", "field"),
+    FIELDS,
+    ids=[" ".join([command.__name__.rpartition(".")[2], *before]) for command, before, _ in FIELDS],
+)
+def test_a_flag_refuses_a_scheme_that_it_does_not_take(command, before, field, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(command, [*before, place, *REST.get(tuple(before), [])], monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert field in captured.err
+    assert "must " in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_all_fields_that_are_paths():
+    commands = {
+        train: [train.Train],
+        prepare: [prepare.Prepare],
+        chess: [chess.Chess],
+        evaluate: [evaluate.Evaluate],
+        generate: [generate.Generate],
+        report: [report.Report],
+        sae: [sae.TrainSAE],
+        convert: [convert.FromHF, convert.ToHF, convert.Merge],
+    }
+    for command, classes in commands.items():
+        known = {field for listed, _, field in FIELDS if listed is command}
+        for cls in classes:
+            hints = typing.get_type_hints(cls, include_extras=True)
+            for field in dataclasses.fields(cls):
+                if "Path" in str(hints[field.name]):
+                    marks = getattr(hints[field.name], "__metadata__", ())
+                    metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
+                    assert (metavar or f"--{field.name.replace('_', '-')}") in known, (cls, field.name)
+
+
+def test_one_name_of_a_list_of_files_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.dataset=http://host/a\.txt: must be a path on this machine"):
+        cli.parse_with_preset(
+            train.Train, ["--data.dataset", f"{tmp_path}/b.txt, http://host/a.txt"], prog="", description=""
+        )
+
+
+def test_the_cache_that_the_environment_names_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEZOO_CACHE", "http://host/cache")
+    assert call(train, ["--workdir", tmp_path / "run"], monkeypatch) == 2
+    assert "SPARSEZOO_CACHE=http://host/cache: must be" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_keep_their_scheme():
+    path = storage.path("gs://bucket/run/config.json")
+    assert str(path.parent / "a" / "b.json") == "gs://bucket/run/a/b.json"
+    assert str(path.with_name("c").with_suffix(".x")) == "gs://bucket/run/c.x"
+    assert str(path.relative_to(storage.path("gs://bucket"))) == "run/config.json"
+    assert pickle.loads(pickle.dumps(path)) == path == storage.path("gs:/bucket/run//config.json")
+    assert path.is_absolute()
+    assert storage.path("a:b") == Path("a:b")
+    assert type(storage.path("c:/a")) is type(Path("c:/a"))
