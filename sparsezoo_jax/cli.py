@@ -11,7 +11,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import tyro
@@ -22,6 +21,7 @@ from rich.text import Text
 from sparsezoo_jax import (
     platforms,  # noqa: F401  # before anything imports jax
     plugins,
+    storage,
 )
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.configs import PRESETS, archs, preset, sizes
@@ -30,7 +30,6 @@ from sparsezoo_jax.errors import ConfigError, SparsezooWarning, UserError
 from sparsezoo_jax.flag_text import expanded, one_line_errors, short_help
 from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, with_kind, with_list, with_values
 from sparsezoo_jax.path_flags import PATHS, check_paths
-from sparsezoo_jax.storage import scheme_of
 from sparsezoo_jax.untrusted import printable
 
 Command = TypeVar("Command")
@@ -195,7 +194,9 @@ def _of_source(args: Sequence[str], arch: str | None) -> RunConfig | None:
     named = [value_of(args, flag) for flag in ("--workdir", "--train.init-from")]
     if named[1] is None:
         return None
-    files = (Path(folder) / "config.json" for folder in named if folder and scheme_of(folder) is None)
+    for field, folder in zip(("--workdir", "train.init_from"), named, strict=True):
+        storage.require_place(field, folder, schemes=storage.OBJECT_STORES)
+    files = (storage.path(folder) / "config.json" for folder in named if folder)
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         return None

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax import plugins
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.errors import STRICT, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
@@ -20,6 +20,7 @@ from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.overrides import as_python, faults, local_fields, with_values
 from sparsezoo_jax.registry import kinds_of
 from sparsezoo_jax.sharding import MeshConfig
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, parse_json, read_bytes
 
@@ -204,15 +205,13 @@ def remember(text: str) -> None:
     """Note in the cache that this user wrote a configuration with this text, so that its places are known as his own.
 
     Raises:
-      OSError: it can't be noted.
+      StorageError: it can't be noted.
     """
-    note = _note(text.encode())
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.touch()
+    write_atomic(_note(text.encode()), b"")
 
 
 def _note(content: bytes) -> Path:
-    return cache_directory(DataConfig()) / "own_configs" / hashlib.sha256(content).hexdigest()
+    return local_cache(DataConfig()) / "own_configs" / hashlib.sha256(content).hexdigest()
 
 
 def differences(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsezoo_jax.data.dataset_names import require_corpus
-from sparsezoo_jax.storage import require_place
+from sparsezoo_jax.storage import OBJECT_STORES, require_place
 
 if TYPE_CHECKING:
     from sparsezoo_jax.data import DataConfig
@@ -28,8 +28,9 @@ class CorpusFlags:
 
     def __post_init__(self):
         require_corpus("--dataset", self.dataset)
-        for name in ("cache_dir", "tfds_data_dir", "stockfish"):
-            require_place(f"--{name.replace('_', '-')}", getattr(self, name))
+        require_place("--cache-dir", self.cache_dir, schemes=OBJECT_STORES)
+        require_place("--tfds-data-dir", self.tfds_data_dir)
+        require_place("--stockfish", self.stockfish)
 
     def corpus(self, config: DataConfig) -> DataConfig:
         """`config` with what the flags say."""

@@ -27,6 +27,7 @@ from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation
+from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 class Evaluate(WeightFormats, CorpusFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
     merge_last: int | None = None
     """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate). None: the
     newest alone, or what a run with train.merge_last ends as."""
-    base: Path | None = None
+    base: Annotated[Path | None, Stores()] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""

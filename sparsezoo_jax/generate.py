@@ -15,6 +15,7 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
 
@@ -23,7 +24,7 @@ from sparsezoo_jax.weight_formats import WeightFormats
 class Generate(WeightFormats):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory."""
     prompt: tuple[str, ...]
     """Text to continue, or several."""
@@ -54,7 +55,7 @@ class Generate(WeightFormats):
     """Print on stderr how fast it went, what was read for each token, and how sparse the layers were."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
-    base: Path | None = None
+    base: Annotated[Path | None, Stores()] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
 
 

@@ -2,25 +2,24 @@
 
 A lease is a small file that names its owner (host, process, a random token) and is touched every few seconds. An
 owner on this machine is looked up among the running processes; one elsewhere is watched for longer than it may stay
-silent, which needs no clocks that agree. All access to the store is in the last functions of this module.
+silent, which needs no clocks that agree. All access to the store is in the last classes of this module.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparsezoo_jax.untrusted import read_json
+from sparsezoo_jax import storage
+from sparsezoo_jax.storage import objects
+from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, parse_json, read_json
 
 TOUCH_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -61,6 +60,7 @@ class Lease:
         self.path = path
         self._touch_seconds, self._stale_seconds = touch_seconds, stale_seconds
         self._owner = Owner.here()
+        self._store = _ObjectStore(path) if storage.is_object(path) else _FileStore(path)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._seen: tuple[Owner, int | None, float] | None = None
@@ -73,27 +73,23 @@ class Lease:
         Raises:
           OSError: the directory can't be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        found = self.owner()
-        if found is not None and not self._is_abandoned(found):
-            return found
-        with _critical(self.path):
-            # Who waited for the lock may find what another starter wrote meanwhile.
-            newer = self.owner()
-            if newer not in (found, None):
-                return newer
-            _write(self.path, self._owner)
+        while True:
+            found = self.owner()
+            if found is not None and not self._is_abandoned(found):
+                return found
+            if self._store.replace(found, self._owner):  # else another starter was faster
+                break
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
         return None
 
     def owner(self) -> Owner | None:
         """Who holds the lease now."""
-        return _read(self.path)
+        return self._store.read()
 
     def touched(self) -> int | None:
         """Changes whenever the owner shows that it lives; None without a lease."""
-        return _touched(self.path)
+        return self._store.touched()
 
     def is_held(self) -> bool:
         """Whether this object holds the lease still: somebody who saw no sign of life for long enough may have it."""
@@ -109,12 +105,12 @@ class Lease:
         self._thread.join()
         with contextlib.suppress(OSError):
             if self.owner() == self._owner:
-                _remove(self.path)
+                self._store.remove()
 
     def _is_abandoned(self, owner: Owner) -> bool:
         if owner.is_local():
             return not owner.is_running()
-        touched, now = _touched(self.path), time.monotonic()
+        touched, now = self._store.touched(), time.monotonic()
         if self._seen is None or self._seen[:2] != (owner, touched):
             self._seen = (owner, touched, now)
         return now - self._seen[2] >= self._stale_seconds
@@ -122,7 +118,7 @@ class Lease:
     def _keep(self) -> None:
         while not self._ended.wait(self._touch_seconds):
             with contextlib.suppress(OSError):
-                _touch(self.path)
+                self._store.touch()
 
 
 def _boot() -> str:
@@ -154,52 +150,94 @@ def _started(pid: int) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ The store
-def _read(path: Path) -> Owner | None:
-    """The owner; None without a lease, or with one that says nothing (cut short by a crash of the machine)."""
-    try:
-        return Owner(**read_json(path))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):
-        return None
+class _FileStore:
+    """A lease in a file of this machine or of a file server: touched by its time of change, replaced under a lock."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def read(self) -> Owner | None:
+        """The owner; None without a lease, or with one that says nothing (cut short by a crash of the machine)."""
+        try:
+            return Owner(**read_json(self._path))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def replace(self, found: Owner | None, owner: Owner) -> bool:
+        """Make `owner` the owner, unless another starter replaced `found` meanwhile."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Between reading and replacing no other starter may do the same; the kernel drops this lock with us.
+        with storage.locked(self._path.parent):
+            if self.read() not in (found, None):
+                return False
+            storage.replace_file(self._path, _encoded(owner))
+        return True
+
+    def touch(self) -> None:
+        """Show that the owner lives."""
+        os.utime(self._path)
+
+    def touched(self) -> int | None:
+        """Changes whenever the owner shows that it lives; opened, because NFS looks at the server only then."""
+        try:
+            with storage.open_read(self._path) as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
-def _write(path: Path, owner: Owner) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(owner), file)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+class _ObjectStore:
+    """A lease in an object, whose generation changes when it is touched; each write demands the one that it follows.
+
+    So of several starters one wins, and an owner that was taken over can't touch or remove the lease of the next.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._read: tuple[Owner | None, int] = (None, 0)  # what `replace` follows
+        self._own: tuple[bytes, int] | None = None
+
+    def read(self) -> Owner | None:
+        """The owner; None without a lease, or with one that says nothing."""
+        found = objects.read_versioned(self._path)
+        owner = None
+        if found is not None:
+            with contextlib.suppress(ValueError, TypeError):
+                owner = Owner(**parse_json(found[0], max_bytes=MAX_CONFIG_BYTES))
+        self._read = owner, 0 if found is None else found[1]
+        return owner
+
+    def replace(self, found: Owner | None, owner: Owner) -> bool:
+        """Make `owner` the owner, unless the lease is another one than when `found` was read, or was touched."""
+        before, generation = self._read
+        return before == found and self._write(_encoded(owner), generation)
+
+    def touch(self) -> None:
+        """Write it again; nothing, once somebody else has it."""
+        if self._own is not None:
+            self._write(*self._own)
+
+    def _write(self, content: bytes, generation: int) -> bool:
+        made = objects.write_if(self._path, content, generation)
+        if made is None:
+            # Somebody else's now; or ours, by an earlier attempt of the client whose answer it did not get.
+            found = objects.read_versioned(self._path)
+            made = found[1] if found is not None and found[0] == content else None
+        self._own = None if made is None else (content, made)
+        return made is not None
+
+    def touched(self) -> int | None:
+        """The generation."""
+        found = objects.read_versioned(self._path)
+        return None if found is None else found[1]
+
+    def remove(self) -> None:
+        if self._own is not None:
+            objects.remove_if(self._path, self._own[1])
 
 
-def _touch(path: Path) -> None:
-    os.utime(path)
-
-
-def _touched(path: Path) -> int | None:
-    """Changes whenever the owner shows that it lives; opened, because NFS looks at the server only then."""
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _critical(path: Path) -> Iterator[None]:
-    """Between reading and replacing a lease no other starter may do the same; the kernel drops this lock with us."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: reading back in `check` must do
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _encoded(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode()

@@ -12,6 +12,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sparsezoo_jax import storage
 
+
+@dataclasses.dataclass(frozen=True)
+class Stores:
+    """Marks a flag, in its annotation, whose path may also begin with one of some schemes."""
+
+    schemes: tuple[str, ...] = storage.OBJECT_STORES
+
+
 #: How `tyro.cli` makes paths.
 PATHS = ConstructorRegistry()
 
@@ -31,17 +39,18 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
 
 def check_paths(command: Any) -> None:
     """Raise `ConfigError` for a flag of a parsed command whose path has a scheme that the flag does not take."""
-    for field, value in _paths(command):
-        storage.require_place(field, value)
+    for field, value, schemes in _paths(command):
+        storage.require_place(field, value, schemes=schemes)
 
 
-def _paths(command: Any) -> Iterator[tuple[str, Path]]:
-    """The flags of a command that are paths, as they are called, and their values."""
+def _paths(command: Any) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    """The flags of a command that are paths, as they are called, their values, and the schemes that they take."""
     hints = typing.get_type_hints(type(command), include_extras=True)
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         marks = getattr(hints[field.name], "__metadata__", ())
         name = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
+        schemes = next((mark.schemes for mark in marks if isinstance(mark, Stores)), ())
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, Path):
-                yield name or f"--{field.name.replace('_', '-')}", one
+                yield name or f"--{field.name.replace('_', '-')}", one, schemes

@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from sparsezoo_jax import cli, plugins
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.errors import STRICT, require
+from sparsezoo_jax.path_flags import Stores
 
 if TYPE_CHECKING:
     from sparsezoo_jax.data import PreparedSplit
@@ -39,7 +40,7 @@ class Prepare:
     """Preset of that architecture."""
     splits: tuple[Literal["train", "validation"], ...] = ("train", "validation")
     """What to prepare."""
-    out: Path | None = None
+    out: Annotated[Path | None, Stores()] = None
     """Directory for the records, with a folder for each split; of a mixture with a folder for each corpus. Default: the
     cache."""
     workers: int | None = None

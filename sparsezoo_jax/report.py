@@ -16,6 +16,8 @@ import tyro
 from sparsezoo_jax import cli
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.storage import is_object
 
 if TYPE_CHECKING:
     from sparsezoo_jax.evaluation.report import RunFigures
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
 class Report(CorpusFlags):
     """Flags of the command."""
 
-    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directories; several are compared."""
-    output: Path | None = None
+    output: Annotated[Path | None, Stores()] = None
     """File to write. Default: report.html in the run directory, for several runs in the current directory."""
     batches: int = 8
     """Batches of the validation split that the meters read."""
@@ -71,7 +73,7 @@ def report(command: Report) -> Path:
         output = directories[0] / "report.html" if len(directories) == 1 else Path("report.html")
     elif output.is_dir():
         raise UserError(f"--output={output}: is a directory; name a file")
-    elif not output.parent.is_dir():
+    elif not (is_object(output) or output.parent.is_dir()):
         raise UserError(f"--output={output}: there is no directory {output.parent}")
     names = _names(directories)
     runs = [figures(d, name, command) for d, name in zip(directories, names, strict=True)]

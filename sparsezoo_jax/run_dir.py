@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from sparsezoo_jax import plugins as kinds
+from sparsezoo_jax import storage
 from sparsezoo_jax.config import (
     FREE_ON_RESUME,
     RunConfig,
@@ -23,10 +24,10 @@ from sparsezoo_jax.config import (
 )
 from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.overrides import with_values
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.lease import LEASE
 from sparsezoo_jax.training.lora import Adapters, LoRAConfig
 from sparsezoo_jax.training.merging import merge_params
@@ -76,7 +77,7 @@ def load(
       UserError: no run there, or no such step; adapters without the parameters that they were trained for.
       StorageError: its checkpoints are damaged.
     """
-    directory = Path(directory)
+    directory = storage.path(directory)
     kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
     if base is not None:
@@ -144,7 +145,7 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
             raise UserError(f"{adapters}: holds adapters for another run, unknown here; {_HOW_TO_NAME_IT}")
         require(not lora.active, *lora.asked, "needs train.init_from, the run whose parameters get adapters")
         return None
-    directory = Path(config.train.init_from)
+    directory = storage.path(config.train.init_from)
     found = (directory / CONFIG).is_file()
     where = "" if adapters is None else f"; {adapters} has adapters for it: {_HOW_TO_NAME_IT}"
     require(found, "train.init_from", directory, f"is no run directory ({CONFIG} is missing){where}")
@@ -239,7 +240,7 @@ def with_absolute_base(config: RunConfig) -> RunConfig:
     base = config.train.init_from
     if not config.train.lora.active or base is None:
         return config
-    return with_values(config, {"train.init_from": str(Path(base).absolute())})
+    return with_values(config, {"train.init_from": str(storage.path(base).absolute())})
 
 
 def merge_adapters(directory: Path, destination: Path, base: Path | None = None) -> int:
@@ -309,9 +310,5 @@ def write_config(directory: Path, config: RunConfig) -> None:
       StorageError: it can't be written.
     """
     text = to_json(restorable(config))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        remember(text)
-    except OSError as error:
-        raise StorageError(f"{error.filename or directory}: {error.strerror}") from None
+    remember(text)
     write_atomic(directory / CONFIG, text.encode())

@@ -25,7 +25,8 @@ from sparsezoo_jax.autoencoders.config import (
     TopKSAE,
 )
 from sparsezoo_jax.corpus_flags import CorpusFlags
-from sparsezoo_jax.errors import StorageError, UserError, require
+from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.storage import write_atomic
 
 KINDS: dict[str, Any] = {
     "standard": StandardSAE,
@@ -138,11 +139,8 @@ def train(command: TrainSAE) -> dict[str, Any]:
     result = fidelity(trainer.autoencoder, model, shown, layer, settings.site)
     figures = {"workdir": str(workdir), **as_row(run), **result.as_dict()}
     save_sae(workdir, run, trainer.autoencoder)
-    try:
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        (workdir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{workdir}: {error.strerror}") from None
+    write_atomic(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomic(workdir / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
 
 

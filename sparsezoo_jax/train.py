@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from sparsezoo_jax.errors import (
     UserError,
     require,
 )
+from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.sharding import (
     addressable_rows,
     build_mesh,
@@ -40,6 +41,7 @@ from sparsezoo_jax.sharding import (
     undivided,
     use_mesh,
 )
+from sparsezoo_jax.storage import write_atomic
 
 _STARTED = time.monotonic()
 
@@ -57,7 +59,7 @@ class Debug:
 class Train(RunConfig):
     """Flags of the command."""
 
-    workdir: Path | None = None
+    workdir: Annotated[Path | None, Stores()] = None
     """Run directory: gets configuration, tokenizer, checkpoints and metrics. Default: runs/ARCH-SIZE."""
     fresh: bool = False
     """Refuse a workdir that is not empty instead of going on with the run there."""
@@ -427,10 +429,7 @@ def print_mixture(config: RunConfig, prepared: Any) -> None:
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(cli.without_nan(figures), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+    write_atomic(path, (json.dumps(cli.without_nan(figures), indent=2) + "\n").encode())
 
 
 def print_figures(figures: dict[str, Any], workdir: Path) -> None:

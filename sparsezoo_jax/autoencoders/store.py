@@ -14,6 +14,7 @@ from sparsezoo_jax.autoencoders.config import SAEConfig, SAETrainConfig
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import STRICT, StorageError, UserError
 from sparsezoo_jax.overrides import as_python, faults
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.parameters import restore_params, save_params
 from sparsezoo_jax.untrusted import read_json
 
@@ -49,11 +50,7 @@ def save_sae(directory: Path, run: SAERun, autoencoder: SparseAutoencoder) -> No
     """
     arrays = {f"params/{name}": x for name, x in autoencoder.params.items()}
     arrays |= {f"state/{name}": x for name, x in autoencoder.state.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(TypeAdapter(SAERun).dump_json(run, indent=2).decode() + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{directory}: {error.strerror}") from None
+    write_atomic(directory / CONFIG, TypeAdapter(SAERun).dump_json(run, indent=2) + b"\n")
     save_params(directory / CHECKPOINTS, arrays, step=run.train.steps)
 
 

@@ -6,7 +6,7 @@ Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are im
 
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State, merge_states
 from sparsezoo_jax.data.chat import chat_prompt
-from sparsezoo_jax.data.config import Component, DataConfig, cache_directory
+from sparsezoo_jax.data.config import Component, DataConfig, cache_directory, local_cache
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.documents import Document, Documents
@@ -70,6 +70,7 @@ __all__ = [
     "find_tokenizer",
     "load_prepared",
     "load_tokenizer",
+    "local_cache",
     "merge_states",
     "open_documents",
     "open_tokenizer",

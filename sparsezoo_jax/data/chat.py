@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data import chat_process
 from sparsezoo_jax.data.special_tokens import HF_CONFIG_FILE, SPECIALS_FILE, named_in
 from sparsezoo_jax.data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def read_template(directory: str | os.PathLike[str]) -> str:
     Raises:
       DataError: there is none, or the file is damaged.
     """
-    own, config = Path(directory) / TEMPLATE_FILE, Path(directory) / HF_CONFIG_FILE
+    own, config = storage.path(directory) / TEMPLATE_FILE, storage.path(directory) / HF_CONFIG_FILE
     try:
         if own.is_file():
             return read_bytes(own, MAX_CONFIG_BYTES).decode("utf-8")
@@ -79,7 +79,7 @@ def chat_prompt(
     Raises:
       DataError: as `read_template`, `render` and `Tokenizer.encode_prompt`.
     """
-    named = {**named_in(Path(directory) / SPECIALS_FILE), **named_in(Path(directory) / HF_CONFIG_FILE)}
+    named = {**named_in(storage.path(directory) / SPECIALS_FILE), **named_in(storage.path(directory) / HF_CONFIG_FILE)}
     specials = {name: text for name, text in named.items() if text is not None}
     text = render(read_template(directory), messages, specials)
     ids = tokenizer.encode_prompt(text, special_tokens=True)

@@ -16,11 +16,12 @@ from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
 from sparsezoo_jax.data.dataset_names import are_games, require_corpus, short_name
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.storage import require_place, scheme_of
+from sparsezoo_jax.storage import OBJECT_STORES, is_object, path, require_place, scheme_of
 from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
 
 #: Special tokens and the 256 bytes: the smallest vocabulary a byte-level BPE can have.
 MIN_BPE_VOCAB_SIZE = 259
+_CACHE = "~/.cache/sparsezoo_jax"
 #: Corpora of a mixture, and characters of the name of one.
 MAX_COMPONENTS, MAX_NAME = 256, 64
 
@@ -55,6 +56,8 @@ class Component:
     def __post_init__(self):
         require(bool(self.dataset.strip()), "data.mixture", repr(self.dataset), "names no dataset")
         where = f"data.mixture[{self.label}]"
+        require_corpus(f"{where}.dataset", self.dataset)
+        require_corpus(f"{where}.validation_dataset", self.validation_dataset)
         good = math.isfinite(self.weight) and self.weight > 0
         require(good, f"{where}.weight", self.weight, "must be above 0, and finite")
         require(self.epochs is None or self.epochs >= 1, f"{where}.epochs", self.epochs, "must be at least 1, or none")
@@ -168,13 +171,17 @@ class DataConfig:
         for name in ("text_field", "train_split", "validation_split"):
             require(bool(getattr(self, name).strip()), f"data.{name}", repr(getattr(self, name)), "must not be empty")
         for name in ("train_split", "validation_split"):
-            path = Path(getattr(self, name))
-            inside = not path.is_absolute() and ".." not in path.parts and scheme_of(path) is None
-            require(inside, f"data.{name}", path, "must name a split, or a directory within the corpus")
+            place = Path(getattr(self, name))
+            inside = not place.is_absolute() and ".." not in place.parts and scheme_of(place) is None
+            require(inside, f"data.{name}", place, "must name a split, or a directory within the corpus")
         for name in ("dataset", "validation_dataset", "tokenizer", "cache_dir", "tfds_data_dir"):
             value = getattr(self, name)
             require(value is None or bool(value.strip()), f"data.{name}", repr(value), "must not be empty")
-            (require_corpus if name.endswith("dataset") else require_place)(f"data.{name}", value)
+        for name in ("dataset", "validation_dataset"):
+            require_corpus(f"data.{name}", getattr(self, name))
+        for name in ("tokenizer", "cache_dir"):
+            require_place(f"data.{name}", getattr(self, name), schemes=OBJECT_STORES)
+        require_place("data.tfds_data_dir", self.tfds_data_dir)
         require(
             0 <= self.validation_fraction < 1,
             "data.validation_fraction",
@@ -266,6 +273,12 @@ class DataConfig:
 
 def cache_directory(config: DataConfig) -> Path:
     """The directory for prepared corpora and trained tokenizers (not created here)."""
-    path = config.cache_dir or os.environ.get("SPARSEZOO_CACHE") or "~/.cache/sparsezoo_jax"
-    require_place("SPARSEZOO_CACHE", path)
-    return Path(path).expanduser()
+    name = config.cache_dir or os.environ.get("SPARSEZOO_CACHE") or _CACHE
+    require_place("SPARSEZOO_CACHE", name, schemes=OBJECT_STORES)
+    return path(name).expanduser()
+
+
+def local_cache(config: DataConfig) -> Path:
+    """The directory for what only this machine needs: the cache, unless that is in an object store."""
+    directory = cache_directory(config)
+    return Path(_CACHE).expanduser() if is_object(directory) else directory

@@ -13,6 +13,7 @@ from sparsezoo_jax.data.hf_datasets import is_saved, open_hf
 from sparsezoo_jax.data.local_files import open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
 from sparsezoo_jax.errors import DataError, require
+from sparsezoo_jax.storage import scheme_of
 
 
 def open_documents(config: DataConfig, split: Split) -> Documents:
@@ -35,7 +36,7 @@ def open_documents(config: DataConfig, split: Split) -> Documents:
         documents = CORPORA[name]().open(config, split)
     elif name.startswith(HUGGING_FACE):
         documents = open_hf(config, name, split, whole=own_corpus)
-    elif is_saved(Path(name).expanduser()):
+    elif scheme_of(name) is None and is_saved(Path(name).expanduser()):
         documents = open_hf(config, f"{HUGGING_FACE}{Path(name).expanduser().absolute()}", split, whole=own_corpus)
     elif is_local(name):
         documents = open_local(config, name, split, whole=own_corpus)
@@ -82,7 +83,8 @@ def is_local(name: str) -> bool:
         return False
     names = names_in(name)
     return len(names) != 1 or (
-        names[0].startswith((".", "/", "~"))
+        scheme_of(names[0]) is not None
+        or names[0].startswith((".", "/", "~"))
         or format_of(names[0]) is not None
         or glob.has_magic(names[0])
         or Path(names[0]).exists()

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsezoo_jax.storage import require_place
+from sparsezoo_jax.storage import OBJECT_STORES, require_place
 
 #: Ending of a file -> format. Case does not matter.
 FORMATS = {
@@ -71,7 +71,7 @@ def require_corpus(field: str, dataset: str | None) -> None:
     """Raise `ConfigError` if a name that `dataset` lists is a place that can't be read."""
     for name in () if dataset is None else names_in(dataset):
         if not name.startswith(HUGGING_FACE):
-            require_place(field, name)
+            require_place(field, name, schemes=OBJECT_STORES)
 
 
 def are_games(dataset: str) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.dataset_names import HUGGING_FACE
 from sparsezoo_jax.data.documents import PART_BYTES, Split, digest
 from sparsezoo_jax.data.local_files import LocalDocuments, share_of
@@ -79,7 +79,7 @@ def open_hf(config: DataConfig, name: str, split: Split, *, whole: bool = False)
         rows = _load(config, parsed, name, split)
     file = HfFile(rows.dataset, f"{Path(parsed.path).name}:{parsed.config or ''}:{rows.split}", name, config.text_field)
     share = share_of([file], config, name, split, whole or rows.own_split)
-    return LocalDocuments([file], share, cache_directory(config))
+    return LocalDocuments([file], share, local_cache(config))
 
 
 class _Loaded(NamedTuple):

@@ -18,14 +18,15 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.documents import Split
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.packing import Records
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import MAX_SIZE, printable, read_json
 
 MANIFEST_FILE, UNIGRAMS_FILE, SOURCES_FILE = "manifest.json", "unigrams.npy", "sources.json"
@@ -33,6 +34,8 @@ MANIFEST_FILE, UNIGRAMS_FILE, SOURCES_FILE = "manifest.json", "unigrams.npy", "s
 FORMAT = "sparsezoo_jax prepared split 1"
 #: Bytes of a manifest: that of a million shards.
 MAX_MANIFEST_BYTES = 1 << 28
+#: Bytes before the numbers of a .npy file; its own are 128.
+_MAX_NPY_HEAD = 1 << 12
 _AGAIN = "delete the directory to prepare it again"
 
 
@@ -113,26 +116,40 @@ class PreparedSplit:
 
     def unigrams(self) -> np.ndarray:
         """How often each token is a target, int64 [V]; raises `StorageError` if the file is missing or damaged."""
-        path = Path(self.path) / UNIGRAMS_FILE
+        path = storage.path(self.path) / UNIGRAMS_FILE
         try:
-            counts = np.load(path, mmap_mode="r", allow_pickle=False)
+            # Its size first: the head of such a file may declare any.
+            if storage.version(path).size > 8 * self.vocab_size + _MAX_NPY_HEAD:
+                raise ValueError(f"{UNIGRAMS_FILE} is too long")
+            with storage.open_read(path) as file:
+                counts = _declared(file, self.vocab_size)
             if counts.shape != (self.vocab_size,) or counts.dtype != np.int64 or counts.sum() != self.num_targets:
                 raise ValueError(f"{UNIGRAMS_FILE} does not count {self.num_targets:,} targets")
-            return np.array(counts)
+            return counts
         except (OSError, ValueError, EOFError) as error:
             raise damaged(self.path, error) from error
 
     def verify(self) -> None:
         """Reads all files of records; raises `StorageError` naming the first that is not as its sha256 says."""
         for shard in self.shards:
-            path = Path(self.path) / shard.name
+            path = storage.path(self.path) / shard.name
             try:
-                with open(path, "rb") as file:
+                with storage.open_read(path) as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise damaged(self.path, f"{shard.name}: {error.strerror or error}") from error
             if found != shard.sha256:
                 raise damaged(self.path, f"{shard.name} has another sha256 than when it was written")
+
+
+def _declared(file: BinaryIO, vocab_size: int) -> np.ndarray:
+    """The array of a .npy file, if it declares no more than one number a token."""
+    version = np.lib.format.read_magic(file)
+    head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = head(file)
+    if shape != (vocab_size,) or dtype != np.int64:
+        raise ValueError(f"{UNIGRAMS_FILE} declares {dtype} {shape}")
+    return np.array(np.frombuffer(file.read(), np.int64))
 
 
 def record_dtype(vocab_size: int, seq_len: int) -> np.dtype:
@@ -163,9 +180,9 @@ def decode_records(rows: list[bytes], prepared: PreparedSplit) -> Records:
 
 def write_manifest(prepared: PreparedSplit, unigrams: np.ndarray, sources: list[dict[str, Any]]) -> None:
     """Writes what is beside the records, the manifest last; raises `StorageError`."""
-    directory = Path(prepared.path)
+    directory = storage.path(prepared.path)
     content = io.BytesIO()
-    np.save(content, unigrams.astype(np.int64), allow_pickle=False)
+    np.lib.format.write_array(content, unigrams.astype(np.int64), allow_pickle=False)
     write_atomic(directory / UNIGRAMS_FILE, content.getvalue())
     write_atomic(directory / SOURCES_FILE, _lines("files", sources))
     values = {"format": FORMAT, **asdict(prepared)}
@@ -183,7 +200,7 @@ def _lines(name: str, rows: list[dict[str, Any]], values: dict[str, Any] | None 
 def is_manifest(path: Path) -> bool:
     """Whether a file is a manifest of this package."""
     try:
-        with open(path, "rb") as file:
+        with storage.open_read(path) as file:
             return FORMAT.encode() in file.read(200)
     except OSError:
         return False
@@ -194,7 +211,7 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedSplit:
 
     Its files are looked at when they are read. Raises `StorageError` if it is missing or damaged.
     """
-    path = Path(path)
+    path = storage.path(path)
     directory = path.parent if path.name == MANIFEST_FILE else path
     try:
         values = read_json(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
@@ -239,7 +256,7 @@ def _check_split(prepared: PreparedSplit) -> None:
 def read_sources(directory: str | os.PathLike[str]) -> list[dict[str, Any]] | None:
     """The files that a split was made of; None if that is not known."""
     try:
-        rows = read_json(Path(directory) / SOURCES_FILE, max_bytes=MAX_MANIFEST_BYTES)["files"]
+        rows = read_json(storage.path(directory) / SOURCES_FILE, max_bytes=MAX_MANIFEST_BYTES)["files"]
         return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]
     except (OSError, ValueError, TypeError, KeyError):
         return None

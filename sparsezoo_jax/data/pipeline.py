@@ -8,11 +8,11 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.batches import (
     Batch,
     Prefetcher,
@@ -88,7 +88,7 @@ class RecordReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         known = self._prepared.shards[shard]
-        reader = open_reader(Path(self._prepared.path) / known.name)
+        reader = open_reader(storage.path(self._prepared.path) / known.name)
         if not reader.ok() or reader.num_records() != known.records:
             raise ValueError(f"does not hold {known.records:,} records")
         with self._lock:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data import sources
 from sparsezoo_jax.data.claims import Patience, is_done, make_free_shards, shard_lease, wait_for_shards
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.corpora import corpus_name, open_documents
 from sparsezoo_jax.data.documents import PART_BYTES, Documents, Split, digest, files_of
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.manifest import (
     MANIFEST_FILE,
     PreparedSplit,
@@ -36,6 +35,7 @@ from sparsezoo_jax.data.special_tokens import HF_CONFIG_FILE
 from sparsezoo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from sparsezoo_jax.errors import ConfigError, DataError, StorageError
 from sparsezoo_jax.lease import Lease
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, read_json
 
 #: Changes whenever other records would be made of the same corpus and tokenizer.
@@ -84,7 +84,7 @@ def prepared_directory(config: DataConfig, split: Split) -> Path | None:
     directories for both.
     """
     name = corpus_name(config, split)
-    path = Path(name or "").expanduser()
+    path = storage.path(name or "").expanduser()
     path = path.parent if path.name == MANIFEST_FILE else path
     for directory in (path / split, path):
         if is_manifest(directory / MANIFEST_FILE):
@@ -214,11 +214,11 @@ class Preparation:
         own = {PLAN_FILE, HF_CONFIG_FILE, *TOKENIZER_FILES}
         with contextlib.suppress(OSError):
             if all(entry.name in own or entry.name.startswith(".") for entry in self.directory.iterdir()):
-                shutil.rmtree(self.directory, ignore_errors=True)
+                storage.remove_tree(self.directory)
 
     def _check_unchanged(self, job: Job, made: Sequence[int]) -> None:
         """Unmakes `made` if a file changed meanwhile, for they may hold something else than the fingerprint says."""
-        changed = [old.path for old in self._versions if sources.version(Path(old.path)) != old]
+        changed = [old.path for old in self._versions if sources.version(storage.path(old.path)) != old]
         if changed:
             for shard in made:
                 job.result_path(shard).unlink(missing_ok=True)

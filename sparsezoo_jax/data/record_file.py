@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from sparsezoo_jax import storage
+from sparsezoo_jax.data.record_ranges import RangeReader
+
 
 def open_writer(path: str | os.PathLike[str]) -> Any:
     """A writer with `write(bytes)` and `close()`; both raise `RuntimeError` if the disk is full."""
@@ -15,6 +18,8 @@ def open_writer(path: str | os.PathLike[str]) -> Any:
 
 def open_reader(path: str | os.PathLike[str]) -> Any:
     """A thread-safe reader with `num_records()`, `read(indices)` and `ok()`; `read` raises `RuntimeError`."""
+    if storage.is_object(path):
+        return RangeReader(storage.path(path))
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     # No read-ahead: the order is random.

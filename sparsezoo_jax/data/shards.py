@@ -10,8 +10,6 @@ import base64
 import hashlib
 import itertools
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.documents import PART_BYTES, Documents, Part, Split
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.manifest import Shard, encode_records, record_dtype, shard_name
 from sparsezoo_jax.data.packing import BlockPacker, Packer, Records, target_mask, with_specials
 from sparsezoo_jax.data.record_file import open_reader, open_writer
 from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.tokenizer import Tokenizer
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import read_json
 
 #: Raw bytes of a shard, at most, which become about a gigabyte of records; of a smaller corpus a share of it, so that
@@ -113,20 +112,16 @@ def make_shard(job: Job, number: int, tokenizer: Tokenizer, advance: Advance) ->
     writing fails.
     """
     final = job.path(number)
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
     try:
         for left in final.parent.glob(f".{final.name}.*"):
             left.unlink(missing_ok=True)  # of a process that was killed: nobody else works on a shard that we have
-        result = _make(job, number, tokenizer, advance, temporary, final.name)
-        os.replace(temporary, final)
-        _sync_directory(final.parent)
+        with storage.staged(final) as temporary:
+            result = _make(job, number, tokenizer, advance, temporary, final.name)
         write_result(job, number, result)
     except RuntimeError as error:  # ArrayRecord's only exception
         raise StorageError(f"{final}: could not write the prepared corpus: {error}") from error
     except OSError as error:
         raise StorageError(f"{final}: could not write the prepared corpus: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return result
 
 
@@ -187,24 +182,16 @@ def check_written(path: Path, records: int) -> tuple[int, str]:
     """Size and sha256 of a file of records on disk. ArrayRecord can lose a write error; reading the index back and
     syncing can't.
     """
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    storage.sync(path)
+    with storage.open_read(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size = os.fstat(file.fileno()).st_size
+    size = storage.version(path).size
     if records:  # a file without any has no index
         reader = open_reader(path)
         if not reader.ok() or reader.num_records() != records:
             raise StorageError(f"{path}: the prepared corpus was not written completely")
         reader.close()
     return size, sha256
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_result(job: Job, number: int, result: Result) -> None:

@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.documents import PART_BYTES, SourceFile, changed_files, digest
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import read_json
 
 MEMORY, CORPORA = "file_scans", "corpora"
@@ -41,6 +42,7 @@ class Version(NamedTuple):
     path: str
     size: int
     modified_ns: int
+    """Of an object, its generation, which is exact."""
 
 
 class Scan(NamedTuple):
@@ -60,10 +62,10 @@ _remembered: dict[_Key, Scan] = {}
 def version(path: Path) -> Version:
     """Path, size and time of change; raises `StorageError` if there is no such file."""
     try:
-        stat = os.stat(path)
+        size, changed = storage.version(path)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error
-    return Version(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+    return Version(str(storage.absolute(path)), size, changed)
 
 
 def scan(path: Path, part_bytes: int) -> Scan:
@@ -158,7 +160,7 @@ def kept(fingerprint: str, cache: Path) -> list[dict[str, Any]] | None:
 def _scan(path: Path, part_bytes: int) -> Scan:
     sha256, newlines, count, left = hashlib.sha256(), array("q"), 0, 0
     try:
-        with open(path, "rb") as file:
+        with storage.open_read(path) as file:
             while chunk := file.read(min(_CHUNK, left or part_bytes)):
                 if not left:
                     newlines.append(count)
@@ -173,13 +175,13 @@ def _scan(path: Path, part_bytes: int) -> Scan:
 
 def _memory(files: Sequence[SourceFile], cache: Path) -> Path:
     """Where passes over the files of a corpus are remembered."""
-    folders = {os.path.dirname(os.path.abspath(file.path)) for file in files}
-    return cache / MEMORY / digest(os.path.commonpath(folders or {"/"}))
+    folders = {storage.absolute(file.path).parent for file in files}
+    return cache / MEMORY / digest(str(storage.common(folders or {Path("/")})))
 
 
 def _remember(files: Sequence[SourceFile], cache: Path) -> None:
     memory, settled = _memory(files, cache), (time.time() - _TICK_SECONDS) * 1e9
-    paths = {os.path.abspath(file.path) for file in files}
+    paths = {str(storage.absolute(file.path)) for file in files}
     new = {key: found for key, found in _made.items() if key[0].path in paths and key not in _remembered}
     new = {key: found for key, found in new.items() if key[0].modified_ns < settled}
     if not new:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.untrusted import MAX_SIZE, parse_json, read_json
 
@@ -74,6 +75,6 @@ def stop_ids(directory: str | os.PathLike[str], tokenizer: Tokenizer) -> tuple[i
     Raises:
       DataError: that file is damaged.
     """
-    listed = numbers_in(Path(directory) / GENERATION_FILE, "eos")
+    listed = numbers_in(storage.path(directory) / GENERATION_FILE, "eos")
     own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return tuple(dict.fromkeys([*own, *listed]))

@@ -20,7 +20,7 @@ import numpy as np
 
 from sparsezoo_jax.data import sources
 from sparsezoo_jax.data.batches import Batch, Prefetcher, State, check_state, endless_order, rows_of_process
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpora import corpus_name, open_documents
 from sparsezoo_jax.data.documents import BadDocumentError, Document, Documents, Skipped, Split, files_of
 from sparsezoo_jax.data.packing import positions_of, with_specials
@@ -81,7 +81,7 @@ class _Stream:
                 f"data.dataset={corpus_name(config, split)}: is a prepared corpus; data.mode=streaming reads text"
             )
         self.documents: Documents = open_documents(config, split)
-        self.name, self._dataset, self._cache = name, config.dataset, cache_directory(config)
+        self.name, self._dataset, self._cache = name, config.dataset, local_cache(config)
         self._batch_size = config.batch_size
         self._limit = None if epochs is None else epochs * len(self.documents)
         self._order: Callable[[int], int] = endless_order(len(self.documents), seed_of(config.seed, number))

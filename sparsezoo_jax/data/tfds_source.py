@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, digest
 from sparsezoo_jax.data.skipping import NOT_UTF8
@@ -139,7 +139,7 @@ def _builder(config: DataConfig, name: str) -> Any:
     if name == "chess":
         from sparsezoo_jax.data.chess.builder import games_config
 
-        arguments["config"] = games_config(config.chess, cache_directory(config) / "chess")
+        arguments["config"] = games_config(config.chess, local_cache(config) / "chess")
     try:
         return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record", **arguments)
     except tfds.core.DatasetNotFoundError as error:
@@ -263,7 +263,7 @@ def tfds_directory(config: DataConfig, name: str) -> str | None:
         from sparsezoo_jax.data.sotu import corpus_digest
 
         # Another release of the texts is another directory, so that it is never mistaken for the one prepared before.
-        return str(cache_directory(config) / "tfds" / corpus_digest()[:12])
+        return str(local_cache(config) / "tfds" / corpus_digest()[:12])
     if name == "chess":
-        return str(cache_directory(config) / "tfds")
+        return str(local_cache(config) / "tfds")
     return None

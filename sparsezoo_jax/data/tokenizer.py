@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.documents import digest
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.data.special_tokens import (
     GENERATION_FILE,
     HF_CONFIG_FILE,
@@ -24,6 +24,7 @@ from sparsezoo_jax.data.special_tokens import (
     template_tokens,
 )
 from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import (
     MAX_SIZE,
     MAX_TOKENIZER_BYTES,
@@ -239,8 +240,8 @@ class HFTokenizer(_Base):
             f"{role}_token": None if i is None else name(i)
             for role, i in (("pad", self.pad_id), ("bos", self.bos_id), ("eos", self.eos_id))
         }
-        write_atomic(Path(directory) / HF_CONFIG_FILE, (json.dumps(specials, indent=1) + "\n").encode())
-        return write_atomic(Path(directory) / HF_FILE, self._tokenizer.to_str(pretty=True).encode())
+        write_atomic(storage.path(directory) / HF_CONFIG_FILE, (json.dumps(specials, indent=1) + "\n").encode())
+        return write_atomic(storage.path(directory) / HF_FILE, self._tokenizer.to_str(pretty=True).encode())
 
 
 class SentencePieceTokenizer(_Base):
@@ -287,14 +288,14 @@ class SentencePieceTokenizer(_Base):
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.model`; returns it. Raises `StorageError`."""
-        return write_atomic(Path(directory) / SENTENCEPIECE_FILE, self._processor.serialized_model_proto())
+        return write_atomic(storage.path(directory) / SENTENCEPIECE_FILE, self._processor.serialized_model_proto())
 
 
 def find_tokenizer(run_dir: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer in a directory, or None if it holds none; raises `DataError` for a damaged one."""
     for name in TOKENIZER_FILES:
-        if (Path(run_dir) / name).is_file():
-            return load_tokenizer(Path(run_dir) / name)
+        if (storage.path(run_dir) / name).is_file():
+            return load_tokenizer(storage.path(run_dir) / name)
     return None
 
 
@@ -303,7 +304,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises `DataError` naming the file if it is missing, damaged or of neither kind.
     """
-    path = Path(path).expanduser()
+    path = storage.path(path).expanduser()
     if path.is_dir():
         tokenizer = find_tokenizer(path)
         if tokenizer is None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.chess.pgn import CHARACTERS
 from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest, with_parts
@@ -79,7 +80,7 @@ def train_bpe(
     words gives fewer than `vocab_size` tokens. Documents that can't be read are passed over under the policy of
     `skips`. Raises `DataError` for a corpus without text, `StorageError` if the cache can't be written.
     """
-    directory = Path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
+    directory = storage.path(cache_dir) / "tokenizers" / digest(documents.fingerprint, vocab_size, BPE_RECIPE)
     return _train(_sample(with_parts(documents), skips or Skips()), vocab_size, directory)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.untrusted import parse_json, require_regular
 
@@ -50,7 +51,7 @@ def read_history(directory: Path) -> History:
     lines, rows = 0, []
     try:
         require_regular(path)
-        with path.open("rb") as file:
+        with storage.open_read(path) as file:
             # A line without an end is read in pieces, none of which is a row.
             while line := file.readline(MAX_ROW_BYTES):
                 lines += bool(line.strip())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError
 from sparsezoo_jax.training.checkpoint_format import (
     DamagedCheckpointError,
@@ -117,7 +117,7 @@ def read_step(
 
     def described() -> dict[str, Any]:
         meta = read_meta(manager, step, parts=parts)
-        check_fits(Path(manager.directory) / str(step), meta["arrays"], wanted)
+        check_fits(storage.path(manager.directory) / str(step), meta["arrays"], wanted)
         return meta
 
     # Each part is agreed on before the next begins: verifying is a computation of all processes.
@@ -158,7 +158,7 @@ class Checkpointer:
         read_only: bool = False,
         mark: Path | None = None,
     ):
-        self.directory = Path(directory).absolute()
+        self.directory = storage.path(directory).absolute()
         self._mark = mark
         self._failed = False
         self._unchecked = False  # whether a save in the background may have failed without anybody knowing
@@ -268,7 +268,7 @@ class Checkpointer:
 
     def _rename(self, step: int) -> None:
         target = self.directory / f"{step}.damaged"
-        shutil.rmtree(target, ignore_errors=True)
+        storage.remove_tree(target)
         (self.directory / str(step)).rename(target)
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -294,7 +294,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if unchecked and self._mark is not None and jax.process_index() == 0 and not self._mark.exists():
-                self._mark.write_text(f"{self.directory.name}/ has held a complete checkpoint\n")
+                storage.write_atomic(self._mark, f"{self.directory.name}/ has held a complete checkpoint\n".encode())
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -328,7 +328,7 @@ class Checkpointer:
         for _ in range(50):
             leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
             for leftover in leftovers:
-                shutil.rmtree(leftover, ignore_errors=True)
+                storage.remove_tree(leftover)
             if not leftovers:
                 return
             time.sleep(0.02)

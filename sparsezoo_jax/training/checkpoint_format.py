@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.processes import DamagedCheckpointError
 from sparsezoo_jax.training.state import PureDict, flatten
@@ -145,11 +146,11 @@ def check_texts(step: Path) -> None:
     Raises:
       ValueError: one is longer than `MAX_INDEX_BYTES`, or no regular file.
     """
-    for folder, _, names in os.walk(step):
+    for path in storage.files_below(step):
         # OCDBT keeps arrays and the index of them in folders of this name.
-        for path in (Path(folder, name) for name in names if Path(folder).name != "d"):
+        if path.parent.name != "d":
             require_regular(path)
-            if path.stat().st_size > MAX_INDEX_BYTES:
+            if storage.version(path).size > MAX_INDEX_BYTES:
                 raise ValueError(f"{path.relative_to(step)} is longer than {MAX_INDEX_BYTES:,} bytes")
 
 
@@ -171,7 +172,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int, *, parts: int = 1) -> d
       StorageError: it can't be read, which says nothing of what was written; or it is of a later version.
     """
     with reading(manager, step, "its metadata can't be read: "):
-        check_texts(Path(manager.directory) / str(step))
+        check_texts(storage.path(manager.directory) / str(step))
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if not isinstance(meta, dict):
         raise DamagedCheckpointError("its metadata is no JSON object")
@@ -217,8 +218,7 @@ def _check_meta(meta: dict[str, Any], step: int) -> None:
 def _check_size(manager: ocp.CheckpointManager, step: int, arrays: Mapping[str, list[Any]], parts: int) -> None:
     """Arrays that have no bytes on disk are read as zeros: without this, a small file could fill the memory."""
     with reading(manager, step, "its metadata can't be right: "):
-        folders = (manager.directory / str(step)).walk()
-        stored = sum((folder / name).stat().length for folder, _, names in folders for name in names)
+        stored = storage.bytes_below(storage.path(manager.directory) / str(step))
         sizes = {path: math.prod(shape) * jnp.dtype(dtype).itemsize for path, (shape, dtype, _) in arrays.items()}
         check_expansion(sizes, stored * parts)
 
@@ -230,7 +230,7 @@ def reading(manager: ocp.CheckpointManager, step: int, prefix: str = "") -> Iter
     Raises:
       DamagedCheckpointError: the former; StorageError: the latter.
     """
-    directory = Path(manager.directory) / str(step)
+    directory = storage.path(manager.directory) / str(step)
     try:
         yield
     except (DamagedCheckpointError, UserError):

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sparsezoo_jax.data.files import write_atomic
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.checkpoint import Checkpointer, Restored, RunRecord, contents, read_step
 from sparsezoo_jax.training.checkpoint_format import (
     DamagedCheckpointError,
@@ -46,7 +47,8 @@ def run_id(workdir: Path) -> str:
     def own() -> str:
         if not path.exists():
             write_atomic(path, uuid.uuid4().hex.encode())
-        return path.read_text(encoding="utf-8").strip()
+        with storage.open_read(path) as file:
+            return file.read().decode().strip()
 
     def checked() -> str:
         try:

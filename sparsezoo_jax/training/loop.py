@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data import BatchIterator, merge_states
 from sparsezoo_jax.errors import StorageError, require
 from sparsezoo_jax.sharding import addressable_rows, device_put
@@ -131,7 +132,7 @@ def fit(
       TrainingDiverged: `max_skipped_steps` steps in a row were not finite, or `spike.max_rewinds` rewinds did not help.
     """
     started = time.monotonic()
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     is_main = jax.process_index() == 0
     phases = Phases() if phases is None else phases
 
@@ -396,14 +397,14 @@ class _Profiler:
     """A jax.profiler trace of the steps that the configuration asks for."""
 
     def __init__(self, config: TrainConfig, workdir: Path):
-        self._config, self._directory, self._running = config, workdir / "profile", False
+        self._config, self._mirror, self._running = config, storage.Mirror(workdir / "profile"), False
 
     def __enter__(self) -> _Profiler:
         return self
 
     def before_step(self, step: int) -> None:
         if step == self._config.profile_start:
-            jax.profiler.start_trace(str(self._directory))
+            jax.profiler.start_trace(str(self._mirror.local))
             self._running = True
 
     def after_step(self, step: int, result: Any) -> None:
@@ -416,6 +417,8 @@ class _Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+            with contextlib.suppress(OSError):  # a trace is not worth the run
+                self._mirror.send(now=True)
 
 
 def _merged(state: TrainState, workdir: Path, config: TrainConfig) -> TrainState:
@@ -450,12 +453,15 @@ def _take(lease: Lease, before_writing: Callable[[], None] | None) -> None:
 def _refuse_lost_checkpoints(workdir: Path) -> None:
     """Raise `StorageError` where checkpoints were and there are none: as after a failed mount.
 
-    That leaves no directory where it was linked, and an empty one where it was mounted.
+    That leaves no directory where it was linked, and an empty one where it was mounted. A bucket is not mounted, and
+    has no directory before the first checkpoint is in it.
     """
     directory, mark = workdir / CHECKPOINTS, workdir / SAVED_ONCE
 
     def check() -> None:
         lost, traces = "", []
+        if storage.is_object(workdir):
+            return
         if not directory.is_dir() and has_steps(workdir / METRICS):
             lost, traces = f"is missing, but {METRICS} has steps", [workdir / METRICS, mark]
         elif mark.exists() and not any(directory.glob("[0-9]*")):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.training.parameters import restore_params, saved_steps
 from sparsezoo_jax.training.schedules import MergeDecay
@@ -79,7 +80,7 @@ def merge_params(
     params: PureDict = {}
     model_state: PureDict = {}
     for step, weight in zip(steps, merge_weights(values), strict=True):
-        params, model_state = read(Path(directory), step)
+        params, model_state = read(storage.path(directory), step)
         weighted = jax.tree.map(lambda x, w=weight: jnp.float32(w) * x.astype(jnp.float32), params)
         total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
     return jax.tree.map(lambda sum_, x: sum_.astype(x.dtype), total, params), model_state

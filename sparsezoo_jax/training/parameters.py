@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.checkpoint_format import (
     DamagedCheckpointError,
@@ -35,7 +36,7 @@ WRITE_BYTES = 1 << 25
 
 def saved_steps(directory: Path | str) -> list[int]:
     """Complete steps in a checkpoint directory, oldest first; empty if there is no such directory."""
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     if not directory.is_dir():
         return []
     with _reader(directory) as manager:
@@ -57,7 +58,7 @@ def restore_params(
       UserError: there is no such step.
       StorageError: the step is damaged.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     chosen = _chosen(directory, step)
     try:
         return _restore_params(directory, chosen, sharding_of)
@@ -91,7 +92,7 @@ def saved_metadata(directory: Path | str, step: int | None = None) -> dict[str, 
       UserError: there is no such step.
       StorageError: the step is damaged.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     chosen = _chosen(directory, step)
     try:
         with _reader(directory) as manager:
@@ -109,7 +110,7 @@ def read_params(directory: Path | str, *, state: Collection[str] = ()) -> Iterat
       UserError: there is no step.
       StorageError: the step is damaged.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     chosen = _chosen(directory, None)
     try:
         with _reader(directory) as manager:
@@ -144,7 +145,7 @@ def save_params(
     Raises:
       StorageError: it can't be written.
     """
-    directory = Path(directory).absolute()
+    directory = storage.path(directory).absolute()
     arrays: dict[str, list[Any]] = {}
     tree: dict[str, Any] = {}
     for part, values in (("params", params), ("model_state", model_state or {})):

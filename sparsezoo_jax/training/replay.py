@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data import BatchIterator
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.training.checkpoint import Checkpointer
@@ -121,7 +122,9 @@ def _logged(path: Path) -> dict[int, dict[str, float]]:
     """Loss and gradient norm by step, of the lines that can be read."""
     found: dict[int, dict[str, float]] = {}
     if path.is_file():
-        for line in path.read_bytes().splitlines():
+        with storage.open_read(path) as file:
+            lines = file.read().splitlines()
+        for line in lines:
             try:
                 row = json.loads(line)
                 if "split" not in row:

@@ -22,6 +22,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError
 
 Row = Mapping[str, float | np.ndarray]
@@ -67,15 +68,20 @@ class JsonlWriter:
     HELD_BYTES = 1 << 23
 
     def __init__(self, path: Path | str, *, resume_step: int = 0, unlogged: Sequence[str] = ()):
-        self.path = Path(path)
+        self.path = storage.path(path)
+        self._mirror = storage.Mirror(self.path.parent)
         self.last_step = 0
         """Last training step of the rows found on opening, dropped ones included."""
         self.dropped = 0
         """Rows that were never written."""
         self._held: collections.deque[bytes] = collections.deque()
         self._held_bytes, self._torn, self._row = 0, b"", b""
+        self._unsent: collections.deque[bytes] = collections.deque()  # written here, not yet in the store
+        self._unsent_bytes = 0
         self._descriptor: int | None = None
         try:
+            self._file = self._mirror.local / self.path.name
+            self._mirror.fetch(self.path.name)
             present = self._drop_rows_after(resume_step)
             self._open()
         except OSError as error:
@@ -87,7 +93,7 @@ class JsonlWriter:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._descriptor = storage.open_append(self._file)
         return self._descriptor
 
     def rewind(self, step: int) -> None:
@@ -109,12 +115,11 @@ class JsonlWriter:
     def _drop_rows_after(self, step: int) -> set[tuple[int, str | None] | None]:
         """Drop rows of later steps; gives step and split of the others."""
         kept: set[tuple[int, str | None] | None] = set()
-        if not self.path.exists():
+        if not self._file.exists():
             return kept
         later = bad = 0
         # The old file stays whole until the new one is.
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with self.path.open("rb") as old, temporary.open("wb") as new:
+        with storage.open_read(self._file) as old, storage.rewritten(self._file) as new:
             for line in old:
                 found = step_of(line)
                 if found is None:
@@ -127,10 +132,7 @@ class JsonlWriter:
                     new.write(line if line.endswith(b"\n") else line + b"\n")
                 else:
                     later += 1
-        if later or bad:
-            os.replace(temporary, self.path)
-        else:
-            temporary.unlink()
+            new.keep = bool(later or bad)
         if bad:
             print(f"warning: {self.path}: {bad} lines are no metrics and were dropped", file=sys.stderr)
         return kept
@@ -149,14 +151,24 @@ class JsonlWriter:
         while self._held_bytes > self.HELD_BYTES and len(self._held) > 1:
             self._held_bytes -= len(self._held.popleft())
             self.dropped += 1
-        self.flush()
+        self._write_held()
+        self._send()
 
     def flush(self) -> None:
-        """Write what is held back.
+        """Write what is held back, and copy it to the store that the file is in.
 
         Raises:
           OSError: it could not be written.
         """
+        self._write_held()
+        self._send(now=True)
+
+    def _send(self, *, now: bool = False) -> None:
+        if self._mirror.send(now=now):
+            self._unsent.clear()
+            self._unsent_bytes = 0
+
+    def _write_held(self) -> None:
         try:
             while self._torn or self._held:
                 if not self._torn:
@@ -164,13 +176,18 @@ class JsonlWriter:
                     self._held_bytes -= len(self._torn)
                 # A write that fails may have written a part: it goes on there.
                 self._torn = self._torn[os.write(self._open(), self._torn) :]
+                if not self._torn and self._mirror.is_remote:
+                    self._unsent.append(self._row)
+                    self._unsent_bytes += len(self._row)
+                    while self._unsent_bytes > self.HELD_BYTES:  # they are in the file that will be copied all the same
+                        self._unsent_bytes -= len(self._unsent.popleft())
         except OSError:
             self._close_descriptor()  # it may be the reason: a file server that came back
             raise
 
     def held(self) -> list[str]:
-        """Rows that are not written, or not to their end."""
-        return [line.decode() for line in ([self._row] if self._torn else []) + list(self._held)]
+        """Rows that are not written, or not to their end, or not yet in the store that the file is in."""
+        return [line.decode() for line in [*self._unsent, *([self._row] if self._torn else []), *self._held]]
 
     def close(self) -> None:
         """Write what is held back and close the file.
@@ -185,6 +202,7 @@ class JsonlWriter:
             raise
         finally:
             self._close_descriptor()
+        self._mirror.close()
 
 
 def step_of(line: bytes) -> tuple[int, str | None] | None:
@@ -205,7 +223,7 @@ def has_steps(path: Path) -> bool:
       StorageError: it can't be read.
     """
     try:
-        with path.open("rb") as file:
+        with storage.open_read(path) as file:
             return any(found is not None and found[1] is None for found in map(step_of, file))
     except FileNotFoundError:
         return False
@@ -221,7 +239,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: Path | str, *, resume_step: int = 0):
-        self._directory, self._files = str(directory), 0
+        self._mirror, self._files = storage.Mirror(storage.path(directory)), 0
         # What an interrupted run wrote after the checkpoint is hidden from this step on.
         self._purge_step = resume_step + 1 if resume_step else None
         self._events: EventsWriter | None = None
@@ -229,10 +247,10 @@ class TensorBoardWriter:
     def _open(self) -> EventsWriter:
         # SummaryWriter's thread dies of its first failed write, and whoever adds to its full queue then waits for ever.
         if self._events is None:
-            os.makedirs(self._directory, exist_ok=True)
+            self._mirror.local.mkdir(parents=True, exist_ok=True)
             self._files += 1
             # File names have a time in seconds.
-            self._events = EventsWriter(os.path.join(self._directory, "events"), f".{os.getpid()}.{self._files}")
+            self._events = EventsWriter(str(self._mirror.local / "events"), f".{os.getpid()}.{self._files}")
             if self._purge_step is not None:
                 start = SessionLog(status=SessionLog.START)
                 self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=start))
@@ -263,6 +281,7 @@ class TensorBoardWriter:
         except Exception:
             self._events = None
             raise
+        self._mirror.send()
 
     def rewind(self, step: int) -> None:
         """Hide what was written after `step`."""
@@ -272,6 +291,7 @@ class TensorBoardWriter:
         """Close the file."""
         if self._events is not None:
             self._events.close()
+        self._mirror.close()
 
 
 def _density(metrics: Row) -> str:

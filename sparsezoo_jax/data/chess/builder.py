@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.chess.generation import generate_games
 from sparsezoo_jax.data.chess.pgn import find_games, game_string
@@ -57,7 +58,7 @@ class Chess(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, path: Path, split: str) -> Iterator[tuple[int, dict[str, object]]]:
         stride = min(VALIDATION_STRIDE, self.builder_config.recipe.games)
-        with open(path, "rb") as file:
+        with storage.open_read(path) as file:
             for number, game in enumerate(find_games((line, 0, content) for line, content in enumerate(file, 1))):
                 if (number % stride == stride - 1) == (split == "validation"):
                     yield number, {"text": game_string(game.content or b""), "id": str(number)}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.chess.games import Players
 from sparsezoo_jax.errors import DataError, StorageError, UserError
@@ -79,7 +80,8 @@ def generate_games(config: ChessConfig, path: Path) -> Generated:
 
 def _whole_games(path: Path, config: ChessConfig, engine: str | None) -> tuple[int, int]:
     """Bytes and number of the whole games in a file that this configuration (and engine) began."""
-    content = path.read_bytes()
+    with storage.open_read(path) as file:
+        content = file.read()
     games = content.count(_SEPARATOR) // 2
     size = 0
     for _ in range(2 * games):

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsezoo_jax.data.config import DataConfig, cache_directory
+from sparsezoo_jax import storage
+from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.dataset_names import KNOWN, format_of
 from sparsezoo_jax.data.documents import SourceFile, Split
 from sparsezoo_jax.data.local_files.columns import NoColumnError
@@ -43,7 +44,7 @@ def open_local(config: DataConfig, name: str, split: Split, *, whole: bool = Fal
     """
     found = find(name)
     own_validation = found.root / config.validation_split
-    if not whole and Path(name).expanduser().is_dir() and own_validation.is_dir():
+    if not whole and storage.path(name).expanduser().is_dir() and own_validation.is_dir():
         if split == "validation":
             found = find(str(own_validation))
         elif (found.root / config.train_split).is_dir():
@@ -55,11 +56,11 @@ def open_local(config: DataConfig, name: str, split: Split, *, whole: bool = Fal
     if not found.files:
         raise DataError(f"data.dataset={name}: no files for the {split} split; known are {KNOWN}")
     named = [SourceFile(found.name_of(path), path) for path in found.files]
-    recall(named, cache_directory(config), verify=config.verify == "full")
+    recall(named, local_cache(config), verify=config.verify == "full")
     files, left_out = _open_all(config, found)
     if left_out:
         warnings.warn(f"data.dataset={name}: not read: {shortened(left_out)}", SparsezooWarning, stacklevel=2)
-    return LocalDocuments(files, share_of(files, config, name, split, whole), cache_directory(config))
+    return LocalDocuments(files, share_of(files, config, name, split, whole), local_cache(config))
 
 
 def share_of(files: Sequence[File], config: DataConfig, name: str, split: Split, whole: bool) -> Share:

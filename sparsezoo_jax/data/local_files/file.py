@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.documents import PART_BYTES, BadDocumentError
 from sparsezoo_jax.data.local_files.streams import reading
 from sparsezoo_jax.data.skipping import HALF_SURROGATE, NO_TEXT, NOT_JSON, NOT_TEXT, NOT_UTF8, NULL_TEXT, TOO_LONG
@@ -57,7 +58,7 @@ class File(abc.ABC):
     def size(self) -> int:
         """Bytes of the file."""
         with reading(self.path):
-            return self.path.stat().st_size
+            return storage.version(self.path).size
 
     def numbers(self) -> Iterator[int]:
         """The numbers of all entries, found as cheaply as the format allows."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.dataset_names import KNOWN, format_of, names_in
 from sparsezoo_jax.errors import DataError, StorageError
 
@@ -48,18 +49,20 @@ def find(dataset: str) -> Found:
     found = [_find(name, len(names) > 1) for name in names]
     if len(found) == 1:
         return found[0]
-    roots = [os.path.abspath(one.root) for one in found]
+    roots = [storage.absolute(one.root) for one in found]
     try:
-        root = Path(os.path.commonpath(roots))
+        root = storage.common(roots)
     except ValueError as error:
         raise DataError(f"data.dataset={dataset}: {error}") from None
-    paths = [Path(os.path.abspath(path)) for one in found for path in one.files]
+    paths = [storage.absolute(path) for one in found for path in one.files]
     left_out = [name for one in found for name in one.left_out]
     return Found(root, list(dict.fromkeys(paths)), left_out, all(one.named for one in found))
 
 
 def _find(name: str, listed: bool) -> Found:
-    path = Path(name).expanduser()
+    path = storage.path(name).expanduser()
+    if storage.scheme_of(name) not in (None, *storage.OBJECT_STORES):
+        raise DataError(f"data.dataset={name}: no such file or directory; only files can be listed")
     if path.is_dir():
         known, others = _sorted_out(_walk(path), path)
         if not known:
@@ -74,8 +77,8 @@ def _find(name: str, listed: bool) -> Found:
     if not glob.has_magic(name):
         files = "; only files can be listed" if listed and format_of(name) is None else ""
         raise DataError(f"data.dataset={name}: no such file or directory{files}")
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
-    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    root = type(path)(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
+    found = storage.matching(path)
     if not found:
         raise DataError(f"data.dataset={name}: no file matches")
     known, others = _sorted_out(found, root)
@@ -86,6 +89,9 @@ def _find(name: str, listed: bool) -> Found:
 
 def _walk(root: Path) -> Iterator[Path]:
     """What is in a directory and the folders within it, links followed; hidden folders as a whole."""
+    if storage.is_object(root):
+        yield from storage.files_below(root)
+        return
     seen = set()
     for directory, folders, names in os.walk(root, followlinks=True, onerror=_raise):
         status = os.stat(directory)
@@ -106,11 +112,15 @@ def _sorted_out(paths: Iterator[Path] | Sequence[Path], root: Path) -> tuple[lis
     """The files to read, and the names of all others."""
     known, others = [], []
     for path in paths:
-        hidden = path.name.startswith(".")
-        if not hidden and format_of(path) is not None and path.is_file():
+        # Folders of this machine that are hidden come as a whole.
+        parts = path.relative_to(root).parts if storage.is_object(path) else (path.name,)
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and format_of(path) is not None and (storage.is_object(path) or path.is_file()):
             known.append(path)
         else:
-            others.append(path.relative_to(root).as_posix() + ("/" if path.is_dir() else ""))
+            others.append(
+                path.relative_to(root).as_posix() + ("/" if not storage.is_object(path) and path.is_dir() else "")
+            )
     return sorted(known), sorted(others)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import DataError, StorageError
 from sparsezoo_jax.untrusted import MAX_LINE_BYTES
 
@@ -78,14 +79,14 @@ class _DamagedError(Exception):
 def open_raw(path: Path, compression: str) -> IO[bytes]:
     """The decompressed bytes of a file, as they are; to be used within `reading`."""
     if compression == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(storage.source(path), "rb")  # type: ignore[return-value]
     if compression == ".bz2":
-        return bz2.open(path, "rb")
+        return bz2.open(storage.source(path), "rb")  # type: ignore[return-value]
     if compression == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(storage.source(path), "rb")
     if compression == ".zst":
         return io.BufferedReader(_Zstandard(path), _CHUNK)
-    return open(path, "rb")
+    return storage.open_read(path)
 
 
 def open_utf8(path: Path, compression: str) -> IO[bytes]:
@@ -124,7 +125,7 @@ class _Zstandard(io.RawIOBase):
     def __init__(self, path: Path):
         import zstandard
 
-        self._file, self._error = open(path, "rb"), zstandard.ZstdError  # noqa: SIM115
+        self._file, self._error = storage.open_read(path), zstandard.ZstdError
         self._frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._compressed, self._ready = b"", memoryview(b"")

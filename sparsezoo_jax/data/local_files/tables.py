@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.local_files.columns import NoColumnError, innermost, path_to_text, text_of_row
 from sparsezoo_jax.data.local_files.file import Entry, File, checked
 from sparsezoo_jax.data.local_files.streams import Line, encoding_at, lines, open_utf8, reading
@@ -92,7 +93,7 @@ class ParquetFile(File):
         import pyarrow.parquet as pq
 
         self._cached: tuple[int, Any] = (-1, None)
-        with self._decoding("not a Parquet file", DataError), pq.ParquetFile(path) as file:
+        with self._decoding("not a Parquet file", DataError), pq.ParquetFile(storage.source(path)) as file:
             schema, metadata = file.schema_arrow, file.metadata
             leaves = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
         self._path_in_row = path_to_text(schema, text_field, path)
@@ -120,7 +121,10 @@ class ParquetFile(File):
         import pyarrow.parquet as pq
 
         first = row = self._ends[piece - 1] if piece else 0
-        with self._decoding(f"row group {piece}", StorageError), pq.ParquetFile(self.path, memory_map=False) as file:
+        with (
+            self._decoding(f"row group {piece}", StorageError),
+            pq.ParquetFile(storage.source(self.path), memory_map=False) as file,
+        ):
             columns = [".".join(self._path_in_row)]
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[piece], columns=columns, use_threads=False):
                 for value in innermost(batch.column(0), self._path_in_row):
@@ -144,7 +148,7 @@ class ParquetFile(File):
         cached, column = self._cached  # read once: another thread may replace the pair meanwhile
         if cached != group:
             columns = [".".join(self._path_in_row)]
-            with self._decoding(f"row group {group}", StorageError), pq.ParquetFile(self.path) as file:
+            with self._decoding(f"row group {group}", StorageError), pq.ParquetFile(storage.source(self.path)) as file:
                 column = innermost(file.read_row_group(group, columns=columns).column(0), self._path_in_row)
             self._check_rows(group, len(column))
             self._cached = (group, column)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.chess.pgn import MAX_GAME_BYTES, NOT_CHESS, GameError, find_games, follows_tags, game_string
 from sparsezoo_jax.data.documents import PART_BYTES
 from sparsezoo_jax.data.local_files.file import Entry, File, text_of_json
@@ -102,7 +103,7 @@ class LinesFile(File):
             return
         start = piece * PART_BYTES
         newlines = self._newlines if self._newlines is not None else scan(self.path, PART_BYTES).newlines
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), storage.open_read(self.path) as file:
             file.seek(start - 1)
             rest = _skip_line(file)
             number = newlines[piece] + (1 if rest == 1 else 2)
@@ -110,7 +111,7 @@ class LinesFile(File):
 
     def lines_at(self, place: int, number: int, end: int | None = None) -> Iterator[Line]:
         """The lines of a seekable file from an offset on."""
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), storage.open_read(self.path) as file:
             file.seek(place)
             yield from lines(file, start=place, number=number, end=end)
 
@@ -169,7 +170,7 @@ class GamesFile(LinesFile):
     def _in_tags(self, piece: int) -> bool:
         """Whether the first line that begins in a piece would go on with the tags before it."""
         start, size = piece * PART_BYTES, _BLOCK
-        with reading(self.path), open(self.path, "rb") as file:
+        with reading(self.path), storage.open_read(self.path) as file:
             file.seek(start - 1)
             end = start - 1 + _skip_line(file)
             while True:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.documents import BadDocumentError, digest
 from sparsezoo_jax.data.local_files.file import Entry, File
 from sparsezoo_jax.data.local_files.streams import reading
@@ -33,7 +34,7 @@ class UnpackedFile(File):
 
     def entries_at(self, place: int, number: int) -> Iterator[Entry]:
         """The entries from an offset in the lines on."""
-        with reading(self._lines), open(self._lines, "rb") as file:
+        with reading(self._lines), storage.open_read(self._lines) as file:
             file.seek(place)
             for line in file:
                 key, _, content = line.partition(b"\t")

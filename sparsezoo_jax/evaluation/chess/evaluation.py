@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsezoo_jax.data import DataConfig, Tokenizer, cache_directory, open_documents
+from sparsezoo_jax.data import DataConfig, Tokenizer, local_cache, open_documents
 from sparsezoo_jax.data.documents import read_all
 from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.errors import DataError
@@ -84,7 +84,7 @@ def games_for(config: DataConfig, sources: Sequence[str], count: int) -> tuple[G
             f"chess.count={count}: needs twice as many different games of {STATES} moves and more, {name} has "
             f"{len(chosen)}; give other chess.games, or a chess.count of at most {len(chosen) // 2}"
         )
-    cache = cache_directory(config)
+    cache = local_cache(config)
     return Games(chosen[:count], cache), Games(chosen[count:], cache)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsezoo_jax.data.files import write_atomic
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.plots import comparison_plots, run_plots
 from sparsezoo_jax.evaluation.report.svg import escape
+from sparsezoo_jax.storage import write_atomic
 
 # The palette of Okabe and Ito, which the common forms of colour blindness keep apart, lightened where it is dark.
 STYLE = """
