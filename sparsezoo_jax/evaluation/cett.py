@@ -251,7 +251,7 @@ def check(model: Decoder) -> None:
 
 
 def find_cett(models: Sequence[Calibrated], increase: float) -> float:
-    """The CETT at which the mean perplexity ratio of `models` (checkpoints of a run) is 1 + `increase`.
+    """The largest CETT at which the mean perplexity ratio of `models` (checkpoints of a run) is below 1 + `increase`.
 
     Bisection on [0, 1]; the ratio is exp(loss with thresholds - loss without).
 
@@ -266,7 +266,8 @@ def find_cett(models: Sequence[Calibrated], increase: float) -> float:
             low = middle
         else:
             high = middle
-    return (low + high) / 2
+    # Not the middle: where one unit decides, the ratio jumps, and the middle may lie behind the jump.
+    return low
 
 
 @dataclasses.dataclass(frozen=True)
