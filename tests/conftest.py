@@ -9,6 +9,8 @@ from collections import Counter
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Commands that run within a test process must not have it keep all memory that it frees: see `keep_freed_memory`.
+os.environ.setdefault("MALLOC_ARENA_MAX", "16")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # for several test processes that compile for TPUs
 # Nearly all of the suite's time is XLA compiling small programs that then run for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
