@@ -259,7 +259,9 @@ class Checkpointer:
             others = {int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()} - found.keys()
             if found and (read_only or not others):
                 reasons = "; ".join(f"step {step}: {reason}" for step, reason in found.items())
-                raise StorageError(f"no checkpoint in {self.directory} can be read; {reasons}")
+                lost = "steps" if others else "no checkpoint"
+                can = "can't" if others else "can"
+                raise StorageError(f"{lost} in {self.directory} {can} be read; {reasons}")
             for step, reason in found.items():
                 print(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason})", file=sys.stderr)
                 self._rename(step)

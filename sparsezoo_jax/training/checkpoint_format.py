@@ -104,31 +104,44 @@ def unreadable_steps(directory: Path, *, only_sizes: bool = False) -> dict[int, 
       only_sizes: look at sizes and kinds of files, and not at what is in them, which takes some milliseconds each.
 
     Raises:
-      OSError: the directory can't be read.
+      StorageError: the directory can't be read now, or no description be looked at, which says nothing of the steps.
     """
-    descriptions = {
-        int(step.name): step / _DESCRIPTION
-        for step in (directory.iterdir() if directory.is_dir() else ())
-        if step.name.isdigit() and (step / _DESCRIPTION).exists()
-    }
-    found = {}
-    for step, path in sorted(descriptions.items()):
+    try:
+        descriptions = {
+            int(step.name): step / _DESCRIPTION
+            for step in (directory.iterdir() if directory.is_dir() else ())
+            if step.name.isdigit() and (step / _DESCRIPTION).exists()
+        }
+        faults = {step: _fault(path, only_sizes) for step, path in sorted(descriptions.items())}
+    except OSError as error:
+        raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
+    return {step: f"{_DESCRIPTION} {fault}" for step, fault in faults.items() if fault is not None}
+
+
+def _fault(description: Path, only_size: bool) -> str | None:
+    """What is wrong with a step's description; raises `OSError` where that can't be told."""
+    try:
+        content = read_bytes(description, MAX_CONFIG_BYTES)
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        if _is_reading_error(error):
+            raise
+        return f"can't be read: {brief(error)}"
+    if only_size:
+        return None
+    # Most of what could be wrong with it orbax takes for a description that is missing, and does without.
+    with tempfile.TemporaryDirectory() as alone:
+        step = Path(alone) / description.parent.name
+        step.mkdir()
+        (step / _DESCRIPTION).write_bytes(content)
         try:
-            content = read_bytes(path, MAX_CONFIG_BYTES)
-        except ValueError as error:
-            found[step] = f"{_DESCRIPTION} {error}"
-            continue
-        if only_sizes:
-            continue
-        # Most of what could be wrong with it orbax takes for a description that is missing, and does without.
-        with tempfile.TemporaryDirectory() as alone:
-            (Path(alone) / str(step)).mkdir()
-            (Path(alone) / str(step) / _DESCRIPTION).write_bytes(content)
-            try:
-                ocp.CheckpointManager(alone, options=of_this_process(read_only=True)).close()
-            except Exception as error:
-                found[step] = f"{_DESCRIPTION} can't be read: {brief(error).rstrip('.')}"
-    return found
+            ocp.CheckpointManager(alone, options=of_this_process(read_only=True)).close()
+        except Exception as error:
+            if _is_reading_error(error):
+                raise OSError(brief(error)) from error
+            return f"can't be read: {brief(error).rstrip('.')}"
+    return None
 
 
 def of_this_process(**options: Any) -> ocp.CheckpointManagerOptions:

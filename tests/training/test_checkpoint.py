@@ -178,6 +178,7 @@ DAMAGES = {
     "description's handlers": lambda directory, step: describe_step(directory, step, '{"item_handlers": 3}'),
     "description's metrics": lambda directory, step: describe_step(directory, step, '{"metrics": 5}'),
     "nested description": lambda directory, step: describe_step(directory, step, "[" * 100_000),
+    "folder as a description": lambda directory, step: fold(directory / str(step) / "_CHECKPOINT_METADATA"),
     "pipe as a description": lambda directory, step: describe_step(directory, step, None),
     "long description": lambda directory, step: lengthen(directory / str(step) / "_CHECKPOINT_METADATA"),
     "long list of arrays": lambda directory, step: lengthen(directory / str(step) / "model" / "_METADATA"),
@@ -194,6 +195,11 @@ def describe_step(directory, step, text):
     path = directory / str(step) / "_CHECKPOINT_METADATA"
     path.unlink()
     os.mkfifo(path) if text is None else path.write_text(text)
+
+
+def fold(path):
+    path.unlink()
+    path.mkdir()
 
 
 def lengthen(path):
@@ -374,6 +380,21 @@ def test_steps_without_a_readable_description_are_not_none(directory, states):
     with pytest.raises(StorageError, match=r"no checkpoint in .* can be read; step 1: _CHECKPOINT_METADATA can't be"):
         restore(directory, states[0])
     assert sorted(path.name for path in directory.iterdir()) == ["1", "2", "3"]
+
+
+def test_what_the_machine_lacks_is_no_damage(directory, states, monkeypatch):
+    """Descriptions are looked at in a temporary folder, by orbax: neither's failing says anything of the steps."""
+    before = sorted(directory.rglob("*"))
+
+    def too_many(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for target in ("tempfile.TemporaryDirectory", "orbax.checkpoint.CheckpointManager"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, too_many)
+            with pytest.raises(StorageError, match=r"in .*checkpoints can't be read: Too many open files"):
+                Checkpointer(directory)
+    assert sorted(directory.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["[]", None])
