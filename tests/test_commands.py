@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import sys
 import warnings
 
@@ -13,7 +15,7 @@ import pytest
 from flax import nnx
 
 import sparsezoo_jax
-from sparsezoo_jax import cli, evaluate, generate, inference, report, sae, train
+from sparsezoo_jax import cli, data, evaluate, generate, inference, report, sae, train
 from sparsezoo_jax.config import read_config
 from sparsezoo_jax.configs import PRESETS
 
@@ -112,13 +114,41 @@ def test_stop_and_resume_is_bitwise(trained, tmp_path, small_corpus, capsys):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
+    def replayed():
+        train.main([*flags(small_corpus), "--workdir", str(workdir), "--debug.replay", "5:6"])
+        return [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()[:2]]
+
+    assert replayed() == ["as logged"] * 2
+    log = (workdir / "metrics.jsonl").read_text()
+    loss = rows(workdir)[[row.get("step") for row in rows(workdir)].index(6)]["loss"]
+    (workdir / "metrics.jsonl").write_text(log.replace(f'"loss": {loss}', f'"loss": {loss + 1e-6}'))
+    assert [found.partition(":")[0] for found in replayed()] == ["as logged", "NOT as logged"]
+
 
 @pytest.mark.slow
-def test_a_finished_run_stays_finished(trained, tmp_path, small_corpus, capsys):
+def test_a_finished_run_stays_finished(trained, tmp_path, small_corpus, monkeypatch, capsys):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
     before = rows(workdir)
+    # A signal in the final evaluation ends it after the batch; started again, the command repeats it.
+    (workdir / "evaluation.json").unlink()
+    seen = []
+
+    def signalled(*args):
+        for batch in evaluation_batches(*args):
+            seen.append(len(seen))
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        evaluation_batches = data.evaluation_batches
+        patch.setattr(data, "evaluation_batches", signalled)
+        assert call(train, [*flags(small_corpus), "--workdir", workdir], patch) == 0
+    assert "stopped in the final evaluation; the same command" in capsys.readouterr().err
+    assert seen == [0]
+    assert not (workdir / "evaluation.json").exists()
     train.main([*flags(small_corpus), "--workdir", str(workdir)])
+    assert (workdir / "evaluation.json").exists()
     assert "resuming from step 8" in capsys.readouterr().err
     assert [row for row in rows(workdir) if "split" not in row] == [row for row in before if "split" not in row]
 
@@ -465,18 +495,22 @@ def test_prompt_with_characters_the_tokenizer_lacks(trained, tmp_path, monkeypat
 
 def test_a_run_from_another_one_has_its_model(trained, tmp_path, small_corpus, monkeypatch):
     run = tmp_path / "run"
-    args = ["--train.init-from", trained, "--workdir", run, "--data.dataset", small_corpus, "--data.batch-size", 2]
+    source = tmp_path / "source"
+    source.symlink_to(trained)
+    args = ["--train.init-from", source, "--workdir", run, "--data.dataset", small_corpus, "--data.batch-size", 2]
     args += ["--data.seq-len", 16, "--steps", 2, "--train.schedule.warmup-steps", 0, "--eval.no-report"]
-    assert call(train, [*args, "--model.ffn.top-k", 5], monkeypatch) == 0
+    assert call(train, [*args, "--model.ffn.top-k", 5, "--train.stop-at", 1], monkeypatch) == 0
     of_both = [read_config(folder / "config.json").model for folder in (trained, run)]
     assert of_both[1] == dataclasses.replace(of_both[0], ffn=dataclasses.replace(of_both[0].ffn, top_k=5))
     assert (run / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     # It goes on without that other run.
-    args[1] = tmp_path / "gone"
+    source.unlink()
     parsed = cli.parse_with_preset(
         train.Train, [*map(str, args), "--model.ffn.top-k", "5"], prog="train", description=""
     )
     assert parsed.model == of_both[1]
+    assert call(train, [*args, "--model.ffn.top-k", 5], monkeypatch) == 0
+    assert [row["step"] for row in rows(run) if "split" not in row] == [1, 2]
     other = cli.parse_with_preset(
         train.Train, ["--arch", "dense", "--train.init-from", str(trained)], prog="train", description=""
     )

@@ -326,6 +326,21 @@ def test_columns_of_parquet(tmp_path):
             opened(path, text_field=field)
 
 
+def test_parquet_that_grows_without_bound(tmp_path):
+    """Values repeated by their index stay so in memory, and sizes that no honest file declares are refused."""
+    path = tmp_path / "x.parquet"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["x" * (1 << 20)]))
+    pq.write_table(pa.table({"text": text}), path, store_schema=False, compression="zstd")
+    before = pa.total_allocated_bytes()
+    documents = opened(path)
+    each = iter(read_all(documents))
+    assert len(documents[299].text) == len(next(each).text) == 1 << 20
+    assert pa.total_allocated_bytes() - before < 100 << 20
+    pq.write_table(pa.table({"text": ["x" * (1 << 28)] * 5}), path, use_dictionary=False, compression="zstd")
+    with pytest.raises(DataError, match=r"declares arrays of 1,342,.* bytes in files of [0-9,]+$"):
+        opened(path)
+
+
 # ------------------------------------------------------------------------------------------------------- The policy
 
 

@@ -170,6 +170,23 @@ def _index(folder: Path, content: bytes) -> None:
     _tensors(folder)
 
 
+def _torch_file() -> bytes | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    made = io.BytesIO()
+    torch.save({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.float16)}, made)
+    return made.getvalue()
+
+
+def _bin(folder: Path, content: bytes) -> None:
+    _file(folder, "pytorch_model.bin", content)
+    _tensors(folder)
+
+
+_TORCH_FILE = _torch_file()
+
 # ----------------------------------------------------------------------------------------------------------- Tokenizers
 
 _TEXT = "The state of the Union, äöü 漢字 <eos>\n"
@@ -361,6 +378,7 @@ TARGETS = {
     "sae": Target(json_bytes(_SAE), lambda f, x: load_sae(_file(f, "sae.json", x).parent), 150),
     "hf_config": Target(json_bytes(_HF), _hf_config, 60),
     "safetensors": Target(damaged(_TENSORS, often=0), _safetensors, 300),
+    **({"bin": Target(damaged(_TORCH_FILE, often=0), _bin, 300)} if _TORCH_FILE else {}),
     "index": Target(json_bytes(_INDEX), _index, 200),
     "tokenizer": Target(json_bytes([_TOKENIZER]), _tokenizer("tokenizer.json"), 300),
     "tokenizer_config": Target(json_bytes([{"eos_token": "<eos>"}]), _tokenizer("tokenizer_config.json"), 150),

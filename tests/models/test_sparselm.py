@@ -89,7 +89,7 @@ def test_a_worked_out_decoder():
     np.testing.assert_allclose(out.stats["ffn_density"], np.array([9.33333333, 7.66666667]) / 16, rtol=1e-6)
     logits = [1.17447535, 0.66876323, -1.92480664, 1.49080922, 0.252165636, -1.77373112]
     logits += [1.73790484, -0.176143387, -1.5402775, 1.90428625, -0.596271712, -1.23528816]
-    np.testing.assert_allclose(out.logits[0, 5], logits, atol=1e-6)
+    np.testing.assert_allclose(out.logits[0, 5], logits, rtol=2e-6, atol=2e-6)  # float32: order of sums differs
     block = grads.segments[0].blocks[0]
     # As a checkpoint stores them, [out, in]: sum, sum of squares, first and last entry.
     expected = {

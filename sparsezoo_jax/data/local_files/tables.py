@@ -16,7 +16,7 @@ from sparsezoo_jax.data.local_files.file import Entry, File, checked
 from sparsezoo_jax.data.local_files.streams import Line, encoding_at, lines, open_utf8, reading
 from sparsezoo_jax.data.skipping import NOT_CSV, NOT_UTF8
 from sparsezoo_jax.errors import DataError, StorageError
-from sparsezoo_jax.untrusted import MAX_COMPRESSION, MAX_LINE_BYTES
+from sparsezoo_jax.untrusted import MAX_COMPRESSION, MAX_LINE_BYTES, check_expansion
 
 _BATCH_ROWS = 1024
 #: Stands for a line that is too long to be kept: no row of a table.
@@ -90,20 +90,28 @@ class ParquetFile(File):
 
     def __init__(self, path, name, text_field, compression=""):
         super().__init__(path, name, text_field, compression)
-        import pyarrow.parquet as pq
-
         self._cached: tuple[int, Any] = (-1, None)
-        with self._decoding("not a Parquet file", DataError), pq.ParquetFile(storage.source(path)) as file:
+        self._indexed: list[str] = []
+        with self._decoding("not a Parquet file", DataError), self._open() as file:
             schema, metadata = file.schema_arrow, file.metadata
             leaves = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
         self._path_in_row = path_to_text(schema, text_field, path)
-        column = leaves.index(".".join(self._path_in_row))
+        self._name = ".".join(self._path_in_row)
+        column = leaves.index(self._name)
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        chunks = [group.column(column) for group in groups]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
-        self._bytes = [group.column(column).total_uncompressed_size for group in groups]
+        self._bytes = [chunk.total_uncompressed_size for chunk in chunks]
         self.rows = self._ends[-1] if self._ends else 0
         if self.rows > MAX_COMPRESSION * self.size:
             raise DataError(f"{path}: declares {self.rows:,} rows in {self.size:,} bytes")
+        try:
+            check_expansion({self._name: sum(self._bytes)}, self.size)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
+        # Values that are stored once and repeated by their index stay so: written out, a few bytes become any number.
+        if any(encoding.endswith("_DICTIONARY") for chunk in chunks for encoding in chunk.encodings):
+            self._indexed = [self._name]
 
     def __getstate__(self):
         return {**self.__dict__, "_cached": (-1, None)}
@@ -118,15 +126,9 @@ class ParquetFile(File):
 
     def entries(self, piece: int) -> Iterator[Entry]:
         """The rows of a row group."""
-        import pyarrow.parquet as pq
-
         first = row = self._ends[piece - 1] if piece else 0
-        with (
-            self._decoding(f"row group {piece}", StorageError),
-            pq.ParquetFile(storage.source(self.path), memory_map=False) as file,
-        ):
-            columns = [".".join(self._path_in_row)]
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[piece], columns=columns, use_threads=False):
+        with self._decoding(f"row group {piece}", StorageError), self._open() as file:
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[piece], columns=[self._name], use_threads=False):
                 for value in innermost(batch.column(0), self._path_in_row):
                     yield Entry(row, row, value)
                     row += 1
@@ -140,19 +142,22 @@ class ParquetFile(File):
 
     def text(self, entry: Entry) -> str:
         """The text column of a row."""
-        return text_of_row(self, entry.number, entry.content)
+        with self._decoding(f"row {entry.number}", StorageError):  # an index may lead beyond the values
+            return text_of_row(self, entry.number, entry.content)
 
     def _column(self, group: int) -> Any:
-        import pyarrow.parquet as pq
-
         cached, column = self._cached  # read once: another thread may replace the pair meanwhile
         if cached != group:
-            columns = [".".join(self._path_in_row)]
-            with self._decoding(f"row group {group}", StorageError), pq.ParquetFile(storage.source(self.path)) as file:
-                column = innermost(file.read_row_group(group, columns=columns).column(0), self._path_in_row)
+            with self._decoding(f"row group {group}", StorageError), self._open() as file:
+                column = innermost(file.read_row_group(group, columns=[self._name]).column(0), self._path_in_row)
             self._check_rows(group, len(column))
             self._cached = (group, column)
         return column
+
+    def _open(self) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(storage.source(self.path), memory_map=False, read_dictionary=self._indexed)
 
     def _check_rows(self, group: int, found: int) -> None:
         rows = self._ends[group] - (self._ends[group - 1] if group else 0)
@@ -165,7 +170,7 @@ class ParquetFile(File):
 
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for names of columns
             if isinstance(error, OSError) and error.errno is not None:
                 raise StorageError(f"{self.path}: {error.strerror or error}") from error
             raise error_type(f"{self.path}: {what}: {str(error).splitlines()[0]}") from error
