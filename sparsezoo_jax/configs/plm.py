@@ -29,6 +29,7 @@ TINY = RunConfig(
             heads=4, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
         ),
         ffn=PlainFFNConfig(d_ff=768, activation="relu2"),
+        embedding_scale="sqrt_d_model",  # or the table, at the other maps' rate, lags behind in a run this short
         scan_layers=False,  # on a CPU a step is faster, and four layers compile as quickly
     ),
     train=TrainConfig(
