@@ -26,12 +26,13 @@ class NativeLibrary(BuildHookInterface):
             self._folder = tempfile.TemporaryDirectory()
             target = Path(self._folder.name) / native.LIBRARY.name
         try:
-            native.build(target)
+            native.build(target, portable=version != "editable")
         except (native.BuildError, OSError) as error:
             self.app.display_warning(f"Without the native CPU library: {error}")
             return
-        # The library knows nothing of Python's interface, but jaxlib, whose it knows, comes for one Python each.
-        build_data["pure_python"], build_data["infer_tag"] = False, True
+        # The library is loaded through ctypes and knows jaxlib's interface for it, which is no Python's: one wheel
+        # serves all versions of Python.
+        build_data["pure_python"], build_data["tag"] = False, f"py3-none-{native.platform_tag(target)}"
         if version != "editable":
             inside = os.path.relpath(native.LIBRARY, self.root)
             build_data["force_include"][str(target)] = inside

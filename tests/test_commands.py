@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,13 @@ def test_load_needs_the_directory_alone(trained, tmp_path, shared_cache, monkeyp
     assert not np.allclose(earlier.logits, out.logits)
     merged = sparsezoo_jax.load(moved, merge_last=3).model(tokens)
     assert not np.allclose(merged.logits, out.logits)
+
+
+def test_the_python_of_the_quick_start(trained, capsys):
+    page = Path(__file__).parents[1] / "docs" / "quickstart.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(code.replace("runs/spark-tiny", str(trained)), page.name, "exec"), {})
+    assert re.match(r"\(1, \d+, 320\) \[0\.\d+ 0\.\d+\]", capsys.readouterr().out)
 
 
 @pytest.mark.slow

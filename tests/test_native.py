@@ -166,3 +166,14 @@ def test_huge_pages_are_no_error_and_change_nothing():
     native.advise_huge_pages(x)
     np.testing.assert_array_equal(x, np.arange(3 << 20, dtype=np.float32))
     assert native.advise_huge_pages(jnp.ones(3)) is False
+
+
+def test_a_wheel_is_for_what_its_library_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    library = tmp_path / "library.so"
+    for needed, tag in ((b"\0GLIBC_2.14\0GLIBC_2.9\0", 27), (b"\0GLIBC_2.5\0GLIBC_2.32\0memcpy\0GLIBC_2.27\0", 32)):
+        library.write_bytes(b"\x7fELF" + needed)
+        assert build.platform_tag(library) == f"manylinux_2_{tag}_x86_64"
+    library.write_bytes(b"\x7fELF\0libc.musl-x86_64.so.1\0")
+    assert build.platform_tag(library).startswith("linux")

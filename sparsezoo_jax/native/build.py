@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-#: Where the library is looked for; the suffix only keeps libraries of several platforms apart.
-LIBRARY = FOLDER / f"_sparsezoo{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+#: Where the library is looked for. One serves every Python of a platform, for it is loaded through ctypes.
+LIBRARY = FOLDER / f"_sparsezoo-{platform.system().lower()}-{platform.machine().lower()}.so"
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 V3 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
@@ -67,8 +68,12 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def build(target: Path = LIBRARY) -> Path:
+def build(target: Path = LIBRARY, *, portable: bool = False) -> Path:
     """Compile the library into `target`, which appears only when it is complete; returns its path.
+
+    Args:
+      target: a file.
+      portable: the library brings its own C++ runtime, so that it needs none of the machine that it is copied to.
 
     Raises:
       BuildError: there is no compiler, no jaxlib, or the compiler failed.
@@ -95,11 +100,27 @@ def build(target: Path = LIBRARY) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, enumerate(jobs)))
         linked = os.path.join(folder, "library")
-        _run([*command, "-shared", *objects, "-o", linked])
+        own_runtime = ["-static-libstdc++", "-static-libgcc"] if portable and platform.system() == "Linux" else []
+        _run([*command, "-shared", *own_runtime, *objects, "-o", linked])
         beside = target.with_suffix(".partial")
         shutil.copyfile(linked, beside)
         os.replace(beside, target)
     return target
+
+
+def platform_tag(library: Path) -> str:
+    """The platform that a wheel with this library is for, as installers name it (PEP 600).
+
+    On Linux that is the oldest glibc which has all that the library uses, whatever this machine's is.
+    """
+    own = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    if platform.system() != "Linux":
+        return own
+    needed = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())]
+    if not needed:  # another C library, such as musl
+        return own
+    # jaxlib's own wheels, without which nothing runs, are for 2.27 and newer.
+    return f"manylinux_2_{max(27, *needed)}_{platform.machine().lower()}"
 
 
 def _run(command: list[str]) -> None:
