@@ -1,4 +1,4 @@
-"""Mistral, Qwen 2, Qwen 3 and OLMo 2 there and back, on tiny random checkpoints; logits are those of transformers."""
+"""Gemma 3, Mistral, Qwen 2, Qwen 3 and OLMo 2 there and back, on tiny random checkpoints; logits are those of transformers."""
 
 import json
 
@@ -16,7 +16,9 @@ from sparsezoo_jax.inference.packing import packed
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.residual import PreNormConfig
+from sparsezoo_jax.models.rope import RopeConfig
 from tests.test_convert import assert_same, write
 
 SIZES = {
@@ -53,6 +55,28 @@ CONFIGS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "olmo2": {"model_type": "olmo2", **SIZES, "head_dim": 6, "attention_bias": False},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **{name: value for name, value in SIZES.items() if name != "rope_theta"},
+        "num_hidden_layers": 4,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 10,
+        "final_logit_softcapping": 20.0,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+}
+#: The rotations of Gemma 3 above, as configurations were written before.
+FORMERLY = {
+    "rope_parameters": None,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
 }
 NORMS = {
     "mistral": {"input_layernorm": 24, "post_attention_layernorm": 24},
@@ -69,6 +93,14 @@ NORMS = {
         "self_attn.q_norm": 24,
         "self_attn.k_norm": 12,
     },
+    "gemma3_text": {
+        "input_layernorm": 24,
+        "post_attention_layernorm": 24,
+        "pre_feedforward_layernorm": 24,
+        "post_feedforward_layernorm": 24,
+        "self_attn.q_norm": 8,
+        "self_attn.k_norm": 8,
+    },
 }
 #: First six logits after tokens 0..11 of the checkpoints below, as transformers 5.24 computes them in float32 with
 #: eager attention.
@@ -77,6 +109,7 @@ GOLDEN = {
     "qwen2": [-0.18891, -0.50609, 0.39605, -0.50916, -0.37849, 0.56922],
     "qwen3": [0.00492, 0.95133, 1.04562, 0.78483, 0.3292, 0.86517],
     "olmo2": [0.45596, 0.416, 0.32204, 0.58809, 0.35325, 0.25683],
+    "gemma3_text": [-0.01907, -0.16923, -0.67415, -1.85443, 0.95911, -1.96414],
 }
 
 
@@ -139,6 +172,18 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         ("qwen3", {"use_sliding_window": False}, "layer_types: lists sliding_attention, but use_sliding_window or"),
         ("olmo2", {"rms_norm_eps": 0}, "rms_norm_eps=0: must be a positive number$"),
         ("olmo2", {"num_key_value_heads": 3}, "model.attention.kv_heads=3: must divide"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": 3}},
+            "rope_parameters.full_attention=3: must be an object",
+        ),
+        (
+            "gemma3_text",
+            {**FORMERLY, "rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope_type=dynamic: must be one",
+        ),
+        ("gemma3_text", {**FORMERLY, "rope_local_base_freq": 0}, "rope_local_base_freq=0: must be a positive number$"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True: only False"),
     ],
 )
 def test_configurations_that_are_not_supported(name, change, message):
@@ -157,11 +202,26 @@ def test_configurations_that_are_not_supported(name, change, message):
         ("qwen2", {"use_sliding_window": False}, "ggg"),
         ("qwen3", {"layer_types": None, "max_window_layers": 2}, "ggl"),
         ("qwen3", {}, "lgl"),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 3}, "llgl"),
+        ("gemma3_text", {"layer_types": None}, "llll"),
     ],
 )
 def test_layers_that_have_windows(name, change, types):
     _, model = read_model({**CONFIGS[name], **change}, "config.json")
     assert "".join(spec.layer_type[0] for spec in model.layer_specs()) == types
+
+
+def test_rotations_of_gemma_3_in_both_forms():
+    _, model = read_model({**CONFIGS["gemma3_text"], **FORMERLY}, "config.json")
+    assert model == read_model(CONFIGS["gemma3_text"], "config.json")[1]
+    rope = model.attention.rope
+    assert (rope.of("local"), rope.of("global")[0]) == ((100.0, 1.0, None), 5000.0)
+    _, plain = read_model({**CONFIGS["gemma3_text"], "rope_parameters": None}, "config.json")
+    assert (plain.attention.rope.base, plain.attention.rope.local_base, plain.attention.rope.scaling) == (
+        1e6,
+        1e4,
+        None,
+    )
 
 
 def decoder(**changes):
@@ -181,6 +241,20 @@ POST = PreNormConfig(input_norm=False, post_norm=True)
         (decoder(attention={"bias": True}), "llama"),
         (decoder(attention={"bias": True, "output_bias": False}), "qwen2"),
         (decoder(attention={"qk_norm": True}), "qwen3"),
+        (
+            decoder(
+                attention={
+                    "qk_norm": True,
+                    "qk_norm_zero_centered": True,
+                    "rope": RopeConfig(base=1e6, local_base=1e4),
+                },
+                ffn={"activation": "gelu_tanh"},
+                residual=PreNormConfig(post_norm=True),
+                norm=NormConfig(zero_centered=True),
+                embedding_scale="sqrt_d_model",
+            ),
+            "gemma3_text",
+        ),
         (decoder(attention={"window": 4}, layer_pattern=("local",)), "mistral"),
         (decoder(attention=OLMO, residual=POST), "olmo2"),
         (decoder(residual=POST), "model.attention.qk_norm=False: only True"),

@@ -51,6 +51,8 @@ class GQAConfig(AttentionKind):
     """What each of these norms is over: one head (Qwen 3), or all heads together, whose scales differ (OLMo 2)."""
     qk_norm_eps: float = 1e-6
     """Added to the mean square by these norms."""
+    qk_norm_zero_centered: bool = False
+    """Store their scales as offsets from 1 (Gemma 3)."""
     bias: bool = False
     """Biases on the four projections."""
     output_bias: bool | None = None
@@ -63,6 +65,8 @@ class GQAConfig(AttentionKind):
         require(self.qk_norm_eps > 0, "model.attention.qk_norm_eps", self.qk_norm_eps, "must be above 0")
         allowed = "works together with model.attention.qk_norm only"
         require(self.qk_norm or self.qk_norm_over == "head", "model.attention.qk_norm_over", self.qk_norm_over, allowed)
+        centred = self.qk_norm_zero_centered
+        require(self.qk_norm or not centred, "model.attention.qk_norm_zero_centered", centred, allowed)
 
     def projection_flops(self, d_model: int) -> int:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
@@ -126,9 +130,11 @@ def has_output_bias(config) -> bool:
 class HeadNorm(Norm):
     """The RMS norm of queries or keys, over each head or over all of them at once."""
 
-    def __init__(self, over: NormOver, eps: float, ctx: BuildContext, heads: int, width: int, axis: str):
-        whole = over == "heads"
-        super().__init__(NormConfig(eps=eps), ctx, heads * width if whole else width, axis if whole else "head_dim")
+    def __init__(self, config, ctx: BuildContext, heads: int, axis: str):
+        whole = config.qk_norm_over == "heads"
+        norm = NormConfig(eps=config.qk_norm_eps, zero_centered=config.qk_norm_zero_centered)
+        width = config.head_dim
+        super().__init__(norm, ctx, heads * width if whole else width, axis if whole else "head_dim")
         self.whole = whole
 
     def __call__(self, x_BTNH: jax.Array, where: jax.Array | None = None) -> jax.Array:
@@ -154,9 +160,7 @@ class Projections(nnx.Module):
         self.o_bias = ctx.constant(0.0, (d,), ("embed",)) if has_output_bias(config) else None
 
         def norm(heads: int, axis: str) -> HeadNorm | None:
-            return (
-                HeadNorm(config.qk_norm_over, config.qk_norm_eps, ctx, heads, width, axis) if config.qk_norm else None
-            )
+            return HeadNorm(config, ctx, heads, axis) if config.qk_norm else None
 
         self.q_norm, self.k_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
 

@@ -149,6 +149,7 @@ class SparkAttentionConfig(AttentionKind):
     # What `Projections` reads of an attention's configuration, and this one leaves as it is.
     qk_norm_over: ClassVar[NormOver] = "head"
     qk_norm_eps: ClassVar[float] = 1e-6
+    qk_norm_zero_centered: ClassVar[bool] = False
     output_bias: ClassVar[bool | None] = None
 
     kind: Literal["spark"] = "spark"

@@ -16,6 +16,7 @@ from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.huggingface.fields import Fields
 from sparsezoo_jax.huggingface.layouts.blockffn import BLOCKFFN
 from sparsezoo_jax.huggingface.layouts.deco import DECO
+from sparsezoo_jax.huggingface.layouts.gemma3 import GEMMA3
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.ling import LING
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
@@ -32,7 +33,7 @@ from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 __all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
 
 _RELATIVES = (MISTRAL, QWEN2, QWEN3, OLMO2, PROSPARSE, BAMBOO, MINICPM)
-for _layout in (LLAMA, GEMMA2, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES):
+for _layout in (LLAMA, GEMMA2, GEMMA3, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES):
     register_layout(_layout)
 
 

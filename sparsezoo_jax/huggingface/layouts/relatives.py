@@ -26,7 +26,7 @@ _MISTRAL = Relative(biases=(), kv_heads=8, max_seq_len=4096 * 32)
 _QWEN2 = Relative(biases=(), kv_heads=32, max_seq_len=32_768)
 _QWEN3 = dataclasses.replace(_QWEN2, biases=("attention_bias",), head_dim=128)
 _OLMO2 = Relative(biases=("attention_bias",), eps=1e-5)
-_QK_NORMS = (
+QK_NORMS = (
     vector("model.layers.{layer}.self_attn.q_norm.weight", "attention/projections/q_norm/scale"),
     vector("model.layers.{layer}.self_attn.k_norm.weight", "attention/projections/k_norm/scale"),
 )
@@ -131,7 +131,7 @@ QWEN3 = dataclasses.replace(
     LLAMA,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    entries=(*LLAMA.entries, *_QK_NORMS),
+    entries=(*LLAMA.entries, *QK_NORMS),
     read=_read_qwen3,
     write=lambda model: _write_qwen(model, _QWEN3),
     suits=_is_qwen3,
@@ -142,7 +142,7 @@ OLMO2 = dataclasses.replace(
     architecture="Olmo2ForCausalLM",
     entries=(
         *COMMON,
-        *_QK_NORMS,
+        *QK_NORMS,
         vector("model.layers.{layer}.post_attention_layernorm.weight", "attention_residual/post/scale"),
         vector("model.layers.{layer}.post_feedforward_layernorm.weight", "ffn_residual/post/scale"),
     ),
