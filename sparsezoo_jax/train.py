@@ -161,8 +161,10 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     adapts = config.train.lora.active
     warm_start = None if has_steps and not adapts else run_dir.open_source(config, workdir if has_steps else None)
     tokenizer = data.find_tokenizer(workdir) if resumes else None
+    template_of = None
     if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
-        tokenizer = data.find_tokenizer(config.train.init_from)  # what embeddings mean is the other run's
+        template_of = config.train.init_from
+        tokenizer = data.find_tokenizer(template_of)  # what embeddings mean is the other run's
     if tokenizer is None:
         tokenizer = data.open_tokenizer(config.data)
     require(
@@ -206,6 +208,8 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         run_dir.write_config(workdir, config)
         try:
             tokenizer.save(workdir)
+            if template_of is not None:
+                data.copy_template(template_of, workdir)
         except OSError as error:
             raise StorageError(f"{workdir}: the tokenizer can't be saved: {error.strerror}") from None
 

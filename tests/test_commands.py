@@ -505,15 +505,19 @@ def test_prompt_with_characters_the_tokenizer_lacks(trained, tmp_path, monkeypat
 def test_a_run_from_another_one_has_its_model(trained, tmp_path, small_corpus, monkeypatch):
     run = tmp_path / "run"
     source = tmp_path / "source"
-    source.symlink_to(trained)
+    source.mkdir()
+    for path in trained.iterdir():
+        (source / path.name).symlink_to(path)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     args = ["--train.init-from", source, "--workdir", run, "--data.dataset", small_corpus, "--data.batch-size", 2]
     args += ["--data.seq-len", 16, "--steps", 2, "--train.schedule.warmup-steps", 0, "--eval.no-report"]
     assert call(train, [*args, "--model.ffn.top-k", 5, "--train.stop-at", 1], monkeypatch) == 0
     of_both = [read_config(folder / "config.json").model for folder in (trained, run)]
     assert of_both[1] == dataclasses.replace(of_both[0], ffn=dataclasses.replace(of_both[0].ffn, top_k=5))
     assert (run / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    assert (run / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     # It goes on without that other run.
-    source.unlink()
+    shutil.rmtree(source)
     parsed = cli.parse_with_preset(
         train.Train, [*map(str, args), "--model.ffn.top-k", "5"], prog="train", description=""
     )

@@ -1,4 +1,7 @@
-"""Gemma 3, Mistral, Qwen 2, Qwen 3 and OLMo 2 there and back, on tiny random checkpoints; logits are those of transformers."""
+"""Gemma 3, Mistral, Qwen 2, Qwen 3 and OLMo 2 there and back, on tiny random checkpoints.
+
+Logits are those of transformers.
+"""
 
 import json
 

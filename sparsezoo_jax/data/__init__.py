@@ -5,7 +5,7 @@ Importing this is cheap: TFDS, Grain, PyArrow and the tokenizer libraries are im
 """
 
 from sparsezoo_jax.data.batches import Batch, BatchIterator, State, merge_states
-from sparsezoo_jax.data.chat import chat_prompt
+from sparsezoo_jax.data.chat import chat_prompt, copy_template
 from sparsezoo_jax.data.config import Component, DataConfig, cache_directory, local_cache
 from sparsezoo_jax.data.corpora import open_documents
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
@@ -66,6 +66,7 @@ __all__ = [
     "chat_prompt",
     "components_of",
     "continuation",
+    "copy_template",
     "evaluation_batches",
     "find_tokenizer",
     "load_prepared",

@@ -30,6 +30,24 @@ def read_template(directory: str | os.PathLike[str]) -> str:
     Raises:
       DataError: there is none, or the file is damaged.
     """
+    found = _template(directory)
+    if found is None:
+        raise DataError(f"{directory}: has no chat template ({TEMPLATE_FILE}, or chat_template in {HF_CONFIG_FILE})")
+    return found
+
+
+def copy_template(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
+    """Give a directory the chat template of another one, if that has one and it itself has none.
+
+    Raises:
+      DataError: a file is damaged. StorageError: writing failed.
+    """
+    found = _template(source)
+    if found is not None and _template(directory) is None:
+        storage.write_atomic(storage.path(directory) / TEMPLATE_FILE, found.encode())
+
+
+def _template(directory: str | os.PathLike[str]) -> str | None:
     own, config = storage.path(directory) / TEMPLATE_FILE, storage.path(directory) / HF_CONFIG_FILE
     try:
         if own.is_file():
@@ -39,9 +57,7 @@ def read_template(directory: str | os.PathLike[str]) -> str:
             found = {one["name"]: one["template"] for one in found}.get("default")
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise DataError(f"{directory}: the chat template can't be read: {error}") from None
-    if not isinstance(found, str):
-        raise DataError(f"{directory}: has no chat template ({TEMPLATE_FILE}, or chat_template in {HF_CONFIG_FILE})")
-    return found
+    return found if isinstance(found, str) else None
 
 
 def render(template: str, messages: Sequence[dict[str, str]], specials: dict[str, str]) -> str:

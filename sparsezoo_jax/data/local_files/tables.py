@@ -102,9 +102,9 @@ class ParquetFile(File):
         chunks = [group.column(column) for group in groups]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
         self._bytes = [chunk.total_uncompressed_size for chunk in chunks]
-        self.rows = self._ends[-1] if self._ends else 0
-        if self.rows > MAX_COMPRESSION * self.size:
-            raise DataError(f"{path}: declares {self.rows:,} rows in {self.size:,} bytes")
+        self.rows = rows = self._ends[-1] if self._ends else 0
+        if rows > MAX_COMPRESSION * self.size:
+            raise DataError(f"{path}: declares {rows:,} rows in {self.size:,} bytes")
         try:
             check_expansion({self._name: sum(self._bytes)}, self.size)
         except ValueError as error:
