@@ -49,6 +49,7 @@ TINY = RunConfig(
             gated=True,
         ),
         mtp_layers=1,
+        embedding_scale="sqrt_d_model",  # or the table, at the other maps' rate, lags behind in a run this short
         scan_layers=False,  # on a CPU a step is faster, and four layers compile as quickly
     ),
     train=TrainConfig(

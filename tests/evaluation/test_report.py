@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 from xml.etree import ElementTree
 
@@ -23,8 +24,10 @@ from sparsezoo_jax.evaluation.meters import (
     SelectionQuality,
 )
 from sparsezoo_jax.evaluation.report import RunFigures, render, write_report
+from sparsezoo_jax.evaluation.report.figures import written
 from sparsezoo_jax.evaluation.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, bar_plot, line_plot
 from sparsezoo_jax.evaluation_tables import print_experts
+from sparsezoo_jax.training.objectives import FixedObjective
 
 COUNT = Count(55.5, 6.25, {"5": 46, "25": 51, "50": 55, "75": 60, "95": 66})
 QUALITY = SelectionQuality(100, 0.875, 0.8125, 0.84, 0.75, 0.07, 0.08)
@@ -162,7 +165,8 @@ def test_no_history():
 
 
 def test_several_runs():
-    runs = [run("a", data="x"), run("b", DENSE_LAYER, "dense", data="y"), run("c", data="x")]
+    evaluated = History(TRAIN, dataclasses.replace(TRAIN, loss=[6.0, 5.5]), 0)
+    runs = [run("a", data="x"), run("b", DENSE_LAYER, "dense", data="y"), run("c", data="x", history=evaluated)]
     document = parsed(render(runs))
     assert [text_of(e) for e in document.iter("h2")] == ["Differences of configuration", "a", "b", "c"]
     tables = list(document.iter("table"))
@@ -171,7 +175,74 @@ def test_several_runs():
     assert ["FFN density", "7.23%", "100.00%", "7.23%"] in headline
     assert differences == [["", "a", "b", "c"], ["data", "x", "y", "x"]]
     lines = next(document.iter("svg"))
-    assert len([e for e in lines.iter("path") if e.get("class") == "line"]) == 3
+    styles = [e.get("style") for e in lines.iter("path") if e.get("class") == "line" and e.get("d")]
+    assert styles == [
+        "stroke:var(--c0)",
+        "stroke:var(--c1)",
+        "stroke:var(--c2)",
+        "stroke:var(--c2);stroke-dasharray:5 3",
+    ]
+    assert [text_of(e) for e in next(document.iter("ul")).iter("li")] == ["a", "b", "c"]
+
+
+def test_a_run_has_one_colour_in_all_plots():
+    nothing = History(NOTHING, NOTHING, 0)
+    runs = [run("a", history=nothing), run("b", EXPERT_LAYER, "moe"), run("c", EXPERT_LAYER, "moe")]
+    seen = {}
+    for legend in itertools.islice(parsed(render(runs)).iter("ul"), 7):
+        for item in legend.iter("li"):
+            seen.setdefault(text_of(item), set()).add(item.find("span").get("style"))
+    assert seen == {name: {f"background:var(--c{i})"} for i, name in enumerate("abc")}
+
+
+def test_values_are_written_as_in_a_configuration():
+    objectives = (FixedObjective(loss="l1", weight=0.5),)
+    assert json.loads(written(objectives))[0] == {**dataclasses.asdict(objectives[0]), "kind": "fixed"}
+    assert [written(value) for value in ("gelu", None, True, ("local", "global"), 1e-6)] == [
+        "gelu",
+        "null",
+        "true",
+        '["local", "global"]',
+        "1e-06",
+    ]
+
+
+def test_density_of_mixtures():
+    layers = (DENSE_LAYER, dataclasses.replace(EXPERT_LAYER, ffn=None))
+    mixture = dataclasses.replace(run(), meters=Meters(1, 1, layers, EXPERTS))
+    assert mixture.headline()["FFN density"] == f"{(1 + 0.1946) / 2:.2%}"
+
+
+def test_tokens_of_a_step():
+    assert run(**{"data.batch_size": "8", "data.seq_len": "256"}).headline()["tokens of a step (rows x length)"] == (
+        "2,048 (8 x 256)"
+    )
+    assert run().headline()["tokens of a step (rows x length)"] == "–"
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_layout_in_a_browser(width, tmp_path):
+    """Nothing is wider than the screen, and the first values of the first table are on it."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    values = {f"field_{i}": "a_long_value_" * 20 for i in range(3)}
+    page = render([run("a" * 40, **values), run("b", EXPERT_LAYER, "moe"), run("c")])
+    (tmp_path / "report.html").write_text(page)
+    flags = ["--no-sandbox", "--no-zygote", "--single-process"]
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=os.environ.get("CHROMIUM"), args=flags)
+        except playwright.Error:
+            pytest.skip("no Chromium: name one in $CHROMIUM")
+        shown = browser.new_page(viewport={"width": width, "height": 900})
+        shown.goto(f"file://{tmp_path}/report.html")
+        found = shown.evaluate("""() => ({
+          page: document.documentElement.scrollWidth, screen: innerWidth,
+          cell: document.querySelector("td:nth-child(2)").getBoundingClientRect().right })""")
+        shown.screenshot(path=tmp_path / f"report-{width}.png", full_page=True)
+        browser.close()
+    assert found["screen"] == width
+    assert found["page"] <= width
+    assert found["cell"] <= width
 
 
 # ---------------------------------------------------------------------------------------------------------------- Plots

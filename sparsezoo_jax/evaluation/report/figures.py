@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,11 @@ class RunFigures:
         rows = {
             "parameters": f"{self.parameters:,}",
             "step": final("step", ",d"),
+            "tokens of a step (rows x length)": self._tokens_of_a_step(),
             "validation loss (nats/token)": final("loss", ".4f"),
             "perplexity": final("perplexity", ".2f"),
             "bits per byte": final("bits_per_byte", ".4f"),
-            "FFN density": _shown(self.layer_mean(lambda x: x.ffn and x.ffn.density), ".2%"),
+            "FFN density": _shown(self.layer_mean(_density), ".2%"),
             "FFN selection: recall": _shown(
                 self.layer_mean(lambda x: x.ffn_selection and x.ffn_selection.recall), ".3f"
             ),
@@ -99,6 +101,14 @@ class RunFigures:
                 rows[f"MB read per token, context {context:,}, last"] = f"{cost.bytes_last / 1e6:,.2f}{ratio}"
         return rows
 
+    def _tokens_of_a_step(self) -> str:
+        """Losses after as many steps are comparable only where these are equal."""
+        sizes = [str(self.configuration.get(f"data.{name}")) for name in ("batch_size", "seq_len")]
+        if not all(size.isdecimal() for size in sizes):
+            return "–"
+        rows, length = map(int, sizes)
+        return f"{rows * length:,} ({rows:,} x {length:,})"
+
 
 def run_figures(
     directory: Path,
@@ -126,7 +136,7 @@ def run_figures(
     meters = measure(model, decoder, batches)
     return RunFigures(
         name=name,
-        configuration={field: str(value) for field, value in configuration.items()},
+        configuration={field: written(value) for field, value in configuration.items()},
         parameters=count_parameters(decoder).total,
         evaluation=evaluation,
         history=history,
@@ -134,6 +144,20 @@ def run_figures(
         costs=cost_table(decoder, contexts, meters.sparsity(decoder)),
         activation=activation,
     )
+
+
+def _density(layer: LayerMeters) -> float | None:
+    """The share of a layer's FFN that a token uses: of neurons, in a mixture of experts."""
+    if layer.ffn is not None:
+        return layer.ffn.density
+    return None if layer.experts is None else 1 - layer.experts.tls
+
+
+def written(value: Any) -> str:
+    """A value of a configuration as it is written on the command line and in `config.json`."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=dataclasses.asdict)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -33,9 +33,24 @@ svg { width: 100%; height: auto; }
 .legend { list-style: none; margin: 0; padding: 0 0 0 52px; display: flex; flex-wrap: wrap; gap: 0 .9rem;
   font-size: 12px; }
 .legend span { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto;
+  /* A shadow at an edge beyond which a table goes on: it stays in place, and what covers it moves with the table. */
+  background: linear-gradient(to right, var(--back) 30%, transparent) left / 3rem 100% local,
+    linear-gradient(to left, var(--back) 30%, transparent) right / 3rem 100% local,
+    radial-gradient(farthest-side at 0 50%, var(--grey), transparent) left / .8rem 100% scroll,
+    radial-gradient(farthest-side at 100% 50%, var(--grey), transparent) right / .8rem 100% scroll;
+  background-repeat: no-repeat; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .note { color: var(--grey); }
+.values td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; min-width: 8rem; }
+.values th { text-align: left; } .values td:first-child { white-space: nowrap; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); }
+@media (max-width: 600px) { .plots { grid-template-columns: 1fr; } th, td { padding: .15rem .4rem; }
+  th { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
+  th:first-child, td:first-child, .values td:first-child { white-space: normal; overflow-wrap: anywhere;
+    min-width: 6.5rem; max-width: 45vw; } }
+.note { color: var(--grey); }
 """
 
 
@@ -74,6 +89,7 @@ def _headlines(runs: Sequence[RunFigures]) -> str:
     headlines = [run.headline() for run in runs]
     names = list(dict.fromkeys(name for headline in headlines for name in headline))
     rows = [[name, *(headline.get(name, "–") for headline in headlines)] for name in names]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
     return _table(["", *(run.name for run in runs)], rows)
 
 
@@ -85,7 +101,11 @@ def _differences(runs: Sequence[RunFigures]) -> str:
         values = [run.configuration.get(name, absent) for run in runs]
         if any(value != values[0] for value in values):
             rows.append([name, *("–" if value is absent else str(value) for value in values)])
-    return "<h2>Differences of configuration</h2>" + _table(["", *(run.name for run in runs)], rows) if rows else ""
+    return (
+        "<h2>Differences of configuration</h2>" + _table(["", *(run.name for run in runs)], rows, values=True)
+        if rows
+        else ""
+    )
 
 
 def _note(run: RunFigures) -> str:
@@ -195,13 +215,15 @@ def _shape(scores: Any) -> list[str]:
 
 def _configuration(run: RunFigures) -> str:
     rows = [[name, str(value)] for name, value in run.configuration.items()]
-    return f"<details><summary>Configuration</summary>{_table(('field', 'value'), rows)}</details>"
+    return f"<details><summary>Configuration</summary>{_table(('field', 'value'), rows, values=True)}</details>"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, values: bool = False) -> str:
+    """A table; of `values` of a configuration, which may be long, rather than of numbers."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="values"' if values else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _finite(value: Any) -> Any:

@@ -65,10 +65,12 @@ def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
     plots = [_loss(runs)]
     for name, title, percent in (("ffn_density", "FFN density", True), ("attended_keys", "Attended keys", False)):
         series = [
-            Series(run.name, run.history.train.steps, [_mean(row) for row in run.history.train.layers[name]])
-            for run in runs
+            Series(run.name, run.history.train.steps, [_mean(row) for row in rows], place=place)
+            for place, run in enumerate(runs)
+            if any(rows := run.history.train.layers[name])
         ]
-        plots.append(line_plot(f"{title} over training, mean over layers", "step", title, series, percent=percent))
+        title = f"{title} over training, mean over layers"
+        plots.append(line_plot(title, "step", title.partition(" over")[0], series, percent=percent, places=len(runs)))
     for kind, pick in (("FFN", lambda x: x.ffn_selection), ("Attention", lambda x: x.attention_selection)):
         qualities = [
             (
@@ -83,9 +85,9 @@ def comparison_plots(runs: Sequence[RunFigures]) -> list[str]:
         if any(value is not None for _, values in qualities for value in values):
             title = f"{kind}: selection against exact top-k, mean over layers"
             plots.append(bar_plot(title, "share", ["recall", "precision"], qualities))
-    pooled = [(run.name, run.meters.experts) for run in runs if run.meters.experts is not None]
+    pooled = [(place, run.name, run.meters.experts) for place, run in enumerate(runs) if run.meters.experts is not None]
     if pooled:
-        plots.append(_chunk_sparsity(pooled))
+        plots.append(_chunk_sparsity(pooled, len(runs)))
     contexts = list(dict.fromkeys(context for run in runs for context in run.contexts))
     for title, unit, value in COSTS:
         bars = [
@@ -102,18 +104,19 @@ def _experts(run: RunFigures) -> list[str]:
     by_active = [Series(name, list(range(len(e.tokens_by_active))), e.tokens_by_active) for name, e in parts]
     loads = [Series(name, np.linspace(0, 1, len(e.load)).tolist(), sorted(e.load, reverse=True)) for name, e in parts]
     return [
-        _chunk_sparsity(parts),
+        _chunk_sparsity([(place, *part) for place, part in enumerate(parts)], len(parts)),
         line_plot("Active experts of a token", "active experts", "share of tokens", by_active, y_from_zero=True),
         line_plot("Load of experts", "experts, busiest first (share)", "share of tokens", loads, y_from_zero=True),
     ]
 
 
-def _chunk_sparsity(parts: Sequence[tuple[str, ExpertMeters]]) -> str:
+def _chunk_sparsity(parts: Sequence[tuple[int, str, ExpertMeters]], places: int) -> str:
     """By the logarithm of the chunk length, so that each doubling has its place."""
-    lines = [Series(name, [math.log2(int(n)) for n in e.cls], list(e.cls.values())) for name, e in parts]
-    return line_plot(
-        "Experts: chunk-level sparsity", "log2 of tokens in a chunk", "experts not active", lines, percent=True
-    )
+    lines = [
+        Series(name, [math.log2(int(n)) for n in e.cls], list(e.cls.values()), place=place) for place, name, e in parts
+    ]
+    title, x_label = "Experts: chunk-level sparsity", "log2 of tokens in a chunk"
+    return line_plot(title, x_label, "experts not active", lines, percent=True, places=places)
 
 
 COSTS: tuple[tuple[str, str, str], ...] = (
@@ -161,12 +164,14 @@ def _cost(run: RunFigures, context: int, value: str, *variants: str) -> float | 
 def _loss(runs: Sequence[RunFigures]) -> str:
     several = len(runs) > 1
     series = []
-    for run in runs:
+    for place, run in enumerate(runs):
         train, evaluation = run.history.train, run.history.evaluation
-        series.append(Series(run.name if several else "training", train.steps, train.loss))
-        if not several:
-            series.append(Series("validation", evaluation.steps, evaluation.loss, dashed=True))
-    return line_plot("Loss over training", "step", "nats/token", series)
+        names = (run.name, f"{run.name}, validation") if several else ("training", "validation")
+        own = place if several else None
+        series.append(Series(names[0], train.steps, train.loss, place=own))
+        series.append(Series(names[1], evaluation.steps, evaluation.loss, True, own, in_legend=not several))
+    title = "Loss over training (dashed: validation)" if several else "Loss over training"
+    return line_plot(title, "step", "nats/token", series, places=len(runs) if several else 0)
 
 
 def _course_by_layer(run: RunFigures) -> list[str]:

@@ -33,6 +33,9 @@ class Series:
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
+    place: int | None = None
+    """Number of its colour; None: its place among the lines of the plot."""
+    in_legend: bool = True
 
 
 def line_plot(
@@ -45,8 +48,12 @@ def line_plot(
     reference: Sequence[Series] = (),
     y_from_zero: bool = False,
     percent: bool = False,
+    places: int = 0,
 ) -> str:
-    """A `<figure>` with one line a series; `reference` lines are grey and dashed. Empty series give a note."""
+    """A `<figure>` with one line a series; `reference` lines are grey and dashed. Empty series give a note.
+
+    Colours are those of `places` series, or of as many as there are here.
+    """
     drawn = [*series, *reference]
     points = [
         (x, y)
@@ -65,12 +72,15 @@ def line_plot(
     parts = [_axes(x_axis, y_axis, x_label, y_label, percent=percent)]
     for line in reference:
         parts.append(f'<path class="reference" d="{_path(line, x_axis, y_axis, log_y)}"/>')
-    for index, line in enumerate(series):
-        style = f"stroke:{colour(index, len(series))}" + (";stroke-dasharray:5 3" if line.dashed else "")
+    count = max(len(series) if places == 0 else places, 1)
+    shades = [colour(index if line.place is None else line.place, count) for index, line in enumerate(series)]
+    for line, shade in zip(series, shades, strict=True):
+        style = f"stroke:{shade}" + (";stroke-dasharray:5 3" if line.dashed else "")
         parts.append(f'<path class="line" style="{style}" d="{_path(line, x_axis, y_axis, log_y)}"/>')
         parts.append(_tooltips(line, x_axis, y_axis, log_y, percent, y_label))
-    names = [(line.name, colour(index, len(series))) for index, line in enumerate(series)]
-    return _figure(title, _svg(title, parts), _legend([*names, *((line.name, "var(--grey)") for line in reference)]))
+    names = [(line.name, shade) for line, shade in zip(series, shades, strict=True) if line.in_legend]
+    names += [(line.name, "var(--grey)") for line in reference]
+    return _figure(title, _svg(title, parts), _legend(names, alone=places > 0))
 
 
 def bar_plot(
@@ -217,8 +227,9 @@ def _svg(title: str, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _legend(names: Sequence[tuple[str, str]]) -> str:
-    if len(names) < 2:
+def _legend(names: Sequence[tuple[str, str]], *, alone: bool = False) -> str:
+    """Names with their colours; of a single one only if it is told to stand `alone`."""
+    if len(names) < 2 and not alone:
         return ""
     return (
         '<ul class="legend">'
