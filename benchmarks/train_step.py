@@ -85,6 +85,18 @@ def step_of(
     return run
 
 
+def random_batch(model: DecoderConfig, rows: int, length: int) -> dict[str, np.ndarray]:
+    """A batch of whole sequences of random tokens, [rows, length] each."""
+    draw, shape = np.random.default_rng(0), (rows, length)
+    return {
+        "tokens": draw.integers(0, model.vocab_size, shape, np.int32),
+        "targets": draw.integers(0, model.vocab_size, shape, np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        "mask": np.ones(shape, bool),
+    }
+
+
 def main() -> None:
     """Time the variants and print the table."""
     platforms.keep_freed_memory()  # as training does
@@ -102,18 +114,10 @@ def main() -> None:
     model = dataclasses.replace(
         model, scan_layers=False, remat="none", dtype="float32", layers=options.layers or model.layers
     )
-    draw = np.random.default_rng(0)
-    shape = (options.batch_size, options.seq_len)
-    batch = {
-        "tokens": draw.integers(0, model.vocab_size, shape, np.int32),
-        "targets": draw.integers(0, model.vocab_size, shape, np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "mask": np.ones(shape, bool),
-    }
+    batch = random_batch(model, options.batch_size, options.seq_len)
     variants = VARIANTS[options.arch](model, options.size, batch)
     title = f"{options.arch} {options.size}, {model.layers} layers"
-    print(f"{title}, {shape[0]} x {shape[1]} tokens, {options.rounds} rounds\n")
+    print(f"{title}, {options.batch_size} x {options.seq_len} tokens, {options.rounds} rounds\n")
     print_ratios(interleaved(variants, options.rounds), "dense")
 
 

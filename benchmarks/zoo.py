@@ -26,12 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import decode
 from benchmarks.run_text import validation_text
-from benchmarks.timing import interleaved
-from benchmarks.train_step import compiled_step
+from benchmarks.timing import interleaved, ratios
+from benchmarks.train_step import compiled_step, random_batch
 from benchmarks.training_runs import figures_of
 from sparsezoo_jax import data, platforms, run_dir
 from sparsezoo_jax.configs import PRESETS, preset
@@ -174,14 +172,7 @@ def decoding(trained: Trained) -> Callable[[], None]:
 def training(arch: str) -> Callable[[], Any]:
     """One train step of the preset."""
     config = preset(arch, "tiny")
-    draw, shape = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
-    batch = {
-        "tokens": draw.integers(0, config.model.vocab_size, shape, np.int32),
-        "targets": draw.integers(0, config.model.vocab_size, shape, np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "mask": np.ones(shape, bool),
-    }
+    batch = random_batch(config.model, config.data.batch_size, config.data.seq_len)
     compiled, state = compiled_step(config.model, batch, config.train)
     held = [state]
 
@@ -190,15 +181,6 @@ def training(arch: str) -> Callable[[], Any]:
         return metrics
 
     return step
-
-
-def ratios(times: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
-    """Quartiles of the rounds' ratios to the baseline's time, by architecture: lower, median, upper."""
-    found = {}
-    for name, values in times.items():
-        quarters = statistics.quantiles([own / base for own, base in zip(values, times[BASELINE], strict=True)], n=4)
-        found[name] = (quarters[0], quarters[1], quarters[2])
-    return found
 
 
 def main() -> None:
@@ -222,8 +204,8 @@ def main() -> None:
         return
     times: list[dict[str, tuple[float, float, float]]] = []
     if options.rounds:
-        times.append(ratios(interleaved({arch: training(arch) for arch in archs}, options.rounds)))
-        times.append(ratios(interleaved({arch: decoding(trained) for arch, trained in runs.items()}, options.rounds)))
+        steps, tokens = {arch: training(arch) for arch in archs}, {arch: decoding(of) for arch, of in runs.items()}
+        times += [ratios(interleaved(turns, options.rounds), BASELINE) for turns in (steps, tokens)]
     print(
         "| architecture | parameters | learning rate | validation loss, mean (spread) | against dense | FFN active | "
         "MFLOP a token (its dense twin) |" + " train step | decoding |" * bool(times)
