@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax import plugins
 from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpus import CORPORA
-from sparsezoo_jax.errors import STRICT, SparsezooWarning, StorageError, UserError, require
+from sparsezoo_jax.errors import STRICT, ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.evaluation.config import EvalConfig
 from sparsezoo_jax.models import DecoderConfig
-from sparsezoo_jax.overrides import as_python, faults, local_fields, with_values
+from sparsezoo_jax.overrides import as_python, faults, has_plain_kind, local_fields, with_kind, with_values
 from sparsezoo_jax.registry import kinds_of
 from sparsezoo_jax.sharding import MeshConfig
 from sparsezoo_jax.storage import write_atomic
@@ -83,6 +85,7 @@ FREE_ON_RESUME = (
     "plugins",
     "train.stop_at",
     "train.log_every",
+    "train.writers",
     "train.eval_every",
     "train.checkpoint_every",
     "train.checkpoint_every_minutes",
@@ -135,6 +138,32 @@ def from_json(text: str | bytes, source: Path | str = "config") -> RunConfig:
         raise UserError(f"{source}: {faults(error)}") from None
     except ValueError as error:
         raise UserError(f"{source}: not a configuration ({error})") from None
+
+
+def with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with other values of dotted fields, all at once; those that end in `.kind` exchange a part first.
+
+    Raises:
+      ConfigError: no such field, or values that are not allowed, alone or together.
+    """
+    kinds = [name for name in changes if name.endswith(".kind") and not has_plain_kind(config, name[: -len(".kind")])]
+    for name in kinds:
+        config = with_kind(config, name.removesuffix(".kind"), changes[name])
+    values = _ADAPTER.dump_python(config)
+    for name in changes.keys() - kinds:
+        *parts, last = name.split(".")
+        holder = values
+        for part in parts:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or last not in holder:
+            close = difflib.get_close_matches(name, flatten(config), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(name, changes[name], f"no such field{hint}")
+        holder[last] = as_python(changes[name])
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("changes", dict(changes), faults(error)) from None
 
 
 def restorable(config: RunConfig) -> RunConfig:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsezoo_jax import cli
-from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.errors import require
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
@@ -62,41 +62,27 @@ class Generate(WeightFormats):
 def main(args: Sequence[str]) -> None:
     """Print the prompt and stream its continuation."""
     command = cli.parse(Generate, args, prog="generate", description=(__doc__ or "").strip())
-    from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.inference import Engine, Sampling, packed
+    from sparsezoo_jax.inference import Sampling
+    from sparsezoo_jax.text_model import TextModel
 
     sampling = Sampling(command.temperature, command.top_k, command.top_p, command.min_p)
     require(command.system is None or command.chat, "--system", command.system, "needs --chat")
     require(not (command.chat and command.special_tokens), "--special-tokens", True, "is implied by --chat")
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
-    model, _, tokenizer = run_dir.load(command.directory, step=command.step, base=command.base)
-    if tokenizer is None:
-        raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
-    for token in command.stop_ids:
-        vocab = model.config.vocab_size
-        require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
-    stop = (*command.stop_ids, *data.stop_ids(command.directory, tokenizer))
-    model = packed(model, command.formats)
+    model = TextModel.load(
+        command.directory, step=command.step, base=command.base, formats=command.formats, stop_ids=command.stop_ids
+    )
     if command.chat:
-        system = [] if command.system is None else [{"role": "system", "content": command.system}]
-        prompts = [
-            data.chat_prompt(command.directory, tokenizer, [*system, {"role": "user", "content": prompt}])
-            for prompt in command.prompt
-        ]
+        prompts = [model.encode_message(prompt, command.system) for prompt in command.prompt]
     else:
-        prompts = [tokenizer.encode_prompt(prompt, special_tokens=command.special_tokens) for prompt in command.prompt]
-    generation = Engine(model).generate(
-        prompts,
-        max_new_tokens=command.max_new_tokens,
-        sampling=sampling,
-        seed=command.seed,
-        stop=stop,
-        drafts=command.drafts,
+        prompts = [model.encode(prompt, special_tokens=command.special_tokens) for prompt in command.prompt]
+    generation = model.generate(
+        prompts, max_new_tokens=command.max_new_tokens, sampling=sampling, seed=command.seed, drafts=command.drafts
     )
     # A model may have learned, or been made, to write what steers a terminal; a file gets its text as it is.
     shown = _on_terminal if sys.stdout.isatty() else str
     if len(command.prompt) == 1:
-        text = tokenizer.stream_decoder(prompts[0])
+        text = model.tokenizer.stream_decoder(prompts[0])
         with cli.held_warnings():
             if not command.chat:
                 print(command.prompt[0], end="", flush=True)
@@ -105,12 +91,10 @@ def main(args: Sequence[str]) -> None:
                     print(shown(text.push(token)), end="", flush=True)
             print(shown(text.flush()))
     else:
-        for _ in generation:
-            pass
-        for prompt, ids, row in zip(command.prompt, prompts, generation.rows, strict=True):
-            print(f"{'' if command.chat else prompt}{shown(data.continuation(tokenizer, ids, row))}\n")
+        for prompt, text in zip(command.prompt, model.texts(generation), strict=True):
+            print(f"{'' if command.chat else prompt}{shown(text)}\n")
     if command.stats:
-        print_stats(model, generation.stats)
+        print_stats(model.engine.model, generation.stats)
 
 
 def _on_terminal(text: str) -> str:

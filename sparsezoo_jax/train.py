@@ -7,13 +7,12 @@ resumed; the same flags must be given.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
@@ -22,8 +21,6 @@ from sparsezoo_jax.config import RunConfig, flatten, restorable
 from sparsezoo_jax.errors import (
     STRICT,
     ConfigError,
-    DataError,
-    NumericsError,
     SparsezooWarning,
     StorageError,
     UserError,
@@ -42,6 +39,10 @@ from sparsezoo_jax.sharding import (
     use_mesh,
 )
 from sparsezoo_jax.storage import write_atomic
+from sparsezoo_jax.training_tables import print_figures, print_mixture, print_sample, show_text
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.training.writers import MetricWriter
 
 _STARTED = time.monotonic()
 
@@ -87,7 +88,7 @@ def main(args: Sequence[str]) -> None:
     workdir = command.workdir or Path("runs") / f"{command.arch}-{command.size}"
     try:
         if command.debug.replay is None:
-            train(command.config(), workdir, fresh=command.fresh)
+            train(command.config(), workdir, fresh=command.fresh, started=_STARTED)
         else:
             replay(command.config(), workdir, command.debug.replay)
     except UserError as error:
@@ -122,8 +123,23 @@ def join_processes(command: Train) -> None:
         raise ConfigError("--distributed", True, f"the processes can't be joined ({why})") from None
 
 
-def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    fresh: bool = False,
+    writers: Sequence[MetricWriter] = (),
+    started: float | None = None,
+) -> dict[str, Any]:
     """Train `config` in `workdir`, or go on there; returns the final figures that are also in `evaluation.json`.
+
+    Args:
+      fresh: refuse a workdir that is not empty.
+      writers: of metrics, beside those of the configuration.
+      started: `time.monotonic()` from which the times of the figures count. Default: now.
+
+    Returns:
+      The figures by name; none of a run that stopped before its last step.
 
     Raises:
       UserError: an impossible configuration, corpus or directory; nothing has been written to `workdir` then.
@@ -140,7 +156,10 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     from sparsezoo_jax.training.parameters import saved_steps
     from sparsezoo_jax.training.peers import Peers
     from sparsezoo_jax.training.phases import Phases, Watchdog
+    from sparsezoo_jax.training.usual_writers import check_writers
 
+    started = time.monotonic() if started is None else started
+    check_writers(config.train.writers)
     config = run_dir.with_absolute_base(restorable(config))
     # ------------------------------------------------------------------------------------------------------- Devices
     mesh = build_mesh(config.mesh)
@@ -152,7 +171,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
     rows = addressable_rows(batch_sharding, batch_shape)
     is_main = jax.process_index() == 0
     meters = config.eval.meter_batches
-    require(meters == 0 or jax.process_count() == 1, "eval.meter_batches", meters, "must be 0 with several processes")
+    alone, shows = jax.process_count() == 1, config.eval.histograms
+    require(meters == 0 or alone, "eval.meter_batches", meters, "must be 0 with several processes")
+    require(not shows or alone, "eval.histograms", shows, "must be off with several processes")
 
     # ------------------------------------------------------------------------------------------- Directory and corpus
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
@@ -215,7 +236,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
 
     # --------------------------------------------------------------------------------------------------------- Train
     counted = train_flops_per_token(config.model, config.data.seq_len)
-    setup_seconds = time.monotonic() - _STARTED
+    setup_seconds = time.monotonic() - started
     phases = Phases()
     peers = Peers(phases, config.train.hang_timeout)
     with use_mesh(mesh), Watchdog(phases, config.train.hang_timeout, peers.explain), peers:
@@ -230,6 +251,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
                 place=place,
                 warm_start=warm_start,
                 before_writing=write_run_files,
+                more_writers=writers,
+                hyperparameters=flatten(config),
+                histograms=parameter_histograms if shows else None,
                 phases=phases,
                 flops_per_token={"mfu_dense": counted.dense, "mfu_sparse": counted.sparse},
                 tokens_by_corpus=batches.tokens_by_corpus if config.data.mixture is not None else None,
@@ -258,7 +282,7 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
         "step": result.step,
         "split": config.data.validation_split,
         **final.as_dict(),
-        "seconds": round(time.monotonic() - _STARTED, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "seconds_to_first_step": round(result.time_to_first_step + setup_seconds, 1),
         "train_tokens_per_second": round(result.tokens_per_second, 1),
     }
@@ -278,7 +302,9 @@ def train(config: RunConfig, workdir: Path, *, fresh: bool = False) -> dict[str,
             commands = [f"generate {workdir} --prompt ...", f"report {workdir}"]
             print("\nFor a sample and the report: python -m sparsezoo_jax." + " and ".join(commands))
         return figures
-    print_sample(result.model, tokenizer, data.stop_ids(workdir, tokenizer))
+    sample = print_sample(result.model, tokenizer, data.stop_ids(workdir, tokenizer))
+    if sample is not None and "tensorboard" in config.train.writers:
+        show_text(workdir, result.step, "sample", sample)
     if config.eval.report:
         shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.batches)
         run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown)
@@ -412,70 +438,20 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
         )
 
 
-def print_mixture(config: RunConfig, prepared: Any) -> None:
-    """Print to stderr what a mixture comes to: normalised weights, and how often each corpus will have been read.
-
-    Args:
-      prepared: the training split, None when streaming.
-    """
-    parts = config.data.mixture or ()
-    total = sum(part.weight for part in parts)
-    header = ["corpus", "weight", "epochs at most"]
-    rows = [[part.label, f"{part.weight / total:.4f}", "-" if part.epochs is None else part.epochs] for part in parts]
-    if prepared is not None:
-        schedule, size = prepared.schedule(), config.data.batch_size
-        header += ["sequences", f"epochs in {config.train.steps:,} steps", "ends in step"]
-        drawn = schedule.counts(config.train.steps * size)
-        for row, component, count, end in zip(rows, prepared.components, drawn, schedule.ends, strict=True):
-            records, step = component.split.num_records, end / size
-            row += [f"{records:,}", f"{count / records:.2f}", math.ceil(step) if step <= config.train.steps else "-"]
-    cli.print_table("Mixture", header, rows, file=sys.stderr)
-
-
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(cli.without_nan(figures), indent=2) + "\n").encode())
 
 
-def print_figures(figures: dict[str, Any], workdir: Path) -> None:
-    """Print what a run came to: loss beside the entropies of simpler predictors, sparsity of each layer, time."""
-    rows = [
-        ("validation loss", f"{figures['loss']:.4f} nats/token"),
-        ("perplexity", f"{figures['perplexity']:.2f}"),
-        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
-        *cli.corpus_rows(figures),
-        *(
-            (f"{name} entropy of the split", f"{figures[f'{name}_entropy']:.4f} nats/token")
-            for name in ("unigram", "bigram")
-            if f"{name}_entropy" in figures
-        ),
-        ("first step after", f"{figures['seconds_to_first_step']:.1f} s"),
-        ("whole run", f"{figures['seconds']:.1f} s, {figures['train_tokens_per_second']:,.0f} tokens/s"),
-    ]
-    cli.print_table(f"{workdir}: step {figures['step']}", ("figure", "value"), rows)
-    cli.print_layers(figures)
+def parameter_histograms(model: Any) -> dict[str, Any]:
+    """A histogram of each parameter's values, all layers together, by 'parameters/<path>'."""
+    import numpy as np
+    from flax import nnx
 
+    from sparsezoo_jax.training.state import flatten as leaves
+    from sparsezoo_jax.training.writers import Histogram
 
-def print_sample(
-    model: Any, tokenizer: Any, stop: Sequence[int], prompt: str = "The state of the Union is", tokens: int = 60
-) -> None:
-    """Print a continuation of `prompt`."""
-    from sparsezoo_jax.data import continuation
-    from sparsezoo_jax.inference import Sampling, generate_tokens
-
-    try:
-        ids = tokenizer.encode_prompt(prompt)
-    except DataError:  # a vocabulary without these letters: nothing sensible to begin with
-        return
-    tokens = min(tokens, model.config.max_seq_len - len(ids))
-    if tokens < 1:
-        return
-    sampling = Sampling(temperature=0.8, top_p=0.95)
-    try:
-        new = list(generate_tokens(model, ids, max_new_tokens=tokens, sampling=sampling, stop=stop))
-    except NumericsError as error:
-        print(f"\nNo sample: {error}")
-        return
-    print(f"\nSample (temperature 0.8, top-p 0.95):\n{prompt}{continuation(tokenizer, ids, new)}", file=sys.stdout)
+    found = leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return {f"parameters/{path}": Histogram.of(np.asarray(array, np.float32)) for path, array in found.items()}
 
 
 if __name__ == "__main__":

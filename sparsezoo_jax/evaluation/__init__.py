@@ -3,7 +3,7 @@
 from sparsezoo_jax.evaluation.calibration import Calibration, calibrate
 from sparsezoo_jax.evaluation.corpora import evaluate_corpora
 from sparsezoo_jax.evaluation.cost import Cost, as_rows, cost_table
-from sparsezoo_jax.evaluation.history import History, read_history
+from sparsezoo_jax.evaluation.history import History, read_history, read_rows
 from sparsezoo_jax.evaluation.meters import Meters, measure
 from sparsezoo_jax.evaluation.perplexity import Evaluation, evaluate_model
 
@@ -20,4 +20,5 @@ __all__ = [
     "evaluate_model",
     "measure",
     "read_history",
+    "read_rows",
 ]

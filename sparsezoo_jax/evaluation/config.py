@@ -18,6 +18,9 @@ class EvalConfig:
     meter_batches: int = 0
     """Batches of each evaluation during training on which neurons and experts that are never active are counted, for
     the metrics dead_neurons and dead_experts of each layer; 0 counts none. In one process only."""
+    histograms: bool = False
+    """Show a histogram of each parameter's values, of all layers together, with each evaluation, where a writer can
+    (TensorBoard, Weights & Biases). In one process only."""
     report: bool = True
     """Write report.html at the end of training."""
 

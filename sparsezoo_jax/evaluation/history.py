@@ -47,8 +47,23 @@ def read_history(directory: Path) -> History:
     Raises:
       StorageError: the file can't be read.
     """
-    path = directory / METRICS
-    lines, rows = 0, []
+    rows, lines = _read(directory / METRICS)
+    train, evaluation = ([row for row in rows if ("split" in row) == evaluated] for evaluated in (False, True))
+    return History(_course(train), _course(evaluation), lines - len(rows))
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` as they are; lines that hold none are left out.
+
+    Raises:
+      StorageError: the file can't be read.
+    """
+    return _read(directory / METRICS)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file, and how many lines it has that are not empty."""
+    lines, rows = 0, list[dict[str, Any]]()
     try:
         require_regular(path)
         with storage.open_read(path) as file:
@@ -62,8 +77,7 @@ def read_history(directory: Path) -> History:
         pass
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    train, evaluation = ([row for row in rows if ("split" in row) == evaluated] for evaluated in (False, True))
-    return History(_course(train), _course(evaluation), lines - len(rows))
+    return rows, lines
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

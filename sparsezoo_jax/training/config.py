@@ -71,6 +71,8 @@ class TrainConfig:
     """Stop after this step as if interrupted: schedules are unchanged, and a run without it goes on from there."""
     log_every: int = 10
     """Steps between rows of metrics."""
+    writers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl; `wandb` and `trackio` are extras of the package."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     checkpoint_every: int = 500

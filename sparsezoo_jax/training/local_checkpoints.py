@@ -40,19 +40,22 @@ KEPT = 2
 """Steps kept: the newest may be incomplete in another process."""
 
 
+def read_run_id(workdir: Path) -> str:
+    """What tells the run in `workdir` from others; for its first process, which writes it where there is none."""
+    path = workdir / RUN_ID
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex.encode())
+    with storage.open_read(path) as file:
+        return file.read().decode().strip()
+
+
 def run_id(workdir: Path) -> str:
     """What tells the run in `workdir` from others, the same in all processes; kept there."""
     path = workdir / RUN_ID
 
-    def own() -> str:
-        if not path.exists():
-            write_atomic(path, uuid.uuid4().hex.encode())
-        with storage.open_read(path) as file:
-            return file.read().decode().strip()
-
     def checked() -> str:
         try:
-            found = own() if jax.process_index() == 0 else ""
+            found = read_run_id(workdir) if jax.process_index() == 0 else ""
         except (OSError, ValueError) as error:
             raise StorageError(f"{path}: {brief(error)}") from None
         if jax.process_index() == 0 and not re.fullmatch("[0-9a-f]{32}", found):

@@ -35,15 +35,9 @@ from sparsezoo_jax.training.shares import TokenShares
 from sparsezoo_jax.training.speed import SpeedMeter, yardstick
 from sparsezoo_jax.training.state import Build, Placement, PureDict, TrainState, first_device, flatten, parameter_count
 from sparsezoo_jax.training.step import Batch, Metrics
+from sparsezoo_jax.training.usual_writers import METRICS, open_writers
 from sparsezoo_jax.training.warm_start import WarmStart
-from sparsezoo_jax.training.writers import (
-    JsonlWriter,
-    MetricWriter,
-    ProgressWriter,
-    TensorBoardWriter,
-    Writers,
-    has_steps,
-)
+from sparsezoo_jax.training.writers import Histogram, MetricWriter, Writers, has_steps
 
 Evaluate = Callable[[Any, Callable[[], None]], Mapping[str, float]]
 """From the model (an nnx.Module) to metrics of the validation split, `loss` (nats a token) among them.
@@ -54,7 +48,6 @@ exception when the run was asked to stop."""
 CHECKPOINTS = "checkpoints"
 SAVED_ONCE = "checkpoints.saved"
 """A file of a run that has had a complete checkpoint."""
-METRICS = "metrics.jsonl"
 
 
 class EvaluationInterrupted(Exception):  # noqa: N818
@@ -99,6 +92,9 @@ def fit(
     warm_start: WarmStart | None = None,
     before_writing: Callable[[], None] | None = None,
     writers: Sequence[MetricWriter] | None = None,
+    more_writers: Sequence[MetricWriter] = (),
+    hyperparameters: Mapping[str, Any] | None = None,
+    histograms: Callable[[nnx.Module], Mapping[str, Histogram]] | None = None,
     phases: Phases | None = None,
     flops_per_token: Mapping[str, float] | None = None,
     tokens_by_corpus: Callable[[], Mapping[str, int]] | None = None,
@@ -116,7 +112,10 @@ def fit(
       warm_start: gives the parameters and other variables of a run that has no checkpoint yet, and with `config.lora`
         of any run the parameters that adapters are trained for. Default: those that `build` makes.
       before_writing: called once when the configuration has been checked, before the first file is written.
-      writers: instead of the usual three (metrics.jsonl, TensorBoard, progress).
+      writers: instead of the usual ones (metrics.jsonl, progress, and `config.writers`).
+      more_writers: beside these.
+      hyperparameters: what the usual writers note of the run, by name.
+      histograms: made of the model after each evaluation, for the writers that show them.
       phases: tells a watchdog what the run is doing.
       flops_per_token: FLOPs of a train step per token by the name of a metric, which is logged as their share of the
         devices' peak, where that is known.
@@ -205,9 +204,9 @@ def fit(
 
         last = config.steps if config.stop_at is None else min(config.steps, config.stop_at)
         if writers is None and is_main:
-            writers, lost = _usual_writers(workdir, last, first, record.unlogged)
+            writers, lost = open_writers(config.writers, workdir, last, first, record.unlogged, hyperparameters or {})
             record = dataclasses.replace(record, lost_steps=record.lost_steps + lost)
-        writer = Writers(writers or ())
+        writer = Writers((*(writers or ()), *(more_writers if is_main else ())))
         resources.callback(writer.close)
         account = Account(phases, record)
         pending = _Pending()
@@ -323,6 +322,8 @@ def fit(
                         evaluation = dict(evaluate(model, between_batches))
                     evaluated = True
                     writer.write(step, evaluation, split="validation")
+                    if histograms is not None:
+                        writer.write_histograms(step, histograms(model))
                     validation_loss = evaluation.get("loss")
                 except EvaluationInterrupted:
                     interrupted = saves = True
@@ -473,12 +474,3 @@ def _refuse_lost_checkpoints(workdir: Path) -> None:
             )
 
     in_all(check)
-
-
-def _usual_writers(
-    workdir: Path, last: int, first: int, unlogged: Sequence[str]
-) -> tuple[tuple[MetricWriter, ...], int]:
-    """The writers, and how many steps after the checkpoint the log had: those are made again."""
-    log = JsonlWriter(workdir / METRICS, resume_step=first, unlogged=unlogged)
-    writers = (log, TensorBoardWriter(workdir / "tensorboard", resume_step=first), ProgressWriter(last, start=first))
-    return writers, max(log.last_step - first, 0)

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Where metrics go: what all writers have in common, metrics.jsonl and the terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError
@@ -28,19 +25,49 @@ from sparsezoo_jax.errors import StorageError
 Row = Mapping[str, float | np.ndarray]
 
 
-class MetricWriter(Protocol):
-    """A destination of metrics. Scalars are floats; per-layer statistics are arrays [L], NaN where there is none."""
+class Histogram(NamedTuple):
+    """How often values fell into each of some neighbouring bins."""
+
+    counts: np.ndarray
+    """int [N]."""
+    edges: np.ndarray
+    """float [N + 1]."""
+    total: float
+    """Sum of the values."""
+    squares: float
+    """Sum of their squares."""
+
+    @classmethod
+    def of(cls, values: Any, bins: int = 64) -> Histogram:
+        """The histogram of an array in bins of equal width; values that are not finite are left out."""
+        values = np.asarray(values, np.float64).ravel()
+        values = values[np.isfinite(values)]
+        counts, edges = np.histogram(values, bins)
+        return cls(counts, edges, float(values.sum()), float(np.square(values).sum()))
+
+
+class MetricWriter:
+    """A destination of metrics; subclasses have `write`, and what else they can do.
+
+    All calls come from one thread, which is not the one that trains. An exception is reported and does not stop the run
+    (see `Writers`).
+    """
 
     def write(self, step: int, metrics: Row, split: str | None = None) -> None:
         """One row; `split` is None for a training step and the name of the data split for an evaluation.
 
-        An exception is reported and does not stop the run (see `Writers`).
+        Scalars are floats; per-layer statistics are arrays [L], NaN where there is none.
         """
-        ...
+        raise NotImplementedError
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Histograms by name."""
+
+    def rewind(self, step: int) -> None:
+        """Take back what came after `step`: these steps will be made again."""
 
     def close(self) -> None:
         """Write out what is held back."""
-        ...
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -53,7 +80,7 @@ def _finite_or_none(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-class JsonlWriter:
+class JsonlWriter(MetricWriter):
     """One JSON object a line: `step`, `split` for evaluations, metrics; arrays as lists, non-finite as null.
 
     On opening, rows after `resume_step` are dropped, so that no step appears twice, and so is what is no row: a line
@@ -231,69 +258,6 @@ def has_steps(path: Path) -> bool:
         raise StorageError(f"{path}: {error.strerror}") from None
 
 
-class TensorBoardWriter:
-    """TensorBoard events: scalars as '<split>/<name>', per-layer statistics as their mean and one scalar a layer.
-
-    Values that are not finite leave a gap in the curve. After a failure the next row goes to a new file: readers stop
-    at a record that is cut short.
-    """
-
-    def __init__(self, directory: Path | str, *, resume_step: int = 0):
-        self._mirror, self._files = storage.Mirror(storage.path(directory)), 0
-        # What an interrupted run wrote after the checkpoint is hidden from this step on.
-        self._purge_step = resume_step + 1 if resume_step else None
-        self._events: EventsWriter | None = None
-
-    def _open(self) -> EventsWriter:
-        # SummaryWriter's thread dies of its first failed write, and whoever adds to its full queue then waits for ever.
-        if self._events is None:
-            self._mirror.local.mkdir(parents=True, exist_ok=True)
-            self._files += 1
-            # File names have a time in seconds.
-            self._events = EventsWriter(str(self._mirror.local / "events"), f".{os.getpid()}.{self._files}")
-            if self._purge_step is not None:
-                start = SessionLog(status=SessionLog.START)
-                self._events.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=start))
-                self._purge_step = None
-        return self._events
-
-    def write(self, step: int, metrics: Row, split: str | None = None) -> None:
-        """Write and flush the events of a row.
-
-        Raises:
-          OSError: they could not be written.
-        """
-        prefix = split or "train"
-        scalars: dict[str, float] = {}
-        for name, value in metrics.items():
-            if np.ndim(value) == 0:
-                scalars[f"{prefix}/{name}"] = float(value)
-                continue
-            layers = np.asarray(value, np.float64)
-            if np.isfinite(layers).any():
-                scalars[f"{prefix}/{name}"] = float(layers[np.isfinite(layers)].mean())
-            scalars |= {f"{prefix}_layers/{name}/{layer:03d}": float(x) for layer, x in enumerate(layers)}
-        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items() if math.isfinite(x)]
-        try:
-            events = self._open()
-            events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            events.flush()
-        except Exception:
-            self._events = None
-            raise
-        self._mirror.send()
-
-    def rewind(self, step: int) -> None:
-        """Hide what was written after `step`."""
-        self._purge_step, self._events = step + 1, None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._events is not None:
-            self._events.close()
-        self._mirror.close()
-
-
 def _density(metrics: Row) -> str:
     """The share that is active over the layers that have one; of routed experts where dense layers are beside them."""
     for name, title in (("routed_density", "active experts"), ("ffn_density", "FFN density")):
@@ -303,7 +267,7 @@ def _density(metrics: Row) -> str:
     return ""
 
 
-class ProgressWriter:
+class ProgressWriter(MetricWriter):
     """A progress bar with loss, tokens/s, FFN density and time left; plain lines when the output is no terminal."""
 
     def __init__(self, steps: int, *, start: int = 0, stream: TextIO | None = None):
@@ -370,6 +334,11 @@ class Writers:
         for worker in self._workers:
             worker.put((step, dict(metrics), split))
 
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Hand histograms to every writer."""
+        for worker in self._workers:
+            worker.put(_Histograms(step, dict(histograms)))
+
     def rewind(self, step: int) -> None:
         """Take back the rows after `step`, where a writer can: its steps will be made again."""
         for worker in self._workers:
@@ -387,20 +356,29 @@ class Writers:
             worker.close(timeout)
 
 
+class _Histograms(NamedTuple):
+    step: int
+    histograms: Mapping[str, Histogram]
+
+
+#: A row, histograms, a step to go back to, or an event to set.
+_Item = tuple[int, Row, str | None] | _Histograms | int | threading.Event
+
+
 class _Worker:
     """A writer, its thread and its queue."""
 
     def __init__(self, writer: MetricWriter, size: int):
         self._writer = writer
-        self._queue: queue.Queue[tuple[int, Row, str | None] | int | threading.Event | None] = queue.Queue(size)
+        self._queue: queue.Queue[_Item | None] = queue.Queue(size)
         self._dropped, self._failing, self._hanging = 0, False, False
         self._held: list[str] = []
         self._thread = threading.Thread(target=self._run, name=f"write {type(writer).__name__}", daemon=True)
         self._thread.start()
 
-    def put(self, row: tuple[int, Row, str | None] | int) -> None:
+    def put(self, item: _Item) -> None:
         try:
-            self._queue.put_nowait(row)
+            self._queue.put_nowait(item)
         except queue.Full:
             self._dropped += 1
             if not self._hanging:
@@ -443,8 +421,9 @@ class _Worker:
                     self._held = self._writer.held()
                 item.set()
             elif isinstance(item, int):
-                if isinstance(self._writer, (JsonlWriter, TensorBoardWriter)):
-                    self._attempt(self._writer.rewind, item)
+                self._attempt(self._writer.rewind, item)
+            elif isinstance(item, _Histograms):
+                self._attempt(self._writer.write_histograms, *item)
             else:
                 self._attempt(self._writer.write, *item)
 

@@ -12,7 +12,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from sparsezoo_jax.errors import StorageError
-from sparsezoo_jax.training.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writers
+from sparsezoo_jax.training.tensorboard import TensorBoardWriter
+from sparsezoo_jax.training.writers import Histogram, JsonlWriter, MetricWriter, ProgressWriter, Writers
 
 
 def rows(path):
@@ -86,6 +87,28 @@ def test_tensorboard_gets_mean_and_layers(tmp_path):
         "train_layers/ffn_density/002": (1.0, 7),
         "validation/loss": (3.0, 7),
     }
+
+
+def test_tensorboard_gets_hyperparameters_histograms_and_text(tmp_path):
+    table = {"train.steps": 9, "data.dataset": "sotu", "mesh": (1, 2), "none": None}
+    writer = TensorBoardWriter(tmp_path, hyperparameters=table)
+    writer.write_histograms(7, {"parameters/w": Histogram.of([0.0, 1.0, 1.0, np.nan], bins=2)})
+    writer.write_text(8, "sample", "one *line*\nanother")
+    writer.close()
+    TensorBoardWriter(tmp_path / "resumed", resume_step=7, hyperparameters=table).write(8, {})
+    assert not any(value.metadata.plugin_data.plugin_name for event in events(tmp_path / "resumed")
+                   for value in event.summary.value)  # fmt: skip
+    values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
+    content = values["_hparams_/session_start_info"][1].metadata.plugin_data.content
+    assert b"train.steps" in content
+    assert b"(1, 2)" in content
+    assert b"validation/loss" in values["_hparams_/experiment"][1].metadata.plugin_data.content
+    step, value = values["parameters/w"]
+    shown = value.histo
+    assert (step, shown.num, shown.sum, shown.sum_squares, shown.min, shown.max) == (7, 3, 2, 2, 0, 1)
+    assert (list(shown.bucket), list(shown.bucket_limit)) == ([1, 2], [0.5, 1.0])
+    step, value = values["sample/text_summary"]
+    assert (step, value.tensor.string_val) == (8, [b"    one *line*\n    another"])
 
 
 def test_progress_prints_lines_without_a_terminal():
@@ -180,7 +203,7 @@ def test_rows_beyond_what_memory_may_hold_are_counted(tmp_path, monkeypatch, cap
 def test_a_writer_that_hangs_holds_up_nobody(capsys):
     hangs, entered = threading.Event(), threading.Event()
 
-    class Stuck:
+    class Stuck(MetricWriter):
         def write(self, step, metrics, split=None):
             entered.set()
             hangs.wait()
