@@ -132,24 +132,52 @@ class Run:
 
         Args:
           options: the flags of `evaluate`, such as `split="train"`, `step=100`, `batches=4`, `batch_size=8`,
-            `dataset="texts/*.jsonl"`, `calibration=True`. Meters take longest: only `meters=True` has them.
+            `dataset="texts/*.jsonl"`, `calibration=True`, `tasks="hellaswag"`. Meters take longest: only `meters=True`
+            has them.
 
         Raises:
           ConfigError: no such option, or an impossible value.
           UserError: no run or step there, an unknown corpus, or a run without a tokenizer.
           StorageError: files that can't be read.
         """
-        from sparsezoo_jax.evaluate import Evaluate, evaluate
+        from sparsezoo_jax.evaluate import Evaluate, figures_of
 
         known = sorted({field.name for field in dataclasses.fields(Evaluate)} - {"directory"})
         for name, value in options.items():
             require(name in known, name, value, f"no such option; there are {', '.join(known)}")
-        return evaluate(Evaluate(directory=self.workdir, **{"meters": False, **options}))
+        return figures_of(Evaluate(directory=self.workdir, **{"meters": False, **options}))
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int = ...,
+        chat: bool = ...,
+        system: str | None = ...,
+        step: int | None = ...,
+    ) -> str: ...
+
     @overload
-    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(
+        self,
+        prompt: Sequence[str],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int = ...,
+        chat: bool = ...,
+        system: str | None = ...,
+        step: int | None = ...,
+    ) -> list[str]: ...
 
     def generate(
         self,

@@ -6,6 +6,7 @@ With --chess, for a model of chess games: what its features say about the board 
 With --interpret: how well a layer's features can be explained (docs/interpretability.md).
 With --calibration: how often the likeliest token is right, beside the model's probability of it (docs/evaluation.md).
 With --cett 1%: the share of hidden units that is enough for 1 % more perplexity (docs/sparsing-law.md).
+With --tasks a,b: the figures of lm-evaluation-harness' tasks instead (docs/evaluation.md; extra [eval]).
 With --weights, --predictor or --head: also the loss of the model packed in these number formats (docs/decode.md).
 """
 
@@ -26,7 +27,7 @@ from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
-from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation
+from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation, print_tasks
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.weight_formats import WeightFormats
 
@@ -69,6 +70,14 @@ class Evaluate(WeightFormats, CorpusFlags):
     """Also print perplexity against activation ratio under CETT, under thresholds on the gate and under its top k."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
+    tasks: str | None = None
+    """Tasks of lm-evaluation-harness, with commas between them; instead."""
+    limit: int | None = None
+    """With --tasks: examples of each; none is all."""
+    shots: int | None = None
+    """With --tasks: examples shown in each prompt; none is what the task says."""
+    task_path: Path | None = None
+    """With --tasks: a directory with task files of your own."""
     explain: Annotated[bool, tyro.conf.arg(name="interpret")] = False
     """Explain the features of a layer, and test the explanations, instead."""
     interpret: InterpretEvaluation = field(default_factory=InterpretEvaluation)
@@ -91,15 +100,8 @@ def main(args: Sequence[str]) -> None:
     """Evaluate and print."""
     platforms.keep_freed_memory()
     command = cli.parse(Evaluate, args, prog="evaluate", description=(__doc__ or "").strip())
-    modes = _modes(command)
-    for mode in modes:
-        require(mode.wanted or not mode.configured, mode.flag, False, f"must be given with {mode.flag}.* flags")
-        require(not (mode.wanted and command.chosen), mode.flag, True, "can't be given with number formats")
-    chosen = [mode for mode in modes if mode.wanted]
-    for mode in chosen[1:]:
-        require(False, mode.flag, True, f"can't be given with {chosen[0].flag}")
-    compute, show = (chosen[0].evaluate, chosen[0].show) if chosen else (evaluate, print_evaluation)
-    figures = compute(command)
+    mode = mode_of(command)
+    figures, show = figures_of(command), print_evaluation if mode is None else mode.show
     if command.json:
         print(json.dumps(cli.without_nan(figures)))
     else:
@@ -117,9 +119,35 @@ class Mode(NamedTuple):
     show: Callable[[Path, dict[str, Any]], None]
 
 
+def figures_of(command: Evaluate) -> dict[str, Any]:
+    """What the flags ask for, by name: see `evaluate`, and the other functions of this module.
+
+    Raises:
+      ConfigError: flags that don't go together.
+      UserError, StorageError: as these functions.
+    """
+    mode = mode_of(command)
+    return (evaluate if mode is None else mode.evaluate)(command)
+
+
+def mode_of(command: Evaluate) -> Mode | None:
+    """What is asked for in place of the loss and the meters; raises `ConfigError` for flags that don't go together."""
+    modes = _modes(command)
+    for mode in modes:
+        with_it = "--limit, --shots and --task-path" if mode.flag == "--tasks" else f"{mode.flag}.* flags"
+        require(mode.wanted or not mode.configured, mode.flag, False, f"must be given with {with_it}")
+        require(not (mode.wanted and command.chosen), mode.flag, True, "can't be given with number formats")
+    chosen = [mode for mode in modes if mode.wanted]
+    for mode in chosen[1:]:
+        require(False, mode.flag, True, f"can't be given with {chosen[0].flag}")
+    return chosen[0] if chosen else None
+
+
 def _modes(command: Evaluate) -> tuple[Mode, ...]:
     chess, explained = command.chess != ChessEvaluation(), command.interpret != InterpretEvaluation()
+    tasks = (command.limit, command.shots, command.task_path) != (None, None, None)
     return (
+        Mode("--tasks", command.tasks is not None, tasks, evaluate_tasks, print_tasks),
         Mode("--chess", command.score_chess, chess, evaluate_chess, print_chess),
         Mode("--interpret", command.explain, explained, interpret, print_interpretation),
     )
@@ -260,6 +288,31 @@ def parameter_counts(config: DecoderConfig, measured: Sparsity) -> dict[str, flo
         "activated_layers_measured": found.layers,
         "activated_head": aim.head,
     }
+
+
+def evaluate_tasks(command: Evaluate) -> dict[str, Any]:
+    """The figures of each of --tasks by name; see `harness.tasks.run_tasks`.
+
+    Raises:
+      UserError: no run there, no such task, or no harness installed.
+    """
+    from sparsezoo_jax.harness.tasks import run_tasks
+
+    names = [name.strip() for name in (command.tasks or "").split(",") if name.strip()]
+    require(bool(names), "--tasks", command.tasks, "must name tasks, with commas between them")
+    require(command.limit is None or command.limit > 0, "--limit", command.limit, "must be above 0")
+    require(command.shots is None or command.shots >= 0, "--shots", command.shots, "must be at least 0")
+    for flag, value in (("--merge-last", command.merge_last), ("--base", command.base)):
+        require(value is None, flag, value, "can't be given with --tasks; see convert merge")
+    return run_tasks(
+        command.directory,
+        names,
+        step=command.step,
+        batch_size=command.batch_size,
+        limit=command.limit,
+        shots=command.shots,
+        task_path=command.task_path,
+    )
 
 
 def evaluate_chess(command: Evaluate) -> dict[str, Any]:

@@ -234,3 +234,15 @@ def print_costs(costs: Sequence[dict[str, Any]]) -> None:
     ]
     header = ("context", "sparsity", "MFLOPs, mean position", "MFLOPs, last", "MB read, last")
     cli.print_table("Cost of one token (output projection not counted)", header, rows)
+
+
+def print_tasks(directory: Path, figures: dict[str, Any]) -> None:
+    """Print the figures of benchmarks' tasks, each with its standard error."""
+    rows = []
+    for task, found in figures.items():
+        names = [name for name in found if "_stderr" not in name and name not in ("sample_len", "sample_count")]
+        for name in names:
+            metric, comma, rest = name.partition(",")
+            error = found.get(f"{metric}_stderr{comma}{rest}")
+            rows.append((task, name, f"{found[name]:.4f}", "-" if error is None else f"{error:.4f}"))
+    cli.print_table(str(directory), ("task", "metric", "value", "standard error"), rows)

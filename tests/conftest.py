@@ -81,3 +81,39 @@ def small_corpus(tmp_path_factory):
         sentences = (" ".join(draw.choices(WORDS, k=9)).capitalize() for _ in range(12))
         (folder / f"{i:02}.txt").write_text(". ".join(sentences) + ".\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory, small_corpus):
+    """A run of a small dense decoder that was never trained, with a tokenizer of 300 tokens."""
+    from flax import nnx
+
+    import sparsezoo_jax
+    from sparsezoo_jax import data, run_dir
+    from sparsezoo_jax.models import Decoder
+    from sparsezoo_jax.training.parameters import save_params
+    from sparsezoo_jax.training.state import ModelTemplate, flatten
+
+    changes = {
+        "model.vocab_size": 300,
+        "model.d_model": 32,
+        "model.layers": 1,
+        "model.layer_pattern": ["global"],
+        "model.max_seq_len": 64,
+        "model.attention.heads": 2,
+        "model.attention.kv_heads": 1,
+        "model.attention.head_dim": 16,
+        "model.ffn.d_ff": 64,
+        "data.bpe_vocab_size": 300,
+        "data.seq_len": 32,
+        "data.dataset": str(small_corpus),
+    }
+    config = sparsezoo_jax.preset("dense", "tiny", changes)
+    directory = tmp_path_factory.mktemp("text") / "run"
+    template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
+    params, state = template.split(Decoder(config.model, rngs=nnx.Rngs(0)))
+    # Larger than they start, so that what is likeliest depends on the text.
+    save_params(directory / "checkpoints", {path: 4 * x for path, x in flatten(params).items()}, flatten(state))
+    data.open_tokenizer(config.data).save(directory)
+    run_dir.write_config(directory, config)
+    return directory

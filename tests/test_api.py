@@ -95,6 +95,8 @@ def test_a_run_evaluates_and_generates(trained):
     assert run.load().config.train.optimizer.kind == "muon"
     with pytest.raises(ConfigError, match=r"splits=train: no such option; there are .*split"):
         run.evaluate(splits="train")
+    with pytest.raises(ConfigError, match="must be given with --limit"):
+        run.evaluate(limit=3)
     with pytest.raises(ConfigError, match="chat=True"):
         run.generate("the state", system="Be brief.")
 
