@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a preset on a corpus, or go on with a run",
     "evaluate": "loss, perplexity and sparsity of a run; its features, its chess, its activation ratio",
     "generate": "continue a text with a run's model",
+    "serve": "answer requests in OpenAI's form over HTTP",
     "report": "plots of one run or of several side by side, as one HTML file",
     "convert": "checkpoints from and to Hugging Face's layout; adapters into a run of their own",
     "aot": "compile a step for TPUs or GPUs that are not here: memory, communication, time",

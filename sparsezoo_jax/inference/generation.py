@@ -75,7 +75,7 @@ class Engine:
 
     Tokens loop in Python, a donated cache goes from call to call, and a step is sent before the token of the one
     before is looked at. Programs are compiled for lengths rounded up to powers of two, so prompts of similar length
-    share them.
+    share them, and so do all temperatures and probabilities of a sampling (not its top k).
     """
 
     def __init__(self, model: Decoder):
@@ -182,8 +182,8 @@ class Generation:
             tokens[i, padded - len(prompt) :] = prompt
             real[i, padded - len(prompt) :] = 1
         cache = model.init_cache(rows, cache_length)
-        arguments = (cache, tokens, real, jnp.int32(padded - 1), self._key(0))
-        program, seconds = self.engine.program(partial(next_token, self.sampling), *arguments)
+        arguments = (cache, tokens, real, jnp.int32(padded - 1), self._key(0), self.sampling.numbers())
+        program, seconds = self.engine.program(partial(next_token, self.sampling.form()), *arguments)
         self.stats.compile_seconds += seconds
         started = time.perf_counter()
         step = jax.block_until_ready(program(self.engine.state, *arguments))
@@ -204,12 +204,13 @@ class Generation:
         running = np.ones((len(self.prompts), 1), np.int32)
         last, program = jnp.int32(0), None
         keys = [self._key(index) for index in range(1, self.max_new_tokens)]
+        numbers = jnp.asarray(self.sampling.numbers())
         for index in range(self.max_new_tokens):
             current = step
             if index + 1 < self.max_new_tokens:
-                arguments = (step.cache, step.tokens[:, None], running, last, keys[index])
+                arguments = (step.cache, step.tokens[:, None], running, last, keys[index], numbers)
                 if program is None:
-                    program, seconds = self.engine.program(partial(next_token, self.sampling), *arguments)
+                    program, seconds = self.engine.program(partial(next_token, self.sampling.form()), *arguments)
                     self.stats.compile_seconds += seconds
                 # Sent before this token is looked at, so that decoding it to text overlaps with computing.
                 step = program(self.engine.state, *arguments)
@@ -285,8 +286,9 @@ def next_token(
     segment_ids_BT: jax.Array,
     last: jax.Array | int,
     key: jax.Array,
+    numbers: jax.Array | None = None,
 ) -> Step:
-    """Put tokens [B, T] into the cache and sample the one after position `last` of them.
+    """Put tokens [B, T] into the cache and sample the one after position `last` of them (see `sample`).
 
     Pure, meant to be jitted with the cache donated. Segment ids are 0 for padding.
     """
@@ -295,7 +297,7 @@ def next_token(
     # Logits of the one position that is sampled: those of a whole prompt would take more memory than the model.
     logits_BV = model.logits_of(out.hidden[:, last][:, None])[:, 0]
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(tokens_BT)))
-    return Step(sample(logits_BV, keys_B, sampling), out.cache, out.stats)
+    return Step(sample(logits_BV, keys_B, sampling, numbers), out.cache, out.stats)
 
 
 def verified_tokens(

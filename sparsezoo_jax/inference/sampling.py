@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsezoo_jax.errors import require
 
@@ -33,11 +34,23 @@ class Sampling:
         require(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1 (off)")
         require(0 <= self.min_p < 1, "--min-p", self.min_p, "must be at least 0 (off) and below 1")
 
+    def form(self) -> Sampling:
+        """What a program has to know: filters that are on have any number, which `numbers` gives it when it runs."""
+        temperature = 0.0 if self.temperature < _GREEDY else 1.0
+        return Sampling(temperature, self.top_k, 0.5 if self.top_p < 1 else 1.0, 0.5 if self.min_p > 0 else 0.0)
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw tokens int32 [B] from logits [B, V], each row with its own key; `NO_TOKEN` where these are not finite."""
+    def numbers(self) -> np.ndarray:
+        """Temperature, top-p and min-p, float32 [3]."""
+        return np.array([self.temperature, self.top_p, self.min_p], np.float32)
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, numbers: jax.Array | None = None) -> jax.Array:
+    """Draw tokens int32 [B] from logits [B, V], each row with its own key; `NO_TOKEN` where these are not finite.
+
+    With `numbers` (see `Sampling.numbers`) those of `sampling` only say which filters are on.
+    """
     largest_B = jnp.max(logits_BV, axis=-1)  # NaN if one is
-    return jnp.where(jnp.isfinite(largest_B), _sample(logits_BV, keys_B, sampling), NO_TOKEN)
+    return jnp.where(jnp.isfinite(largest_B), _sample(logits_BV, keys_B, sampling, numbers), NO_TOKEN)
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -46,10 +59,11 @@ def likeliest(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), found, NO_TOKEN)
 
 
-def _sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+def _sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, numbers: jax.Array | None) -> jax.Array:
     if sampling.temperature < _GREEDY:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    temperature, top_p, min_p = sampling.numbers() if numbers is None else numbers
+    logits_BV = logits_BV / temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= kth, logits_BV, -jnp.inf)
@@ -58,10 +72,10 @@ def _sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # A token stays when the tokens before it do not make up top_p yet: the first one always stays.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        lowest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        lowest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= lowest, logits_BV, -jnp.inf)
     if sampling.min_p > 0:
         # Ratios of probabilities are differences of logits, whatever was filtered out before.
-        lowest = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        lowest = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)
         logits_BV = jnp.where(logits_BV >= lowest, logits_BV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -103,6 +103,9 @@ def test_draws_follow_the_seed_and_the_filters():
     kwargs = {"max_new_tokens": 8}
     one, same, other = (rows(engine, [PROMPT], seed=seed, **kwargs)[0] for seed in (1, 1, 2))
     assert one == same != other
+    programs = len(engine._programs)
+    rows(engine, [PROMPT], sampling=Sampling(temperature=0.5), **kwargs)
+    assert len(engine._programs) == programs, "another temperature needs no other program"
     twice = rows(engine, [PROMPT, PROMPT], seed=1, **kwargs)[0]
     assert twice[0] == one[0] != twice[1]
     single = list(generate_tokens(engine.model, PROMPT, seed=1, max_new_tokens=8))
@@ -114,7 +117,10 @@ def test_filters():
     keys = jax.random.split(jax.random.key(0), 2000)
 
     def seen(**kwargs):
-        drawn = sample(jnp.repeat(logits, len(keys), axis=0), keys, Sampling(**kwargs))
+        sampling, many = Sampling(**kwargs), jnp.repeat(logits, len(keys), axis=0)
+        drawn = sample(many, keys, sampling)
+        given = sample(many, keys, sampling.form(), jnp.asarray(sampling.numbers()))
+        np.testing.assert_array_equal(drawn, given)
         return np.bincount(drawn, minlength=4) / len(keys)
 
     np.testing.assert_allclose(seen(), [0.5, 0.3, 0.15, 0.05], atol=0.04)
