@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax import cli
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.errors import STRICT
+from sparsezoo_jax.path_flags import Stores
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,7 +26,7 @@ class Chess(ChessConfig):
 
     action: Annotated[Literal["generate"], tyro.conf.Positional]
     """generate: let Stockfish play games into a PGN file."""
-    out: Path
+    out: Annotated[Path, Stores()]
     """PGN file to write."""
 
     def config(self) -> ChessConfig:

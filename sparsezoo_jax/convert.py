@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsezoo_jax import cli
+from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 
 
@@ -22,9 +23,9 @@ from sparsezoo_jax.untrusted import printable
 class FromHF:
     """Make a run directory of a Hugging Face checkpoint."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC"), Stores()]
     """Directory with config.json and model.safetensors or pytorch_model.bin."""
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory to make; empty or absent."""
     not_finite: bool = False
     """Take weights that are NaN or infinite, too."""
@@ -34,9 +35,9 @@ class FromHF:
 class ToHF:
     """Write a run's newest checkpoint as a Hugging Face checkpoint."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST"), Stores()]
     """Directory to make; empty or absent."""
 
 
@@ -44,11 +45,11 @@ class ToHF:
 class Merge:
     """Make a run of adapters and the parameters that they were trained for."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory of the adapters; the newest checkpoint is taken."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), Stores()]
     """Run directory to make; empty or absent."""
-    base: Path | None = None
+    base: Annotated[Path | None, Stores()] = None
     """Run that the adapters were trained for. Default: where their configuration says."""
 
 

@@ -29,7 +29,7 @@ class CorpusFlags:
     def __post_init__(self):
         require_corpus("--dataset", self.dataset)
         require_place("--cache-dir", self.cache_dir, schemes=OBJECT_STORES)
-        require_place("--tfds-data-dir", self.tfds_data_dir)
+        require_place("--tfds-data-dir", self.tfds_data_dir, schemes=OBJECT_STORES)
         require_place("--stockfish", self.stockfish)
 
     def corpus(self, config: DataConfig) -> DataConfig:

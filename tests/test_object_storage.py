@@ -1,6 +1,7 @@
 """Runs, corpora, caches and reports in an object store: the commands against an emulator on loopback."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -8,17 +9,39 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
+import zstandard
 
-from sparsezoo_jax import evaluate, generate, lease, prepare, report, storage, train
-from sparsezoo_jax.data import record_file
-from sparsezoo_jax.errors import StorageError
+from sparsezoo_jax import (
+    autoencoders,
+    chess,
+    convert,
+    evaluate,
+    generate,
+    huggingface,
+    lease,
+    prepare,
+    report,
+    sae,
+    storage,
+    train,
+)
+from sparsezoo_jax.data import Component, DataConfig, open_documents, record_file
+from sparsezoo_jax.data.chess import generation
+from sparsezoo_jax.errors import DataError, StorageError
+from sparsezoo_jax.evaluation.chess import games_for
+from sparsezoo_jax.huggingface.tensors import open_tensors
 from sparsezoo_jax.training import loop
 from sparsezoo_jax.training.writers import JsonlWriter
 from tests.object_store import BUCKET, DENIED, environment, object_store
 from tests.test_commands import call, flags
+from tests.test_convert import CONFIGS, tensors_of, write
 
 RUN, CORPUS = f"gs://{BUCKET}/run", f"gs://{BUCKET}/corpus"
 
@@ -152,8 +175,171 @@ def test_a_log_without_checkpoints_is_no_loss_in_a_store(store, tmp_path):
         loop._refuse_lost_checkpoints(tmp_path)
 
 
+def test_games_are_read_from_there(store, tmp_path):
+    pgn = (Path(__file__).parent / "data" / "games.pgn").read_bytes()
+    (tmp_path / "games.pgn").write_bytes(pgn)
+    storage.write_atomic(storage.path(f"gs://{BUCKET}/games/a.pgn"), pgn)
+    storage.write_atomic(storage.path(f"gs://{BUCKET}/games/b.pgn.zst"), zstandard.compress(pgn))
+
+    def texts(dataset, split):
+        config = DataConfig(dataset=str(dataset), cache_dir=f"gs://{BUCKET}/cache", validation_fraction=0.1)
+        assert config.in_blocks
+        documents = open_documents(config, split)
+        return [documents[i].text for i in range(len(documents))]
+
+    # Which games are held out follows from the name of the file.
+    whole = sorted(texts(tmp_path / "games.pgn", "train") + texts(tmp_path / "games.pgn", "validation"))
+    assert len(whole) == 60
+    for name in ("a.pgn", "b.pgn.zst", "*.pgn"):
+        parts = [texts(f"gs://{BUCKET}/games/{name}", split) for split in ("train", "validation")]
+        assert all(parts)
+        assert sorted(parts[0] + parts[1]) == whole
+    # To score a run on that was trained on several corpora.
+    config = DataConfig(dataset=None, mixture=(Component(dataset="sotu", weight=1),))
+    places = (f"gs://{BUCKET}/games/a.pgn", str(tmp_path / "games.pgn"))
+    there, here = (games_for(config, (place,), 5) for place in places)
+    assert [games.texts for games in there] == [games.texts for games in here]
+
+
+class Players:
+    """In place of Stockfish; what it plays says nothing."""
+
+    name = "players"
+    before_game = staticmethod(lambda number: None)
+
+    def __init__(self, config):
+        self._event = f"sparsezoo_jax: {config.recipe}"
+
+    def play(self, number):
+        self.before_game(number)
+        return f'[Event "{self._event}"]\n[Site "players"]\n[Round "{number}"]\n\n1. e4 e5 *\n\n'
+
+    def close(self):
+        pass
+
+
+def test_games_are_generated_there(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "Players", Players)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(storage, "_COPY_SECONDS", 0.0)
+    args = ["generate", "--games", 6, "--processes", 1, "--out", f"gs://{BUCKET}/played/games.pgn"]
+
+    def fails(number):
+        # What was played by now is there, for a process that is killed.
+        assert number == 0 or "played/games.pgn.partial" in store.names()
+        if number == 4:
+            raise DataError("stopped in game 4")
+
+    monkeypatch.setattr(Players, "before_game", staticmethod(fails))
+    assert call(chess, args, monkeypatch) == 2
+    assert store.content("played/games.pgn.partial").count(b"[Round") == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "Players", Players)
+    assert call(chess, args, monkeypatch) == 0
+    assert "6 games, 2 of them played now" in capsys.readouterr().out
+    assert [name for name in store.names() if name.startswith("played/")] == ["played/games.pgn"]
+    assert call(chess, [*args[:-1], tmp_path / "here" / "games.pgn"], monkeypatch) == 0
+    assert store.content("played/games.pgn") == (tmp_path / "here" / "games.pgn").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert call(chess, [*args, "--seed", 1], monkeypatch) == 2
+    assert "gs://bucket/played/games.pgn: holds other games" in capsys.readouterr().err
+
+
+def test_a_tfds_data_set_is_read_from_there(store, tmp_path, monkeypatch):
+    own = DataConfig(cache_dir=str(tmp_path))
+    here = open_documents(own, "train")
+    (root,) = (tmp_path / "tfds").iterdir()
+    for file in root.rglob("*"):
+        if file.is_file():
+            storage.upload(file, storage.path(f"gs://{BUCKET}/tfds") / file.relative_to(root))
+    config = DataConfig(tfds_data_dir=f"gs://{BUCKET}/tfds", cache_dir=str(tmp_path))
+    there = open_documents(config, "train")
+    assert (len(there), there.fingerprint) == (len(here), here.fingerprint)
+    for index in (100, 3, 4, 5, len(here) - 1, 200, 201):
+        assert there[index] == here[index]
+    half = open_documents(dataclasses.replace(config, train_split="train[50%:]"), "train")
+    assert [half[i].id for i in (0, 1)] == [here[len(here) - len(half) + i].id for i in (0, 1)]
+    with pytest.raises(
+        DataError, match=r"sotu: not prepared in gs://bucket/other/.* ArrayRecord writes to disks alone"
+    ):
+        open_documents(dataclasses.replace(config, tfds_data_dir=f"gs://{BUCKET}/other"), "train")
+    features = f"gs://{BUCKET}/tfds/sotu/1.0.0/features.json"
+    storage.write_atomic(storage.path(features), b'{"type": "elsewhere.Feature"}')
+    with pytest.raises(DataError, match=f"{features}: names elsewhere.Feature, which is no feature of TFDS"):
+        open_documents(config, "train")
+    store.remove("tfds/sotu/1.0.0/sotu-train.array_record-00000-of-00001")
+    with pytest.raises(StorageError, match=r"sotu-train.*: can't be read \(No such file"):
+        there[7]
+
+
+@pytest.fixture(scope="module")
+def llama(store, tmp_path_factory):
+    """A checkpoint in Hugging Face's layout, here and in the store, and a run that was made of it there."""
+    source = write(tmp_path_factory.mktemp("llama") / "source", CONFIGS["llama"], tensors_of(CONFIGS["llama"]))
+    words = {"<unk>": 0, "peace": 1, "</s>": 2}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(str(source / "tokenizer.json"))
+    place = f"gs://{BUCKET}/llama"
+    for file in source.iterdir():
+        storage.copy(file, storage.path(place) / "source" / file.name)
+    with pytest.MonkeyPatch.context() as patch:
+        temporary = tmp_path_factory.mktemp("temporary")
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        assert call(convert, ["from-hf", f"{place}/source", f"{place}/run"], patch) == 0
+        assert list(temporary.iterdir()) == []
+    return source, place
+
+
+def test_an_autoencoder_is_trained_there(llama, store, small_corpus, monkeypatch, capsys):
+    _, place = llama
+    small = ["--sae.features", 32, "--train.steps", 2, "--train.batch-size", 64, "--batches", 1, "--train.layer", 1]
+    args = [f"{place}/run", "--dataset", small_corpus, *small, "--sae.k", 3]
+    assert call(sae, [*args, "--json"], monkeypatch) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    made = f"{place}/run/sae/topk-residual-1"
+    assert figures["workdir"] == made
+    assert json.loads(store.content("llama/run/sae/topk-residual-1/evaluation.json")) == figures
+    autoencoder, stored = autoencoders.load_sae(made)
+    assert (stored.source, stored.sae.k) == (f"{place}/run", 3)
+    assert autoencoder.encode(np.ones((2, 24), np.float32)).shape == (2, 32)
+    assert call(sae, args, monkeypatch) == 2
+    assert f"--workdir={made}: is not empty" in capsys.readouterr().err
+
+
+def test_checkpoints_are_converted_there(llama, store, tmp_path, monkeypatch, capsys):
+    source, place = llama
+    tensors = tensors_of(CONFIGS["llama"])
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert call(convert, ["to-hf", f"{place}/run", f"{place}/back"], monkeypatch) == 0
+    back = safetensors.numpy.load(store.content("llama/back/model.safetensors"))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor)
+    assert store.content("llama/back/tokenizer.json") == (source / "tokenizer.json").read_bytes()
+    # From a store to a disk, and to one in several files.
+    assert call(convert, ["to-hf", f"{place}/run", tmp_path / "back"], monkeypatch) == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == store.content("llama/back/model.safetensors")
+    huggingface.to_hf(storage.path(f"{place}/run"), storage.path(f"{place}/files"), max_file_bytes=10_000)
+    with open_tensors(storage.path(f"{place}/files")) as files:
+        assert files.shapes.keys() == tensors.keys()
+    for args in (["from-hf", f"{place}/source", f"{place}/back"], ["to-hf", f"{place}/run", f"{place}/source"]):
+        assert call(convert, args, monkeypatch) == 2
+        assert "is not empty" in capsys.readouterr().err
+    storage.write_atomic(storage.path(f"{place}/source/model.safetensors"), b"0123456789")
+    assert call(convert, ["from-hf", f"{place}/source", f"{place}/new"], monkeypatch) != 0
+    assert f"error: {place}/source/model.safetensors: " in capsys.readouterr().err
+    assert not any(name.startswith("llama/new") for name in store.names())
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_a_denied_bucket_is_one_line(store, small_corpus, tmp_path, monkeypatch, capsys):
     for command, args in (
+        (sae, [f"gs://{DENIED}/run"]),
+        (chess, ["generate", "--out", f"gs://{DENIED}/games.pgn"]),
+        (convert, ["from-hf", f"gs://{DENIED}/source", tmp_path / "run"]),
+        (convert, ["to-hf", f"gs://{DENIED}/run", tmp_path / "to"]),
+        (convert, ["to-hf", tmp_path, f"gs://{DENIED}/to"]),
+        (train, [*flags("sotu"), "--data.tfds-data-dir", f"gs://{DENIED}/tfds", "--workdir", tmp_path / "run"]),
         (train, [*flags(small_corpus), "--workdir", f"gs://{DENIED}/run"]),
         (prepare, ["--data.dataset", f"gs://{DENIED}/text/*.jsonl"]),
         (prepare, ["--data.dataset", small_corpus, "--data.bpe-vocab-size", "300", "--out", f"gs://{DENIED}/out"]),

@@ -33,6 +33,7 @@ FIELDS = [
     (chess, ["generate", "--out", "games.pgn", "--stockfish"], "data.chess.stockfish"),
     (evaluate, [], "DIR"),
     (evaluate, ["run", "--base"], "--base"),
+    (evaluate, ["run", "--chess.games"], "chess.games"),
     (evaluate, ["run", "--interpret.sae"], "interpret.sae"),
     (generate, ["--prompt", "a", "--base", "run"], "DIR"),
     (generate, ["run", "--prompt", "a", "--base"], "--base"),
@@ -123,8 +124,13 @@ def test_what_is_needed_for_a_store_is_named(monkeypatch):
         ConfigError, match=r"--workdir=s3://b/run: must be a path on this machine or gs://; checkpoints"
     ):
         cli.parse_with_preset(train.Train, ["--workdir", "s3://b/run"], prog="", description="")
-    with pytest.raises(ConfigError, match=r"--out=gs://b/games.pgn: must be a path on this machine; gs: is not"):
-        cli.parse(chess.Chess, ["generate", "--out", "gs://b/games.pgn"], prog="", description="")
+    with pytest.raises(ConfigError, match=r"local_checkpoints=gs://b/c: must be a path on this machine; gs: is not"):
+        cli.parse_with_preset(
+            train.Train,
+            ["--train.local-checkpoint-every", "1", "--train.local-checkpoints", "gs://b/c"],
+            prog="",
+            description="",
+        )
     with pytest.raises(StorageError, match=r"s3://b/run/config\.json: stores of this kind are not supported"):
         sparsezoo_jax.load("s3://b/run")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

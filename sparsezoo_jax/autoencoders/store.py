@@ -14,7 +14,7 @@ from sparsezoo_jax.autoencoders.config import SAEConfig, SAETrainConfig
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import STRICT, StorageError, UserError
 from sparsezoo_jax.overrides import as_python, faults
-from sparsezoo_jax.storage import write_atomic
+from sparsezoo_jax.storage import path, write_atomic
 from sparsezoo_jax.training.parameters import restore_params, save_params
 from sparsezoo_jax.untrusted import read_json
 
@@ -61,7 +61,7 @@ def load_sae(directory: Path | str) -> LoadedSAE:
       UserError: there is none, or its sae.json is no valid configuration.
       StorageError: its arrays are damaged.
     """
-    directory = Path(directory)
+    directory = path(directory)
     try:
         run = TypeAdapter(SAERun).validate_python(as_python(read_json(directory / CONFIG, finite=True)))
     except FileNotFoundError:

@@ -179,9 +179,8 @@ class DataConfig:
             require(value is None or bool(value.strip()), f"data.{name}", repr(value), "must not be empty")
         for name in ("dataset", "validation_dataset"):
             require_corpus(f"data.{name}", getattr(self, name))
-        for name in ("tokenizer", "cache_dir"):
+        for name in ("tokenizer", "cache_dir", "tfds_data_dir"):
             require_place(f"data.{name}", getattr(self, name), schemes=OBJECT_STORES)
-        require_place("data.tfds_data_dir", self.tfds_data_dir)
         require(
             0 <= self.validation_fraction < 1,
             "data.validation_fraction",

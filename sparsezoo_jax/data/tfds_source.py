@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import difflib
 import functools
@@ -9,28 +10,78 @@ import importlib
 import importlib.util
 import inspect
 import io
+import itertools
 import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpus import CORPORA
 from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, digest
+from sparsezoo_jax.data.record_file import open_reader
 from sparsezoo_jax.data.skipping import NOT_UTF8
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 from sparsezoo_jax.untrusted import read_json
 
 #: The TFDS builders that this package brings along; `corpora` registers them as corpora.
 OWN = ("sotu", "chess")
+#: Records that are fetched from an object store at once.
+_AHEAD = 64
 #: Where Hugging Face's hub has the same texts, ready to read.
 _ON_THE_HUB = {
     "c4": "hf://allenai/c4:{config}",
     "wikipedia": "hf://wikimedia/wikipedia:{config}",
     "wiki40b": "hf://google/wiki40b:{config}",
 }
+
+
+class RangeSource:
+    """What TFDS's `as_data_source` gives, of a data set in an object store, which ArrayRecord's library can't open.
+
+    Neighbours that are read one after the other are fetched together, `_AHEAD` of them.
+
+    Raises:
+      StorageError: a file can't be read, now or later.
+    """
+
+    def __init__(self, info: Any, split: str):
+        self._features, self._files = info.features, info.splits[split].file_instructions
+        self._starts = [0, *itertools.accumulate(file.take for file in self._files)]
+        self._readers = [functools.cache(functools.partial(self._opened, file.filename)) for file in self._files]
+        self._held: tuple[int, list[bytes]] = (0, [])
+
+    @staticmethod
+    def _opened(name: str) -> Any:
+        with _reading(name):
+            return open_reader(name)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        start, records = self._held
+        if not start <= index < start + len(records):
+            number = bisect.bisect_right(self._starts, index) - 1
+            file, inside = self._files[number], index - self._starts[number]
+            count = min(_AHEAD, file.take - inside) if index == start + len(records) else 1
+            with _reading(file.filename):
+                records = self._readers[number]().read(range(file.skip + inside, file.skip + inside + count))
+            start = index
+            self._held = start, records  # as one, for threads that read ahead
+        return self._features.deserialize_example_np(records[index - start])
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{name}: can't be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 class TfdsDocuments(InRanges):
@@ -77,7 +128,7 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     info = builder.info
     path = _path_to_text(info.features, config.text_field, name)
     try:
-        source = builder.as_data_source(split)
+        source = RangeSource(info, split) if is_ranged(builder) else builder.as_data_source(split)
     except NotImplementedError as error:
         raise DataError(
             f"data.dataset={name}: prepared in {builder.data_dir} as {info.file_format}, which has no random access; "
@@ -94,6 +145,11 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
         sizes = (len(source),)  # a dataset that doesn't record its splits
     fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
     return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0)
+
+
+def is_ranged(builder: Any) -> bool:
+    """Whether records are read by `RangeSource`: of other formats TFDS itself says what is wrong with them."""
+    return storage.is_object(builder.data_dir) and builder.info.file_format.value == "array_record"
 
 
 def _path_to_text(features: Any, text_field: str, name: str) -> list[str]:
@@ -156,8 +212,9 @@ def _check_features(config: DataConfig, name: str) -> None:
     """TFDS imports any module that a prepared data set names as the home of its features; only its own are let pass."""
     if config.tfds_data_dir is None:
         return
-    folder = Path(config.tfds_data_dir).expanduser() / re.split(r"[/:]", name)[0]
-    for path in sorted(folder.rglob("features.json")):
+    folder = storage.path(config.tfds_data_dir).expanduser() / re.split(r"[/:]", name)[0]
+    files = storage.files_below(folder) if storage.is_object(folder) else folder.rglob("features.json")
+    for path in sorted(file for file in files if file.name == "features.json"):
         try:
             foreign = [home for home in _classes(read_json(path)) if not home.startswith("tensorflow_datasets.")]
         except (OSError, ValueError) as error:
@@ -200,6 +257,9 @@ def _prepare(builder: Any, name: str) -> None:
 
     if builder.is_prepared():
         return
+    if storage.is_object(builder.data_dir):
+        reason = "ArrayRecord writes to disks alone: prepare it in a directory of this machine, and copy that"
+        raise DataError(f"data.dataset={name}: not prepared in {builder.data_dir}, and can't be there; {reason}")
     _require_beam(builder, name)
     quiet = name in OWN  # these take a second, or show their own progress
     if quiet:
@@ -258,7 +318,7 @@ def _one_line(error: BaseException) -> str:
 def tfds_directory(config: DataConfig, name: str) -> str | None:
     """Where the TFDS dataset `name` is stored; None is TFDS's default."""
     if config.tfds_data_dir is not None:
-        return str(Path(config.tfds_data_dir).expanduser())
+        return str(storage.path(config.tfds_data_dir).expanduser())
     if name == "sotu":
         from sparsezoo_jax.data.sotu import corpus_digest
 

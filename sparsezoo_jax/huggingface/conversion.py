@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.chat import TEMPLATE_FILE
@@ -99,14 +100,15 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         raise UserError(
             f"{source}: is quantized by {printable(method)}, which is not read; take it in bfloat16 or float32"
         )
-    completed = layout_of(values, source / "config.json").completed
-    if completed is not None:
-        with open_tensors(source) as files:
-            values = completed(values, files.shapes)
-    layout, model = read_model(values, source / "config.json")
-    tokenizer = find_tokenizer(source)
-    _check_vocabulary(source, tokenizer, model)
-    with open_tensors(source) as files:
+    with contextlib.ExitStack() as stack:
+        opened = functools.cache(lambda: stack.enter_context(open_tensors(source)))
+        completed = layout_of(values, source / "config.json").completed
+        if completed is not None:
+            values = completed(values, opened().shapes)
+        layout, model = read_model(values, source / "config.json")
+        tokenizer = find_tokenizer(source)
+        _check_vocabulary(source, tokenizer, model)
+        files = opened()
         (parameters, variables), layout = _shapes(model), layout.named_as(files.shapes)
         found = list(places(layout, model, {**parameters, **variables}))
         names, dtype, notes = _check(source, layout, model, files, found, parameters)
@@ -135,7 +137,7 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
             for path, part in zip(place.paths, to_ours(place.entry, read(names[place.name]), place.shapes), strict=True)
         )
         held = _described(found, parameters, variables, dtype)
-        with _mapped(directory.absolute().parent, held, parts) as arrays:
+        with _mapped(directory, held, parts) as arrays:
             state = {path: arrays.get(path, initial) for path, initial in _variables(model).items()}
             save_params(directory / CHECKPOINTS, {path: arrays[path] for path in parameters}, state)
     _copy_tokenizer(source, directory)
@@ -173,7 +175,7 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
         token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
         values[f"{name}_token_id"] = token
     parts = _saved(directory, config, {**saved, **variables}, held)
-    with _mapped(destination.absolute().parent, held, parts) as arrays:
+    with _mapped(destination, held, parts) as arrays:
 
         def value_of(name: str) -> np.ndarray:
             place = found[name]
@@ -183,7 +185,7 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
             destination.mkdir(parents=True, exist_ok=True)
             write_tensors(destination, tensors, value_of, max_file_bytes)
             _copy_tokenizer(directory, destination)
-            (destination / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            storage.write_atomic(destination / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
         except OSError as error:
             raise StorageError(f"{destination}: {error.strerror}") from error
     count = sum(math.prod(shape) for shape in parameters.values())
@@ -209,9 +211,13 @@ def _saved(
 
 @contextlib.contextmanager
 def _mapped(
-    directory: Path, held: Arrays, parts: Iterable[tuple[str, tuple[int, ...], np.ndarray]]
+    beside: Path, held: Arrays, parts: Iterable[tuple[str, tuple[int, ...], np.ndarray]]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """Arrays in an unnamed file of `directory`, made from their parts: path, first indices, values."""
+    """Arrays in an unnamed file, made from their parts: path, first indices, values.
+
+    The file is on the disk of `beside`, or in the temporary directory if that is in an object store.
+    """
+    directory = Path(tempfile.gettempdir()) if storage.is_object(beside) else beside.absolute().parent
     sizes = [-(-array.dtype.itemsize * array.size // ALIGNMENT) * ALIGNMENT for array in held.values()]
     offsets = dict(zip(held, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
     try:
@@ -421,6 +427,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _require_empty(directory: Path) -> None:
     try:
         entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+    except StorageError:  # of a store
+        raise
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; name a directory") from None
     if entries:
@@ -435,6 +443,6 @@ def _copy_tokenizer(source: Path, destination: Path) -> None:
             if (source / name).is_file():
                 if (source / name).resolve().parent not in homes:
                     raise UserError(f"{source / name}: is a link out of its directory; put the file there")
-                shutil.copyfile(source / name, destination / name)
+                storage.copy(source / name, destination / name)
     except OSError as error:
         raise StorageError(f"{destination}: {error.strerror}") from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from sparsezoo_jax import storage
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface import torch_files
 from sparsezoo_jax.untrusted import MAX_INDEX_BYTES, MAX_SHARDS, MAX_TENSORS, read_json
@@ -94,23 +94,28 @@ def wrapper_of(names: Collection[str]) -> str:
 def open_tensors(directory: Path) -> Iterator[TensorFiles]:
     """Open the checkpoint in `directory`: model.safetensors, else pytorch_model.bin, or the files that an index names.
 
-    Prefixes of `WRAPPERS` are left out of the names.
+    Prefixes of `WRAPPERS` are left out of the names. The libraries map files of this machine, so those of an object
+    store are copied to the temporary directory for as long as they are open.
 
     Raises:
       UserError: there is none, files of the index are missing, or a library is not installed.
-      StorageError: a file is damaged.
+      StorageError: a file is damaged, or can't be read.
     """
     safetensors = library()
     index, paths = _files(directory)
-    if index == torch_files.INDEX:
-        yield _unwrapped(torch_files.TorchFiles(paths))
-        return
     with contextlib.ExitStack() as stack:
+        try:
+            files = stack.enter_context(storage.fetched(paths))
+        except OSError as error:
+            raise StorageError(f"{directory}: {error.strerror or error}") from error
+        if index == torch_files.INDEX:
+            yield _unwrapped(torch_files.TorchFiles(paths, files))
+            return
         handles: dict[str, Any] = {}
-        for path in paths:
-            _check_header(path)
+        for path, file in zip(paths, files, strict=True):
+            _check_header(file, path)
             try:
-                handle = stack.enter_context(safetensors.safe_open(path, framework="np"))
+                handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
             except Exception as error:  # SafetensorError, OSError
                 raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
             handles.update(dict.fromkeys(handle.keys(), handle))
@@ -123,11 +128,11 @@ def _unwrapped(files: TensorFiles) -> TensorFiles:
     return UnwrappedFiles(files, prefix) if prefix else files
 
 
-def _check_header(path: Path) -> None:
-    """The library reads a header of up to 100 MB at once."""
+def _check_header(file: Path, path: Path) -> None:
+    """The library reads a header of up to 100 MB at once; `path` is what a file of this machine is called in errors."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
     if size > MAX_INDEX_BYTES:
@@ -166,7 +171,7 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
         raise StorageError(f"{index}: damaged: {error!r}") from error
     if len(names) > MAX_SHARDS:
         raise UserError(f"{index}: names {len(names):,} files; at most {MAX_SHARDS:,} are read")
-    missing = foreign + [name for name in names if not os.path.isfile(directory / name)]
+    missing = foreign + [name for name in names if not (directory / name).is_file()]
     if missing:
         listed = ", ".join(list(dict.fromkeys(missing))[:20])
         raise UserError(f"{directory}: files that {index.name} names are missing: {listed}")
@@ -184,7 +189,7 @@ def write_tensors(
     The library's writer wants a file's tensors all at once and copies them again; the format is a few lines.
 
     Args:
-      directory: where to; exists.
+      directory: where to; on a disk it exists.
       tensors: shape and type of every tensor, in order.
       value_of: the values of a tensor.
       max_bytes: limit on a file.
@@ -201,7 +206,7 @@ def write_tensors(
     files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     try:
         for file, names in zip(files, shards, strict=True):
-            with (directory / file).open("wb") as out:
+            with storage.staged(directory / file) as staged, staged.open("wb") as out:
                 out.write(_header({name: tensors[name] for name in names}))
                 for name in names:
                     shape, dtype = tensors[name]
@@ -211,7 +216,7 @@ def write_tensors(
         if len(shards) > 1:
             places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            storage.write_atomic(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     except OSError as error:
         raise StorageError(f"{directory}: could not write: {error.strerror}") from error
 

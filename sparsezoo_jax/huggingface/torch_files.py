@@ -29,10 +29,10 @@ def library() -> Any:
         raise UserError(f"torch is not installed, which {SINGLE} needs: pip install -e '.[hf]'") from None
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(file: Path, path: Path) -> None:
     """Torch stores what is in its archives as it is. What is compressed could become any size."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
@@ -55,18 +55,22 @@ class TorchFiles:
     Files are mapped into memory, so that what is not read is not loaded; torch's weights-only loader refuses any file
     that holds more than tensors.
 
+    Args:
+      paths: what the files are called in errors.
+      files: where they are on this machine.
+
     Raises:
       UserError: torch is not installed, or a file holds something else than named tensors. StorageError: a file is
         damaged, or of torch's format before 1.6, which can't be mapped.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], files: Sequence[Path]):
         torch = library()
         self._tensors: dict[str, Any] = {}
-        for path in paths:
-            _check_archive(path)
+        for path, file in zip(paths, files, strict=True):
+            _check_archive(file, path)
             try:
-                found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # UnpicklingError, RuntimeError, OSError, EOFError
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise StorageError(f"{path}: damaged, or more than tensors, or not to be mapped: {reason}") from None
@@ -83,7 +87,7 @@ class TorchFiles:
             # Several names may share what is stored, and a step of 0 repeats it.
             sizes = {name: tensor.nelement() * tensor.element_size() for name, tensor in found.items()}
             try:
-                check_expansion(sizes, path.stat().st_size, most=MAX_SHARING)
+                check_expansion(sizes, file.stat().st_size, most=MAX_SHARING)
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from None
         names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -25,7 +25,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -185,6 +185,23 @@ def source(path: Path) -> Any:
     return open_read(path) if is_object(path) else path
 
 
+@contextlib.contextmanager
+def fetched(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Files of this machine for libraries that open no others: these, or copies of objects, gone when the block ends.
+
+    Raises:
+      OSError: one can't be read, or the temporary directory has no room for them.
+    """
+    with contextlib.ExitStack() as stack:
+        files = list(paths)
+        if any(map(is_object, paths)):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparsezoo-")))
+            for number, path in enumerate(paths):
+                files[number] = folder / f"{number}-{path.name}"
+                copy(path, files[number])
+        yield files
+
+
 class Version(NamedTuple):
     """What tells whether a file is still the same."""
 
@@ -299,6 +316,12 @@ def staged(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file or an object to a file or an object that is whole or absent; raises `OSError`."""
+    with open_read(source) as file, staged(target) as temporary, open(temporary, "wb") as new:
+        shutil.copyfileobj(file, new, READ_AHEAD)
 
 
 def sync(path: Path) -> None:

@@ -42,8 +42,8 @@ class Generated:
 def generate_games(config: ChessConfig, path: Path) -> Generated:
     """Play the games of `config` into the PGN file `path`.
 
-    Until the last game the file is called `PATH.partial`; an interrupted call goes on with it. The content does not
-    depend on the number of processes or on interruptions.
+    Until the last game the file is called `PATH.partial`; an interrupted call goes on with it. In an object store that
+    is a copy of now and then. The content does not depend on the number of processes or on interruptions.
 
     Raises:
       DataError: no Stockfish, no package `chess`, or an engine that stopped.
@@ -58,19 +58,24 @@ def generate_games(config: ChessConfig, path: Path) -> Generated:
             return Generated(path, there, 0, 0.0)
         players = Players(config)
         try:
-            partial = path.with_name(f"{path.name}.partial")
             path.parent.mkdir(parents=True, exist_ok=True)
-            size, done = _whole_games(partial, config, players.name) if partial.exists() else (0, 0)
-            with open(partial, "r+b" if partial.exists() else "wb") as file:
-                file.truncate(size)  # a game that was cut off
-                file.seek(size)
-                with _progress(config.games, done) as show, _all_games(config, done, players) as texts:
-                    for number, text in enumerate(texts, done + 1):
-                        file.write(text.encode())
-                        file.flush()
-                        show(number)
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with contextlib.closing(storage.Mirror(path.parent)) as mirror:
+                partial = mirror.local / f"{path.name}.partial"
+                mirror.fetch(partial.name)
+                size, done = _whole_games(partial, config, players.name) if partial.exists() else (0, 0)
+                with open(partial, "r+b" if partial.exists() else "wb") as file:
+                    file.truncate(size)  # a game that was cut off
+                    file.seek(size)
+                    with _progress(config.games, done) as show, _all_games(config, done, players) as texts:
+                        for number, text in enumerate(texts, done + 1):
+                            file.write(text.encode())
+                            file.flush()
+                            show(number)
+                            mirror.send()
+                    os.fsync(file.fileno())
+                partial.replace(mirror.local / path.name)
+            if mirror.is_remote:  # what is there now has the file's name
+                path.with_name(partial.name).unlink(missing_ok=True)
         finally:
             players.close()
     except OSError as error:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from sparsezoo_jax.data.dataset_names import require_corpus
 from sparsezoo_jax.errors import STRICT, require
 
 PropertySet = Literal["board", "board_unmasked", "strategy"]
@@ -32,6 +33,8 @@ class ChessEvaluation:
     """Games that the model reads at a time."""
 
     def __post_init__(self):
+        for name in self.games:
+            require_corpus("chess.games", name)
         require(self.layer is None or self.layer >= 1, "chess.layer", self.layer, "must be at least 1")
         require(self.count >= 1, "chess.count", self.count, "must be at least 1")
         require(bool(self.properties), "chess.properties", "", "must name at least one set")

@@ -70,7 +70,7 @@ def games_for(config: DataConfig, sources: Sequence[str], count: int) -> tuple[G
       DataError: too few games that are long enough, or files that can't be read.
     """
     if sources:
-        configs = [dataclasses.replace(config, dataset=name, validation_fraction=0.0) for name in sources]
+        configs = [dataclasses.replace(config, dataset=name, mixture=None, validation_fraction=0.0) for name in sources]
         documents = [open_documents(source, "train") for source in configs]
         name = ", ".join(sources)
     else:
