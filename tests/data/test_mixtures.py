@@ -1,9 +1,11 @@
 """Mixtures of corpora: which corpus each sequence has, batches, positions, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -414,3 +416,35 @@ def test_games_and_their_tokenizer():
     both = DataConfig(dataset=None, mixture=(games, Component(dataset="sotu", weight=1.0)))
     assert both.tokenizer_name is None
     assert both.of(games).in_blocks
+
+
+def test_games_and_a_data_set_of_the_hub(corpus, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "laws").mkdir()
+    laws = datasets.Dataset.from_dict({"text": [f"law {n} of peace" for n in range(40)]})
+    laws.to_parquet(tmp_path / "laws" / "train.parquet")
+    parts = (
+        Component(dataset=str(corpus), weight=2, name="texts"),
+        Component(dataset=f"hf://{tmp_path / 'laws'}", weight=1),
+        Component(dataset=str(Path(__file__).with_name("games.pgn")), weight=1),
+    )
+    config = DataConfig(
+        dataset=None, mixture=parts, seq_len=24, batch_size=8, bpe_vocab_size=300, cache_dir=str(tmp_path / "cache")
+    )
+    tokenizer = open_tokenizer(config)
+    made = prepare(config, "train", tokenizer)
+    assert [component.name for component in made.components] == ["texts", "laws", "games"]
+    found = Counter()
+    with contextlib.closing(prepared_batches(made, batch_size=8, seed=0, prefetch=0)) as batches:
+        for n in range(4):
+            for row in batches.batch_at(n)["tokens"]:
+                text = tokenizer.decode(row)
+                found["games" if ";1." in text else "laws" if "law" in text else "texts"] += 1
+                # Games are in blocks, each of which begins with one.
+                assert ";1." not in text or row[0] == tokenizer.bos_id
+    assert found == {"texts": 16, "laws": 8, "games": 8}
+    with pytest.raises(ConfigError, match=r"data.packing=blocks: needs data.mode=prepared"):
+        dataclasses.replace(config, mode="streaming")
+    games = dataclasses.replace(config, mixture=parts[2:])
+    assert games.tokenizer_name == "chess"
