@@ -72,7 +72,7 @@ TINY = RunConfig(
         eval_every=100,
         schedule=Cosine(learning_rate=8e-3, warmup_steps=0.1),
         # A narrow layer of few steps needs more than the 1.28e-3 of the large ones to come to 99 % zeros.
-        objectives=(FixedObjective(loss=L1, weight=8e-3),),
+        objectives=(FixedObjective(loss=L1, weight=5.5e-3),),
     ),
 )
 
