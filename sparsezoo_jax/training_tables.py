@@ -85,7 +85,7 @@ def show_text(workdir: Path, step: int, name: str, text: str) -> None:
 
     writer = TensorBoardWriter(workdir / TENSORBOARD)
     try:
-        writer.write_text(step, name, text)
+        writer.add_text(step, name, text)
         writer.close()
     except OSError as error:
         warnings.warn(f"{workdir / TENSORBOARD}: {error.strerror}", SparsezooWarning, stacklevel=2)

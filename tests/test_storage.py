@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sparsezoo_jax
-from sparsezoo_jax import chess, cli, convert, evaluate, generate, prepare, report, sae, storage, train
+from sparsezoo_jax import chess, cli, convert, evaluate, generate, prepare, report, sae, serve, storage, train
 from sparsezoo_jax.data import Component
 from sparsezoo_jax.errors import ConfigError, StorageError
 from tests.test_commands import call
@@ -33,10 +33,13 @@ FIELDS = [
     (chess, ["generate", "--out", "games.pgn", "--stockfish"], "data.chess.stockfish"),
     (evaluate, [], "DIR"),
     (evaluate, ["run", "--base"], "--base"),
+    (evaluate, ["run", "--tasks", "a", "--task-path"], "--task-path"),
     (evaluate, ["run", "--chess.games"], "chess.games"),
     (evaluate, ["run", "--interpret.sae"], "interpret.sae"),
     (generate, ["--prompt", "a", "--base", "run"], "DIR"),
     (generate, ["run", "--prompt", "a", "--base"], "--base"),
+    (serve, [], "DIR"),
+    (serve, ["run", "--base"], "--base"),
     (report, [], "DIR"),
     (report, ["run"], "DIR"),
     (report, ["run", "--output"], "--output"),
@@ -84,6 +87,7 @@ def test_the_table_has_all_fields_that_are_paths():
         chess: [chess.Chess],
         evaluate: [evaluate.Evaluate],
         generate: [generate.Generate],
+        serve: [serve.Serve],
         report: [report.Report],
         sae: [sae.TrainSAE],
         convert: [convert.FromHF, convert.ToHF, convert.Merge],

@@ -88,7 +88,7 @@ class TensorBoardWriter(MetricWriter):
             values += summaries.histogram_raw(name, *figures, found.edges[1:], found.counts).value
         self._add(step, Summary(value=values))
 
-    def write_text(self, step: int, name: str, text: str) -> None:
+    def add_text(self, step: int, name: str, text: str) -> None:
         """Write and flush a text as it is: TensorBoard would read it as Markdown.
 
         Raises:

@@ -93,7 +93,7 @@ def test_tensorboard_gets_hyperparameters_histograms_and_text(tmp_path):
     table = {"train.steps": 9, "data.dataset": "sotu", "mesh": (1, 2), "none": None}
     writer = TensorBoardWriter(tmp_path, hyperparameters=table)
     writer.write_histograms(7, {"parameters/w": Histogram.of([0.0, 1.0, 1.0, np.nan], bins=2)})
-    writer.write_text(8, "sample", "one *line*\nanother")
+    writer.add_text(8, "sample", "one *line*\nanother")
     writer.close()
     TensorBoardWriter(tmp_path / "resumed", resume_step=7, hyperparameters=table).write(8, {})
     assert not any(value.metadata.plugin_data.plugin_name for event in events(tmp_path / "resumed")
