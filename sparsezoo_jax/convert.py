@@ -1,7 +1,8 @@
 """Convert checkpoints: `python -m sparsezoo_jax.convert from-hf SRC DIR`, `to-hf DIR DST`, or `merge DIR RUN`.
 
 SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer; SRC may hold
-pytorch_model.bin instead), DIR and RUN are run directories. docs/huggingface.md lists the families that are known.
+pytorch_model.bin instead), DIR and RUN are run directories. docs/huggingface.md lists the families that are read and
+how transformers loads what is written; `to-hf DIR DST --push OWNER/NAME` uploads it.
 `merge` makes a run of adapters and the parameters that they were trained for.
 """
 
@@ -14,7 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from sparsezoo_jax import cli
+from sparsezoo_jax import cli, storage
+from sparsezoo_jax.errors import require
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 
@@ -33,12 +35,19 @@ class FromHF:
 
 @dataclass(frozen=True, kw_only=True)
 class ToHF:
-    """Write a run's newest checkpoint as a Hugging Face checkpoint."""
+    """Write a run's newest checkpoint as a Hugging Face checkpoint that transformers loads."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
     """Run directory."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST"), Stores()]
     """Directory to make; empty or absent."""
+    released: bool = False
+    """Write the layout of the family's released checkpoints, for their authors' code and other engines. Where
+    transformers has no class for it, their Python modules must be put beside it."""
+    push: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
+    """Upload the result to the Hugging Face hub, with your own login (hf auth login). A new repository is private."""
+    public: bool = False
+    """Make a new repository public."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +84,24 @@ def main(args: Sequence[str]) -> None:
         print(f"{command.destination}: adapters of step {step} merged into their base")
         return
     from sparsezoo_jax import huggingface
+    from sparsezoo_jax.huggingface import hub
 
     if isinstance(command, FromHF):
         made = huggingface.from_hf(command.source, command.directory, not_finite=command.not_finite)
         place = command.directory
     else:
-        made, place = huggingface.to_hf(command.directory, command.destination), command.destination
+        require(command.push is not None or not command.public, "--public", True, "is for --push OWNER/NAME only")
+        if command.push is not None:
+            require(not storage.is_object(command.destination), "DST", command.destination, "must be local with --push")
+            hub.check(command.push)
+        place = command.destination
+        made = huggingface.to_hf(command.directory, place, released=command.released, name=command.push)
     for note in made.notes:
         print(f"note: {printable(note)}")
     tokenizer = "with its tokenizer" if made.tokenizer else "no tokenizer"
     print(f"{place}: {made.model_type}, {made.parameters:,} parameters in {made.dtype}, {tokenizer}")
+    if isinstance(command, ToHF) and command.push is not None:
+        print(f"uploaded to {printable(hub.push(place, command.push, public=command.public))}")
 
 
 if __name__ == "__main__":

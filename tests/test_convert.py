@@ -155,7 +155,7 @@ def test_round_trip_is_bit_exact(name, dtype, tmp_path):
     assert tokenizer is None
     assert run_config.model.param_dtype == made.dtype == np.dtype(dtype).name
     assert bool(jnp.isfinite(model(jnp.arange(12).reshape(1, 12)).logits).all())
-    huggingface.to_hf(run, back)
+    huggingface.to_hf(run, back, released=True)
     assert_same(load_file_any(back), tensors)
     written = json.loads((back / "config.json").read_text())
     assert {key: written[key] for key in config} == config
@@ -259,7 +259,7 @@ def test_sparselm_as_its_authors_store_it(tmp_path):
     for form, names in forms.items():
         run, back = tmp_path / f"{form}-run", tmp_path / f"{form}-back"
         huggingface.from_hf(write(tmp_path / form, config, rest | dict(stored(names))), run)
-        huggingface.to_hf(run, back)
+        huggingface.to_hf(run, back, released=True)
         assert_same(load_file(back / "model.safetensors"), tensors)
     assert read_config(run / "config.json").train.objectives[0].weight == pytest.approx(64 * 2e-5)
     rest["lm_head.weight"] = rest["lm_head.weight"] + 1
@@ -277,7 +277,7 @@ def test_sparselm_without_a_gate(tmp_path):
             kernels[f"model.layers.{i}.mlp.{name}_weight"] = np.ascontiguousarray(matrix.T)
     for form, stored in (("torch", tensors), ("kernels", kernels)):
         huggingface.from_hf(write(tmp_path / form, config, stored), tmp_path / f"{form}-run")
-        huggingface.to_hf(tmp_path / f"{form}-run", tmp_path / f"{form}-back")
+        huggingface.to_hf(tmp_path / f"{form}-run", tmp_path / f"{form}-back", released=True)
         assert_same(load_file(tmp_path / f"{form}-back" / "model.safetensors"), tensors)
 
 
@@ -351,10 +351,10 @@ def test_newer_rope_parameters():
         ("mohd", "tiny", "model.residual"),
     ],
 )
-def test_runs_that_transformers_lacks(arch, size, message, tmp_path):
+def test_runs_that_no_released_layout_holds(arch, size, message, tmp_path):
     write_config(tmp_path / "run", preset(arch, size))
     with pytest.raises(UserError, match=message):
-        huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+        huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     assert not (tmp_path / "back").exists()
 
 

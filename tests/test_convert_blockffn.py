@@ -162,7 +162,7 @@ def test_round_trip_is_bit_exact(name, dtype, tmp_path):
     made = huggingface.from_hf(write(tmp_path / "source", config, tensors), run)
     assert made.parameters == sum(x.size for x in tensors.values())
     assert made.dtype == np.dtype(dtype).name
-    huggingface.to_hf(run, back)
+    huggingface.to_hf(run, back, released=True)
     assert_same(load_file(back / "model.safetensors"), tensors)
     written = json.loads((back / "config.json").read_text())
     unused = {"intermediate_size", "torch_dtype", "bos_token_id", "eos_token_id"}
@@ -237,7 +237,7 @@ def test_experts_as_stacks(norm, tmp_path):
     block = {**linear, "ffn_type": "block"}
     tensors = tensors_of(block)
     huggingface.from_hf(write(tmp_path / "source", block, tensors), tmp_path / "run")
-    huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+    huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     flat = dict(tensors)
     for i in range(3):
         flat[f"model.layers.{i}.mlp.up_proj"] = tensors[f"model.layers.{i}.mlp.up_proj"].reshape(20, 24)
@@ -381,7 +381,7 @@ def test_files_of_torch(dtype, count, tmp_path):
     config, tensors = CONFIGS["mla"], tensors_of(CONFIGS["mla"], dtype)
     shards = [dict(list(tensors.items())[i::count]) for i in range(count)]
     made = huggingface.from_hf(write_bin(tmp_path / "source", config, *shards), tmp_path / "run")
-    huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+    huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     kept = {n: x.astype(np.float32) for n, x in tensors.items()} if dtype == np.float16 else tensors
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), kept)
     assert bool(made.notes) == (dtype == np.float16)

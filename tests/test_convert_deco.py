@@ -84,7 +84,7 @@ def tensors_of(dtype=np.float32):
 def test_round_trip_is_bit_exact(config, tmp_path):
     tensors = tensors_of(ml_dtypes.bfloat16)
     huggingface.from_hf(write(tmp_path / "source", config, tensors), tmp_path / "run")
-    huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+    huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
     huggingface.from_hf(tmp_path / "back", tmp_path / "again")
     first, second = (sparsezoo_jax.load(tmp_path / name).config for name in ("run", "again"))

@@ -138,7 +138,7 @@ def test_round_trip_is_bit_exact(arch, tmp_path):
     biases = [name for name in tensors if name.endswith("expert_bias")]
     assert (made.dtype, made.notes) == ("bfloat16", ())
     assert made.parameters == sum(x.size for x in tensors.values()) - 8 * len(biases)
-    assert huggingface.to_hf(tmp_path / "run", tmp_path / "back").parameters == made.parameters
+    assert huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True).parameters == made.parameters
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
     huggingface.from_hf(tmp_path / "back", tmp_path / "again")
     first, second = (read_config(tmp_path / name / "config.json") for name in ("run", "again"))
@@ -154,7 +154,7 @@ def test_a_run_that_ends_as_an_average_is_loaded_and_written_as_one(tmp_path):
         save_params(run / "checkpoints", {path: step * x for path, x in parameters.items()}, step=step)
     ends = {"train.steps": 2, "train.checkpoint_every": 1, "train.merge_last": 2, "train.merge_decay": "linear"}
     write_config(run, with_values(read_config(run / "config.json"), ends))
-    huggingface.to_hf(run, tmp_path / "back")
+    huggingface.to_hf(run, tmp_path / "back", released=True)
     back = load_file(tmp_path / "back" / "model.safetensors")
     for name, x in tensors.items():
         np.testing.assert_array_equal(back[name], np.float32(1.5) * x)

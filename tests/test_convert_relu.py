@@ -156,7 +156,7 @@ def test_logits_and_the_way_back(name, tmp_path):
         logits, cache = step(tokens[:, i : i + 1], cache)
         np.testing.assert_allclose(logits[0, 0], golden[i], atol=5e-5)
 
-    huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+    huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     shared = config.keys() - {"torch_dtype", "bos_token_id", "eos_token_id", "rope_scaling"}
@@ -173,7 +173,7 @@ def test_bfloat16_and_the_threshold_of_a_llama(tmp_path):
     assert (run.arch, run.size) == ("prosparse", "sparsellama_hf")
     assert isinstance(run.model.ffn, GatedFFNConfig)
     assert run.model.ffn.threshold == 0.25
-    huggingface.to_hf(tmp_path / "run", tmp_path / "back")
+    huggingface.to_hf(tmp_path / "run", tmp_path / "back", released=True)
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 

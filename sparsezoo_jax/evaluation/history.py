@@ -99,3 +99,12 @@ def _number(value: Any) -> float | None:
 
 def _numbers(values: Any) -> list[float | None]:
     return [_number(value) for value in values] if isinstance(values, list) else []
+
+
+def last_evaluation(directory: Path, step: int) -> dict[str, Any]:
+    """The last row of `metrics.jsonl` that evaluates this step; empty without one.
+
+    Raises:
+      StorageError: the file can't be read.
+    """
+    return next((row for row in reversed(read_rows(directory)) if row["step"] == step and "split" in row), {})

@@ -20,21 +20,27 @@ from flax import nnx
 from sparsezoo_jax import storage
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
-from sparsezoo_jax.data.chat import TEMPLATE_FILE
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.errors import StorageError, UserError
-from sparsezoo_jax.huggingface.layouts import Entry, Layout, layout_of, read_model, write_model
+from sparsezoo_jax.huggingface.layouts import (
+    SPARSEZOO,
+    Entry,
+    Layout,
+    layout_of,
+    read_model,
+    write_model,
+    written_for_transformers,
+)
+from sparsezoo_jax.huggingface.model_card import CARD, Written, model_card
+from sparsezoo_jax.huggingface.remote_code import remote_files
 from sparsezoo_jax.huggingface.tensors import TensorFiles, library, open_tensors, write_tensors
+from sparsezoo_jax.huggingface.tokenizer_files import complete_tokenizer, copy_tokenizer, token_ids
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.run_dir import CHECKPOINTS, CONFIG, stored_parameters, write_config
-from sparsezoo_jax.training.parameters import save_params
+from sparsezoo_jax.training.parameters import save_params, saved_steps
 from sparsezoo_jax.training.state import ModelTemplate, initial_variables
 from sparsezoo_jax.untrusted import printable, read_json
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", TEMPLATE_FILE),
-    *("vocab.json", "merges.txt", "generation_config.json"),
-)
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_LISTED = 20
 MAX_FILE_BYTES = 5 * 10**9
@@ -140,40 +146,63 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         with _mapped(directory, held, parts) as arrays:
             state = {path: arrays.get(path, initial) for path, initial in _variables(model).items()}
             save_params(directory / CHECKPOINTS, {path: arrays[path] for path in parameters}, state)
-    _copy_tokenizer(source, directory)
+    copy_tokenizer(source, directory)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
     return Conversion(layout.model_type, count, dtype, tokenizer is not None, notes)
 
 
-def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> Conversion:
+def to_hf(
+    directory: Path,
+    destination: Path,
+    *,
+    released: bool = False,
+    name: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Conversion:
     """Write a run, as `run_dir.load` takes it, in Hugging Face's layout.
 
     Args:
       directory: a run directory.
-      destination: empty or absent; gets config.json, model.safetensors and the run's tokenizer.
+      destination: empty or absent; gets config.json, model.safetensors, generation_config.json, the run's tokenizer, a
+        model card and, for models that transformers has no class for, Python files.
+      released: write the layout of the family's released checkpoints, also where transformers lacks their classes.
+      name: OWNER/NAME on the hub, for the model card.
       max_file_bytes: a checkpoint larger than this is written in several files and an index.
 
     Raises:
-      UserError: no run there, or one whose architecture transformers lacks, all that differs in one message;
-        `destination` is not empty; safetensors is not installed. Nothing is written then.
+      UserError: no run there; a kind that has no PyTorch form; with `released` a model that no released layout can
+        hold, all that differs in one message; `destination` is not empty; safetensors is not installed. Nothing is
+        written then.
       StorageError: reading or writing failed.
     """
     library()
     _require_empty(destination)
     config = read_config(directory / CONFIG)
     model = config.model
-    layout, values = write_model(model, directory)
+    layout, values = (write_model if released else written_for_transformers)(model, directory)
+    own = layout.model_type == SPARSEZOO.model_type
+    code = remote_files(model, directory) if own else {}
+    step, notes = _step_of(directory, model, own=own), ()
+    if own:
+        values["arch"] = config.arch
+        notes = ("modules of multi-token prediction are left out: only training uses them",) * (model.mtp_layers > 0)
     tokenizer = find_tokenizer(directory)
     saved, variables = _shapes(model)
-    parameters, _ = _shapes(dataclasses.replace(model, vocab_multiple=1))
-    found = {place.name: place for place in places(layout, model, {**parameters, **variables})}
+    # What transformers runs: no filling of the vocabulary, and in our own layout nothing that only training uses.
+    plain = dataclasses.replace(model, vocab_multiple=1, mtp_layers=0 if own else model.mtp_layers)
+    parameters, _ = _shapes(plain)
+    found = {place.name: place for place in places(layout, plain, {**parameters, **variables})}
     held = _described(found.values(), parameters, variables, model.param_dtype)
     tensors = {name: (tensor_shape(place), held[place.paths[0]].dtype) for name, place in found.items()}
-    values["torch_dtype"] = model.param_dtype
-    for name in ("bos", "eos"):
-        token = None if tokenizer is None else getattr(tokenizer, f"{name}_id")
-        values[f"{name}_token_id"] = token
+    homeless = sorted(parameters.keys() - {path for place in found.values() for path in place.paths})
+    if homeless:
+        raise UserError(f"{directory}: {_listed(homeless)}: have no place in a {layout.architecture} checkpoint")
+    values |= {"torch_dtype": model.param_dtype, **token_ids(tokenizer)}
+    count = sum(math.prod(shape) for shape in parameters.values())
+    loads = own or not layout.needs_code
+    written = Written(layout.model_type, count, model.param_dtype, own, tokenizer is not None, loads)
+    card = model_card(directory, config, step, written, name)
     parts = _saved(directory, config, {**saved, **variables}, held)
     with _mapped(destination, held, parts) as arrays:
 
@@ -184,12 +213,23 @@ def to_hf(directory: Path, destination: Path, *, max_file_bytes: int = MAX_FILE_
         try:
             destination.mkdir(parents=True, exist_ok=True)
             write_tensors(destination, tensors, value_of, max_file_bytes)
-            _copy_tokenizer(directory, destination)
-            storage.write_atomic(destination / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+            copy_tokenizer(directory, destination)
+            complete_tokenizer(directory, destination, tokenizer, model.max_seq_len)
+            for file, text in {**code, CARD: card, CONFIG: json.dumps(values, indent=2) + "\n"}.items():
+                storage.write_atomic(destination / file, text.encode())
         except OSError as error:
             raise StorageError(f"{destination}: {error.strerror}") from error
-    count = sum(math.prod(shape) for shape in parameters.values())
-    return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None)
+    return Conversion(layout.model_type, count, model.param_dtype, tokenizer is not None, notes)
+
+
+def _step_of(directory: Path, model: DecoderConfig, *, own: bool) -> int:
+    """The newest checkpoint's step, at which a warm-up of routed widths must be over where nothing says so but it."""
+    steps = saved_steps(directory / CHECKPOINTS)
+    step, warmup = steps[-1] if steps else 0, getattr(model.residual, "warmup_steps", 0)
+    if own and step < warmup:
+        allowed = f"must be over, but the newest checkpoint is of step {step}"
+        raise UserError(f"{directory}: model.residual.warmup_steps={warmup}: {allowed}")
+    return step
 
 
 def _saved(
@@ -204,7 +244,8 @@ def _saved(
         if array.shape != shapes.get(path):
             raise UserError(f"{directory}: {path} is {array.shape} in the checkpoint, {shapes.get(path)} by {CONFIG}")
         seen.add(path)
-        yield path, (), array[tuple(slice(size) for size in wanted[path].shape)]
+        if path in wanted:
+            yield path, (), array[tuple(slice(size) for size in wanted[path].shape)]
     if missing := wanted.keys() - seen:
         raise UserError(f"{directory}: the checkpoint lacks {', '.join(sorted(missing))}")
 
@@ -281,6 +322,8 @@ def matrix_shape(entry: Entry, shape: Sequence[int]) -> tuple[int, ...]:
 
 def tensor_shape(place: Place) -> tuple[int, ...]:
     """The shape of a tensor in a checkpoint."""
+    if place.entry.whole:
+        return place.shapes[0]
     matrices = [matrix_shape(place.entry, shape) for shape in place.shapes]
     joined = (*matrices[0][:-1], sum(shape[-1] for shape in matrices))
     shape, axis = joined[::-1] if place.entry.transposed else joined, place.entry.expert_axis
@@ -291,6 +334,8 @@ def tensor_shape(place: Place) -> tuple[int, ...]:
 
 def to_ours(entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """The parameters of these shapes that a tensor holds."""
+    if entry.whole:
+        return [tensor]
     if entry.expert_axis is not None:
         tensor = np.concatenate(tensor, axis=entry.expert_axis)
     joined = tensor.T if entry.transposed else tensor
@@ -301,6 +346,8 @@ def to_ours(entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]])
 
 def to_tensor(entry: Entry, parameters: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of `to_ours`."""
+    if entry.whole:
+        return parameters[0]
     if entry.rotated:
         parameters = [_reordered(x, entry.rotated, columns=entry.rotated // 2) for x in parameters]
     matrices = [x.reshape(matrix_shape(entry, x.shape)) for x in parameters]
@@ -433,16 +480,3 @@ def _require_empty(directory: Path) -> None:
         raise UserError(f"{directory}: {error.strerror}; name a directory") from None
     if entries:
         raise UserError(f"{directory}: is not empty ({', '.join(entries[:4])}); name another directory")
-
-
-def _copy_tokenizer(source: Path, destination: Path) -> None:
-    # A link to anywhere would copy a file of this machine into what may be given away; the hub's cache has its links.
-    homes = (source.resolve(), source.resolve().parent.parent / "blobs")
-    try:
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                if (source / name).resolve().parent not in homes:
-                    raise UserError(f"{source / name}: is a link out of its directory; put the file there")
-                storage.copy(source / name, destination / name)
-    except OSError as error:
-        raise StorageError(f"{destination}: {error.strerror}") from error

@@ -325,7 +325,7 @@ def test_a_run_of_bottlenecks(small_corpus, tmp_path, monkeypatch, capsys):
     assert_equal({path: whole[path] for path in trained}, trained)
     assert held.keys() | trained.keys() == whole.keys()
 
-    # Merging keeps them as layers and says so; Hugging Face's layouts can't hold them.
+    # Merging keeps them as layers and says so; released layouts can't hold them.
     assert call(convert, ["merge", run, tmp_path / "whole"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (
@@ -333,7 +333,7 @@ def test_a_run_of_bottlenecks(small_corpus, tmp_path, monkeypatch, capsys):
     )
     assert_equal(stored(tmp_path / "whole"), whole)
     for directory in (run, tmp_path / "whole"):
-        assert call(convert, ["to-hf", directory, tmp_path / "hf"], monkeypatch) == 2
+        assert call(convert, ["to-hf", directory, tmp_path / "hf", "--released"], monkeypatch) == 2
         assert "can't hold model.adapter.width=4: only None" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
     moved = base.rename(tmp_path / "moved")

@@ -6,6 +6,7 @@ between the two, so a checkpoint survives the way there and back bit by bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -26,14 +27,25 @@ from sparsezoo_jax.huggingface.layouts.relatives import MISTRAL, OLMO2, QWEN2, Q
 from sparsezoo_jax.huggingface.layouts.relu import BAMBOO, PROSPARSE
 from sparsezoo_jax.huggingface.layouts.rows import LAYOUTS, Entry, Layout, register_layout
 from sparsezoo_jax.huggingface.layouts.sparselm import SPARSELM
+from sparsezoo_jax.huggingface.layouts.sparsezoo import SPARSEZOO
 from sparsezoo_jax.models import DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS
 
-__all__ = ["LAYOUTS", "Entry", "Layout", "layout_of", "read_model", "register_layout", "write_model"]
+__all__ = [
+    "LAYOUTS",
+    "SPARSEZOO",
+    "Entry",
+    "Layout",
+    "layout_of",
+    "read_model",
+    "register_layout",
+    "write_model",
+    "written_for_transformers",
+]
 
 _RELATIVES = (MISTRAL, QWEN2, QWEN3, OLMO2, PROSPARSE, BAMBOO, MINICPM)
-for _layout in (LLAMA, GEMMA2, GEMMA3, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES):
+for _layout in (LLAMA, GEMMA2, GEMMA3, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES, SPARSEZOO):
     register_layout(_layout)
 
 
@@ -87,12 +99,32 @@ def write_model(model: DecoderConfig, source: object) -> tuple[Layout, dict[str,
     Raises:
       UserError: the decoder has parts that no layout can hold, all in one message.
     """
+    return _written(model, source, _layout_for(model))
+
+
+def written_for_transformers(model: DecoderConfig, source: object) -> tuple[Layout, dict[str, Any]]:
+    """As `write_model`, in a layout that transformers has a class for or, without one, in that of `huggingface.remote`.
+
+    Raises:
+      UserError: a kind that has no PyTorch form.
+    """
     layout = _layout_for(model)
+    if not layout.needs_code:
+        with contextlib.suppress(UserError):
+            return _written(model, source, layout)
+    return _written(model, source, SPARSEZOO)
+
+
+def _written(model: DecoderConfig, source: object, layout: Layout) -> tuple[Layout, dict[str, Any]]:
     kinds = {
         "model.attention.kind": (model.attention.kind, layout.attention_kinds),
         "model.ffn.kind": (model.ffn.kind, (layout.ffn_kind,)),
     }
-    wrong = [f"{name}={kind}: only {' or '.join(known)}" for name, (kind, known) in kinds.items() if kind not in known]
+    wrong = [
+        f"{name}={kind}: only {' or '.join(known)}"
+        for name, (kind, known) in kinds.items()
+        if kind not in known and layout is not SPARSEZOO
+    ]
     if not wrong:
         values = {"architectures": [layout.architecture], "model_type": layout.model_type, **layout.write(model)}
         written, again = read_model(values, source)

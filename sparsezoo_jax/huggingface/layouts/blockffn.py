@@ -179,4 +179,5 @@ BLOCKFFN = Layout(
     arch="blockffn",
     train=_train,
     name="blockffn",
+    needs_code=True,
 )

@@ -218,4 +218,5 @@ DECO = Layout(
     train=_train,
     recognises=lambda values: values.get("use_blockffn") is True or values.get("router_norm_type") is not None,
     completed=_completed,
+    needs_code=True,
 )

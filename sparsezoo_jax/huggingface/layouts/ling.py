@@ -181,4 +181,5 @@ LING = Layout(
         values.get("model_type") == "bailing_moe_v2" or values.get("architectures") == ["BailingMoeV2ForCausalLM"]
     ),
     completed=_completed,
+    needs_code=True,
 )

@@ -81,4 +81,5 @@ MINICPM = Layout(
     _is_scaled,
     train=_train,
     recognises=lambda values: values.get("model_type") == "minicpm" and not _OF_BLOCKFFN & values.keys(),
+    needs_code=True,
 )

@@ -115,4 +115,5 @@ PLM = Layout(
         schedule=WSDC(learning_rate=3e-4, stable_steps=0.7, decay_steps=0.2), optimizer=OPTIMIZER
     ),
     completed=_completed,
+    needs_code=True,
 )

@@ -25,6 +25,7 @@ PROSPARSE = dataclasses.replace(
     write=lambda model: {**auto_map("sparsellama", "SparseLlama"), **write_llama(model, _LLAMA)},
     suits=lambda model: _threshold(model) > 0,
     recognises=lambda values: values.get("model_type") == "llama" and values.get("hidden_act") == FATRELU,
+    needs_code=True,
 )
 
 
@@ -49,4 +50,5 @@ BAMBOO = dataclasses.replace(
         r"layers\.\d+\.mlp\.predictor\..*",
         "predictors of active neurons (mlp.predictor) are left out: what they drop of the neurons that are not 0 stays",
     ),
+    needs_code=True,
 )

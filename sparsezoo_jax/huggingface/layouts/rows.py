@@ -26,6 +26,8 @@ class Entry(NamedTuple):
     """Stored as [out, in] (torch's Linear) instead of [in, out] (GPT-2's Conv1D, embeddings)."""
     expert_axis: int | None = None
     """Stored as a stack of one matrix an expert; in one matrix of all experts they would share this axis."""
+    whole: bool = False
+    """Stored in the shape of our parameter."""
     rotated: int = 0
     """How many entries at the end of our last dimension rotate, entry i with i + rotated/2, where neighbours do in the
     checkpoint."""
@@ -58,6 +60,8 @@ class Layout:
     """Fields of the decoder, beside `NOT_STORED`, for which a checkpoint has no place."""
     arch: str = "dense"
     """Architecture of the run. `read` may give this, too."""
+    needs_code: bool = False
+    """Whether transformers has no class of its own for it."""
     name: str = ""
     """By which it is registered, where other families have the same model type."""
     left_out: tuple[str, str] | None = None

@@ -89,4 +89,5 @@ SPARSELM = Layout(
     ),
     arch="sparselm",
     train=lambda model: TrainConfig(objectives=(l1(),)),
+    needs_code=True,
 )
