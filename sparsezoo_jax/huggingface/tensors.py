@@ -128,6 +128,14 @@ def _unwrapped(files: TensorFiles) -> TensorFiles:
     return UnwrappedFiles(files, prefix) if prefix else files
 
 
+def _is_file(path: Path) -> bool:
+    """False for names that no file can have, too: too long ones, and those with a null byte."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _check_header(file: Path, path: Path) -> None:
     """The library reads a header of up to 100 MB at once; `path` is what a file of this machine is called in errors."""
     try:
@@ -171,7 +179,7 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
         raise StorageError(f"{index}: damaged: {error!r}") from error
     if len(names) > MAX_SHARDS:
         raise UserError(f"{index}: names {len(names):,} files; at most {MAX_SHARDS:,} are read")
-    missing = foreign + [name for name in names if not (directory / name).is_file()]
+    missing = foreign + [name for name in names if not _is_file(directory / name)]
     if missing:
         listed = ", ".join(list(dict.fromkeys(missing))[:20])
         raise UserError(f"{directory}: files that {index.name} names are missing: {listed}")
