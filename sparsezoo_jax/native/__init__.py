@@ -26,6 +26,7 @@ OPERATIONS = (
     "gated_ffn",
     "spark_ffn",
     "relu_ffn",
+    "thresholded_ffn",
     "relu_ffn_forward",
     "relu_ffn_backward",
     "active_rows",

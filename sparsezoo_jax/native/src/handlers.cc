@@ -69,6 +69,15 @@ ffi::Error ReluFfn(ffi::ThreadPool threads, Array x, Array first, Array rows, Ar
   return ffi::Error::Success();
 }
 
+ffi::Error ThresholdedFfn(ffi::ThreadPool threads, Array x, Array gate, Array rows, Array gate_scale, Array rows_scale,
+                          Array bound, Result y, Result active, int64_t activation) {
+  thresholded_ffn(pool_of(threads), tokens(x), matrix(gate, gate_scale), matrix(rows, rows_scale, 0, 2),
+                  matrix(rows, rows_scale, width_of(x), 2), rows_of(gate), Activation(activation),
+                  *static_cast<const float*>(bound.untyped_data()), tokens(*y),
+                  static_cast<int*>(active->untyped_data()));
+  return ffi::Error::Success();
+}
+
 float* floats(Array a) { return a.element_count() ? static_cast<float*>(a.untyped_data()) : nullptr; }
 
 ffi::Error ReluFfnForward(ffi::ThreadPool threads, Array x, Array z, Array up, Array down, Result y, Result l1,
@@ -216,6 +225,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn, ReluFfn,
                                   .Ret<Array>()
                                   .Ret<Array>()
                                   .Attr<double>("bound"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_thresholded_ffn, ThresholdedFfn,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_forward, ReluFfnForward,
                               BIND.Arg<Array>()

@@ -181,6 +181,11 @@ void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, cons
 void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
               long neurons, float bound, const Tokens& y, int* active);
 
+// Gates `act(gate . x)` whose magnitude is not above `bound` are 0, and their rows of `up` and `down`, the two parts of
+// the same rows, are not read; `active` [M] counts the others.
+void thresholded_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matrix& up, const Matrix& down,
+                     long neurons, Activation activation, float bound, const Tokens& y, int* active);
+
 // A layer whose hidden units are a ReLU's, all float32; weights are rows of neurons [F, D].
 struct ReluLayer {
   const float *x, *z;  // [M, D], and the scores before the ReLU [M, F]

@@ -1,7 +1,10 @@
 // Layers that read all of one matrix, and the rows of the neurons that its scores select: Spark FFN (arXiv 2506.06644)
-// by a threshold, SparseLM (arXiv 2603.23198) and ProSparse (arXiv 2402.13516) by a ReLU; and a product that reads the rows of units that are not 0.
+// by a threshold, SparseLM (arXiv 2603.23198) and ProSparse (arXiv 2402.13516) by a ReLU, CATS (arXiv 2404.08763) by the
+// magnitude of the gate; and a product that reads the rows of units that are not 0.
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "operations.h"
 
@@ -22,12 +25,13 @@ struct Columns {
   long first, width;
 };
 
-// y = sum over selected neurons of gate (k2 . values) v; a width of 0 leaves the product out. `threshold(scores)` is that
-// of one token, above which a neuron is selected; `gates(scores, places, n, threshold, g)` makes the gates of n neurons.
-template <class Threshold, class Gates>
+// y = sum over selected neurons of gate (k2 . values) v; a width of 0 leaves the product out. `scored(scores, n)` changes
+// n scores in place; `select(scores, places)` writes the places of a token's selected neurons and returns how many there
+// are, and the threshold; `gates(scores, places, n, threshold, g)` makes the gates of n neurons.
+template <class Scored, class Select, class Gates>
 void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns valued, const Matrix& k1, const Matrix& k2,
-                   const Matrix& v, long neurons, double expected, const Threshold& threshold, const Gates& gates_of,
-                   const Tokens& y, int* active) {
+                   const Matrix& v, long neurons, double expected, const Scored& score, const Select& select,
+                   const Gates& gates_of, const Tokens& y, int* active) {
   const long m = x.count, d = x.width;
   const Vectors in(x, k1.type, scored.first, scored.width), values(x, k2.type, valued.first, valued.width);
   const Vectors scores(m, neurons);
@@ -41,6 +45,7 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
   team.run(chunks, [&](long i) {
     const long first = i * chunk, n = std::min(chunk, neurons - first);
     k1.dot(first, n, scored.width, in.pointers(), m, scores[0] + first, scores.stride(), k1.ahead_of(first));
+    for (long j = 0; j < m; j++) score(scores[j] + first, n);
   });
 
   std::vector<float> thresholds(m);
@@ -48,8 +53,7 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
   std::vector<unsigned char> selected(m > 1 ? neurons : 0);
   long count = 0;
   for (long j = 0; j < m; j++) {
-    thresholds[j] = threshold(scores[j]);
-    count = loops().select(thresholds[j], true, scores[j], 0, neurons, places.data());
+    std::tie(count, thresholds[j]) = select(scores[j], places.data());
     active[j] = int(count);
     if (m > 1)
       for (long i = 0; i < count; i++) selected[places[i]] = 1;
@@ -87,33 +91,58 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
   sums.write(y, v.type);
 }
 
+const auto as_they_are = [](float*, long) {};
+
 }  // namespace
 
 void spark_ffn(const Pool& pool, const Tokens& x, long r, const Matrix& k1, const Matrix& k2, const Matrix& v,
                long neurons, double top_k, const Selection& selection, const Tokens& y, int* active) {
-  const auto threshold = [&](const float* scores) {
+  const auto select = [&](const float* scores, int* places) {
     const float mean = float(loops().moments(scores, neurons).sum / double(neurons));
     const double variance = loops().squares(mean, scores, neurons) / double(std::max(neurons - selection.ddof, 1L));
-    return mean + float(std::sqrt(variance)) * selection.quantile;
+    const float threshold = mean + float(std::sqrt(variance)) * selection.quantile;
+    return std::pair(loops().select(threshold, true, scores, 0, neurons, places), threshold);
   };
   const auto gates = [&](const float* scores, const int* places, long n, float above, float* g) {
     shrink(scores, places, n, above, selection.huber_delta, g);
     loops().activate(kGeluTanh, g, n);
   };
-  selected_rows(pool, x, {0, r}, {r, x.width - r}, k1, k2, v, neurons, top_k, threshold, gates, y, active);
+  selected_rows(pool, x, {0, r}, {r, x.width - r}, k1, k2, v, neurons, top_k, as_they_are, select, gates, y, active);
 }
 
 void relu_ffn(const Pool& pool, const Tokens& x, const Matrix& first, const Matrix& up, const Matrix& down, bool gated,
               long neurons, float bound, const Tokens& y, int* active) {
-  const auto threshold = [&](const float*) { return bound; };
+  const auto select = [&](const float* scores, int* places) {
+    return std::pair(loops().select(bound, true, scores, 0, neurons, places), bound);
+  };
   const auto gates = [](const float* scores, const int* places, long n, float above, float* g) {
     // Neurons of other tokens are among them.
     for (long i = 0; i < n; i++) g[i] = scores[places[i]] > above ? scores[places[i]] : 0;
   };
   // How many there are decides how the work is cut: a tenth is more than such layers have once they are trained.
   const double expected = double(neurons) / 10;
-  selected_rows(pool, x, {0, x.width}, {0, gated ? x.width : 0}, first, up, down, neurons, expected, threshold, gates, y,
-                active);
+  selected_rows(pool, x, {0, x.width}, {0, gated ? x.width : 0}, first, up, down, neurons, expected, as_they_are, select,
+                gates, y, active);
+}
+
+void thresholded_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matrix& up, const Matrix& down,
+                     long neurons, Activation activation, float bound, const Tokens& y, int* active) {
+  const auto activated = [&](float* scores, long n) { loops().activate(activation, scores, n); };
+  const auto select = [&](const float* scores, int* places) {
+    long count = 0;
+    for (long f = 0; f < neurons; f++) {
+      places[count] = int(f);
+      count += !(std::abs(scores[f]) <= bound);
+    }
+    return std::pair(count, bound);
+  };
+  const auto gates = [](const float* scores, const int* places, long n, float above, float* g) {
+    // Neurons of other tokens are among them.
+    for (long i = 0; i < n; i++) g[i] = std::abs(scores[places[i]]) <= above ? 0 : scores[places[i]];
+  };
+  // How many there are decides how the work is cut; half of them is what the method is used for.
+  selected_rows(pool, x, {0, x.width}, {0, x.width}, gate, up, down, neurons, double(neurons) / 2, activated, select,
+                gates, y, active);
 }
 
 void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const Tokens& y) {

@@ -124,8 +124,18 @@ def _parts(scale: jax.Array | None, gated: bool) -> tuple[jax.Array | None, jax.
 
 
 def _gathered(gated: bool, threshold: float, x, first, rows, scales: Scales):
-    gate, d = _gates(x, first, scales[0], threshold), x.shape[1]
-    up_scale, down_scale = _parts(scales[1], gated)
+    return gathered(gated, x, _gates(x, first, scales[0], threshold), rows, scales[1])
+
+
+def gathered(
+    gated: bool, x: jax.Array, gate: jax.Array, rows: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over neurons with a gate [M, F] that is not 0 in some token, by a loop that gathers their rows.
+
+    float32 [M, D], and how many neurons of each token have such a gate, int32 [M].
+    """
+    d = x.shape[1]
+    up_scale, down_scale = _parts(scale, gated)
 
     def add(total, places, valid, rows):
         # Take the rows once, ahead of both products: fused, each would take and convert them for itself.
