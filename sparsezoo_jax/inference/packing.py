@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.errors import SparsezooWarning
-from sparsezoo_jax.inference import attention, experts, ffn  # noqa: F401  # register the layouts of the package's kinds
+from sparsezoo_jax.inference import (  # noqa: F401  # register the layouts of the package's kinds
+    attention,
+    experts,
+    ffn,
+    sparsified,
+)
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, laid_out
 from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign
 from sparsezoo_jax.inference.routed_head import RoutedRows

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
-from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
+from sparsezoo_jax.models.contract import Attention, AttentionKind, MapSize, register_attention
 from sparsezoo_jax.models.norms import Norm, NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
@@ -67,6 +67,16 @@ class GQAConfig(AttentionKind):
         require(self.qk_norm or self.qk_norm_over == "head", "model.attention.qk_norm_over", self.qk_norm_over, allowed)
         centred = self.qk_norm_zero_centered
         require(self.qk_norm or not centred, "model.attention.qk_norm_zero_centered", centred, allowed)
+
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The four projections."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": MapSize(d_model, width, d_model),
+            "k": MapSize(d_model, kv_width, d_model),
+            "v": MapSize(d_model, kv_width, d_model),
+            "o": MapSize(width, d_model, width),
+        }
 
     def projection_flops(self, d_model: int) -> int:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
@@ -167,22 +177,24 @@ class Projections(nnx.Module):
     def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
 
-        def project(weight, bias):
+        def project(name, weight, bias):
             heads, width = weight.shape[1:]
-            y = stream.read(x_BTD, weight[...].astype(self.dtype).reshape(-1, heads * width))
+            weight_DO = weight[...].astype(self.dtype).reshape(-1, heads * width)
+            y = stream.read(stream.channels(name, x_BTD, lambda: weight_DO), weight_DO)
             y = y.reshape(*x_BTD.shape[:2], heads, width)
             return y if bias is None else y + bias[...].astype(self.dtype)
 
-        q = project(self.q_DNH, self.q_bias)
-        k = project(self.k_DKH, self.k_bias)
-        v = project(self.v_DKH, self.v_bias)
+        q = project("q", self.q_DNH, self.q_bias)
+        k = project("k", self.k_DKH, self.k_bias)
+        v = project("v", self.v_DKH, self.v_bias)
         # Queries stay where their part of the sequence is; keys and values of the whole sequence come to them.
         q = constrain(q if self.q_norm is None else self.q_norm(q), ("batch", "length", "heads", "head_dim"))
         k = constrain(k if self.k_norm is None else self.k_norm(k), ("batch", None, "kv_heads", "head_dim"))
         return q, k, constrain(v, ("batch", None, "kv_heads", "head_dim"))
 
     def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
-        y = stream.write(y_BTNH, self.o_NHD[...].astype(self.dtype))
+        o_NHD = self.o_NHD[...].astype(self.dtype)
+        y = stream.write(stream.channels("o", y_BTNH, lambda: o_NHD), o_NHD)
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 

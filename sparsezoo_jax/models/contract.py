@@ -29,6 +29,17 @@ Sublayer = Callable[[jax.Array, CallContext], tuple[jax.Array, Extra]]
 Observed = Mapping[str, Any]
 
 
+class MapSize(NamedTuple):
+    """A linear map of which channels of the input may be left out; see `Width.channels`."""
+
+    channels: int
+    """Entries of a token's input."""
+    weights: float
+    """Weights that are not needed for a token that leaves a channel out."""
+    read: float
+    """Channels that a token reads otherwise."""
+
+
 class Part(nnx.Module):
     """What all modules of a layer share."""
 
@@ -143,6 +154,13 @@ class FFNKind(Kind):
     def check(self, d_model: int) -> None:
         """Raise `ConfigError` for a width that this can't be built into."""
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """Maps whose inputs pass through `Width.channels`, by name; `active` as in `weights`. Default: none.
+
+        "neurons" is what the gate of a gated network multiplies: a neuron that is left out needs no other weights.
+        """
+        return {}
+
     def for_layer(self, layer: int, layers: int) -> Self:
         """The configuration of one layer, counted from 0. Default: all are alike."""
         return self
@@ -218,6 +236,10 @@ class AttentionKind(Kind):
 
     def check(self, d_model: int) -> None:
         """Raise `ConfigError` for a width that this can't be built into."""
+
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """Maps whose inputs pass through `Width.channels`, by name. Default: none."""
+        return {}
 
     @property
     @abc.abstractmethod

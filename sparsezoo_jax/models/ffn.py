@@ -23,7 +23,7 @@ from sparsezoo_jax.models.common import (
     LayerAux,
     activation_fn,
 )
-from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
+from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, register_ffn
 from sparsezoo_jax.models.records import FFN_GATE, FFN_HIDDEN, FFN_SCORES
 from sparsezoo_jax.models.topk import top_k_mask
 from sparsezoo_jax.models.width import Width
@@ -114,6 +114,17 @@ class GatedFFNConfig(FFNKind):
     def _map_weights(self, d_model: int, active: float) -> float:
         return d_model * (self._whole_maps * self.d_ff + (3 - self._whole_maps) * active)
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The three maps, and the neurons that the gate decides on."""
+        f, active = self.d_ff, or_target(active, self)
+        up = f if self._whole_maps == 2 else active
+        return {
+            "gate": MapSize(d_model, f, d_model),
+            "up": MapSize(d_model, up, d_model),
+            "neurons": MapSize(f, (3 - self._whole_maps) * d_model, active),
+            "down": MapSize(f, d_model, active),
+        }
+
     def dense_twin(self) -> GatedFFNConfig:
         """The layer of equal parameters that computes all neurons."""
         return dataclasses.replace(self, activation_sparsity_pattern=(), threshold=0.0)
@@ -150,9 +161,11 @@ class GatedFFN(FFN):
         gate = activation_fn(config.activation)(gate)
         if config.threshold > 0 and self.deterministic:
             gate = jnp.where(gate >= config.threshold, gate, 0)
+        gate = ctx.width.channels("neurons", gate)
         if config.up_activation is not None:
             up = activation_fn(config.up_activation)(up)
         hidden = constrain(gate * up, ("batch", "length", "ffn"))
+        hidden = ctx.width.channels("down", hidden, lambda: self.dictionary)
         losses = {}
         if config.l1:
             mean_BT = jnp.mean(jnp.abs(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))), axis=-1)
@@ -173,8 +186,10 @@ class GatedFFN(FFN):
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
-        gate = linear(x_BTD, self.gate_DF, self.gate_bias, self.dtype, stream.read)
-        return gate, linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read)
+        to_gate = stream.channels("gate", x_BTD, lambda: self.gate_DF[...])
+        to_up = stream.channels("up", x_BTD, lambda: self.up_DF[...])
+        gate = linear(to_gate, self.gate_DF, self.gate_bias, self.dtype, stream.read)
+        return gate, linear(to_up, self.up_DF, self.up_bias, self.dtype, stream.read)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
@@ -224,6 +239,13 @@ class PlainFFNConfig(FFNKind):
         """FLOPs per token with `active` neurons (None: the target, or all; a multiply-add counts 2)."""
         return 2 * d_model * (self.d_ff + or_target(active, self))
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The two maps."""
+        return {
+            "up": MapSize(d_model, self.d_ff, d_model),
+            "down": MapSize(self.d_ff, d_model, or_target(active, self)),
+        }
+
     def dense_twin(self) -> PlainFFNConfig:
         """The layer of equal parameters that computes all neurons."""
         return dataclasses.replace(self, top_k=None)
@@ -248,6 +270,7 @@ class PlainFFN(FFN):
         hidden = constrain(activation_fn(self.config.activation)(scores), ("batch", "length", "ffn"))
         if self.config.top_k is not None:
             hidden = jnp.where(top_k_mask(hidden, self.config.top_k), hidden, 0)
+        hidden = ctx.width.channels("down", hidden, lambda: self.dictionary)
         exact_zeros = self.config.activation in EXACT_ZERO_ACTIVATIONS
         aux = LayerAux(
             losses=smooth_density(hidden, ctx),
@@ -263,6 +286,7 @@ class PlainFFN(FFN):
 
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
         """Neurons before their non-linearity, [B, T, F]."""
+        x_BTD = stream.channels("up", x_BTD, lambda: self.up_DF[...])
         return linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:

@@ -1,5 +1,31 @@
 """The package's own layer kinds: importing this registers them. A new one is a module, named here and nowhere else."""
 
-from sparsezoo_jax.models import attention, blockffn, deco, ffn, mla, moe, moex, mohd, residual, spark, sparselm
+from sparsezoo_jax.models import (
+    attention,
+    blockffn,
+    deco,
+    ffn,
+    mla,
+    moe,
+    moex,
+    mohd,
+    residual,
+    spark,
+    sparselm,
+    sparsified,
+)
 
-__all__ = ["attention", "blockffn", "deco", "ffn", "mla", "moe", "moex", "mohd", "residual", "spark", "sparselm"]
+__all__ = [
+    "attention",
+    "blockffn",
+    "deco",
+    "ffn",
+    "mla",
+    "moe",
+    "moex",
+    "mohd",
+    "residual",
+    "spark",
+    "sparselm",
+    "sparsified",
+]

@@ -36,7 +36,7 @@ from sparsezoo_jax.models.contract import (
 from sparsezoo_jax.models.norms import Norm, NormConfig
 from sparsezoo_jax.models.residual import PreNorm, PreNormConfig
 from sparsezoo_jax.models.routers import RouterBias, Routing
-from sparsezoo_jax.models.width import WHOLE
+from sparsezoo_jax.models.width import WHOLE, AllChannels
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, Grouping, from_blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.matmul import matmul
@@ -325,7 +325,7 @@ def expanded(active_BTN: jax.Array, d_model: int) -> jax.Array:
     return jnp.repeat(active_BTN, d_model // active_BTN.shape[-1], axis=-1)
 
 
-class RoutedWidth:
+class RoutedWidth(AllChannels):
     """Maps of a sublayer that compute active blocks only."""
 
     def __init__(self, config: MoHDConfig, read_BTK: jax.Array, written_BTK: jax.Array):

@@ -22,6 +22,20 @@ ATTENTION_SELECTED = "attention_selected"
 ATTENTION_VISIBLE = "attention_visible"
 SUBLAYER_INPUT = "sublayer_input"
 
+#: Names of the maps that `Width.channels` may be called with.
+MAPS = ("q", "k", "v", "o", "gate", "up", "neurons", "down")
+
+
+def input_of(name: str) -> str:
+    """Name of the record of what the map called `name` reads."""
+    return f"input_{name}"
+
+
+def scores_of(name: str) -> str:
+    """Name of the record of the scores of the channels of the map called `name`."""
+    return f"scores_{name}"
+
+
 RECORDS: dict[str, str] = {
     FFN_SCORES: "[B, T, F] pre-activations of the neurons: what a selection rule sees, before it",
     FFN_GATE: "[B, T, F] after selection and non-linearity; a neuron is active where this is not 0",
@@ -34,6 +48,8 @@ RECORDS: dict[str, str] = {
     ATTENTION_SELECTED: "bool [B, N, T, S] keys that the query attends to (where keys are selected)",
     ATTENTION_VISIBLE: "bool [B, T, S] keys that the query may see: causal, window, document",
     SUBLAYER_INPUT: "[2, B, T, D] normalised inputs of attention and feed-forward network, as these read them",
+    **{input_of(name): f"[B, T, I] input of the map {name} of a sparsified layer, before its mask" for name in MAPS},
+    **{scores_of(name): f"float32 [B, T, I] scores of these channels of the map {name}" for name in MAPS},
 }
 
 

@@ -5,6 +5,7 @@ A sublayer that takes its maps through `CallContext.width` says so by `partial_w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -14,9 +15,19 @@ from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream
 from sparsezoo_jax.sharding import gather_axis
 
+Weight = Callable[[], jax.Array]
+
 
 class Width(Protocol):
     """The maps between the stream's width and a sublayer."""
+
+    def channels(self, name: str, x: jax.Array, weight: Weight | None = None) -> jax.Array:
+        """`x` [B, T, ...], the input of the map called `name`, as that map reads it: 0 in channels that it leaves out.
+
+        Names are those of the kind's `linear_maps`. `weight` makes the map's matrix [..., O], which has the axes of a
+        token's input, one or two, in its front.
+        """
+        ...
 
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:
         """`x W`, [B, T, O]."""
@@ -27,7 +38,14 @@ class Width(Protocol):
         ...
 
 
-class WholeWidth:
+class AllChannels:
+    """Maps read every channel of their inputs."""
+
+    def channels(self, name: str, x: jax.Array, weight: Weight | None = None) -> jax.Array:
+        return x
+
+
+class WholeWidth(AllChannels):
     """Every dimension takes part."""
 
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:

@@ -23,12 +23,14 @@ from sparsezoo_jax.inference.ffn import (
     PackedSparseLMFFN,
 )
 from sparsezoo_jax.inference.matrices import Rows
+from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
+from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedFFNConfig
 from tests.models.conftest import CONFIGS, forward
 
 GREEDY = Sampling(temperature=0)
@@ -43,7 +45,7 @@ KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
     **{
         kind: dataclasses.replace(CONFIGS[kind], layers=1)
-        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy")
+        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy", "sparsified")
     },
     "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
@@ -57,6 +59,14 @@ KINDS = {
     ),
     "prosparse": dataclasses.replace(
         CONFIGS["llama"], layers=1, ffn=GatedFFNConfig(d_ff=32, activation="relu", l1=True, threshold=0.2)
+    ),
+    "cats": dataclasses.replace(
+        CONFIGS["llama"],
+        layers=1,
+        ffn=SparsifiedFFNConfig(
+            of=GatedFFNConfig(d_ff=32, activation="silu"),
+            sparsity=ActivationSparsity(maps=("neurons",), target=0.5),
+        ),
     ),
     "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
@@ -95,6 +105,8 @@ LAID_OUT = {
     "moe": (PackedGQA, PackedMoEFFN),
     "remoe": (PackedGQA, PackedMoEFFN),
     "ling": (PackedGQA, PackedGatedFFN, PackedMoEFFN),
+    "sparsified": (PackedSparsifiedAttention, PackedSparsifiedFFN),
+    "cats": (PackedGQA, PackedSparsifiedFFN),
 }
 
 
@@ -115,6 +127,8 @@ def drawn(config):
     def start(path, leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(0)
+        if "cut_P" in str(path):
+            return jnp.full(leaf.shape, 0.3, leaf.dtype)
         router = "bias_E" in str(path)  # of zero it would choose no experts but those of the largest scores
         return jnp.asarray(rng.standard_normal(leaf.shape) if router else np.zeros(leaf.shape), leaf.dtype)
 
@@ -272,6 +286,8 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
 
 def reads_all(ffn):
     """Whether a token reads the weights of all neurons, whatever is active."""
+    if ffn.kind == "sparsified":
+        return "neurons" not in ffn.sparsity.maps
     return ffn.kind == "gated" or (ffn.kind == "plain" and ffn.activation not in EXACT_ZERO_ACTIVATIONS)
 
 

@@ -22,6 +22,7 @@ from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
+from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedAttentionConfig, SparsifiedFFNConfig
 
 BASE = {"vocab_size": 61, "d_model": 24, "layers": 5, "max_seq_len": 48}
 TWO = {**BASE, "layers": 2}  # where all layers are alike
@@ -32,6 +33,10 @@ GEMMA = {
     "final_softcap": 30.0,
     "layer_pattern": ("local", "global"),
 }
+
+SPARSITY = ActivationSparsity(
+    maps=("q", "k", "o", "gate", "down"), target=0.5, gate="top_k", weighted=("k", "down"), dense_tokens=2
+)
 
 CONFIGS = {
     "gemma2": DecoderConfig(
@@ -125,6 +130,11 @@ CONFIGS = {
         ffn=SparseLMFFNConfig(d_ff=32, stored_neurons=20),
         norm=NormConfig(eps=1e-5),
     ),
+    "sparsified": DecoderConfig(
+        **TWO,
+        attention=SparsifiedAttentionConfig(of=GQAConfig(heads=2, kv_heads=1, head_dim=8), sparsity=SPARSITY),
+        ffn=SparsifiedFFNConfig(of=GatedFFNConfig(d_ff=32, activation="silu"), sparsity=SPARSITY),
+    ),
     "gemma3n": DecoderConfig(
         **BASE,
         attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
@@ -135,7 +145,12 @@ CONFIGS = {
 
 @cache
 def initialised(config: DecoderConfig):
-    return nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    # Masks that leave nothing out, as they start, would test nothing.
+    cuts = {path: variable for path, variable in nnx.to_flat_state(state) if path[-1] == "cut_P"}
+    for variable in cuts.values():
+        variable.set_value(jnp.full(variable.get_value().shape, 0.5))
+    return graphdef, state
 
 
 def build(config: DecoderConfig) -> Decoder:
