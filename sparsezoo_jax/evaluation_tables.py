@@ -27,6 +27,8 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
         rows.append(("mean confidence", f"{found['confidence']:.2%}"))
         rows.append((f"calibration error, {len(found['bins'])} bins", f"{found['ece']:.4f}"))
     cli.print_table(f"{directory}, {figures['split']} split", ("figure", "value"), rows)
+    if "sparsified" in figures:
+        print_sparsified(figures["sparsified"])
     if "activation" in figures:
         print_activation(figures["activation"], figures["loss"])
     if "meters" not in figures:
@@ -37,6 +39,34 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     print_flow(figures["meters"]["layers"])
     print_parameters(figures["parameters"])
     print_costs(figures["costs"])
+
+
+def print_sparsified(figures: dict[str, Any]) -> None:
+    """Print what a sparsified run leaves out of each map and layer, what that saves, and the loss when it was made.
+
+    Args:
+      figures: as `evaluation.sparsified.needed` gives them, and "made".
+    """
+    maps, made = figures["left_out_by_layer"], figures["made"]
+    layers = len(next(iter(maps.values())))
+    rows = [(str(i), *(f"{values[i]:.2%}" for values in maps.values())) for i in range(layers)]
+    rows.append(("mean", *(f"{share:.2%}" for share in figures["left_out"].values())))
+    title = f"Channels left out ({made['method']} at {made['sparsity']:g})" if made else "Channels left out"
+    cli.print_table(title, ("layer", *maps), rows)
+    rows = [
+        (
+            name,
+            f"{figures[f'{name}_dense']:,.0f}",
+            f"{figures[name]:,.0f}",
+            f"{figures[name] / figures[f'{name}_dense']:.2%}",
+        )
+        for name in ("weights", "flops", "bytes")
+    ]
+    cli.print_table("Of the layers' linear maps, needed for a token", ("", "dense", "here", "share"), rows)
+    if made:
+        change = made["loss"] - made["loss_dense"]
+        before = f"{made['loss_dense']:.4f} dense, {made['loss']:.4f} at this sparsity ({change:+.4f})"
+        print(f"when it was made, on {made['tokens']:,} tokens: loss {before} nats/token")
 
 
 def print_activation(figures: dict[str, Any], dense: float) -> None:

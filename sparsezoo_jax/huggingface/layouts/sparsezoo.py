@@ -142,8 +142,8 @@ def _write(model: Any) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_sparsezoo.SparseZooForCausalLM",
         },
         **{theirs: values[ours] for theirs, ours in _SIZES.items()},
-        "num_attention_heads": attention["heads"],
-        "num_key_value_heads": attention.get("kv_heads", attention["heads"]),
+        "num_attention_heads": model.attention.heads,
+        "num_key_value_heads": attention.get("kv_heads", model.attention.heads),
         **{name: values[name] for name in _PARTS},
     }
 

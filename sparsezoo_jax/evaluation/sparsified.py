@@ -1,0 +1,87 @@
+"""What a sparsified run leaves out, and what that saves: by map, in weights, FLOPs and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.models import AttentionKind, DecoderConfig, FFNKind
+from sparsezoo_jax.models.records import MAPS
+from sparsezoo_jax.models.sparsified import DENSITY, SparsifiedAttentionConfig, SparsifiedFFNConfig
+from sparsezoo_jax.untrusted import read_json
+
+#: File of a run directory with the figures of how it was made.
+RECORD = "sparsify.json"
+_FIGURES = ("method", "sparsity", "loss_dense", "loss", "tokens")
+
+
+def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What one token needs of the linear maps of all layers, by the share of their channels that it reads.
+
+    Args:
+      config: a decoder.
+      stats: per layer, as `Evaluation.stats` has them.
+
+    Returns:
+      "left_out": mean share over layers by map, and "left_out_by_layer" (NaN where a layer does not have the map);
+      "weights", "flops" and "bytes" (of weights, in the activations' dtype) of a token, and "weights_dense" and so
+      on of one that leaves nothing out. Attention over keys and the output projection are not among them. Empty
+      for a decoder that is not sparsified.
+    """
+    densities = {name: np.asarray(stats[DENSITY + name]) for name in MAPS if DENSITY + name in stats}
+    if not densities:
+        return {}
+    weights = dense_weights = flops = dense_flops = 0.0
+    for layer, spec in enumerate(config.layer_specs()):
+        for kind in (spec.attention, spec.ffn):
+            saved, dense = 0.0, kind
+            if isinstance(kind, SparsifiedAttentionConfig | SparsifiedFFNConfig):
+                dense = kind.of
+                for name, size in dense.linear_maps(config.d_model).items():
+                    if name in kind.sparsity.maps:
+                        saved += size.weights * max(0.0, size.read - densities[name][layer] * size.channels)
+            whole, work = _costs(dense, config.d_model)
+            weights, dense_weights = weights + whole - saved, dense_weights + whole
+            flops, dense_flops = flops + work - 2 * saved, dense_flops + work
+    size = jnp.dtype(config.dtype).itemsize
+    left_out = {name: 1 - values for name, values in densities.items()}
+    return {
+        "left_out": {name: float(np.nanmean(values)) for name, values in left_out.items()},
+        "left_out_by_layer": {name: [float(x) for x in values] for name, values in left_out.items()},
+        "weights": weights,
+        "weights_dense": dense_weights,
+        "flops": flops,
+        "flops_dense": dense_flops,
+        "bytes": weights * size,
+        "bytes_dense": dense_weights * size,
+    }
+
+
+def _costs(kind: AttentionKind | FFNKind, d_model: int) -> tuple[float, float]:
+    """Weights and FLOPs of the linear maps of one token."""
+    if isinstance(kind, AttentionKind):
+        return kind.projection_weights(d_model), kind.projection_flops(d_model)
+    return kind.weights(d_model), kind.flops(d_model)
+
+
+def made(directory: Path) -> dict[str, Any]:
+    """How a run was sparsified: its method, sparsity and losses on the tokens that were read then; empty if it was not.
+
+    Raises:
+      UserError: a file that holds something else.
+    """
+    path = directory / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+    if not isinstance(found, dict) or not all(name in found for name in _FIGURES):
+        raise UserError(f"{path}: must hold {', '.join(_FIGURES)}")
+    return {name: found[name] for name in _FIGURES}

@@ -1,0 +1,204 @@
+"""What a model's maps read, over some text: histograms of the scores of their channels, and norms of the channels.
+
+Scores are counted by the upper bits of their float32 form. So the bins are the same for all models: a hundredth of a
+score is known as well as a hundred of it, no first pass has to find where scores lie, and no outlier widens the bins of
+the others (CATS counts in 20,000 equal bins from -2 to 2, which large activations leave).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.common import CallContext
+from sparsezoo_jax.models.config import LayerSpec
+from sparsezoo_jax.models.records import MAPS, input_of, scores_of
+from sparsezoo_jax.sparsification.methods import Quantile
+from sparsezoo_jax.storage import write_atomic
+
+_BITS = 9
+"""Bits of the significand that tell bins apart: 512 bins an octave, 0.2 % wide or less."""
+_SHIFT = 23 - _BITS
+_FIRST = (127 - 32) << _BITS
+BINS = 48 << _BITS
+"""From 2^-32 to 2^16. The first and the last bin have also what is beyond."""
+EDGES = ((_FIRST + np.arange(BINS + 1)) << _SHIFT).astype(np.int32).view(np.float32).astype(np.float64)
+EDGES[0] = 0.0
+CATS_EDGES = np.linspace(-2, 2, 19_998)
+"""Those of the histogram of the authors' code of CATS, but for the infinite ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MapStatistics:
+    """What one map of all layers that have it read."""
+
+    layers: tuple[int, ...]
+    """The layers that have it, counted from 0."""
+    counts: np.ndarray
+    """int64 [layers, 2, BINS]: scores by bin, of channels that are not negative and of negative ones."""
+    squares: np.ndarray
+    """float64 [layers, I]: sum of the squares of each channel."""
+    magnitudes: np.ndarray
+    """float64 [layers, I]: sum of the magnitudes of each channel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The statistics of all maps, over so many tokens."""
+
+    tokens: int
+    layers: int
+    """Layers of the model."""
+    maps: dict[str, MapStatistics]
+
+    def save(self, path: Path) -> None:
+        """Write as NumPy's .npz: "tokens", "model_layers", and for each map "q/counts", "q/layers" and so on.
+
+        Raises:
+          StorageError: it can't be written.
+        """
+        arrays = {f"{name}/{field}": value for name, map in self.maps.items() for field, value in vars(map).items()}
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, tokens=self.tokens, model_layers=self.layers, **arrays)
+        write_atomic(path, content.getvalue())
+
+
+def bin_of(score: jax.Array) -> jax.Array:
+    """The bin of scores, float32 and at least 0: int32 of the same shape."""
+    upper = jax.lax.bitcast_convert_type(score, jnp.int32) >> _SHIFT
+    return jnp.clip(upper - _FIRST, 0, BINS - 1)
+
+
+def _statistics(
+    dense_tokens: int, records: dict[str, jax.Array], spec: LayerSpec, ctx: CallContext
+) -> dict[str, jax.Array]:
+    """Those of a layer and a batch, by name of map and statistic."""
+    counted_BT = ctx.valid_BT & (ctx.positions_BT >= dense_tokens)
+    found: dict[str, jax.Array] = {"tokens": jnp.sum(counted_BT)}
+    for name in MAPS:
+        if input_of(name) not in records:
+            continue
+        x_BTI, score_BTI = records[input_of(name)].astype(jnp.float32), records[scores_of(name)]
+        place_BTI = bin_of(score_BTI) + jnp.where(x_BTI < 0, BINS, 0)
+        ones_BTI = jnp.broadcast_to(counted_BT[..., None], x_BTI.shape).astype(jnp.int32)
+        counts = jnp.zeros(2 * BINS, jnp.int32).at[place_BTI].add(ones_BTI)
+        x_BTI = jnp.where(counted_BT[..., None], x_BTI, 0)
+        found[f"{name}/counts"] = counts.reshape(2, BINS)
+        found[f"{name}/squares"] = jnp.sum(jnp.square(x_BTI), axis=(0, 1))
+        found[f"{name}/magnitudes"] = jnp.sum(jnp.abs(x_BTI), axis=(0, 1))
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _read(graphdef: nnx.GraphDef, names: tuple[str, ...], dense_tokens: int, state: Any, batch: Mapping[str, Any]):
+    out = nnx.merge(graphdef, state)(
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        logits=False,
+        record=names,
+        summarise=partial(_statistics, dense_tokens),
+    )
+    return out.records
+
+
+def calibrate(model: Decoder, batches: Iterable[Mapping[str, Any]], dense_tokens: int = 0) -> Calibration:
+    """Statistics of the maps of a sparsified model that leave channels out, before their masks.
+
+    The arrays of one layer live at a time; what is kept of a layer and map is its histogram and two numbers a channel.
+
+    Args:
+      model: a decoder of sparsified layers; with cuts of 0 it computes what the model that it is made of computes.
+      batches: of a data pipeline: dicts of [B, T] arrays tokens, segment_ids, positions; padding has segment id 0.
+      dense_tokens: first tokens of a document that are not counted.
+
+    Raises:
+      DataError: the batches hold no token that counts.
+    """
+    graphdef, state = nnx.split(model)
+    names = tuple(record(name) for name in MAPS for record in (input_of, scores_of))
+    totals: dict[str, dict[int, np.ndarray]] = {}
+    tokens = 0
+    for batch in batches:
+        arrays = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+        found = jax.device_get(_read(graphdef, names, dense_tokens, state, arrays))
+        tokens += int(found.pop("tokens")[0])
+        for name, by_layer in found.items():
+            total = totals.setdefault(name, {})
+            for layer, value in enumerate(by_layer):
+                if value is not None:
+                    # Sums over many batches outgrow float32 and int32.
+                    wide = np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64)
+                    total[layer] = total.get(layer, 0) + wide
+    if tokens == 0:
+        raise DataError("the text to calibrate on has no token")
+
+    def stacked(name: str, field: str) -> np.ndarray:
+        return np.stack(list(totals[f"{name}/{field}"].values()))
+
+    maps = {
+        name: MapStatistics(
+            tuple(totals[f"{name}/counts"]), *(stacked(name, field) for field in ("counts", "squares", "magnitudes"))
+        )
+        for name in MAPS
+        if f"{name}/counts" in totals
+    }
+    return Calibration(tokens, model.config.layers, maps)
+
+
+def _inverse(counts: np.ndarray, below: float) -> float:
+    """The score below which there are `below` of the counted, evenly spread within their bin; 0 in the first bin."""
+    total = np.cumsum(counts)
+    if below <= 0 or total[-1] == 0:
+        return 0.0
+    place = min(int(np.searchsorted(total, below, side="right")), BINS - 1)
+    if place == 0:
+        return 0.0
+    inside = min((below - total[place - 1]) / max(counts[place], 1), 1.0)
+    return float(EDGES[place] + inside * (EDGES[place + 1] - EDGES[place]))
+
+
+def threshold(counts: np.ndarray, share: float, quantile: Quantile = "magnitude") -> float:
+    """The threshold that a share of scores does not exceed, from their histogram.
+
+    Args:
+      counts: [2, BINS], of not negative and of negative channels.
+      share: of the scores, in [0, 1).
+      quantile: "magnitude", the quantile of the scores; "symmetric", `F^-1(1/2 + share/2)` with F the distribution of
+        scores that have the sign of their channels, which is the same if that is symmetric (TEAL, as its authors'
+        code); "grid", the quantile of the scores rounded down to a multiple of 2e-4 and to 2 at most (the lower edge of
+        its bin in CATS's code, for `jnp.searchsorted(..., side="right")`).
+    """
+    if quantile == "symmetric":
+        above = counts.sum() * (1 - share) / 2
+        return _inverse(counts[0], counts[0].sum() - above)
+    found = _inverse(counts.sum(axis=0), share * counts.sum())
+    if quantile == "magnitude":
+        return found
+    return max(float(CATS_EDGES[np.searchsorted(CATS_EDGES, found, side="right") - 1]), 0.0)
+
+
+def thresholds(
+    calibration: Calibration, shares: Mapping[str, np.ndarray], quantile: Quantile = "magnitude"
+) -> dict[str, np.ndarray]:
+    """For each map the thresholds of the layers, float32 [L]; NaN where a layer does not have the map.
+
+    `shares`: of the channels, by map [L].
+    """
+    found = {}
+    for name, map in calibration.maps.items():
+        found[name] = np.full(calibration.layers, np.nan, np.float32)
+        for layer, counts in zip(map.layers, map.counts, strict=True):
+            found[name][layer] = threshold(counts, float(shares[name][layer]), quantile)
+    return found

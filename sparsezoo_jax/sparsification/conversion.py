@@ -1,0 +1,111 @@
+"""Models with masks on their maps' inputs, made of trained ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.models import AttentionKind, Decoder, DecoderConfig, FFNKind
+from sparsezoo_jax.models.contract import SublayerName
+from sparsezoo_jax.models.sparsified import (
+    ActivationSparsity,
+    Masks,
+    SparsifiedAttentionConfig,
+    SparsifiedFFNConfig,
+)
+from sparsezoo_jax.sparsification.methods import without_absent
+from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
+
+_ATTENTION = ("q", "k", "v", "o")
+_LAYER = re.compile(r"/(attention|ffn)/")
+
+
+def is_sparsified(config: DecoderConfig) -> bool:
+    """Whether layers of a decoder leave out channels already."""
+    kinds = (config.attention, config.ffn, config.first_ffn)
+    return any(isinstance(kind, SparsifiedAttentionConfig | SparsifiedFFNConfig) for kind in kinds)
+
+
+def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, exact: bool = False) -> DecoderConfig:
+    """The decoder whose layers leave out channels by `sparsity`.
+
+    Args:
+      config: a decoder without such layers.
+      sparsity: where its maps have some of attention (or of feed-forward networks), layers of every kind must have one
+        of these, in all layers.
+      exact: every one of the maps must be there; otherwise those that a layer does not have are passed over.
+
+    Raises:
+      UserError: the decoder is sparsified already.
+      ConfigError: a kind that has none of the maps, or whose residual stream has a routed width.
+    """
+    if is_sparsified(config):
+        raise UserError("the decoder is sparsified already; take the one that it was made of")
+    for_attention, for_ffn = (
+        tuple(name for name in sparsity.maps if (name in _ATTENTION) == attention) for attention in (True, False)
+    )
+    changes: dict[str, AttentionKind | FFNKind] = {}
+    for field, wanted in (("attention", for_attention), ("ffn", for_ffn), ("first_ffn", for_ffn)):
+        kind = getattr(config, field)
+        if not wanted or kind is None:
+            continue
+        there, listed = kind.linear_maps(config.d_model), ",".join(wanted)
+        missing = [name for name in wanted if name not in there]
+        has = f"has the maps {', '.join(there)}" if there else "has no maps whose channels could be left out"
+        allowed = f"{has}; {listed} can't be sparsified"
+        bad = missing if exact else missing == list(wanted)
+        require(not bad, f"model.{field}.kind", kind.kind, allowed)
+        own = without_absent(sparsity, tuple(name for name in wanted if name in there))
+        wrapper = SparsifiedAttentionConfig if field == "attention" else SparsifiedFFNConfig
+        changes[field] = wrapper(of=kind, sparsity=own)
+    sublayers: tuple[SublayerName, ...] = ("attention", "ffn")
+    for sublayer in sublayers:
+        width = config.residual.active_width(config.d_model, sublayer)
+        allowed = "has a residual stream whose width is routed; its channels can't be left out"
+        whole = sublayer not in changes or width == config.d_model
+        require(whole, "model.residual.kind", config.residual.kind, allowed)
+    return dataclasses.replace(config, **changes)
+
+
+def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
+    """The decoder of `target`, made by `sparsified_config`, with the weights of `model`; its cuts are all 0."""
+    source, template = (ModelTemplate(lambda rngs, c=c: Decoder(c, rngs=rngs)) for c in (model.config, target))
+    params, variables = source.split(model)
+    inner = {"attention": isinstance(target.attention, SparsifiedAttentionConfig)}
+    inner["ffn"] = isinstance(target.ffn, SparsifiedFFNConfig)
+
+    def moved(tree: Any) -> dict[str, Any]:
+        def path(name: str) -> str:
+            return _LAYER.sub(lambda found: found[0] + "inner/" * inner[found[1]], name, count=1)
+
+        return {path(name): x for name, x in flatten(tree).items()}
+
+    cuts = {
+        name: np.zeros(variable.shape, np.float32)
+        for name, variable in template.variables.items()
+        if name.endswith("/masks/cut_P")
+    }
+    return template.merge(nested(moved(params)), nested({**moved(variables), **cuts}))
+
+
+def with_cuts(model: Decoder, cuts: Mapping[str, np.ndarray]) -> None:
+    """Set the cuts of a sparsified model, for each map one a layer, [L]; those of layers without the map don't count.
+
+    Modules of multi-token prediction, which only training uses, keep theirs.
+    """
+    first = 0
+    for segment in model.segments:
+        for place, block in enumerate(segment.blocks):
+            layers = np.arange(first + place, first + segment.layers, len(segment.blocks))
+            for part in (block.attention, block.ffn):
+                masks = getattr(part, "masks", None)
+                if isinstance(masks, Masks):
+                    values = np.stack([cuts[name][layers] for name in masks.names], axis=-1)
+                    masks.cut_P[...] = jnp.asarray(values if segment.stacked else values[0], jnp.float32)
+        first += segment.layers

@@ -1,0 +1,168 @@
+"""The command on a small run that is made once: what it writes, what that computes, and what it refuses."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsezoo_jax import data, evaluate, huggingface, run_dir, sparsify
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.evaluation_tables import print_sparsified
+from sparsezoo_jax.inference import packed
+from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
+from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.overrides import with_values
+from sparsezoo_jax.sparsification.config import CalibrationConfig
+from sparsezoo_jax.training.parameters import save_params
+from sparsezoo_jax.training.state import ModelTemplate, flatten
+from tests.models.conftest import forward
+
+ATTENTION = {"heads": 2, "kv_heads": 1, "head_dim": 16}
+MODEL = {"vocab_size": 320, "d_model": 32, "layers": 2, "max_seq_len": 64, "layer_pattern": ("global",)}
+DATA = {"bpe_vocab_size": 320, "seq_len": 32, "batch_size": 4, "validation_fraction": 0.2}
+
+
+def store(directory, config, tokenizer):
+    """A run with random weights, as step 3."""
+    build = lambda rngs: Decoder(config.model, rngs=rngs)  # noqa: E731
+    params, variables = ModelTemplate(build).split(build(nnx.Rngs(0)))
+    save_params(directory / "checkpoints", flatten(params), flatten(variables), step=3)
+    tokenizer.save(directory)
+    run_dir.write_config(directory, config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, small_corpus):
+    """A dense run, a sparsified one of it, and the figures that the command printed."""
+    folder = tmp_path_factory.mktemp("sparsified")
+    tiny, corpus = preset("dense", "tiny"), {**DATA, "dataset": str(small_corpus)}
+    attention = dataclasses.replace(tiny.model.attention, **ATTENTION)
+    ffn = GatedFFNConfig(d_ff=48, activation="silu")
+    model = dataclasses.replace(tiny.model, **MODEL, attention=attention, ffn=ffn, scan_layers=True)
+    config = dataclasses.replace(tiny, model=model, data=dataclasses.replace(tiny.data, **corpus))
+    tokenizer = data.open_tokenizer(config.data)
+    run = store(folder / "dense", config, tokenizer)
+    args = [run, folder / "teal", "--method", "teal", "--sparsity", 0.4, "--calibration.sequences", 6]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sparsify.main([*map(str, args), "--batches", "100", "--json"])
+    command = sparsify.Sparsify(directory=run, out=folder / "new", method="teal")
+    return folder, command, json.loads(printed.getvalue())
+
+
+def test_the_run_leaves_out_what_was_asked_for(made):
+    folder, _, figures = made
+    assert figures["calibration_tokens"] == 6 * 32
+    assert figures["left_out"].keys() == {"q", "k", "v", "o", "gate", "up", "down"}
+    for name, shares in figures["left_out_by_layer"].items():
+        np.testing.assert_allclose(shares, 0.4, atol=0.04, err_msg=name)
+    assert figures["weights"] / figures["weights_dense"] == pytest.approx(0.6, abs=0.02)
+    assert figures["loss"] != figures["loss_dense"]
+    assert json.loads((folder / "teal" / "sparsify.json").read_text()) == figures
+    with np.load(folder / "teal" / "calibration.npz") as stored:
+        assert stored["q/counts"].sum() == 2 * 6 * 32 * 32
+        assert stored["down/squares"].shape == (2, 48)
+
+
+def test_the_run_is_one_of_its_own(made):
+    """Loaded from its directory alone, with the thresholds where they belong and the weights of the dense run."""
+    folder, _, figures = made
+    model, config, tokenizer = run_dir.load(folder / "teal")
+    assert tokenizer is not None
+    assert (config.model.ffn.kind, config.model.attention.kind) == ("sparsified", "sparsified")
+    (segment,) = model.segments
+    (block,) = segment.blocks
+    for part in (block.attention, block.ffn):
+        for place, name in enumerate(part.masks.names):
+            np.testing.assert_array_equal(part.masks.cut_P[:, place], np.float32(figures["cuts"][name]))
+    dense = run_dir.load(folder / "dense").model.segments[0].blocks[0]
+    np.testing.assert_array_equal(block.ffn.inner.up_DF[...], dense.ffn.up_DF[...])
+    np.testing.assert_array_equal(block.attention.inner.projections.o_NHD[...], dense.attention.projections.o_NHD[...])
+
+
+def test_evaluation_shows_what_was_recorded_and_what_is_measured(made, capsys):
+    folder, _, figures = made
+    evaluate.main([str(folder / "teal"), "--no-meters", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == pytest.approx(figures["loss"], abs=1e-6)
+    assert found["sparsified"]["left_out"] == pytest.approx(figures["left_out"])
+    assert found["sparsified"]["bytes"] == 4 * found["sparsified"]["weights"]
+    record = {name: figures[name] for name in ("method", "sparsity", "loss_dense", "loss", "tokens")}
+    assert found["sparsified"]["made"] == record
+    print_sparsified(found["sparsified"])
+    shown = capsys.readouterr().out
+    assert "Channels left out (teal at 0.4)" in shown
+    assert f"{figures['loss_dense']:.4f} dense, {figures['loss']:.4f} at this sparsity" in shown
+
+
+def test_packed_decoding_computes_the_masked_form(made):
+    """A prompt, then single tokens, over one cache; every layer has a layout of its own."""
+    folder, _, _ = made
+    model = run_dir.load(folder / "teal").model
+    laid_out = packed(model)
+    for segment in laid_out.segments:
+        assert type(segment.blocks[0].attention) is PackedSparsifiedAttention
+        assert type(segment.blocks[0].ffn) is PackedSparsifiedFFN
+    tokens = jax.random.randint(jax.random.key(1), (1, 24), 0, 320)
+    expected, step, cache, start = forward(model)(tokens).logits, forward(laid_out), laid_out.init_cache(1, 24), 0
+    for length in (21, 1, 1, 1):
+        out = step(tokens[:, start : start + length], cache=cache)
+        np.testing.assert_allclose(out.logits, expected[:, start : start + length], atol=2e-4)
+        cache, start = out.cache, start + length
+
+
+def test_a_layout_without_thresholds_is_refused(made):
+    folder, _, _ = made
+    with pytest.raises(UserError, match=r"model.*kind=sparsified: has no PyTorch form"):
+        huggingface.to_hf(folder / "teal", folder / "hf")
+    assert not (folder / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": 1.0}, r"--sparsity=1.0: must be in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"--sparsity=-0.1: must be in \[0, 1\)"),
+        ({"maps": ("q", "neurons", "up")}, "can't have neurons beside up or down"),
+        ({"gate": "top_k", "quantile": "grid"}, "--quantile=grid: is for --gate threshold"),
+        ({"out": "dense"}, "dense: is not empty; name another directory"),
+        ({"directory": "teal"}, "teal: is sparsified already; take the run that it was made of"),
+        ({"directory": "nowhere"}, "nowhere: no run here"),
+        ({"step": 4}, "no step 4"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(made, changes, message):
+    folder, command, _ = made
+    changes = {name: folder / value if name in ("out", "directory") else value for name, value in changes.items()}
+    command = dataclasses.replace(command, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        sparsify.sparsify(command)
+    assert "\n" not in str(error.value)
+    assert not (folder / "new").exists()
+
+
+def test_text_shorter_than_a_sequence_is_refused(made, tmp_path):
+    folder, command, _ = made
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("peace")
+    short = CalibrationConfig(dataset=str(tmp_path))
+    with pytest.raises(UserError, match=r"has \d+ tokens?, less than a sequence of 32"):
+        sparsify.sparsify(dataclasses.replace(command, calibration=short))
+    assert not (folder / "new").exists()
+
+
+def test_layers_that_the_method_does_not_know_are_named(made, tmp_path):
+    folder, command, _ = made
+    _, config, tokenizer = run_dir.load(folder / "dense")
+    config = with_values(config, {"model.ffn": PlainFFNConfig(d_ff=48)})
+    plain = store(tmp_path / "plain", config, tokenizer)
+    with pytest.raises(UserError, match=r"model.ffn.kind=plain: has the maps up, down; neurons can't be sparsified"):
+        sparsify.sparsify(dataclasses.replace(command, directory=plain, out=tmp_path / "new", method="cats"))
+    assert not (tmp_path / "new").exists()
