@@ -1,5 +1,7 @@
 """Conversion of Ling and PLM checkpoints as released, on tiny random ones; their logits against NumPy's."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
