@@ -45,6 +45,8 @@ MAX_SIZE = 1 << 24
 MAX_BATCH_TOKENS = 1 << 28
 #: Times that arrays in memory may be larger than their files: trained parameters compress to more than half.
 MAX_COMPRESSION = 1000
+#: Bytes of arrays that any file may declare.
+ALWAYS_HELD = 1 << 30
 #: Times that tensors in a file of torch may be larger than it: tied embeddings are stored once.
 MAX_SHARING = 2
 #: Characters of one line of an error or a cell of a table.
@@ -186,8 +188,8 @@ def check_expansion(arrays: Mapping[str, int], stored: int, *, most: int = MAX_C
     """Check that files of `stored` bytes can hold `arrays`, declared bytes by name.
 
     Raises:
-      ValueError: they declare more than `most` times as much, and more than a gigabyte.
+      ValueError: they declare more than `most` times as much, and more than `ALWAYS_HELD`.
     """
     declared = sum(arrays.values())
-    if declared > max(1 << 30, most * stored):
+    if declared > max(ALWAYS_HELD, most * stored):
         raise ValueError(f"declares arrays of {declared:,} bytes in files of {stored:,}")

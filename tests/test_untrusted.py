@@ -34,6 +34,8 @@ NAMES = {
     "model.attention.implementation",
     "model.ffn.implementation",
     "model.first_ffn.implementation",
+    *(f"model.{layer}.of.implementation" for layer in ("attention", "ffn", "first_ffn")),
+    *(f"model.{layer}.sparsity.{of}" for layer in ("attention", "ffn", "first_ffn") for of in ("maps", "weighted")),
     "data.text_field",
     "data.train_split",
     "data.validation_split",
@@ -47,20 +49,25 @@ NAMES = {
 CODE = {"plugins"}
 
 
-def text_fields(hint, path, marks=()):
-    """Paths, of every member of every union, whose type takes a text or a path, with what the annotation says of it."""
+def text_fields(hint, path, marks=(), within=()):
+    """Paths, of every member of every union, whose type takes a text or a path, with what the annotation says of it.
+
+    A kind that wraps others may wrap itself; what is `within` itself has no other fields there.
+    """
     if dataclasses.is_dataclass(hint):
+        if hint in within:
+            return
         for name, inner in typing.get_type_hints(hint, include_extras=True).items():
             if name in hint.__dataclass_fields__:
-                yield from text_fields(inner, f"{path}.{name}" if path else name, marks)
+                yield from text_fields(inner, f"{path}.{name}" if path else name, marks, (*within, hint))
     elif typing.get_origin(hint) is typing.Annotated and isinstance(hint.__metadata__[0], Registry):
         for kind in hint.__metadata__[0].members().values():
-            yield from text_fields(kind, path, marks)
+            yield from text_fields(kind, path, marks, within)
     elif typing.get_origin(hint) is typing.Annotated:
-        yield from text_fields(hint.__origin__, path, (*marks, *hint.__metadata__))
+        yield from text_fields(hint.__origin__, path, (*marks, *hint.__metadata__), within)
     elif typing.get_origin(hint) is not typing.Literal:
         for inner in typing.get_args(hint):
-            yield from text_fields(inner, path, marks)
+            yield from text_fields(inner, path, marks, within)
         if (isinstance(hint, type) and issubclass(hint, str | bytes | Path)) or hint in (typing.Any, object):
             yield path, any(isinstance(mark, Local) for mark in marks)
 

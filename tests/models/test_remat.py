@@ -57,6 +57,7 @@ PRODUCTS = {
     "moex": ([24, 24, 24, 24], [8, 8]),
     "mohd": ([16, 8, 8, 24], [32, 32, 24], [6, 24, 24, 6, 24]),
     "sparselm": ([16, 16, 16, 24], [20, 20]),  # scores of up to 20 neurons a token, in the place of 32
+    "sparsified": ([16, 8, 8, 24], [32, 32]),
     "gemma3n": ([16, 8, 8, 24], [64, 64]),
 }
 
@@ -64,6 +65,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_dots_keeps_products_and_attention_full_the_inputs_only(name):
     attention = CONFIGS[name].attention
+    attention = getattr(attention, "of", attention)
     mixed = attention.heads * getattr(attention, "v_head_dim", getattr(attention, "head_dim", 0))
     assert kept(name, "full") == []
     assert kept(name, "attention") == [mixed]
