@@ -43,8 +43,8 @@ def test_statistical_topk(capsys):
 @pytest.mark.slow
 def test_first_run():
     changes = {
-        '"train.steps": 30, "train.log_every": 5': '"train.steps": 2, "train.log_every": 1',
-        '"train.eval_every": 0': '"eval.batches": 1, "eval.final_batches": 1, "eval.report": False',
+        '"train.steps": 30, "train.log_every": 5': '"train.steps": 2, "train.log_every": 1, "data.batch_size": 2',
+        '"train.eval_every": 0': '"eval.batches": 1, "eval.final_batches": 1, "eval.report": False, "model.layers": 2',
     }
     ffn, (loss, _), steps, (shape, stats), text = results_of("first_run", **changes)
     assert (ffn.top_k, ffn.d_ff) == (61, 768)
