@@ -160,6 +160,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     the weights.
     With number formats also "packed": "formats", "loss" and its "change".
     Of a sparsified run also "sparsified": see `evaluation.sparsified.needed`, and "made", how it was (`sparsify.json`).
+    Of a pruned run also "pruned": see `evaluation.sparsified.zeros`, and "made".
     With calibration also "calibration" (see `evaluation.Calibration`).
     With cett also "activation": see `activation`.
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
@@ -170,7 +171,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     """
     from sparsezoo_jax import data
     from sparsezoo_jax.evaluation import as_rows, calibrate, corpora, cost_table, evaluate_corpora, measure
-    from sparsezoo_jax.evaluation.sparsified import made, needed
+    from sparsezoo_jax.evaluation.sparsified import made, needed, zeros
     from sparsezoo_jax.inference import packed
 
     require(command.batches is None or command.batches > 0, "--batches", command.batches, "must be above 0")
@@ -205,6 +206,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}
     if found := needed(config.model, result.stats):
         figures["sparsified"] = {**found, "made": made(command.directory)}
+    elif record := made(command.directory):
+        figures["pruned"] = {**zeros(model), "made": record}
     if command.calibration:
         batches = data.evaluation_batches(prepared, batch_size, command.batches)
         figures["calibration"] = calibrate(model, batches).as_dict()

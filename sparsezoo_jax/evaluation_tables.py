@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     cli.print_table(f"{directory}, {figures['split']} split", ("figure", "value"), rows)
     if "sparsified" in figures:
         print_sparsified(figures["sparsified"])
+    if "pruned" in figures:
+        print_pruned(figures["pruned"])
     if "activation" in figures:
         print_activation(figures["activation"], figures["loss"])
     if "meters" not in figures:
@@ -64,9 +67,37 @@ def print_sparsified(figures: dict[str, Any]) -> None:
     ]
     cli.print_table("Of the layers' linear maps, needed for a token", ("", "dense", "here", "share"), rows)
     if made:
-        change = made["loss"] - made["loss_dense"]
-        before = f"{made['loss_dense']:.4f} dense, {made['loss']:.4f} at this sparsity ({change:+.4f})"
-        print(f"when it was made, on {made['tokens']:,} tokens: loss {before} nats/token")
+        print_made(made)
+
+
+def print_pruned(figures: dict[str, Any]) -> None:
+    """Print the zeros of each map and layer of a pruned run, the neurons of its layers, and the loss when it was made.
+
+    Args:
+      figures: as `evaluation.sparsified.zeros` gives them, and "made".
+    """
+    maps, made = figures["zeros_by_layer"], figures["made"]
+    widths = made.get("widths")
+    header = ("layer", *maps) if widths is None else ("layer", *maps, "neurons")
+    rows = []
+    for i in range(len(next(iter(maps.values())))):
+        shares = ["-" if math.isnan(values[i]) else f"{values[i]:.2%}" for values in maps.values()]
+        rows.append((str(i), *shares, *([] if widths is None else [f"{widths[i]:,}"])))
+    means = (f"{share:.2%}" for share in figures["zeros"].values())
+    rows.append(("mean", *means, *([] if widths is None else [f"{sum(widths) / len(widths):,.1f}"])))
+    pattern = f", {made['pattern']}" if "pattern" in made else ""
+    cli.print_table(f"Weights that are 0 ({made['method']} at {made['sparsity']:g}{pattern})", header, rows)
+    share = figures["nonzero"] / figures["weights"]
+    print(f"{figures['nonzero']:,} of {figures['weights']:,} weights of these maps are not 0 ({share:.2%})")
+    print("zeros are stored and multiplied like other weights: they save neither memory nor time")
+    print_made(made)
+
+
+def print_made(made: dict[str, Any]) -> None:
+    """Print the losses before and after a run was made of another."""
+    change = made["loss"] - made["loss_dense"]
+    before = f"{made['loss_dense']:.4f} dense, {made['loss']:.4f} at this sparsity ({change:+.4f})"
+    print(f"when it was made, on {made['tokens']:,} tokens: loss {before} nats/token")
 
 
 def print_activation(figures: dict[str, Any], dense: float) -> None:

@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "plots of one run or of several side by side, as one HTML file",
     "convert": "checkpoints from and to Hugging Face's layout; adapters into a run of their own",
     "aot": "compile a step for TPUs or GPUs that are not here: memory, communication, time",
-    "sparsify": "leave out what matters least in a trained run: CATS, TEAL, WINA",
+    "sparsify": "leave out or prune what matters least in a trained run: TEAL, WINA, Wanda, CFSP, ...",
     "sae": "train a sparse autoencoder on a run's activations",
     "chess": "play games of chess to train on",
     "prepare": "tokenise and pack a corpus into records to train on",

@@ -1,19 +1,21 @@
 """Make a sparser run of a trained one: `python -m sparsezoo_jax.sparsify RUN OUT --method teal --sparsity 0.5`.
 
-Nothing is trained. Some text is read to see what the maps of each layer read, and OUT becomes a run whose layers leave
-out the channels that matter least: those of small magnitude (teal), of small magnitude times the norm of their weights
-(wina), or the neurons whose gates are small (cats). It is evaluated, continued, decoded and reported like every other.
-docs/sparsify.md has the formulas and what the released code does otherwise.
+Nothing is trained. Some text is read to see what the maps of each layer read, and OUT becomes a run of one of three
+kinds. Its layers leave out the channels that matter least for a token: those of small magnitude (teal), of small
+magnitude times the norm of their weights (wina), or the neurons whose gates are small (cats). Or weights are 0 for all
+tokens (magnitude, wanda, gblm), which saves no time by itself. Or neurons of feed-forward networks are gone
+(magnitude-sp, wanda-sp, cfsp, flap), and the model is smaller. It is evaluated, continued, decoded and reported like
+every other. docs/sparsify.md has the formulas and what the released code does otherwise.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,10 +23,11 @@ from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import DataError, UserError, require
 from sparsezoo_jax.path_flags import Stores
-from sparsezoo_jax.sparsification.config import CalibrationConfig
+from sparsezoo_jax.sparsification.config import CalibrationConfig, NeuronConfig, PruningConfig
 
-if TYPE_CHECKING:
-    from sparsezoo_jax.data import Prepared
+ACTIVATIONS = ("cats", "teal", "wina")
+WEIGHTS = ("magnitude", "wanda", "gblm")
+NEURONS = ("magnitude-sp", "wanda-sp", "cfsp", "flap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +38,20 @@ class Sparsify(CorpusFlags):
     """Run directory to read."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT"), Stores()]
     """Run directory to make; empty or absent."""
-    method: Literal["cats", "teal", "wina"]
-    """cats: neurons of gated networks, by their gates; teal: channels of all linear maps, by magnitude; wina: these, by
-    magnitude times the norm of their weights."""
-    sparsity: float = 0.5
-    """Share of the channels (cats: neurons) that is left out, in [0, 1)."""
+    method: Literal["cats", "teal", "wina", "magnitude", "wanda", "gblm", "magnitude-sp", "wanda-sp", "cfsp", "flap"]
+    """Left out for a token: cats: neurons of gated networks, by their gates; teal: channels of all linear maps, by
+    magnitude; wina: these, by magnitude times the norm of their weights. Weights set to 0: magnitude; wanda: by
+    magnitude times the norm of their inputs; gblm: these norms and gradients. Neurons removed: magnitude-sp, wanda-sp:
+    by their output weights, and the norms of what they put out; cfsp: by these and those of their inputs; flap: by the
+    variance of what they put out."""
+    sparsity: float | None = None
+    """Share of the channels, neurons or weights that goes, in [0, 1). None: 0.5, or what --pattern says."""
     maps: tuple[str, ...] | None = None
-    """Maps that leave channels out, of q, k, v, o, gate, up, down, neurons; none: those of the method."""
+    """Maps that leave channels out, or whose weights are pruned, of q, k, v, o, gate, up, down, neurons; none: those of
+    the method."""
     gate: Literal["threshold", "top_k"] | None = None
-    """threshold: one for a map and layer, from the calibration; top_k: a token's largest. None: that of the method."""
+    """Of cats, teal, wina: threshold: one for a map and layer, from the calibration; top_k: a token's largest. None:
+    that of the method."""
     weighted: tuple[str, ...] | None = None
     """Maps whose scores are multiplied by the norms of their weights; none: those of the method."""
     quantile: Literal["magnitude", "symmetric", "grid"] | None = None
@@ -52,6 +60,13 @@ class Sparsify(CorpusFlags):
     """Take what the authors' code does where it is not what their paper says (docs/sparsify.md)."""
     dense_tokens: int = 0
     """First tokens of a document that read everything."""
+    pattern: str = "unstructured"
+    """Of magnitude, wanda, gblm: unstructured, or N:M, which keeps N weights of an output's M consecutive inputs, so
+    that the sparsity is 1 - N/M."""
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """Of magnitude, wanda and gblm."""
+    neurons: NeuronConfig = field(default_factory=NeuronConfig)
+    """Of magnitude-sp, wanda-sp, cfsp and flap."""
     step: int | None = None
     """Checkpoint of the run to take; none is the newest."""
     base: Annotated[Path | None, Stores()] = None
@@ -76,92 +91,83 @@ def main(args: Sequence[str]) -> None:
     rows = [
         ("loss of the dense run", f"{figures['loss_dense']:.4f} nats/token"),
         ("loss at this sparsity", f"{figures['loss']:.4f} nats/token ({change:+.4f})"),
-        ("weights of the layers that a token needs", f"{figures['weights'] / figures['weights_dense']:.2%}"),
-        *((f"left out of {name}", f"{share:.2%}") for name, share in figures["left_out"].items()),
-        ("tokens of the calibration", f"{figures['calibration_tokens']:,}"),
     ]
-    cli.print_table(f"{command.out}: {command.method} at {command.sparsity:g}", ("figure", "value"), rows)
+    if "weights" in figures:
+        needed = f"{figures['weights'] / figures['weights_dense']:.2%}"
+        rows.append(("weights of the layers that a token needs", needed))
+    for text, name in (("left out of", "left_out"), ("zeros in", "zeros")):
+        rows += [(f"{text} {map}", f"{share:.2%}") for map, share in figures.get(name, {}).items()]
+    if "widths" in figures:
+        rows.append(("neurons of the layers", " ".join(map(str, figures["widths"]))))
+    rows.append(("tokens of the calibration", f"{figures['calibration_tokens']:,}"))
+    cli.print_table(f"{command.out}: {command.method} at {figures['sparsity']:g}", ("figure", "value"), rows)
+    if command.method in WEIGHTS:
+        print("zeros are stored and multiplied like other weights: the run takes as long as the dense one")
 
 
 def sparsify(command: Sparsify) -> dict[str, Any]:
     """Make the run; returns the figures that are also in its `sparsify.json`.
 
     Raises:
-      UserError: no run there, one that is sparsified, layers that the method can't treat, OUT not empty, or too little
-        text; nothing has been written then.
+      UserError: no run there, one that is sparsified, layers that the method can't treat, flags of another method, OUT
+        not empty, or too little text; nothing has been written then.
       StorageError: reading or writing failed.
     """
-    import numpy as np
-
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_corpora
-    from sparsezoo_jax.evaluation.sparsified import RECORD, needed
+    from sparsezoo_jax.evaluation.sparsified import RECORD
     from sparsezoo_jax.overrides import with_values
-    from sparsezoo_jax.sparsification import (
-        calibrate,
-        is_sparsified,
-        sparsified_config,
-        thresholds,
-        with_cuts,
-        wrapped,
-    )
+    from sparsezoo_jax.sparsification import is_sparsified, making
     from sparsezoo_jax.storage import write_atomic
     from sparsezoo_jax.training.lora import LoRAConfig
     from sparsezoo_jax.training.parameters import save_params, saved_steps
     from sparsezoo_jax.training.state import ModelTemplate, flatten
 
-    require(0 <= command.sparsity < 1, "--sparsity", command.sparsity, "must be in [0, 1)")
+    plan = planned(command)
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
-    require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
-    method = chosen(command)
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise UserError(f"{command.out}: is not empty; name another directory")
-    sparsity = method.sparsity(command.sparsity, command.dense_tokens)
     model, config, tokenizer = run_dir.load(command.directory, step=command.step, base=command.base)
     if is_sparsified(config.model):
         raise UserError(f"{command.directory}: is sparsified already; take the run that it was made of")
-    target = sparsified_config(config.model, sparsity, exact=command.maps is not None)
+    plan.check(config.model)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
 
-    corpus = command.corpus(config.data)
     flags = dataclasses.replace(command, dataset=command.calibration.dataset or command.dataset)
     read = data.prepare(flags.corpus(config.data), command.calibration.split, tokenizer)
-    validation = data.prepare(corpus, "validation", tokenizer)
-    size = min(config.data.batch_size, command.calibration.sequences)
-    enough(read, size)
+    validation = data.prepare(command.corpus(config.data), "validation", tokenizer)
+    text = making.Text(read, config.data.batch_size, command.calibration)
+    if text.first_tokens() < read.seq_len:
+        found = f"{text.first_tokens()} tokens, less than a sequence of {read.seq_len}"
+        raise DataError(f"the text to calibrate on has {found}")
 
     def shown(split: data.PreparedSplit) -> Any:
         return data.evaluation_batches(split, config.data.batch_size, command.batches)
 
     dense, _ = evaluate_corpora(model, validation, shown)
-    sparse = wrapped(model, target)
-    calibration = calibrate(sparse, first(read, size, command.calibration.sequences), command.dense_tokens)
-    shares = {name: np.full(config.model.layers, command.sparsity) for name in calibration.maps}
-    cuts = shares if sparsity.gate == "top_k" else thresholds(calibration, shares, method.quantile)
-    with_cuts(sparse, cuts)
-    found, _ = evaluate_corpora(sparse, validation, shown)
-    measured = needed(target, found.stats)
+    made = plan.make(model, text)
+    target = made.model.config
+    found, _ = evaluate_corpora(made.model, validation, shown)
 
     steps = saved_steps(command.directory / run_dir.CHECKPOINTS)
     figures = {
         "method": command.method,
-        "sparsity": command.sparsity,
-        "quantile": method.quantile if sparsity.gate == "threshold" else None,
+        "sparsity": plan.share,
         "source": str(command.directory),
         "step": steps[-1] if command.step is None else command.step,
-        "calibration_tokens": calibration.tokens,
+        "calibration_tokens": made.tokens,
         "batches": command.batches,
         "tokens": found.tokens,
         "loss_dense": dense.loss,
         "loss": found.loss,
-        **measured,
-        "cuts": {name: [float(x) for x in values] for name, values in cuts.items()},
+        **plan.figures(made, found.stats),
     }
-    params, variables = ModelTemplate(lambda rngs: type(sparse)(target, rngs=rngs)).split(sparse)
+    params, variables = ModelTemplate(lambda rngs: type(model)(target, rngs=rngs)).split(made.model)
     save_params(command.out / run_dir.CHECKPOINTS, flatten(params), flatten(variables), step=figures["step"])
     tokenizer.save(command.out)
-    calibration.save(command.out / "calibration.npz")
+    if made.calibration is not None:
+        made.calibration.save(command.out / "calibration.npz")
     content = json.dumps(cli.without_nan(figures), indent=2) + "\n"
     write_atomic(command.out / RECORD, content.encode())
     # The run is one of its own: no adapters, no base, no average of checkpoints.
@@ -171,39 +177,50 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
     return figures
 
 
-def chosen(command: Sparsify) -> Any:
-    """The method with what the flags say otherwise."""
-    from sparsezoo_jax.sparsification.methods import METHODS, RELEASED
+def planned(command: Sparsify) -> Any:
+    """What the flags ask for, one of the plans of `sparsification.making`.
 
-    method = (RELEASED if command.released else METHODS)[command.method]
-    maps = method.maps if command.maps is None else command.maps
-    weighted = method.weighted if command.weighted is None else command.weighted
-    if command.weighted is None:
-        weighted = tuple(name for name in weighted if name in maps)
-    gate, quantile = command.gate or method.gate, command.quantile or method.quantile
-    allowed = "is for --gate threshold"
-    require(gate == "threshold" or command.quantile is None, "--quantile", command.quantile, allowed)
-    return type(method)(maps, gate, weighted, quantile)
+    Raises:
+      ConfigError: a share out of range, or flags that the method has no use for.
+    """
+    from sparsezoo_jax.sparsification import making
 
-
-def enough(prepared: Prepared, size: int) -> None:
-    """Raise `DataError` for text that is shorter than one sequence."""
-    from sparsezoo_jax import data
-
-    tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in data.evaluation_batches(prepared, size, 1))
-    if tokens < prepared.seq_len:
-        raise DataError(f"the text to calibrate on has {tokens} tokens, less than a sequence of {prepared.seq_len}")
+    refuse_others(command)
+    share = 0.5 if command.sparsity is None else command.sparsity
+    require(0 <= share < 1, "--sparsity", share, "must be in [0, 1)")
+    if command.method in WEIGHTS:
+        return making.WeightPlan.of(command.method, command.sparsity, command.maps, command.pruning, command.pattern)
+    if command.method in NEURONS:
+        return making.NeuronPlan.of(command.method, share, command.neurons, command.released)
+    require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
+    choices = (command.maps, command.gate, command.weighted, command.quantile)
+    return making.ActivationPlan.of(command.method, share, command.released, *choices, command.dense_tokens)
 
 
-def first(prepared: Prepared, size: int, sequences: int) -> Iterator[dict[str, Any]]:
-    """Batches of `size` with the first sequences of a split; further ones of the last batch are padding."""
-    import numpy as np
-
-    from sparsezoo_jax import data
-
-    for n, batch in enumerate(data.evaluation_batches(prepared, size, -(-sequences // size))):
-        kept_B1 = (n * size + np.arange(size) < sequences)[:, None]
-        yield {**batch, "segment_ids": np.where(kept_B1, batch["segment_ids"], 0)}
+def refuse_others(command: Sparsify) -> None:
+    """Raise `ConfigError` for flags that are for other methods than the command's."""
+    owners = {
+        "maps": ACTIVATIONS + WEIGHTS,
+        **dict.fromkeys(("gate", "weighted", "quantile", "dense_tokens"), ACTIVATIONS),
+        "released": (*ACTIVATIONS, "cfsp"),
+        "pattern": WEIGHTS,
+        "pruning.compare": WEIGHTS,
+        "pruning.gradient_norm": ("gblm",),
+        "pruning.gradient_weight": ("gblm",),
+        "neurons.widths": ("cfsp", "flap"),
+        "neurons.multiple": NEURONS,
+        "neurons.bias": NEURONS,
+        "neurons.spread": ("cfsp",),
+    }
+    for path, methods in owners.items():
+        part, *rest = path.split(".")
+        value, defaults = getattr(command, part), command
+        if rest:
+            defaults, value = type(value)(), getattr(value, rest[0])
+        name = rest[0] if rest else part
+        default = getattr(defaults, name) if rest else type(command).__dataclass_fields__[name].default
+        flag = "--" + path.replace("_", "-")
+        require(value == default or command.method in methods, flag, value, f"is for --method {', '.join(methods)}")
 
 
 if __name__ == "__main__":

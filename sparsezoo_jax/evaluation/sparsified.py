@@ -1,7 +1,8 @@
-"""What a sparsified run leaves out, and what that saves: by map, in weights, FLOPs and bytes."""
+"""What a sparsified run leaves out by map, and what that saves in weights, FLOPs and bytes; zeros of a pruned one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.errors import UserError
-from sparsezoo_jax.models import AttentionKind, DecoderConfig, FFNKind
+from sparsezoo_jax.models import AttentionKind, Decoder, DecoderConfig, FFNKind
+from sparsezoo_jax.models.matrices import layer_matrices
 from sparsezoo_jax.models.records import MAPS
 from sparsezoo_jax.models.sparsified import DENSITY, SparsifiedAttentionConfig, SparsifiedFFNConfig
 from sparsezoo_jax.untrusted import read_json
@@ -18,6 +20,7 @@ from sparsezoo_jax.untrusted import read_json
 #: File of a run directory with the figures of how it was made.
 RECORD = "sparsify.json"
 _FIGURES = ("method", "sparsity", "loss_dense", "loss", "tokens")
+_OPTIONAL = ("pattern", "widths")
 
 
 def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -84,4 +87,25 @@ def made(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read ({error})") from None
     if not isinstance(found, dict) or not all(name in found for name in _FIGURES):
         raise UserError(f"{path}: must hold {', '.join(_FIGURES)}")
-    return {name: found[name] for name in _FIGURES}
+    return {name: found[name] for name in (*_FIGURES, *_OPTIONAL) if name in found}
+
+
+def zeros(model: Decoder) -> dict[str, Any]:
+    """Weights of a model's layers that are 0.
+
+    Returns:
+      "zeros": mean share over layers by map, "zeros_by_layer" (NaN where a layer does not have the map), "weights" of
+      these matrices, and "nonzero", those of them that are not 0.
+    """
+    shares: dict[str, list[float]] = {}
+    weights = nonzero = 0
+    for matrix in layer_matrices(model):
+        value = matrix.param[...] if matrix.stacked else matrix.param[...][None]
+        counts_L = np.asarray(jnp.count_nonzero(value, axis=tuple(range(1, value.ndim))))
+        size = math.prod(value.shape[1:])
+        own = shares.setdefault(matrix.name, [math.nan] * model.config.layers)
+        for layer, count in zip(matrix.layers, counts_L, strict=True):
+            own[layer] = 1 - int(count) / size
+        weights, nonzero = weights + size * len(counts_L), nonzero + int(counts_L.sum())
+    means = {name: float(np.nanmean(values)) for name, values in shares.items()}
+    return {"zeros": means, "zeros_by_layer": shares, "weights": weights, "nonzero": nonzero}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -200,6 +201,13 @@ class Projections(nnx.Module):
 
 class GQA(Attention):
     """Softmax attention; see `GQAConfig`."""
+
+    matrices: ClassVar[Mapping[str, str]] = {
+        "q": "projections/q_DNH",
+        "k": "projections/k_DKH",
+        "v": "projections/v_DKH",
+        "o": "projections/o_NHD",
+    }
 
     def __init__(self, config: GQAConfig, ctx: BuildContext, rngs: nnx.Rngs):
         super().__init__(config, ctx)

@@ -43,6 +43,10 @@ class MapSize(NamedTuple):
 class Part(nnx.Module):
     """What all modules of a layer share."""
 
+    matrices: ClassVar[Mapping[str, str]] = {}
+    """Path within the module of the matrix of each map that its configuration's `linear_maps` names, joined with '/';
+    the matrix has the axes of the map's input in its front. "neurons" has none of its own. Default: none is known."""
+
     def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Move variables that no gradient moves (a router's bias, dead neurons), after an optimizer step.
 

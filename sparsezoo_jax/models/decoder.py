@@ -122,11 +122,11 @@ class Decoder(nnx.Module):
           density_eps: positive scalar; gated and plain FFNs return the loss "smooth_density" for it (see `models.ffn`).
         """
         config = self.config
-        ctx = self._call_context(tokens_BT, segment_ids, positions, cache)
+        ctx = call_context(config, tokens_BT, segment_ids, positions, cache)
         ctx.record, ctx.summarise, ctx.edit, ctx.keep = checked(record), summarise, edit, keep
         ctx.density_eps = density_eps
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
-        x_BTD, tables = self._embedded(tokens_BT, ctx, self._tables() if cache is None else None)
+        x_BTD, tables = self.embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
         auxes: list[LayerAux] = []
         caches: list[Any] = []
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         unused = None if logits else tables
         return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused, ahead)
 
-    def _embedded(
+    def embedded(
         self, tokens_BT: jax.Array, ctx: CallContext, tables: Tables | None
     ) -> tuple[jax.Array, Tables | None]:
         """The stream below the first layer, and the tables for their next use; None: without copies, to decode."""
@@ -187,10 +187,10 @@ class Decoder(nnx.Module):
             valid_BT = same_document(ctx.segments_BT, depth)
             # What has no token of its own document ahead is padding to the module: nothing sees it, no load counts it.
             segments_BT = jnp.where(valid_BT, ctx.segments_BT, 0)
-            own = self._call_context(tokens_BT, segments_BT, ctx.positions_BT, None)
+            own = call_context(self.config, tokens_BT, segments_BT, ctx.positions_BT)
             own.density_eps = ctx.density_eps
             own.rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, self.config.layers + depth)
-            embedded_BTD, left = self._embedded(shifted(tokens_BT, depth), own, left)
+            embedded_BTD, left = self.embedded(shifted(tokens_BT, depth), own, left)
             hidden_BTD, aux, head_aux = module(embedded_BTD, hidden_BTD, own)
             ahead.append(Ahead(hidden_BTD, valid_BT))
             auxes.append(aux)
@@ -244,35 +244,6 @@ class Decoder(nnx.Module):
         weight_DV = self.embedding_VD[...].T if self.output_DV is None else self.output_DV[...]
         return self.head.project(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.dtype(jnp.float32))
 
-    def _call_context(self, tokens_BT, segment_ids, positions, cache: DecoderCache | None) -> CallContext:
-        batch, length = tokens_BT.shape
-        if segment_ids is None:
-            segment_ids = jnp.ones((batch, length), jnp.int32)
-        valid_BT = segment_ids > 0
-        if cache is None:
-            require(length <= self.config.max_seq_len, "tokens", f"<{length} long>", _limit(self.config))
-            if positions is None:
-                positions = positions_within_segments(segment_ids)
-            everywhere, end = Visibility.of_tokens(segment_ids), None
-        else:
-            end = cache.end
-            if positions is None:
-                held = jnp.max(cache.positions_BS, axis=-1, keepdims=True) + 1
-                positions = held + jnp.cumsum(valid_BT, axis=-1) - 1
-            key_positions = cache.advanced(positions, valid_BT).positions_BS
-            everywhere = Visibility(
-                query_positions_BT=jnp.maximum(positions, 0),
-                key_positions_BS=key_positions,
-                query_segments_BT=valid_BT.astype(jnp.int32),
-                key_segments_BS=jnp.where(key_positions >= 0, 1, -1),
-            )
-        visible: dict[LayerType, Visibility] = {"global": everywhere}
-        if "local" in self.config.layer_pattern:
-            visible["local"] = everywhere.within(self.config.attention.window or 0)
-        ctx = CallContext(jnp.maximum(positions, 0), segment_ids, visible, cache_end=end)
-        ctx.keys_seen = {name: ctx.mean_over_tokens(rule.keys_seen) for name, rule in visible.items()}
-        return ctx
-
     def init_cache(self, batch: int, length: int) -> DecoderCache:
         """An empty cache for `batch` sequences of up to `length` tokens, padding included.
 
@@ -294,6 +265,43 @@ class Decoder(nnx.Module):
         model = nnx.merge(graphdef, state)
         model.segments = nnx.List([single for segment in self.segments for single in segment.unstacked()])
         return model
+
+
+def call_context(
+    config: DecoderConfig,
+    tokens_BT: jax.Array,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: DecoderCache | None = None,
+) -> CallContext:
+    """What the layers of a decoder are called with for these tokens; arguments as of `Decoder.__call__`."""
+    batch, length = tokens_BT.shape
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    valid_BT = segment_ids > 0
+    if cache is None:
+        require(length <= config.max_seq_len, "tokens", f"<{length} long>", _limit(config))
+        if positions is None:
+            positions = positions_within_segments(segment_ids)
+        everywhere, end = Visibility.of_tokens(segment_ids), None
+    else:
+        end = cache.end
+        if positions is None:
+            held = jnp.max(cache.positions_BS, axis=-1, keepdims=True) + 1
+            positions = held + jnp.cumsum(valid_BT, axis=-1) - 1
+        key_positions = cache.advanced(positions, valid_BT).positions_BS
+        everywhere = Visibility(
+            query_positions_BT=jnp.maximum(positions, 0),
+            key_positions_BS=key_positions,
+            query_segments_BT=valid_BT.astype(jnp.int32),
+            key_segments_BS=jnp.where(key_positions >= 0, 1, -1),
+        )
+    visible: dict[LayerType, Visibility] = {"global": everywhere}
+    if "local" in config.layer_pattern:
+        visible["local"] = everywhere.within(config.attention.window or 0)
+    ctx = CallContext(jnp.maximum(positions, 0), segment_ids, visible, cache_end=end)
+    ctx.keys_seen = {name: ctx.mean_over_tokens(rule.keys_seen) for name, rule in visible.items()}
+    return ctx
 
 
 def _limit(config: DecoderConfig) -> str:

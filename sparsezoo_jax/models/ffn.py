@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -136,6 +136,8 @@ class GatedFFNConfig(FFNKind):
 class GatedFFN(FFN):
     """Gated feed-forward layer; see `GatedFFNConfig`."""
 
+    matrices: ClassVar[Mapping[str, str]] = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
+
     deterministic = True
     """Whether this is not training: `Module.train` and `Module.eval` set it."""
 
@@ -256,6 +258,8 @@ class PlainFFNConfig(FFNKind):
 
 class PlainFFN(FFN):
     """Two-matrix feed-forward layer; see `PlainFFNConfig`."""
+
+    matrices: ClassVar[Mapping[str, str]] = {"up": "up_DF", "down": "down_FD"}
 
     def __init__(self, config: PlainFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype

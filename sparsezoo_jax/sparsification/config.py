@@ -1,4 +1,4 @@
-"""Flags of the calibration."""
+"""Flags of the calibration and of pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,44 @@ class CalibrationConfig:
     """Split of that corpus, read from its beginning."""
     sequences: int = 128
     """Sequences of the run's length; fewer if there are not so many."""
+    skip: int = 0
+    """Sequences at its beginning that are passed over, so that several calibrations can read unlike text."""
 
     def __post_init__(self):
         require_corpus("--calibration.dataset", self.dataset)
         require(self.sequences > 0, "--calibration.sequences", self.sequences, "must be above 0")
+        require(self.skip >= 0, "--calibration.skip", self.skip, "must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """Flags of the methods that set weights to 0."""
+
+    compare: Literal["row", "matrix"] | None = None
+    """Which weights compete: those of one output, or of a whole matrix. None: matrix for magnitude, row for others."""
+    gradient_norm: Literal["l1", "l2"] = "l2"
+    """Of gblm: over sequences, the sum of the gradients' magnitudes, or the root of the sum of their squares."""
+    gradient_weight: float = 100.0
+    """Of gblm: factor on the gradients (alpha)."""
+
+    def __post_init__(self):
+        require(self.gradient_weight >= 0, "--pruning.gradient-weight", self.gradient_weight, "must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronConfig:
+    """Flags of the methods that remove neurons."""
+
+    widths: Literal["uniform", "by-layer"] = "uniform"
+    """uniform: all layers keep as many; by-layer: cfsp and flap say how many, and layers are filled up with zeros to
+    the largest."""
+    multiple: int = 1
+    """Neurons kept are a multiple of this; 128 suits matrix units."""
+    bias: bool | None = None
+    """Put what removed neurons give on average into a bias of the output. None: for flap."""
+    spread: float = 1.0
+    """Of cfsp by layer: how far importances of layers are apart."""
+
+    def __post_init__(self):
+        require(self.multiple > 0, "--neurons.multiple", self.multiple, "must be above 0")
+        require(self.spread >= 0, "--neurons.spread", self.spread, "must be at least 0")

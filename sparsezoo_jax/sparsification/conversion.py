@@ -32,13 +32,13 @@ def is_sparsified(config: DecoderConfig) -> bool:
     return any(isinstance(kind, SparsifiedAttentionConfig | SparsifiedFFNConfig) for kind in kinds)
 
 
-def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, exact: bool = False) -> DecoderConfig:
-    """The decoder whose layers leave out channels by `sparsity`.
+def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False) -> dict[str, tuple[str, ...]]:
+    """Which of the maps the kinds of a decoder have, by the field of its configuration: attention, ffn, first_ffn.
 
     Args:
-      config: a decoder without such layers.
-      sparsity: where its maps have some of attention (or of feed-forward networks), layers of every kind must have one
-        of these, in all layers.
+      config: a decoder.
+      maps: where some of them are of attention (or of feed-forward networks), layers of every kind must have one of
+        these, in all layers.
       exact: every one of the maps must be there; otherwise those that a layer does not have are passed over.
 
     Raises:
@@ -48,9 +48,9 @@ def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, ex
     if is_sparsified(config):
         raise UserError("the decoder is sparsified already; take the one that it was made of")
     for_attention, for_ffn = (
-        tuple(name for name in sparsity.maps if (name in _ATTENTION) == attention) for attention in (True, False)
+        tuple(name for name in maps if (name in _ATTENTION) == attention) for attention in (True, False)
     )
-    changes: dict[str, AttentionKind | FFNKind] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for field, wanted in (("attention", for_attention), ("ffn", for_ffn), ("first_ffn", for_ffn)):
         kind = getattr(config, field)
         if not wanted or kind is None:
@@ -61,15 +61,22 @@ def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, ex
         allowed = f"{has}; {listed} can't be sparsified"
         bad = missing if exact else missing == list(wanted)
         require(not bad, f"model.{field}.kind", kind.kind, allowed)
-        own = without_absent(sparsity, tuple(name for name in wanted if name in there))
-        wrapper = SparsifiedAttentionConfig if field == "attention" else SparsifiedFFNConfig
-        changes[field] = wrapper(of=kind, sparsity=own)
+        found[field] = tuple(name for name in wanted if name in there)
     sublayers: tuple[SublayerName, ...] = ("attention", "ffn")
     for sublayer in sublayers:
         width = config.residual.active_width(config.d_model, sublayer)
         allowed = "has a residual stream whose width is routed; its channels can't be left out"
-        whole = sublayer not in changes or width == config.d_model
+        whole = sublayer not in found or width == config.d_model
         require(whole, "model.residual.kind", config.residual.kind, allowed)
+    return found
+
+
+def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, exact: bool = False) -> DecoderConfig:
+    """The decoder whose layers leave out channels by `sparsity`; errors and `exact` as in `maps_taken`."""
+    changes: dict[str, AttentionKind | FFNKind] = {}
+    for field, names in maps_taken(config, sparsity.maps, exact=exact).items():
+        wrapper = SparsifiedAttentionConfig if field == "attention" else SparsifiedFFNConfig
+        changes[field] = wrapper(of=getattr(config, field), sparsity=without_absent(sparsity, names))
     return dataclasses.replace(config, **changes)
 
 

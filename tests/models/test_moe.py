@@ -14,6 +14,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import DecoderConfig, bytes_per_token, count_parameters, dense_twin, flops_per_token
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.common import CallContext
+from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.routers import RouterName
 from tests.models.conftest import build
@@ -94,7 +95,7 @@ def test_layer_by_hand(gated, tokens):
     model = build(with_ffn(ALIKE, router="deepseek", gated=gated, implementation="loop"))
     ffn = model.unstacked().segments[0].blocks[0].ffn
     x = np.random.default_rng(0).normal(size=(1, 5, 24)).astype(np.float32)
-    ctx = model._call_context(tokens[:1, :5], None, None, None)
+    ctx = call_context(model.config, tokens[:1, :5])
     ctx.record = frozenset({"expert_scores"})
     y, aux = nnx.jit(lambda ffn, x: ffn(x, ctx))(ffn, x)
     up, down, shared_up, shared_down = (

@@ -13,6 +13,7 @@ from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.inference import packed
 from sparsezoo_jax.models import Decoder, count_parameters
 from sparsezoo_jax.models.accounting import train_flops_per_token
+from sparsezoo_jax.models.decoder import call_context
 from tests.models.conftest import CONFIGS, build, with_weights_of
 
 CONFIG = dataclasses.replace(CONFIGS["moe"], mtp_layers=2)
@@ -110,7 +111,7 @@ def test_module_by_its_formula(model, result):
         -1,
     )
     x = jnp.asarray(joined @ np.asarray(module.joint_ED[...]))[None]
-    ctx = model._call_context(jnp.zeros((1, length), jnp.int32), None, None, None)
+    ctx = call_context(model.config, jnp.zeros((1, length), jnp.int32))
     x, _, _ = module.segment(x, ctx, None, scan=True, remat="none")
     expected = rms(x[0], module.final_norm.scale[...])
     np.testing.assert_allclose(out.ahead[0].hidden[0, :length], expected, atol=2e-5)

@@ -14,6 +14,7 @@ from jax._src.ad_checkpoint import saved_residuals  # private: nothing public te
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.remat import rematerialised
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION, product
 from tests.models.conftest import CONFIGS, build
@@ -32,7 +33,7 @@ def kept(name, remat):
     x_BTD = jax.ShapeDtypeStruct((B, T, config.d_model), jnp.float32)
 
     def layer(x_BTD, tokens, state):
-        ctx = model._call_context(tokens, None, None, None)
+        ctx = call_context(model.config, tokens)
         run = lambda x_BTD, state: nnx.merge(graphdef, state)(x_BTD, ctx, None, scan=False, remat="none")[0]  # noqa: E731
         return rematerialised(run, remat)(x_BTD, state)
 

@@ -1,60 +1,22 @@
 """The command on a small run that is made once: what it writes, what that computes, and what it refuses."""
 
-import contextlib
 import dataclasses
-import io
 import json
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from sparsezoo_jax import data, evaluate, huggingface, run_dir, sparsify
-from sparsezoo_jax.configs import preset
+from sparsezoo_jax import evaluate, huggingface, run_dir, sparsify
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.evaluation_tables import print_sparsified
 from sparsezoo_jax.inference import packed
 from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
-from sparsezoo_jax.models import Decoder
-from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.sparsification.config import CalibrationConfig
-from sparsezoo_jax.training.parameters import save_params
-from sparsezoo_jax.training.state import ModelTemplate, flatten
 from tests.models.conftest import forward
-
-ATTENTION = {"heads": 2, "kv_heads": 1, "head_dim": 16}
-MODEL = {"vocab_size": 320, "d_model": 32, "layers": 2, "max_seq_len": 64, "layer_pattern": ("global",)}
-DATA = {"bpe_vocab_size": 320, "seq_len": 32, "batch_size": 4, "validation_fraction": 0.2}
-
-
-def store(directory, config, tokenizer):
-    """A run with random weights, as step 3."""
-    build = lambda rngs: Decoder(config.model, rngs=rngs)  # noqa: E731
-    params, variables = ModelTemplate(build).split(build(nnx.Rngs(0)))
-    save_params(directory / "checkpoints", flatten(params), flatten(variables), step=3)
-    tokenizer.save(directory)
-    run_dir.write_config(directory, config)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, small_corpus):
-    """A dense run, a sparsified one of it, and the figures that the command printed."""
-    folder = tmp_path_factory.mktemp("sparsified")
-    tiny, corpus = preset("dense", "tiny"), {**DATA, "dataset": str(small_corpus)}
-    attention = dataclasses.replace(tiny.model.attention, **ATTENTION)
-    ffn = GatedFFNConfig(d_ff=48, activation="silu")
-    model = dataclasses.replace(tiny.model, **MODEL, attention=attention, ffn=ffn, scan_layers=True)
-    config = dataclasses.replace(tiny, model=model, data=dataclasses.replace(tiny.data, **corpus))
-    tokenizer = data.open_tokenizer(config.data)
-    run = store(folder / "dense", config, tokenizer)
-    args = [run, folder / "teal", "--method", "teal", "--sparsity", 0.4, "--calibration.sequences", 6]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        sparsify.main([*map(str, args), "--batches", "100", "--json"])
-    command = sparsify.Sparsify(directory=run, out=folder / "new", method="teal")
-    return folder, command, json.loads(printed.getvalue())
+from tests.sparsification.conftest import store
 
 
 def test_the_run_leaves_out_what_was_asked_for(made):

@@ -1,0 +1,152 @@
+"""A decoder's layers called one after another over some text, each changed before the next one reads its output.
+
+The streams of all sequences are kept, and the weights of one layer are worked on at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.decoder import call_context
+from sparsezoo_jax.models.layers import Block
+from sparsezoo_jax.models.width import Weight, WholeWidth
+
+
+class Place(NamedTuple):
+    """Where a layer's parameters are."""
+
+    layer: int
+    """The layer, counted from 0."""
+    path: str
+    """Of its block, as `training.state.flatten` has it: its parameters' paths begin with this and '/'."""
+    index: int
+    """Of the layer along the first axis of these parameters."""
+
+
+class MapInputs(NamedTuple):
+    """Sums over tokens of what one map reads."""
+
+    sums: np.ndarray
+    """float64 [I]: of each channel."""
+    squares: np.ndarray
+    """float64 [I]: of the squares of each channel."""
+
+
+class LayerInputs(NamedTuple):
+    """What a layer reads and makes of the calibration text."""
+
+    tokens: int
+    sequences: int
+    maps: dict[str, MapInputs]
+    angle: float
+    """Mean over tokens of the angle between the stream before and after the layer, as a share of pi (CFSP)."""
+
+    def norms(self, name: str) -> np.ndarray:
+        """Of each channel of a map the root of the mean over sequences of its squared norm over tokens, float64 [I]."""
+        return np.sqrt(self.maps[name].squares / self.sequences)
+
+
+class _Watch(WholeWidth):
+    """Maps that read all channels and remember what they read."""
+
+    def __init__(self):
+        self.seen: dict[str, jax.Array] = {}
+
+    def channels(self, name: str, x: jax.Array, weight: Weight | None = None) -> jax.Array:
+        self.seen[name] = x.reshape(*x.shape[:2], -1)
+        return x
+
+
+def layers_of(model: Decoder) -> Iterator[tuple[Place, Block]]:
+    """The layers in order, each as a block of its own with a copy of its parameters."""
+    first = 0
+    for i, segment in enumerate(model.segments):
+        for repeat in range(segment.spec.repeats):
+            for place, block in enumerate(segment.blocks):
+                graphdef, state = nnx.split(block)
+                single = nnx.merge(graphdef, jax.tree.map(lambda leaf, r=repeat: leaf[r], state))
+                yield Place(first, f"segments/{i}/blocks/{place}", repeat), single
+                first += 1
+
+
+@partial(jax.jit, static_argnums=0)
+def _embedded(graphdef: Any, state: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    ctx = call_context(model.config, batch["tokens"], batch["segment_ids"], batch["positions"])
+    return model.embedded(batch["tokens"], ctx, None)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _called(
+    config: DecoderConfig, graphdef: Any, state: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, Any]]:
+    watch = _Watch()
+    ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
+    y_BTD, _, _ = nnx.merge(graphdef, state)(x_BTD, replace(ctx, width=watch), None)
+    counted_BT1 = ctx.valid_BT[..., None]
+    sums = {}
+    for name, seen_BTI in watch.seen.items():
+        x_BTI = jnp.where(counted_BT1, seen_BTI.astype(jnp.float32), 0)
+        sums[name] = {"sums": jnp.sum(x_BTI, axis=(0, 1)), "squares": jnp.sum(jnp.square(x_BTI), axis=(0, 1))}
+    before_BTD, after_BTD = x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)
+    norms_BT = jnp.linalg.norm(before_BTD, axis=-1) * jnp.linalg.norm(after_BTD, axis=-1)
+    # A stream of zeros has no direction: its angle counts as a right one.
+    cosine_BT = jnp.sum(before_BTD * after_BTD, axis=-1) / jnp.where(norms_BT > 0, norms_BT, 1)
+    angle_BT = jnp.arccos(jnp.clip(cosine_BT, -1, 1)) / jnp.pi
+    return y_BTD, {"maps": sums, "angle": jnp.sum(jnp.where(ctx.valid_BT, angle_BT, 0))}
+
+
+def walk(
+    model: Decoder,
+    batches: Iterable[Mapping[str, Any]],
+    visit: Callable[[Place, Block, LayerInputs], bool],
+) -> None:
+    """Call `visit` for each layer in order, with what it reads of the text.
+
+    Args:
+      model: a decoder whose layers are called with a stream of the whole width.
+      batches: dicts of [B, T] arrays tokens, segment_ids, positions; padding has segment id 0.
+      visit: gets the layer's place, the layer and what it reads and makes. It may change the layer, which is a copy,
+        and then returns True: the next layer reads what the changed one makes of the same stream.
+
+    Raises:
+      DataError: the batches hold no token.
+    """
+    fields = ("tokens", "segment_ids", "positions")
+    held = [{name: jnp.asarray(batch[name]) for name in fields} for batch in batches]
+    tokens = sum(int(jnp.sum(batch["segment_ids"] > 0)) for batch in held)
+    if tokens == 0:
+        raise DataError("the text to calibrate on has no token")
+    sequences = sum(int(jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))) for batch in held)
+    graphdef, state = nnx.split(model)
+    streams = [_embedded(graphdef, state, batch) for batch in held]
+    for place, block in layers_of(model):
+        after, total = _over(model.config, block, streams, held)
+        maps = {name: MapInputs(**sums) for name, sums in total["maps"].items()}
+        if visit(place, block, LayerInputs(tokens, sequences, maps, float(total["angle"]) / tokens)):
+            after, _ = _over(model.config, block, streams, held)
+        streams = after
+
+
+def _over(
+    config: DecoderConfig, block: Block, streams: list[jax.Array], held: list[dict[str, jax.Array]]
+) -> tuple[list[jax.Array], Any]:
+    """The streams after a layer, and the sums over all batches, float64."""
+    graphdef, state = nnx.split(block)
+    after, total = [], None
+    for stream_BTD, batch in zip(streams, held, strict=True):
+        made_BTD, found = _called(config, graphdef, state, stream_BTD, batch)
+        after.append(made_BTD)
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        total = wide if total is None else jax.tree.map(np.add, total, wide)
+    return after, total

@@ -1,0 +1,260 @@
+"""What `sparsify` makes of a run, by the family of its method: a plan is checked, made, and says its figures.
+
+A plan of channels left out by token, of weights that are 0, or of neurons that are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from sparsezoo_jax import data
+from sparsezoo_jax.errors import ConfigError, require
+from sparsezoo_jax.evaluation.sparsified import needed
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.sparsification import neurons as by_neurons
+from sparsezoo_jax.sparsification import pruning
+from sparsezoo_jax.sparsification.calibration import Calibration, calibrate, thresholds
+from sparsezoo_jax.sparsification.config import CalibrationConfig, NeuronConfig, PruningConfig
+from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
+from sparsezoo_jax.sparsification.layers import Place
+from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile
+
+
+class Text:
+    """The sequences that are calibrated on; reading them again gives the same batches."""
+
+    def __init__(self, prepared: Any, batch_size: int, config: CalibrationConfig):
+        self._prepared, self._config = prepared, config
+        self._size = min(batch_size, config.sequences)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches of the sequences; further ones of the first and the last batch are padding."""
+        skip, end, size = self._config.skip, self._config.skip + self._config.sequences, self._size
+        for n, batch in enumerate(data.evaluation_batches(self._prepared, size, -(-end // size))):
+            place_B1 = (n * size + np.arange(size))[:, None]
+            if (n + 1) * size > skip:
+                kept_B1 = (place_B1 >= skip) & (place_B1 < end)
+                hidden = {name: np.where(kept_B1, batch[name], 0) for name in ("segment_ids", "mask")}
+                yield {**batch, **hidden, "mask": hidden["mask"].astype(bool)}
+
+    def first_tokens(self) -> int:
+        """Tokens of the first batch that has some of the sequences."""
+        return next((int((batch["segment_ids"] > 0).sum()) for batch in self), 0)
+
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(int((batch["segment_ids"] > 0).sum()) for batch in self)
+
+
+class Made(NamedTuple):
+    """A model that a plan made."""
+
+    model: Decoder
+    tokens: int
+    """Of the text that was read for it."""
+    record: dict[str, Any]
+    """What `sparsify.json` says of it beside what all have."""
+    calibration: Calibration | None = None
+
+
+class ActivationPlan(NamedTuple):
+    """Channels or neurons that are left out by token."""
+
+    share: float
+    method: Method
+    dense_tokens: int
+    exact: bool
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        share: float,
+        released: bool,
+        maps: Sequence[str] | None,
+        gate: Any,
+        weighted: Sequence[str] | None,
+        quantile: Quantile | None,
+        dense_tokens: int,
+    ) -> Self:
+        """The method of that name with what is not None otherwise.
+
+        Raises:
+          ConfigError: choices that don't go together.
+        """
+        method = (RELEASED if released else METHODS)[name]
+        own_maps = method.maps if maps is None else tuple(maps)
+        if weighted is None:
+            weighted = tuple(map for map in method.weighted if map in own_maps)
+        gate = gate or method.gate
+        require(gate == "threshold" or quantile is None, "--quantile", quantile, "is for --gate threshold")
+        method = method._replace(
+            maps=own_maps, gate=gate, weighted=tuple(weighted), quantile=quantile or method.quantile
+        )
+        method.sparsity(share, dense_tokens)
+        return cls(share, method, dense_tokens, maps is not None)
+
+    def target(self, config: DecoderConfig) -> DecoderConfig:
+        """The decoder with masks."""
+        return sparsified_config(config, self.method.sparsity(self.share, self.dense_tokens), exact=self.exact)
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise `UserError` for a decoder that this can't be done with."""
+        self.target(config)
+
+    def make(self, model: Decoder, text: Text) -> Made:
+        """The model with masks and their thresholds."""
+        sparse = wrapped(model, self.target(model.config))
+        calibration = calibrate(sparse, text, self.dense_tokens)
+        shares = {name: np.full(model.config.layers, self.share) for name in calibration.maps}
+        top_k = self.method.gate == "top_k"
+        cuts = shares if top_k else thresholds(calibration, shares, self.method.quantile)
+        with_cuts(sparse, cuts)
+        record = {
+            "quantile": None if top_k else self.method.quantile,
+            "cuts": {name: [float(x) for x in values] for name, values in cuts.items()},
+        }
+        return Made(sparse, calibration.tokens, record, calibration)
+
+    def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left out and what a token needs, by statistics of an evaluation."""
+        return {**made.record, **needed(made.model.config, stats)}
+
+
+class WeightPlan(NamedTuple):
+    """Weights that are 0."""
+
+    share: float
+    method: str
+    maps: tuple[str, ...]
+    exact: bool
+    pattern: str
+    config: PruningConfig
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        share: float | None,
+        maps: Sequence[str] | None,
+        config: PruningConfig,
+        pattern: str = "unstructured",
+    ) -> Self:
+        """The method of that name; a share of None is that of the pattern, or a half.
+
+        Raises:
+          ConfigError: choices that don't go together.
+        """
+        found = pruning.parse_pattern(pattern)
+        if found is not None:
+            allowed = f"must be {found.sparsity:g} with --pattern {pattern}"
+            require(share is None or abs(share - found.sparsity) < 1e-6, "--sparsity", share, allowed)
+            require(config.compare is None, "--pruning.compare", config.compare, "is for --pattern unstructured")
+            share = found.sparsity
+        for map in maps or ():
+            require(map in LINEAR_MAPS, "--maps", map, f"must be one of {', '.join(LINEAR_MAPS)}")
+        own = LINEAR_MAPS if maps is None else tuple(maps)
+        return cls(0.5 if share is None else share, name, own, maps is not None, pattern, config)
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise `UserError` for a decoder that this can't be done with."""
+        taken = maps_taken(config, self.maps, exact=self.exact)
+        pruning.check_matrices(config, taken, pruning.parse_pattern(self.pattern))
+
+    def make(self, model: Decoder, text: Text) -> Made:
+        """The model with weights that are 0."""
+        gradients: dict[str, np.ndarray] = {}
+        if self.method == "gblm":
+            paths = pruning.matrix_paths(model, self.maps)
+            gradients = pruning.gradient_norms(model, text, paths, self.config.gradient_norm)
+
+        def score(path: str, place: Place, weight_IO: np.ndarray, norms_I: np.ndarray | None) -> np.ndarray:
+            found = gradients.get(path)
+            own = None if found is None else found[place.index].reshape(weight_IO.shape)
+            return pruning.weight_scores(weight_IO, norms_I, own, self.config.gradient_weight)
+
+        pattern = pruning.parse_pattern(self.pattern)
+        compare = self.config.compare or pruning.PRUNING[self.method]
+        read = None if self.method == "magnitude" else text
+        pruned = pruning.prune(model, self.maps, self.share, score, compare, pattern, read)
+        record = {"pattern": self.pattern, "compare": compare if pattern is None else None}
+        record |= {"zeros": {name: float(np.nanmean(shares)) for name, shares in pruned.zeros.items()}}
+        record |= {"zeros_by_layer": pruned.zeros}
+        return Made(pruned.model, 0 if read is None else text.tokens(), record)
+
+    def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """The share of zeros, by map and layer."""
+        return made.record
+
+
+class NeuronPlan(NamedTuple):
+    """Neurons that are gone."""
+
+    share: float
+    method: Any
+    config: NeuronConfig
+    released: bool
+
+    @classmethod
+    def of(cls, name: str, share: float, config: NeuronConfig, released: bool) -> Self:
+        """The method of that name."""
+        return cls(share, name, config, released)
+
+    @property
+    def bias(self) -> bool:
+        """Whether means of removed neurons become biases."""
+        return self.method == "flap" if self.config.bias is None else self.config.bias
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise `UserError` for a decoder that this can't be done with."""
+        ffn = by_neurons.check_neurons(config, bias=self.bias)
+        top_k = getattr(ffn, "top_k", None)
+        left = int(by_neurons.widths(np.array([1 - self.share]), ffn.d_ff, self.config.multiple)[0])
+        if top_k is not None and top_k > left:
+            raise ConfigError("--sparsity", self.share, f"leaves {left} neurons, fewer than model.ffn.top_k={top_k}")
+
+    def make(self, model: Decoder, text: Text) -> Made:
+        """The smaller model."""
+        found = by_neurons.shrink(
+            model,
+            self.method,
+            self.share,
+            text,
+            per_layer=self.config.widths == "by-layer",
+            multiple=self.config.multiple,
+            bias=self.bias,
+            spread=self.config.spread,
+            released=self.released,
+        )
+        record = {"neurons": model.config.ffn.d_ff, "widths": found.widths, "bias": self.bias}
+        if found.importance is not None:
+            record["importance"] = found.importance
+        weights = (
+            _weights(config, widths) for config, widths in ((model.config, None), (found.model.config, found.widths))
+        )
+        record["weights_dense"], record["weights"] = weights
+        return Made(found.model, text.tokens(), record)
+
+    def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """Widths, and weights of the layers' linear maps without what layers are filled up with."""
+        return made.record
+
+
+def _weights(config: DecoderConfig, widths: Sequence[int] | None) -> float:
+    """Weights of the layers' maps; `widths`: neurons by layer, default those of the configuration."""
+    total = 0.0
+    for layer, spec in enumerate(config.layer_specs()):
+        active = None if widths is None else widths[layer]
+        lacking = 0 if active is None else spec.ffn.d_ff - active
+        total += spec.attention.projection_weights(config.d_model) + spec.ffn.weights(config.d_model)
+        total -= lacking * _of_neuron(spec.ffn, config.d_model)
+    return total
+
+
+def _of_neuron(ffn: Any, d_model: int) -> float:
+    """Weights of one neuron."""
+    matrices = len(ffn.linear_maps(d_model).keys() & {"gate", "up", "down"})
+    return matrices * d_model + (matrices - 1 if ffn.bias else 0)

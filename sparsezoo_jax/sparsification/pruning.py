@@ -1,0 +1,237 @@
+"""Weights that become 0: scores of weights, and which of them a comparison keeps.
+
+A matrix is taken as W [I, O], `y = x W`: I channels of the input, O outputs; a row of weights that are compared is one
+output's. Nothing is trained and no other weight moves.
+
+Sources: magnitude (arXiv 1506.02626), Wanda (arXiv 2306.11695), GBLM-Pruner (arXiv 2311.04902).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparsezoo_jax.errors import ConfigError, require
+from sparsezoo_jax.evaluation.cross_entropy import call_model, token_loss
+from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.layers import Block
+from sparsezoo_jax.models.matrices import block_matrices
+from sparsezoo_jax.sparsification.layers import LayerInputs, Place, layers_of, walk
+from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
+
+Compare = Literal["row", "matrix"]
+GradientNorm = Literal["l1", "l2"]
+#: Methods, and what their weights are compared with as their authors do it.
+PRUNING: dict[str, Compare] = {"magnitude": "matrix", "wanda": "row", "gblm": "row"}
+
+
+class Pattern(NamedTuple):
+    """At most `kept` weights that are not 0 among `of` of consecutive inputs of an output."""
+
+    kept: int
+    of: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.kept / self.of
+
+
+def parse_pattern(text: str) -> Pattern | None:
+    """The pattern that `--pattern` names; None for unstructured.
+
+    Raises:
+      ConfigError: another text.
+    """
+    if text == "unstructured":
+        return None
+    found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+    allowed = "must be unstructured, or N:M such as 2:4, N below M of M consecutive inputs kept"
+    pattern = Pattern(*map(int, found.groups())) if found else Pattern(0, 0)
+    require(0 < pattern.kept < pattern.of, "--pattern", text, allowed)
+    return pattern
+
+
+def weight_scores(
+    weight_IO: np.ndarray, norms_I: np.ndarray | None = None, gradients_IO: np.ndarray | None = None, alpha: float = 0.0
+) -> np.ndarray:
+    """`|W|`; with norms `|W| ||X||` (Wanda); with gradients, too, `|W| ||X|| + alpha |W| G` (GBLM). float32 [I, O].
+
+    Args:
+      weight_IO: the matrix.
+      norms_I: of each channel of its input, over the calibration text.
+      gradients_IO: norms over sequences of the gradients of their mean losses.
+      alpha: weight of these.
+    """
+    magnitude_IO = np.abs(weight_IO.astype(np.float32))
+    if norms_I is None:
+        return magnitude_IO
+    factor_IO = norms_I.astype(np.float32)[:, None]
+    return magnitude_IO * (factor_IO if gradients_IO is None else factor_IO + np.float32(alpha) * gradients_IO)
+
+
+def kept_weights(score_IO: np.ndarray, share: float, compare: Compare, pattern: Pattern | None = None) -> np.ndarray:
+    """Which weights stay, bool [I, O].
+
+    Of every output's I weights (or of the matrix's) the floor(share * I) with the lowest scores go; of equal ones the
+    first. With a pattern those of each group of consecutive inputs go, whatever the share.
+
+    Raises:
+      ConfigError: a pattern whose groups don't divide I.
+    """
+    inputs, outputs = score_IO.shape
+    if pattern is not None:
+        require(inputs % pattern.of == 0, "--pattern", f"{pattern.kept}:{pattern.of}", f"must divide {inputs} inputs")
+        groups = score_IO.reshape(-1, pattern.of, outputs)
+        return _without_lowest(groups, pattern.of - pattern.kept, 1).reshape(score_IO.shape)
+    if compare == "row":
+        return _without_lowest(score_IO, _count(share, inputs), 0)
+    return _without_lowest(score_IO.reshape(-1), _count(share, score_IO.size), 0).reshape(score_IO.shape)
+
+
+def _count(share: float, of: int) -> int:
+    """floor(share * of), where the product's rounding does not count."""
+    return math.floor(share * of + 1e-6)
+
+
+def _without_lowest(score: np.ndarray, count: int, axis: int) -> np.ndarray:
+    kept = np.ones(score.shape, bool)
+    lowest = np.take(np.argsort(score, axis=axis, kind="stable"), np.arange(count), axis=axis)
+    np.put_along_axis(kept, lowest, False, axis=axis)
+    return kept
+
+
+def gradient_norms(
+    model: Decoder, batches: Iterable[Mapping[str, Any]], paths: Iterable[str], norm: GradientNorm
+) -> dict[str, np.ndarray]:
+    """Of each parameter named, norms over sequences of the gradient of a sequence's mean loss, float32, its shape.
+
+    "l1": sum of magnitudes; "l2": root of the sum of squares. They grow with the number of sequences.
+    """
+    template = ModelTemplate(lambda rngs: Decoder(model.config, rngs=rngs))
+    params, variables = template.split(model)
+    flat, wanted = flatten(params), set(paths)
+    chosen = {path: x for path, x in flat.items() if path in wanted}
+    others = {path: x for path, x in flat.items() if path not in wanted}
+
+    def loss(chosen: dict[str, jax.Array], others: dict[str, jax.Array], sequence: dict[str, jax.Array]) -> jax.Array:
+        merged = template.merge(nested({**others, **chosen}), variables)
+        out = token_loss(call_model(merged, sequence).logits, sequence["targets"], sequence["mask"])
+        return out.cross_entropy_sum / jnp.maximum(out.count, 1)
+
+    @partial(jax.jit, donate_argnums=0)
+    def added(totals: dict[str, jax.Array], chosen: Any, others: Any, batch: dict[str, jax.Array]) -> Any:
+        def body(totals: dict[str, jax.Array], sequence: dict[str, jax.Array]):
+            found = jax.grad(loss)(chosen, others, {name: x[None] for name, x in sequence.items()})
+            wide = jax.tree.map(lambda g: jnp.abs(g.astype(jnp.float32)), found)
+            return jax.tree.map(lambda t, g: t + (g if norm == "l1" else jnp.square(g)), totals, wide), None
+
+        return jax.lax.scan(body, totals, batch)[0]
+
+    totals = {path: jnp.zeros(x.shape, jnp.float32) for path, x in chosen.items()}
+    for batch in batches:
+        arrays = {name: batch[name] for name in ("tokens", "segment_ids", "positions", "targets", "mask")}
+        totals = added(totals, chosen, others, arrays)
+    found = {path: np.asarray(total) for path, total in totals.items()}
+    return found if norm == "l1" else {path: np.sqrt(total) for path, total in found.items()}
+
+
+class Pruned(NamedTuple):
+    """A model with weights that are 0."""
+
+    model: Decoder
+    zeros: dict[str, list[float]]
+    """For each map the share of zeros by layer; NaN where a layer does not have the map."""
+
+
+def matrix_paths(model: Decoder, maps: tuple[str, ...]) -> list[str]:
+    """Paths, as `training.state.flatten` has them, of the matrices of these maps."""
+    found = []
+    for i, segment in enumerate(model.segments):
+        for j, block in enumerate(segment.blocks):
+            for name, sublayer, path, _ in block_matrices(block, model.config.d_model):
+                if name in maps:
+                    found.append(f"segments/{i}/blocks/{j}/{sublayer}/{path}")
+    return found
+
+
+def check_matrices(config: DecoderConfig, taken: Mapping[str, tuple[str, ...]], pattern: Pattern | None) -> None:
+    """Raise `ConfigError` for kinds whose matrices are unknown, and for inputs that a pattern does not divide.
+
+    `taken`: maps by field of the configuration, as `conversion.maps_taken` gives them.
+    """
+    template = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    known = {name for segment in template.segments for block in segment.blocks for name in _names(block, config)}
+    for field, maps in taken.items():
+        kind = getattr(config, field)
+        unknown = ", ".join(name for name in maps if name not in known)
+        allowed = f"does not say which matrices its maps {unknown} have (`matrices` of the module)"
+        require(not unknown, f"model.{field}.kind", kind.kind, allowed)
+        for name, size in kind.linear_maps(config.d_model).items():
+            if name in maps and pattern is not None and size.channels % pattern.of:
+                text = f"{pattern.kept}:{pattern.of}"
+                raise ConfigError("--pattern", text, f"must divide the {size.channels} inputs of the map {name}")
+
+
+def _names(block: Block, config: DecoderConfig) -> list[str]:
+    return [name for name, *_ in block_matrices(block, config.d_model)]
+
+
+def prune(
+    model: Decoder,
+    maps: tuple[str, ...],
+    share: float,
+    score: Callable[[str, Place, np.ndarray, np.ndarray | None], np.ndarray],
+    compare: Compare,
+    pattern: Pattern | None,
+    batches: Iterable[Mapping[str, Any]] | None,
+) -> Pruned:
+    """The model with weights of these maps set to 0, layer by layer: each reads what the pruned ones below it make.
+
+    Args:
+      model: the decoder.
+      maps: their matrices are pruned, in layers that have them.
+      share: of the weights that become 0; see `kept_weights`, as for `compare` and `pattern`.
+      score: of a matrix [I, O]: called with the parameter's path, the layer's place, the matrix, and the norms of its
+        input's channels [I] (None without batches).
+      batches: the text, as for `layers.walk`; None: the scores don't need any.
+    """
+    template = ModelTemplate(lambda rngs: Decoder(model.config, rngs=rngs))
+    params, variables = template.split(model)
+    flat = flatten(params)
+    changed: dict[str, np.ndarray] = {}
+    zeros: dict[str, list[float]] = {name: [math.nan] * model.config.layers for name in maps}
+
+    def visit(place: Place, block: Block, inputs: LayerInputs | None) -> bool:
+        for name, sublayer, local, param in block_matrices(block, model.config.d_model):
+            if name not in maps:
+                continue
+            path = f"{place.path}/{sublayer}/{local}"
+            value = np.asarray(param[...])
+            channels = getattr(block.spec, sublayer).linear_maps(model.config.d_model)[name].channels
+            weight_IO = value.reshape(channels, -1)
+            norms_I = None if inputs is None else inputs.norms(name)
+            kept_IO = kept_weights(score(path, place, weight_IO, norms_I), share, compare, pattern)
+            weight_IO = np.where(kept_IO, weight_IO, np.zeros((), value.dtype))
+            param[...] = jnp.asarray(weight_IO.reshape(value.shape))
+            if path not in changed:
+                changed[path] = np.array(flat[path])
+            changed[path][place.index] = weight_IO.reshape(value.shape)
+            zeros[name][place.layer] = float(np.mean(weight_IO == 0))
+        return True
+
+    if batches is None:
+        for place, block in layers_of(model):
+            visit(place, block, None)
+    else:
+        walk(model, batches, visit)
+    found = {name: shares for name, shares in zeros.items() if not all(map(math.isnan, shares))}
+    return Pruned(template.merge(nested({**flat, **changed}), variables), found)
