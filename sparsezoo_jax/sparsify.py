@@ -23,7 +23,7 @@ from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import DataError, UserError, require
 from sparsezoo_jax.path_flags import Stores
-from sparsezoo_jax.sparsification.config import CalibrationConfig, NeuronConfig, PruningConfig
+from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, NeuronConfig, PruningConfig
 
 ACTIVATIONS = ("cats", "teal", "wina")
 WEIGHTS = ("magnitude", "wanda", "gblm")
@@ -60,6 +60,8 @@ class Sparsify(CorpusFlags):
     """Take what the authors' code does where it is not what their paper says (docs/sparsify.md)."""
     dense_tokens: int = 0
     """First tokens of a document that read everything."""
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    """Of teal and wina."""
     pattern: str = "unstructured"
     """Of magnitude, wanda, gblm: unstructured, or N:M, which keeps N weights of an output's M consecutive inputs, so
     that the sparsity is 1 - N/M."""
@@ -194,7 +196,9 @@ def planned(command: Sparsify) -> Any:
         return making.NeuronPlan.of(command.method, share, command.neurons, command.released)
     require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
     choices = (command.maps, command.gate, command.weighted, command.quantile)
-    return making.ActivationPlan.of(command.method, share, command.released, *choices, command.dense_tokens)
+    return making.ActivationPlan.of(
+        command.method, share, command.released, *choices, command.dense_tokens, command.allocation
+    )
 
 
 def refuse_others(command: Sparsify) -> None:
@@ -203,6 +207,7 @@ def refuse_others(command: Sparsify) -> None:
         "maps": ACTIVATIONS + WEIGHTS,
         **dict.fromkeys(("gate", "weighted", "quantile", "dense_tokens"), ACTIVATIONS),
         "released": (*ACTIVATIONS, "cfsp"),
+        **dict.fromkeys((f"allocation.{name}" for name in ("kind", "step", "sequences", "last")), ("teal", "wina")),
         "pattern": WEIGHTS,
         "pruning.compare": WEIGHTS,
         "pruning.gradient_norm": ("gblm",),

@@ -29,6 +29,27 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllocationConfig:
+    """How the share of channels left out is spread over the maps of a layer; every layer has the same as a whole."""
+
+    kind: Literal["uniform", "greedy"] = "uniform"
+    """uniform: all maps leave out the same share; greedy: step by step, that map is sparsified further for which the
+    layer's output changes least (TEAL)."""
+    step: float = 0.05
+    """Of greedy: share by which a map of d_model x d_model weights is sparsified further in one step; of larger maps
+    proportionally less."""
+    sequences: int = 10
+    """Of greedy: sequences of the calibration that it looks at."""
+    last: float = 0.25
+    """Of greedy: share of each sequence, its end, on which outputs are compared."""
+
+    def __post_init__(self):
+        require(0 < self.step <= 1, "--allocation.step", self.step, "must be in (0, 1]")
+        require(self.sequences > 0, "--allocation.sequences", self.sequences, "must be above 0")
+        require(0 < self.last <= 1, "--allocation.last", self.last, "must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruningConfig:
     """Flags of the methods that set weights to 0."""
 

@@ -106,6 +106,16 @@ def _called(
     return y_BTD, {"maps": sums, "angle": jnp.sum(jnp.where(ctx.valid_BT, angle_BT, 0))}
 
 
+def streams_below(
+    model: Decoder, batches: Iterable[Mapping[str, Any]]
+) -> tuple[list[dict[str, jax.Array]], list[jax.Array]]:
+    """What layers are called with of each batch, and the streams below the first of them."""
+    fields = ("tokens", "segment_ids", "positions")
+    held = [{name: jnp.asarray(batch[name]) for name in fields} for batch in batches]
+    graphdef, state = nnx.split(model)
+    return held, [_embedded(graphdef, state, batch) for batch in held]
+
+
 def walk(
     model: Decoder,
     batches: Iterable[Mapping[str, Any]],
@@ -122,14 +132,11 @@ def walk(
     Raises:
       DataError: the batches hold no token.
     """
-    fields = ("tokens", "segment_ids", "positions")
-    held = [{name: jnp.asarray(batch[name]) for name in fields} for batch in batches]
+    held, streams = streams_below(model, batches)
     tokens = sum(int(jnp.sum(batch["segment_ids"] > 0)) for batch in held)
     if tokens == 0:
         raise DataError("the text to calibrate on has no token")
     sequences = sum(int(jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))) for batch in held)
-    graphdef, state = nnx.split(model)
-    streams = [_embedded(graphdef, state, batch) for batch in held]
     for place, block in layers_of(model):
         after, total = _over(model.config, block, streams, held)
         maps = {name: MapInputs(**sums) for name, sums in total["maps"].items()}

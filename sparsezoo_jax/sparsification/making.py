@@ -6,6 +6,7 @@ A plan of channels left out by token, of weights that are 0, or of neurons that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,8 +17,9 @@ from sparsezoo_jax.evaluation.sparsified import needed
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.sparsification import neurons as by_neurons
 from sparsezoo_jax.sparsification import pruning
-from sparsezoo_jax.sparsification.calibration import Calibration, calibrate, thresholds
-from sparsezoo_jax.sparsification.config import CalibrationConfig, NeuronConfig, PruningConfig
+from sparsezoo_jax.sparsification.allocation import greedy
+from sparsezoo_jax.sparsification.calibration import Calibration, calibrate, threshold, thresholds
+from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, NeuronConfig, PruningConfig
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
 from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile
@@ -39,6 +41,18 @@ class Text:
                 kept_B1 = (place_B1 >= skip) & (place_B1 < end)
                 hidden = {name: np.where(kept_B1, batch[name], 0) for name in ("segment_ids", "mask")}
                 yield {**batch, **hidden, "mask": hidden["mask"].astype(bool)}
+
+    def first(self, sequences: int) -> list[dict[str, Any]]:
+        """Batches with the first of the sequences, the whole ones of a batch and no padding beyond."""
+        batches, left = [], sequences
+        for batch in self:
+            rows = np.flatnonzero(np.any(batch["segment_ids"] > 0, axis=1))[:left]
+            if len(rows):
+                batches.append({name: value[rows] for name, value in batch.items()})
+            left -= len(rows)
+            if left <= 0:
+                break
+        return batches
 
     def first_tokens(self) -> int:
         """Tokens of the first batch that has some of the sequences."""
@@ -67,6 +81,7 @@ class ActivationPlan(NamedTuple):
     method: Method
     dense_tokens: int
     exact: bool
+    allocation: AllocationConfig
 
     @classmethod
     def of(
@@ -79,6 +94,7 @@ class ActivationPlan(NamedTuple):
         weighted: Sequence[str] | None,
         quantile: Quantile | None,
         dense_tokens: int,
+        allocation: AllocationConfig,
     ) -> Self:
         """The method of that name with what is not None otherwise.
 
@@ -95,7 +111,7 @@ class ActivationPlan(NamedTuple):
             maps=own_maps, gate=gate, weighted=tuple(weighted), quantile=quantile or method.quantile
         )
         method.sparsity(share, dense_tokens)
-        return cls(share, method, dense_tokens, maps is not None)
+        return cls(share, method, dense_tokens, maps is not None, allocation)
 
     def target(self, config: DecoderConfig) -> DecoderConfig:
         """The decoder with masks."""
@@ -111,10 +127,17 @@ class ActivationPlan(NamedTuple):
         calibration = calibrate(sparse, text, self.dense_tokens)
         shares = {name: np.full(model.config.layers, self.share) for name in calibration.maps}
         top_k = self.method.gate == "top_k"
+        if self.allocation.kind == "greedy":
+            of_share = None if top_k else partial(threshold, quantile=self.method.quantile)
+            shares = greedy(
+                sparse, calibration, text.first(self.allocation.sequences), self.share, self.allocation, of_share
+            )
         cuts = shares if top_k else thresholds(calibration, shares, self.method.quantile)
         with_cuts(sparse, cuts)
         record = {
             "quantile": None if top_k else self.method.quantile,
+            "allocation": self.allocation.kind,
+            "shares": {name: [float(x) for x in values] for name, values in shares.items()},
             "cuts": {name: [float(x) for x in values] for name, values in cuts.items()},
         }
         return Made(sparse, calibration.tokens, record, calibration)

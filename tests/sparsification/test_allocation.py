@@ -1,0 +1,92 @@
+"""TEAL's greedy allocation: the order of its steps, its budget, and that a layer's output changes less by it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsezoo_jax import run_dir, sparsify
+from sparsezoo_jax.sparsification import METHODS, allocation, calibrate, sparsified_config, wrapped
+from sparsezoo_jax.sparsification.calibration import threshold
+from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig
+
+
+def test_each_step_is_that_with_the_least_error():
+    """Restated: steps of base / w_p, the least error first, until the weighted mean is what is wanted."""
+    sizes, cost = {"q": 1.0, "k": 0.25, "up": 2.0}, {"q": 3.0, "k": 1.0, "up": 0.5}
+
+    def error(shares):
+        return sum(cost[name] * share**2 for name, share in shares.items())
+
+    shares, expected = allocation.greedy_shares(sizes, 0.5, 0.1, error), dict.fromkeys(sizes, 0.0)
+    while True:
+        tried = [{**expected, name: expected[name] + 0.1 / sizes[name]} for name in sizes]
+        best = min((t for t in tried if max(t.values()) <= 1), key=error)
+        if sum(sizes[name] * share for name, share in best.items()) > 0.5 * 3.25 + 1e-9:
+            break
+        expected = best
+    for name, share in shares.items():
+        assert abs(share - expected[name]) <= 0.1 / sizes[name]
+    assert sum(sizes[name] * share for name, share in shares.items()) == pytest.approx(0.5 * 3.25)
+    assert shares["up"] > shares["q"]
+    assert allocation.greedy_shares(sizes, 0.0, 0.1, error) == dict.fromkeys(sizes, 0.0)
+    assert max(allocation.greedy_shares(sizes, 0.95, 0.3, error).values()) <= 1
+
+
+@pytest.fixture(scope="module")
+def sparse(dense, batches):
+    model = wrapped(dense, sparsified_config(dense.config, METHODS["teal"].sparsity(0.5)))
+    return model, calibrate(model, batches)
+
+
+def test_sizes_are_weights(sparse):
+    (_, block), _ = allocation.layers_of(sparse[0])
+    assert allocation.map_sizes(block, 32) == {
+        **{"q": 1.0, "k": 0.5, "v": 0.5, "o": 1.0},
+        **dict.fromkeys(("gate", "up", "down"), 1.5),
+    }
+
+
+def test_a_layers_output_changes_no_more_than_with_equal_shares(sparse, batches):
+    model, calibration = sparse
+    config = AllocationConfig(step=0.3)
+    shares = allocation.greedy(model, calibration, batches, 0.5, config, threshold)
+    held, streams = allocation.streams_below(model, batches)
+    for place, block in allocation.layers_of(model):
+        graphdef, state = nnx.split(block)
+        outputs = [allocation._output(model.config, graphdef, state, x, b) for x, b in zip(streams, held, strict=True)]
+        errors = []
+        for own in ({name: float(values[place.layer]) for name, values in shares.items()}, dict.fromkeys(shares, 0.5)):
+            sizes = allocation.map_sizes(block, 32)
+            assert sum(sizes[name] * own[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()))
+            cuts = {name: threshold(calibration.maps[name].counts[place.layer], share) for name, share in own.items()}
+            allocation.set_cuts(block, cuts)
+            changed, total = nnx.split(block)[1], 0
+            for x, dense, batch in zip(streams, outputs, held, strict=True):
+                y = allocation._output(model.config, graphdef, changed, x, batch)
+                counted = (batch["segment_ids"] > 0)[:, 24:, None]
+                total += np.sum(np.linalg.norm(np.where(counted, np.asarray(dense - y)[:, 24:], 0), axis=1))
+            errors.append(total)
+        assert errors[0] < errors[1]
+        streams = outputs
+
+
+def test_a_run_has_the_shares_that_were_found(made, tmp_path):
+    changes = {"sparsity": 0.4, "calibration": CalibrationConfig(sequences=6), "method": "wina"}
+    changes |= {"allocation": AllocationConfig(kind="greedy", step=0.4, sequences=3)}
+    figures = sparsify.sparsify(dataclasses.replace(made[1], out=tmp_path / "new", **changes))
+    assert figures["cuts"] == figures["shares"]
+    (block,) = run_dir.load(tmp_path / "new").model.segments[0].blocks
+    for part in (block.attention, block.ffn):
+        for place, name in enumerate(part.masks.names):
+            np.testing.assert_array_equal(part.masks.cut_P[:, place], np.float32(figures["shares"][name]))
+    for layer in range(2):
+        assert len({shares[layer] for shares in figures["shares"].values()}) > 1
+    assert figures["weights"] / figures["weights_dense"] == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_method_of_one_map_has_nothing_to_allocate(made, tmp_path):
+    command = dataclasses.replace(made[1], method="cats", allocation=AllocationConfig(kind="greedy"))
+    with pytest.raises(sparsify.UserError, match=r"--allocation.kind=greedy: is for --method teal, wina"):
+        sparsify.sparsify(dataclasses.replace(command, out=tmp_path / "new"))
