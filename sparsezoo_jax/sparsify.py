@@ -2,10 +2,11 @@
 
 Nothing is trained. Some text is read to see what the maps of each layer read, and OUT becomes a run of one of three
 kinds. Its layers leave out the channels that matter least for a token: those of small magnitude (teal), of small
-magnitude times the norm of their weights (wina), or the neurons whose gates are small (cats). Or weights are 0 for all
-tokens (magnitude, wanda, gblm), which saves no time by itself. Or neurons of feed-forward networks are gone
-(magnitude-sp, wanda-sp, cfsp, flap), and the model is smaller. It is evaluated, continued, decoded and reported like
-every other. docs/sparsify.md has the formulas and what the released code does otherwise.
+magnitude times the norm of their weights (wina; rsparse reads the others by a low-rank map), or the neurons whose gates
+are small (cats). Or weights are 0 for all tokens (magnitude, wanda, gblm), which saves no time by itself. Or neurons of
+feed-forward networks are gone (magnitude-sp, wanda-sp, cfsp, flap), and the model is smaller. It is evaluated,
+continued, decoded and reported like every other. docs/sparsify.md has the formulas and what the released code does
+otherwise.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import DataError, UserError, require
 from sparsezoo_jax.path_flags import Stores
-from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, NeuronConfig, PruningConfig
+from sparsezoo_jax.sparsification.config import (
+    AllocationConfig,
+    CalibrationConfig,
+    NeuronConfig,
+    PruningConfig,
+    RSparseConfig,
+)
 
-ACTIVATIONS = ("cats", "teal", "wina")
+ACTIVATIONS = ("cats", "teal", "wina", "rsparse")
 WEIGHTS = ("magnitude", "wanda", "gblm")
 NEURONS = ("magnitude-sp", "wanda-sp", "cfsp", "flap")
 
@@ -38,9 +45,12 @@ class Sparsify(CorpusFlags):
     """Run directory to read."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT"), Stores()]
     """Run directory to make; empty or absent."""
-    method: Literal["cats", "teal", "wina", "magnitude", "wanda", "gblm", "magnitude-sp", "wanda-sp", "cfsp", "flap"]
+    method: Literal[
+        "cats", "teal", "wina", "rsparse", "magnitude", "wanda", "gblm", "magnitude-sp", "wanda-sp", "cfsp", "flap"
+    ]
     """Left out for a token: cats: neurons of gated networks, by their gates; teal: channels of all linear maps, by
-    magnitude; wina: these, by magnitude times the norm of their weights. Weights set to 0: magnitude; wanda: by
+    magnitude; wina: these, by magnitude times the norm of their weights; rsparse: the same, and a low-rank map
+    reads the rest. Weights set to 0: magnitude; wanda: by
     magnitude times the norm of their inputs; gblm: these norms and gradients. Neurons removed: magnitude-sp, wanda-sp:
     by their output weights, and the norms of what they put out; cfsp: by these and those of their inputs; flap: by the
     variance of what they put out."""
@@ -62,6 +72,8 @@ class Sparsify(CorpusFlags):
     """First tokens of a document that read everything."""
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     """Of teal and wina."""
+    rsparse: RSparseConfig = field(default_factory=RSparseConfig)
+    """Of rsparse."""
     pattern: str = "unstructured"
     """Of magnitude, wanda, gblm: unstructured, or N:M, which keeps N weights of an output's M consecutive inputs, so
     that the sparsity is 1 - N/M."""
@@ -197,7 +209,7 @@ def planned(command: Sparsify) -> Any:
     require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
     choices = (command.maps, command.gate, command.weighted, command.quantile)
     return making.ActivationPlan.of(
-        command.method, share, command.released, *choices, command.dense_tokens, command.allocation
+        command.method, share, command.released, *choices, command.dense_tokens, command.allocation, command.rsparse
     )
 
 
@@ -205,9 +217,11 @@ def refuse_others(command: Sparsify) -> None:
     """Raise `ConfigError` for flags that are for other methods than the command's."""
     owners = {
         "maps": ACTIVATIONS + WEIGHTS,
-        **dict.fromkeys(("gate", "weighted", "quantile", "dense_tokens"), ACTIVATIONS),
-        "released": (*ACTIVATIONS, "cfsp"),
+        **dict.fromkeys(("weighted", "dense_tokens"), ACTIVATIONS),
+        **dict.fromkeys(("gate", "quantile"), ("cats", "teal", "wina")),
+        "released": ("cats", "teal", "wina", "cfsp"),
         **dict.fromkeys((f"allocation.{name}" for name in ("kind", "step", "sequences", "last")), ("teal", "wina")),
+        **dict.fromkeys((f"rsparse.{f.name}" for f in dataclasses.fields(RSparseConfig)), ("rsparse",)),
         "pattern": WEIGHTS,
         "pruning.compare": WEIGHTS,
         "pruning.gradient_norm": ("gblm",),

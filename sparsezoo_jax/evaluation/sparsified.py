@@ -48,6 +48,7 @@ def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[
                 for name, size in dense.linear_maps(config.d_model).items():
                     if name in kind.sparsity.maps:
                         saved += size.weights * max(0.0, size.read - densities[name][layer] * size.channels)
+                        saved -= kind.sparsity.rank(name) * (size.channels + size.weights)
             whole, work = _costs(dense, config.d_model)
             weights, dense_weights = weights + whole - saved, dense_weights + whole
             flops, dense_flops = flops + work - 2 * saved, dense_flops + work

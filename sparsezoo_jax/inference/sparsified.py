@@ -102,6 +102,7 @@ class MaskedProjections(nnx.Module):
 
         def project(name: str, map: ChannelMap, bias: nnx.Param | None, heads: int) -> jax.Array:
             y_BTO = map(stream.channels(name, x_BTD, map.restored))
+            y_BTO = stream.added(name, y_BTO)
             return _biased(y_BTO.reshape(*x_BTD.shape[:2], heads, self.width), bias)
 
         q = project("q", self.q_map, self.q_bias, self.heads)
@@ -112,7 +113,8 @@ class MaskedProjections(nnx.Module):
     def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
         y_BTI = y_BTNH.reshape(*y_BTNH.shape[:2], -1)
-        return _biased(self.o_map(stream.channels("o", y_BTI, self.o_map.restored)), self.o_bias)
+        y_BTD = self.o_map(stream.channels("o", y_BTI, self.o_map.restored))
+        return _biased(stream.added("o", y_BTD), self.o_bias)
 
 
 class MaskedGQA(PackedGQA):
@@ -157,11 +159,12 @@ class MaskedGatedFFN(GatedFFN):
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
         to_gate = stream.channels("gate", x_BTD, self.gate_map.restored)
         to_up = stream.channels("up", x_BTD, self.up_map.restored)
-        return _biased(self.gate_map(to_gate), self.gate_bias), _biased(self.up_map(to_up), self.up_bias)
+        gate = stream.added("gate", self.gate_map(to_gate))
+        return _biased(gate, self.gate_bias), _biased(stream.added("up", self.up_map(to_up)), self.up_bias)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return _biased(self.down_map(hidden_BTF), self.down_bias)
+        return _biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
 
 
 class MaskedPlainFFN(PlainFFN):
@@ -191,11 +194,11 @@ class MaskedPlainFFN(PlainFFN):
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
         """Neurons before their non-linearity, [B, T, F]."""
         x_BTD = stream.channels("up", x_BTD, self.up_map.restored)
-        return _biased(self.up_map(x_BTD), self.up_bias)
+        return _biased(stream.added("up", self.up_map(x_BTD)), self.up_bias)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return _biased(self.down_map(hidden_BTF), self.down_bias)
+        return _biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
 
 
 class ThresholdedFFN(GatedFFN):
@@ -256,7 +259,7 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
     """`SparsifiedFFN` laid out for decoding."""
 
     def __init__(self, source: SparsifiedFFN, inner: MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN):
-        self.config, self.masks, self.inner = source.config, source.masks, inner
+        self.config, self.masks, self.bypass, self.inner = source.config, source.masks, source.bypass, inner
         paths = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
         weights = {name: getattr(source.inner, path, None) for name, path in paths.items()}
         self.norms = _norms(source.masks, {name: weight for name, weight in weights.items() if weight is not None})
@@ -277,7 +280,7 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
         return self.inner.bytes_read(self.config.sparsity.target)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        width = MaskedWidth(self.masks, ctx, {name: norm[...] for name, norm in self.norms.items()})
+        width = MaskedWidth(self.masks, ctx, self.bypass, {name: norm[...] for name, norm in self.norms.items()})
         found = self.inner.by_rows(x_BTD, ctx) if isinstance(self.inner, ThresholdedFFN) else None
         if found is None:
             y_BTD, aux = self.inner(x_BTD, replace(ctx, width=width))
@@ -292,7 +295,7 @@ class PackedSparsifiedAttention(Attention, DecodingLayout):
 
     def __init__(self, source: SparsifiedAttention, inner: MaskedGQA):
         self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
-        self.masks, self.inner = source.masks, inner
+        self.masks, self.bypass, self.inner = source.masks, source.bypass, inner
         layer: Any = source.inner
         maps = layer.projections
         self.norms = _norms(source.masks, {"q": maps.q_DNH, "k": maps.k_DKH, "v": maps.v_DKH, "o": maps.o_NHD})
@@ -311,7 +314,7 @@ class PackedSparsifiedAttention(Attention, DecodingLayout):
         return self.inner.empty_cache(batch, length)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any = None) -> tuple[jax.Array, LayerAux, Any]:
-        width = MaskedWidth(self.masks, ctx, {name: norm[...] for name, norm in self.norms.items()})
+        width = MaskedWidth(self.masks, ctx, self.bypass, {name: norm[...] for name, norm in self.norms.items()})
         y_BTD, aux, cache = self.inner(x_BTD, replace(ctx, width=width), cache)
         return y_BTD, width.seen(aux), cache
 

@@ -182,6 +182,7 @@ class Projections(nnx.Module):
             heads, width = weight.shape[1:]
             weight_DO = weight[...].astype(self.dtype).reshape(-1, heads * width)
             y = stream.read(stream.channels(name, x_BTD, lambda: weight_DO), weight_DO)
+            y = stream.added(name, y)
             y = y.reshape(*x_BTD.shape[:2], heads, width)
             return y if bias is None else y + bias[...].astype(self.dtype)
 
@@ -195,7 +196,7 @@ class Projections(nnx.Module):
 
     def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         o_NHD = self.o_NHD[...].astype(self.dtype)
-        y = stream.write(stream.channels("o", y_BTNH, lambda: o_NHD), o_NHD)
+        y = stream.added("o", stream.write(stream.channels("o", y_BTNH, lambda: o_NHD), o_NHD))
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
 
 

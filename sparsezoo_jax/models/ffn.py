@@ -191,11 +191,12 @@ class GatedFFN(FFN):
         to_gate = stream.channels("gate", x_BTD, lambda: self.gate_DF[...])
         to_up = stream.channels("up", x_BTD, lambda: self.up_DF[...])
         gate = linear(to_gate, self.gate_DF, self.gate_bias, self.dtype, stream.read)
-        return gate, linear(to_up, self.up_DF, self.up_bias, self.dtype, stream.read)
+        up = linear(to_up, self.up_DF, self.up_bias, self.dtype, stream.read)
+        return stream.added("gate", gate), stream.added("up", up)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write)
+        return stream.added("down", linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write))
 
 
 @register_ffn
@@ -291,11 +292,11 @@ class PlainFFN(FFN):
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
         """Neurons before their non-linearity, [B, T, F]."""
         x_BTD = stream.channels("up", x_BTD, lambda: self.up_DF[...])
-        return linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read)
+        return stream.added("up", linear(x_BTD, self.up_DF, self.up_bias, self.dtype, stream.read))
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write)
+        return stream.added("down", linear(hidden_BTF, self.down_FD, self.down_bias, self.dtype, stream.write))
 
 
 def or_target(active: float | None, config) -> float:

@@ -4,7 +4,7 @@ Any attention or feed-forward kind whose maps take their inputs through `Width.c
 token's input has a score, and a map reads the channels whose score is above a threshold, or as many of the largest as
 it may. With all thresholds 0 the layer computes what the wrapped one does; its weights are the same.
 
-Sources: CATS (arXiv 2404.08763), TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427).
+Sources: CATS (arXiv 2404.08763), TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427), R-Sparse (arXiv 2504.19449).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sparsezoo_jax.models.contract import (
     FFNConfig,
     FFNKind,
     MapSize,
+    Part,
     register_attention,
     register_ffn,
 )
@@ -55,6 +56,9 @@ class ActivationSparsity:
     """Maps whose score is |x_i| ||W_i||, W_i the weights of channel i (WINA); of the others it is |x_i| (TEAL)."""
     dense_tokens: int = 0
     """First tokens of a document that read everything."""
+    ranks: tuple[int, ...] = ()
+    """For each of the maps the rank of a low-rank map that reads the channels left out, 0 for none (R-Sparse); none at
+    all: they are left out everywhere."""
 
     def __post_init__(self):
         for name in self.maps:
@@ -66,8 +70,16 @@ class ActivationSparsity:
         require(not others, "sparsity.weighted", others, "must be among the maps, and not neurons")
         require(0 <= self.target < 1, "sparsity.target", self.target, "must be in [0, 1)")
         require(self.dense_tokens >= 0, "sparsity.dense_tokens", self.dense_tokens, "must be at least 0")
+        count = f"must be one for each of the {len(self.maps)} maps, at least 0, or none at all"
+        fits = len(self.ranks) in (0, len(self.maps)) and all(rank >= 0 for rank in self.ranks)
+        require(fits, "sparsity.ranks", ",".join(map(str, self.ranks)), count)
+        require(not self.rank(NEURONS), "sparsity.ranks", self.rank(NEURONS), "must be 0 for neurons")
         twice = NEURONS in self.maps and not {"up", "down"}.isdisjoint(self.maps)
         require(not twice, "sparsity.maps", ",".join(self.maps), "can't have neurons beside up or down")
+
+    def rank(self, name: str) -> int:
+        """That of the map that reads what the map called `name` leaves out; 0: there is none."""
+        return self.ranks[self.maps.index(name)] if self.ranks and name in self.maps else 0
 
     def of(self, maps: dict[str, MapSize]) -> tuple[str, ...]:
         """Those of a layer's maps that leave channels out, in the layer's order.
@@ -121,15 +133,46 @@ class Masks(nnx.Module):
         return top_k_mask(score, jnp.clip(kept, 1, channels))
 
 
+class LowRank(nnx.Module):
+    """`x A B` for x [..., I]: A [I, R], B [R, O], which start as 0."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, dtype: jnp.dtype):
+        self.a_IR = nnx.Param(jnp.zeros((inputs, rank), dtype), axes=(None, None))
+        self.b_RO = nnx.Param(jnp.zeros((rank, outputs), dtype), axes=(None, None))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O]."""
+        return (x @ self.a_IR[...].astype(x.dtype)) @ self.b_RO[...].astype(x.dtype)
+
+
+def bypasses(config: ActivationSparsity, layer: Part, maps: dict[str, MapSize], ctx: BuildContext) -> nnx.Dict:
+    """For the maps of a layer with a rank, what reads the channels that they leave out."""
+    made = {}
+    for name in config.of(maps):
+        if rank := config.rank(name):
+            channels = maps[name].channels
+            matrix: Any = layer
+            for part in layer.matrices[name].split("/"):
+                matrix = getattr(matrix, part)
+            made[name] = LowRank(channels, rank, matrix[...].size // channels, ctx.param_dtype)
+    return nnx.Dict(made)
+
+
 class MaskedWidth(WholeWidth):
     """One call of a layer with `Masks`: the whole width, by active channels, and what was seen of them."""
 
-    def __init__(self, masks: Masks, ctx: CallContext, norms: dict[str, jax.Array] | None = None):
-        """`norms`: of the weights of channels by map, [I], for layers that have laid them out; default: by the weights.
+    def __init__(
+        self, masks: Masks, ctx: CallContext, bypass: nnx.Dict | None = None, norms: dict[str, jax.Array] | None = None
+    ):
+        """`bypass`: by map, `LowRank` maps of what it leaves out.
+
+        `norms`: of the weights of channels by map, [I], for layers that have laid them out; default: by the weights.
 
         The context is that of the layer's call.
         """
         self.masks, self.ctx, self.norms = masks, ctx, norms
+        self.bypass: Any = {} if bypass is None else bypass
+        self.left_out: dict[str, jax.Array] = {}
         self.densities: dict[str, jax.Array] = {}
         self.records: dict[str, jax.Array] = {}
 
@@ -147,10 +190,17 @@ class MaskedWidth(WholeWidth):
         if masks.config.dense_tokens:
             kept_BTI |= (ctx.positions_BT < masks.config.dense_tokens)[..., None]
         masked_BTI = jnp.where(kept_BTI, flat_BTI, 0)
+        if name in self.bypass:
+            self.left_out[name] = jnp.where(kept_BTI, 0, flat_BTI)
         active_BT = jnp.mean(masked_BTI != 0, axis=-1, dtype=jnp.float32)
         self.densities[DENSITY + name] = ctx.mean_over_tokens(active_BT)
         self.records |= ctx.recorded({input_of(name): lambda: flat_BTI, scores_of(name): lambda: score_BTI})
         return masked_BTI.reshape(x.shape)
+
+    def added(self, name: str, y: jax.Array) -> jax.Array:
+        if name not in self.left_out:
+            return y
+        return y + self.bypass[name](self.left_out[name]).reshape(y.shape)
 
     def seen(self, aux: LayerAux) -> LayerAux:
         """`aux` of the layer with the densities of its maps and their records."""
@@ -235,10 +285,12 @@ class SparsifiedFFN(FFN):
     def __init__(self, config: SparsifiedFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config = config
         self.inner = config.of.build(ctx, rngs)
-        self.masks = Masks(config.sparsity, config.sparsity.of(config.of.linear_maps(ctx.d_model)))
+        maps = config.of.linear_maps(ctx.d_model)
+        self.masks = Masks(config.sparsity, config.sparsity.of(maps))
+        self.bypass = bypasses(config.sparsity, self.inner, maps, ctx)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        width = MaskedWidth(self.masks, ctx)
+        width = MaskedWidth(self.masks, ctx, self.bypass)
         y_BTD, aux = self.inner(x_BTD, replace(ctx, width=width))
         return y_BTD, width.seen(aux)
 
@@ -327,10 +379,12 @@ class SparsifiedAttention(Attention):
     def __init__(self, config: SparsifiedAttentionConfig, ctx: BuildContext, rngs: nnx.Rngs):
         super().__init__(config, ctx)
         self.inner = config.of.build(ctx, rngs)
-        self.masks = Masks(config.sparsity, config.sparsity.of(config.of.linear_maps(ctx.d_model)))
+        maps = config.of.linear_maps(ctx.d_model)
+        self.masks = Masks(config.sparsity, config.sparsity.of(maps))
+        self.bypass = bypasses(config.sparsity, self.inner, maps, ctx)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any = None) -> tuple[jax.Array, LayerAux, Any]:
-        width = MaskedWidth(self.masks, ctx)
+        width = MaskedWidth(self.masks, ctx, self.bypass)
         y_BTD, aux, cache = self.inner(x_BTD, replace(ctx, width=width), cache)
         return y_BTD, width.seen(aux), cache
 

@@ -29,6 +29,13 @@ class Width(Protocol):
         """
         ...
 
+    def added(self, name: str, y: jax.Array) -> jax.Array:
+        """`y` [B, T, ...], the output of the map called `name`, with what stands in for channels that it left out.
+
+        Called once after each call of `channels` for a map with a matrix, before anything is made of the output.
+        """
+        ...
+
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:
         """`x W`, [B, T, O]."""
         ...
@@ -43,6 +50,9 @@ class AllChannels:
 
     def channels(self, name: str, x: jax.Array, weight: Weight | None = None) -> jax.Array:
         return x
+
+    def added(self, name: str, y: jax.Array) -> jax.Array:
+        return y
 
 
 class WholeWidth(AllChannels):

@@ -50,6 +50,29 @@ class AllocationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RSparseConfig:
+    """How rsparse shares what a token may read between exact channels and the low-rank map of the others."""
+
+    alpha: float | None = None
+    """Share for exact channels, of all maps: 1 is no low-rank map, 0 nothing else. None: searched for by map and layer.
+    """
+    population: int = 32
+    """Of the search: settings that a generation tries."""
+    generations: int = 5
+    """Of the search; 0 takes the best of those it begins with."""
+    sequences: int = 16
+    """Of the search: sequences of the calibration whose loss is measured."""
+    seed: int = 0
+    """Of the search."""
+
+    def __post_init__(self):
+        require(self.alpha is None or 0 <= self.alpha <= 1, "--rsparse.alpha", self.alpha, "must be in [0, 1]")
+        require(self.population >= 4, "--rsparse.population", self.population, "must be at least 4")
+        require(self.generations >= 0, "--rsparse.generations", self.generations, "must be at least 0")
+        require(self.sequences > 0, "--rsparse.sequences", self.sequences, "must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruningConfig:
     """Flags of the methods that set weights to 0."""
 

@@ -81,7 +81,10 @@ def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, ex
 
 
 def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
-    """The decoder of `target`, made by `sparsified_config`, with the weights of `model`; its cuts are all 0."""
+    """The decoder of `target`, made by `sparsified_config`, with the weights of `model`.
+
+    Its cuts are all 0, and so are its low-rank maps.
+    """
     source, template = (ModelTemplate(lambda rngs, c=c: Decoder(c, rngs=rngs)) for c in (model.config, target))
     params, variables = source.split(model)
     inner = {"attention": isinstance(target.attention, SparsifiedAttentionConfig)}
@@ -93,12 +96,17 @@ def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
 
         return {path(name): x for name, x in flatten(tree).items()}
 
+    zeros = {
+        name: np.zeros(parameter.shape, jnp.dtype(target.param_dtype))
+        for name, parameter in template.parameters.items()
+        if "/bypass/" in name
+    }
     cuts = {
         name: np.zeros(variable.shape, np.float32)
         for name, variable in template.variables.items()
         if name.endswith("/masks/cut_P")
     }
-    return template.merge(nested(moved(params)), nested({**moved(variables), **cuts}))
+    return template.merge(nested({**moved(params), **zeros}), nested({**moved(variables), **cuts}))
 
 
 def with_cuts(model: Decoder, cuts: Mapping[str, np.ndarray]) -> None:

@@ -19,10 +19,17 @@ from sparsezoo_jax.sparsification import neurons as by_neurons
 from sparsezoo_jax.sparsification import pruning
 from sparsezoo_jax.sparsification.allocation import greedy
 from sparsezoo_jax.sparsification.calibration import Calibration, calibrate, threshold, thresholds
-from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, NeuronConfig, PruningConfig
+from sparsezoo_jax.sparsification.config import (
+    AllocationConfig,
+    CalibrationConfig,
+    NeuronConfig,
+    PruningConfig,
+    RSparseConfig,
+)
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
-from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile
+from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile, without_absent
+from sparsezoo_jax.sparsification.rsparse import rsparse
 
 
 class Text:
@@ -82,6 +89,8 @@ class ActivationPlan(NamedTuple):
     dense_tokens: int
     exact: bool
     allocation: AllocationConfig
+    rsparse: RSparseConfig | None
+    """Of the method of that name."""
 
     @classmethod
     def of(
@@ -95,6 +104,7 @@ class ActivationPlan(NamedTuple):
         quantile: Quantile | None,
         dense_tokens: int,
         allocation: AllocationConfig,
+        rsparse: RSparseConfig,
     ) -> Self:
         """The method of that name with what is not None otherwise.
 
@@ -111,7 +121,7 @@ class ActivationPlan(NamedTuple):
             maps=own_maps, gate=gate, weighted=tuple(weighted), quantile=quantile or method.quantile
         )
         method.sparsity(share, dense_tokens)
-        return cls(share, method, dense_tokens, maps is not None, allocation)
+        return cls(share, method, dense_tokens, maps is not None, allocation, rsparse if name == "rsparse" else None)
 
     def target(self, config: DecoderConfig) -> DecoderConfig:
         """The decoder with masks."""
@@ -132,6 +142,8 @@ class ActivationPlan(NamedTuple):
             shares = greedy(
                 sparse, calibration, text.first(self.allocation.sequences), self.share, self.allocation, of_share
             )
+        if self.rsparse is not None:
+            return self._with_low_rank(model, calibration, text)
         cuts = shares if top_k else thresholds(calibration, shares, self.method.quantile)
         with_cuts(sparse, cuts)
         record = {
@@ -141,6 +153,20 @@ class ActivationPlan(NamedTuple):
             "cuts": {name: [float(x) for x in values] for name, values in cuts.items()},
         }
         return Made(sparse, calibration.tokens, record, calibration)
+
+    def _with_low_rank(self, model: Decoder, calibration: Calibration, text: Text) -> Made:
+        assert self.rsparse is not None
+        batches = text.first(self.rsparse.sequences) if self.rsparse.alpha is None else []
+        sparsity = self.method.sparsity(self.share, self.dense_tokens)
+        sparsity = without_absent(sparsity, tuple(calibration.maps))
+        found = rsparse(model, sparsity, calibration, batches, self.rsparse)
+        record = {
+            "quantile": self.method.quantile,
+            "alphas": {name: [float(x) for x in values] for name, values in found.alphas.items()},
+            "ranks": {name: [int(x) for x in values] for name, values in found.ranks.items()},
+            "cuts": {name: [float(x) for x in values] for name, values in found.cuts.items()},
+        }
+        return Made(found.model, calibration.tokens, record, calibration)
 
     def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
         """What is left out and what a token needs, by statistics of an evaluation."""

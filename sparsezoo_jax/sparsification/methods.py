@@ -36,16 +36,20 @@ METHODS = {
     "cats": Method((NEURONS,)),
     "teal": Method(LINEAR_MAPS),
     "wina": Method(LINEAR_MAPS, gate="top_k", weighted=LINEAR_MAPS),
+    "rsparse": Method(LINEAR_MAPS, weighted=LINEAR_MAPS),
 }
 #: What the authors' code has in place of that.
 RELEASED = {
     "cats": METHODS["cats"]._replace(quantile="grid"),
     "teal": METHODS["teal"]._replace(quantile="symmetric"),
     "wina": METHODS["wina"]._replace(weighted=("k", "gate")),
+    "rsparse": METHODS["rsparse"],
 }
 
 
 def without_absent(sparsity: ActivationSparsity, maps: tuple[str, ...]) -> ActivationSparsity:
     """`sparsity` of those of its maps that are among `maps`, which has some of them."""
     kept = tuple(name for name in sparsity.maps if name in maps)
-    return dataclasses.replace(sparsity, maps=kept, weighted=tuple(name for name in sparsity.weighted if name in kept))
+    weighted = tuple(name for name in sparsity.weighted if name in kept)
+    ranks = tuple(sparsity.rank(name) for name in kept)
+    return dataclasses.replace(sparsity, maps=kept, weighted=weighted, ranks=ranks if any(ranks) else ())

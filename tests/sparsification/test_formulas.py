@@ -184,6 +184,9 @@ def test_attention_masks_its_four_maps():
         def channels(self, name, x, weight=None):
             return seen.setdefault(name, masked.channels(name, x, weight))
 
+        def added(self, name, y):
+            return masked.added(name, y)
+
         def read(self, x, w):
             return x @ w
 
