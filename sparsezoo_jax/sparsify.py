@@ -141,7 +141,7 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise UserError(f"{command.out}: is not empty; name another directory")
-    model, config, tokenizer = run_dir.load(command.directory, step=command.step, base=command.base)
+    model, config, tokenizer = loaded(command, command.step)
     if is_sparsified(config.model):
         raise UserError(f"{command.directory}: is sparsified already; take the run that it was made of")
     plan.check(config.model)
@@ -191,6 +191,13 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
     return figures
 
 
+def loaded(command: Sparsify, step: int | None) -> Any:
+    """A checkpoint of the run, as `run_dir.load` gives it."""
+    from sparsezoo_jax import run_dir
+
+    return run_dir.load(command.directory, step=step, base=command.base)
+
+
 def planned(command: Sparsify) -> Any:
     """What the flags ask for, one of the plans of `sparsification.making`.
 
@@ -203,7 +210,9 @@ def planned(command: Sparsify) -> Any:
     share = 0.5 if command.sparsity is None else command.sparsity
     require(0 <= share < 1, "--sparsity", share, "must be in [0, 1)")
     if command.method in WEIGHTS:
-        return making.WeightPlan.of(command.method, command.sparsity, command.maps, command.pruning, command.pattern)
+        plan = making.WeightPlan.of(command.method, command.sparsity, command.maps, command.pruning, command.pattern)
+        since = command.pruning.since
+        return plan if since is None else plan._replace(earlier=lambda: loaded(command, since).model)
     if command.method in NEURONS:
         return making.NeuronPlan.of(command.method, share, command.neurons, command.released)
     require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
@@ -224,6 +233,7 @@ def refuse_others(command: Sparsify) -> None:
         **dict.fromkeys((f"rsparse.{f.name}" for f in dataclasses.fields(RSparseConfig)), ("rsparse",)),
         "pattern": WEIGHTS,
         "pruning.compare": WEIGHTS,
+        **dict.fromkeys(("pruning.activate", "pruning.since", "pruning.rewind"), WEIGHTS),
         "pruning.gradient_norm": ("gblm",),
         "pruning.gradient_weight": ("gblm",),
         "neurons.widths": ("cfsp", "flap"),

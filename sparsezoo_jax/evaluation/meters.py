@@ -52,6 +52,9 @@ class Activity:
     unions: dict[str, float] = dataclasses.field(default_factory=dict)
     """Share of the neurons that some token of a block of so many activates, mean over blocks: what a kernel computes
     that gathers the neurons of a block. Lengths of which the batches have no whole block are left out."""
+    dynamic_dead: float = 0.0
+    """Share of the neurons that are 0 for a token though not for all tokens, mean over tokens: the dynamic dead neuron
+    rate (Activate-while-Pruning, arXiv 2212.06145). With the dead ones and the active ones it makes 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +234,7 @@ def _activity(total: dict[str, np.ndarray], target: float | None) -> Activity:
             for length, used, blocks in zip(BLOCKS, total["ffn_used_by_blocks"], total["ffn_blocks"], strict=True)
             if blocks
         },
+        dynamic_dead=float(np.mean(by_neuron > 0) - active.mean / neurons),
     )
 
 

@@ -83,7 +83,21 @@ class PruningConfig:
     gradient_weight: float = 100.0
     """Of gblm: factor on the gradients (alpha)."""
 
+    activate: float = 0.0
+    """Share of the weights, of those that go, that is taken of negative weights which moved least since the step
+    --pruning.since (Activate-while-Pruning: units are 0 for fewer tokens then)."""
+    since: int | None = None
+    """Earlier checkpoint of the run."""
+    rewind: bool = False
+    """Give the weights that stay, and all other parameters, their values of the step --pruning.since, to train again
+    with --train.keep-zeros."""
+
     def __post_init__(self):
+        require(0 <= self.activate < 1, "--pruning.activate", self.activate, "must be in [0, 1)")
+        asked = self.activate > 0 or self.rewind
+        for flag, value in (("activate", self.activate), ("rewind", self.rewind)):
+            require(not value or self.since is not None, f"--pruning.{flag}", value, "needs --pruning.since")
+        require(asked or self.since is None, "--pruning.since", self.since, "is for --pruning.activate or rewind")
         require(self.gradient_weight >= 0, "--pruning.gradient-weight", self.gradient_weight, "must be at least 0")
 
 

@@ -5,7 +5,7 @@ A plan of channels left out by token, of weights that are 0, or of neurons that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -182,6 +182,8 @@ class WeightPlan(NamedTuple):
     exact: bool
     pattern: str
     config: PruningConfig
+    earlier: Callable[[], Decoder] | None = None
+    """The model of an earlier step, where one is needed."""
 
     @classmethod
     def of(
@@ -203,10 +205,14 @@ class WeightPlan(NamedTuple):
             require(share is None or abs(share - found.sparsity) < 1e-6, "--sparsity", share, allowed)
             require(config.compare is None, "--pruning.compare", config.compare, "is for --pattern unstructured")
             share = found.sparsity
+        require(found is None or not config.activate, "--pruning.activate", config.activate, "is for unstructured")
+        half = 0.5 if share is None else share
+        allowed = f"must be at most --sparsity {half:g}"
+        require(config.activate <= half, "--pruning.activate", config.activate, allowed)
         for map in maps or ():
             require(map in LINEAR_MAPS, "--maps", map, f"must be one of {', '.join(LINEAR_MAPS)}")
         own = LINEAR_MAPS if maps is None else tuple(maps)
-        return cls(0.5 if share is None else share, name, own, maps is not None, pattern, config)
+        return cls(half, name, own, maps is not None, pattern, config)
 
     def check(self, config: DecoderConfig) -> None:
         """Raise `UserError` for a decoder that this can't be done with."""
@@ -226,10 +232,14 @@ class WeightPlan(NamedTuple):
             return pruning.weight_scores(weight_IO, norms_I, own, self.config.gradient_weight)
 
         pattern = pruning.parse_pattern(self.pattern)
+        earlier = None if self.earlier is None else self.earlier()
+        again = None if earlier is None else pruning.Earlier(earlier, self.config.activate, self.config.rewind)
         compare = self.config.compare or pruning.PRUNING[self.method]
         read = None if self.method == "magnitude" else text
-        pruned = pruning.prune(model, self.maps, self.share, score, compare, pattern, read)
+        pruned = pruning.prune(model, self.maps, self.share, score, compare, pattern, read, again)
         record = {"pattern": self.pattern, "compare": compare if pattern is None else None}
+        if again is not None:
+            record |= {"since": self.config.since, "activate": self.config.activate, "rewind": self.config.rewind}
         record |= {"zeros": {name: float(np.nanmean(shares)) for name, shares in pruned.zeros.items()}}
         record |= {"zeros_by_layer": pruned.zeros}
         return Made(pruned.model, 0 if read is None else text.tokens(), record)

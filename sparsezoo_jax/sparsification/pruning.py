@@ -97,6 +97,31 @@ def kept_weights(score_IO: np.ndarray, share: float, compare: Compare, pattern: 
     return _without_lowest(score_IO.reshape(-1), _count(share, score_IO.size), 0).reshape(score_IO.shape)
 
 
+def kept_while_activating(
+    score_IO: np.ndarray,
+    weight_IO: np.ndarray,
+    movement_IO: np.ndarray,
+    share: float,
+    activate: float,
+    compare: Compare,
+) -> np.ndarray:
+    """As `kept_weights`, but of the share that goes a part `activate` is chosen otherwise, bool [I, O].
+
+    That part is of the negative weights among those left, the ones that moved least; where these are too few, of the
+    lowest scores. Negative weights that go let units be 0 for fewer tokens.
+
+    Source: Activate-while-Pruning (arXiv 2212.06145), with q = `activate`.
+    """
+    if compare == "matrix":
+        score, weight, movement = (x.reshape(-1, 1) for x in (score_IO, weight_IO, movement_IO))
+        return kept_while_activating(score, weight, movement, share, activate, "row").reshape(score_IO.shape)
+    kept_IO = kept_weights(score_IO, share - activate, "row")
+    group_IO = np.where(kept_IO, np.where(weight_IO < 0, 1, 2), 0)
+    order_IO = np.lexsort((np.where(group_IO == 1, movement_IO, score_IO), group_IO), axis=0)
+    np.put_along_axis(kept_IO, order_IO[: _count(share, len(score_IO))], False, axis=0)
+    return kept_IO
+
+
 def _count(share: float, of: int) -> int:
     """floor(share * of), where the product's rounding does not count."""
     return math.floor(share * of + 1e-6)
@@ -185,6 +210,16 @@ def _names(block: Block, config: DecoderConfig) -> list[str]:
     return [name for name, *_ in block_matrices(block, config.d_model)]
 
 
+class Earlier(NamedTuple):
+    """A model from which the weights came, and what it is for."""
+
+    model: Decoder
+    activate: float
+    """As in `kept_while_activating`; movements are since this model."""
+    rewind: bool
+    """All parameters get their values of this model, weights that go aside."""
+
+
 def prune(
     model: Decoder,
     maps: tuple[str, ...],
@@ -193,6 +228,7 @@ def prune(
     compare: Compare,
     pattern: Pattern | None,
     batches: Iterable[Mapping[str, Any]] | None,
+    earlier: Earlier | None = None,
 ) -> Pruned:
     """The model with weights of these maps set to 0, layer by layer: each reads what the pruned ones below it make.
 
@@ -203,10 +239,13 @@ def prune(
       score: of a matrix [I, O]: called with the parameter's path, the layer's place, the matrix, and the norms of its
         input's channels [I] (None without batches).
       batches: the text, as for `layers.walk`; None: the scores don't need any.
+      earlier: see `Earlier`.
     """
     template = ModelTemplate(lambda rngs: Decoder(model.config, rngs=rngs))
     params, variables = template.split(model)
     flat = flatten(params)
+    before = None if earlier is None else flatten(template.split(earlier.model)[0])
+    rewinding = earlier is not None and earlier.rewind
     changed: dict[str, np.ndarray] = {}
     zeros: dict[str, list[float]] = {name: [math.nan] * model.config.layers for name in maps}
 
@@ -219,13 +258,21 @@ def prune(
             channels = getattr(block.spec, sublayer).linear_maps(model.config.d_model)[name].channels
             weight_IO = value.reshape(channels, -1)
             norms_I = None if inputs is None else inputs.norms(name)
-            kept_IO = kept_weights(score(path, place, weight_IO, norms_I), share, compare, pattern)
-            weight_IO = np.where(kept_IO, weight_IO, np.zeros((), value.dtype))
-            param[...] = jnp.asarray(weight_IO.reshape(value.shape))
+            score_IO = score(path, place, weight_IO, norms_I)
+            before_IO = None if before is None else np.asarray(before[path][place.index]).reshape(weight_IO.shape)
+            if earlier is not None and before_IO is not None and earlier.activate:
+                movement_IO = np.abs(weight_IO.astype(np.float32) - before_IO.astype(np.float32))
+                kept_IO = kept_while_activating(score_IO, weight_IO, movement_IO, share, earlier.activate, compare)
+            else:
+                kept_IO = kept_weights(score_IO, share, compare, pattern)
+            zero = np.zeros((), value.dtype)
+            param[...] = jnp.asarray(np.where(kept_IO, weight_IO, zero).reshape(value.shape))
+            result_IO = before_IO if rewinding and before_IO is not None else weight_IO
+            result_IO = np.where(kept_IO, result_IO, zero)
             if path not in changed:
                 changed[path] = np.array(flat[path])
-            changed[path][place.index] = weight_IO.reshape(value.shape)
-            zeros[name][place.layer] = float(np.mean(weight_IO == 0))
+            changed[path][place.index] = result_IO.reshape(value.shape)
+            zeros[name][place.layer] = float(np.mean(result_IO == 0))
         return True
 
     if batches is None:
@@ -234,4 +281,5 @@ def prune(
     else:
         walk(model, batches, visit)
     found = {name: shares for name, shares in zeros.items() if not all(map(math.isnan, shares))}
-    return Pruned(template.merge(nested({**flat, **changed}), variables), found)
+    rest = before if rewinding and before is not None else flat
+    return Pruned(template.merge(nested({**rest, **changed}), variables), found)

@@ -101,6 +101,9 @@ class TrainConfig:
     become experts (upcycling). Its tokenizer is taken too, unless data.tokenizer names one. None: random parameters."""
     init_step: Annotated[int | None, Local()] = None
     """Checkpoint of that run; None is the newest."""
+    keep_zeros: bool = False
+    """Weights of matrices that are 0 stay 0, embeddings aside: those of a pruned run keep their pattern. Matrices that
+    start as zeros would never move."""
     upcycle_noise: float = 0.02
     """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""
     lora: LoRAConfig = LoRAConfig()
@@ -134,6 +137,8 @@ class TrainConfig:
     """Weights of the model's auxiliary losses; a loss without an objective is logged, but does not train."""
 
     def __post_init__(self):
+        allowed = "can't be given with train.lora: adapters fill zeros when they are merged"
+        require(not (self.keep_zeros and self.lora.active), "train.keep_zeros", self.keep_zeros, allowed)
         for name in (
             "steps",
             "log_every",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ from sparsezoo_jax.training.lora import adapters_of
 from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
 from sparsezoo_jax.training.objectives import call_arguments
 from sparsezoo_jax.training.optimizer import clip_gradients
+from sparsezoo_jax.training.optimizers import is_embedding, is_matrix
 from sparsezoo_jax.training.schedules import build_schedule
-from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState
+from sparsezoo_jax.training.state import ModelTemplate, PureDict, TrainState, Variable, map_with_path
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -62,6 +63,8 @@ def build_train_step(
     The model is called in training mode (`model.train()`). What it returns as `observed` is averaged like statistics
     and given, with a key of this step, to its method `after_step`, after the optimizer's update. That may change
     parameters too (dead neurons); moments of the optimizer stay as they are.
+
+    With `config.keep_zeros` weights of matrices that are 0 stay 0, whatever moves the others.
 
     With `config.lora` the parameters of the state are adapters, and gradients, updates and norms are theirs; parameters
     that do not train themselves, `after_step` does not change either.
@@ -188,6 +191,8 @@ def build_train_step(
             model.after_step(jax.lax.stop_gradient(observed), key)
             moved, model_state = template.split(model)
             params = moved if adapters is None else adapters.divided(moved, params)[0]
+        if config.keep_zeros:
+            params = _with_zeros_of(state.params, params, trained_parameters)
         new = (params, model_state, opt_state, objectives)
         old = (state.params, state.model_state, state.opt_state, state.objectives)
         params, model_state, opt_state, objectives = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
@@ -214,3 +219,13 @@ def build_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _with_zeros_of(before: PureDict, after: PureDict, variables: Mapping[str, Variable]) -> PureDict:
+    """`after` with zeros where matrices of `before` have them; embeddings are not among them."""
+
+    def kept(path: str, old: jax.Array, new: jax.Array) -> jax.Array:
+        variable = variables[path]
+        return jnp.where(old == 0, old, new) if is_matrix(variable) and not is_embedding(variable) else new
+
+    return map_with_path(kept, before, after)

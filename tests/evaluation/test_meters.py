@@ -93,6 +93,8 @@ def test_dead_neurons():
     assert measured(Given(NORMAL), TOKENS).ffn.dead == 0
     dead = measured(Given(scores), TOKENS).ffn
     assert dead.dead == 2
+    zeros = np.array([given == 0 for given in Given(scores).gate_VF[...]])[TOKENS].reshape(-1, 64)
+    assert dead.dynamic_dead == pytest.approx(np.mean(zeros & ~zeros.all(axis=0)), abs=1e-6)
     assert dead.frequency[-2:] == [0, 0]
     assert dead.frequency[-3] > 0
     # A neuron that one token of the last batch activates is alive.

@@ -65,6 +65,25 @@ def test_patterns_keep_n_of_each_m_inputs(kept, of):
             np.testing.assert_array_equal(found[start : start + of, output], expected)
 
 
+@pytest.mark.parametrize("compare", ["row", "matrix"])
+def test_a_part_is_taken_of_negative_weights_that_moved_least(compare):
+    """Restated for one output at a time, or for the matrix as one."""
+    movement = np.random.default_rng(4).random(W.shape).astype(np.float32)
+    kept = pruning.kept_while_activating(np.abs(W), W, movement, 0.5, 0.25, compare)
+    columns = (
+        [(W, movement, kept)] if compare == "matrix" else [(W[:, j], movement[:, j], kept[:, j]) for j in range(5)]
+    )
+    for w, moved, found in ((w.ravel(), m.ravel(), k.ravel()) for w, m, k in columns):
+        count = w.size // 4
+        lowest = np.argsort(np.abs(w))[:count]
+        left = np.setdiff1d(np.arange(w.size), lowest)
+        negative = left[w[left] < 0]
+        taken = negative[np.argsort(moved[negative])[:count]]
+        others = np.setdiff1d(left, taken)
+        fill = others[np.argsort(np.abs(w)[others])[: count - len(taken)]]
+        np.testing.assert_array_equal(np.flatnonzero(~found), np.sort([*lowest, *taken, *fill]))
+
+
 def test_patterns_that_do_not_divide_the_inputs_are_refused():
     with pytest.raises(ConfigError, match=r"--pattern=2:5: must divide 12 inputs"):
         pruning.kept_weights(np.abs(W), 0.5, "row", pruning.Pattern(2, 5))
@@ -190,6 +209,34 @@ def test_magnitude_reads_no_text_and_compares_within_a_matrix(made, tmp_path):
     np.testing.assert_array_equal(after["q"], before["q"])
 
 
+def test_survivors_go_back_to_an_earlier_step(dense, batches):
+    """By the masks of the weights as they are, with the values of the earlier model everywhere."""
+    template = ModelTemplate(lambda rngs: Decoder(dense.config, rngs=rngs))
+    params, variables = template.split(dense)
+    earlier = template.merge(jax.tree.map(lambda x: x + 0.01, params), variables)
+    score = lambda path, place, weight, norms: pruning.weight_scores(weight)  # noqa: E731
+    arguments = (dense, ("up",), 0.5, score, "row", None, None)
+    rewound = pruning.prune(*arguments, pruning.Earlier(earlier, 0.0, True)).model
+    plain = matrices(pruning.prune(*arguments).model)["up"]
+    np.testing.assert_array_equal(matrices(rewound)["up"], np.where(plain != 0, matrices(earlier)["up"], 0))
+    np.testing.assert_array_equal(matrices(rewound)["q"], matrices(earlier)["q"])
+    np.testing.assert_array_equal(rewound.embedding_VD[...], earlier.embedding_VD[...])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activate": 0.1}, r"--pruning.activate=0.1: needs --pruning.since"),
+        ({"rewind": True}, r"--pruning.rewind=True: needs --pruning.since"),
+        ({"since": 3}, r"--pruning.since=3: is for --pruning.activate or rewind"),
+        ({"activate": 1.0, "since": 3}, r"--pruning.activate=1.0: must be in \[0, 1\)"),
+    ],
+)
+def test_pruning_flags_that_do_not_go_together(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**fields)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -198,6 +245,9 @@ def test_magnitude_reads_no_text_and_compares_within_a_matrix(made, tmp_path):
         ({"pattern": "2:5"}, r"--pattern=2:5: must divide the 32 inputs of the map q"),
         ({"pattern": "2:4", "sparsity": 0.4}, r"--sparsity=0.4: must be 0.5 with --pattern 2:4"),
         ({"pattern": "2:4", "pruning": PruningConfig(compare="row")}, r"--pruning.compare=row: is for --pattern unst"),
+        ({"pruning": PruningConfig(activate=0.6, since=1)}, r"--pruning.activate=0.6: must be at most --sparsity 0.5"),
+        ({"pruning": PruningConfig(activate=0.1, since=1), "pattern": "2:4"}, r"--pruning.activate=0.1: is for unst"),
+        ({"pruning": PruningConfig(activate=0.1, since=1)}, r"no step 1"),
         ({"maps": ("neurons",)}, r"--maps=neurons: must be one of q, k, v, o, gate, up, down"),
         ({"sparsity": 1.0}, r"--sparsity=1.0: must be in \[0, 1\)"),
         ({"gate": "top_k"}, r"--gate=top_k: is for --method cats, teal, wina"),

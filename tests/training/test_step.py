@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from sparsezoo_jax.training.config import ParameterGroup
 from sparsezoo_jax.training.objectives import AdaptiveFactor, FixedObjective
 from sparsezoo_jax.training.optimizer import build_optimizer
 from sparsezoo_jax.training.optimizers import AdamW
-from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, state_shardings
+from sparsezoo_jax.training.state import ModelTemplate, flatten, initial_state, nested, state_shardings
 from sparsezoo_jax.training.step import build_train_step
 
 from .toy import BATCH, LAYERS, ToyData, ToyModel, config
@@ -280,3 +281,17 @@ def test_optimizer_moments_are_placed_like_their_parameters():
     assert moments["up"].axes == placed.params["up"].axes == ("layers", "embed", "ffn")
     assert moments["layers"]["0"]["norm"].axes == ("layers", "embed")
     assert placed.step.axes == placed.opt_state[0].count.axes == ()
+
+
+def test_zeros_of_matrices_stay_where_they_are_to_be_kept():
+    """Vectors and embeddings move all the same; without the flag all weights do."""
+    for keep in (True, False):
+        _, state, step = setup(keep_zeros=keep)
+        flat = flatten(state.params)
+        zeros = {path: np.arange(x.size).reshape(x.shape) % 3 == 0 for path, x in flat.items()}
+        params = nested({path: jnp.where(zeros[path], 0, x) for path, x in flat.items()})
+        after = flatten(step(dataclasses.replace(state, params=params), batch_number())[0].params)
+        for path in ("up", "down"):
+            assert np.all((after[path] == 0) == zeros[path]) == keep, path
+        for path in ("embedding", "layers/0/norm"):
+            assert np.any(after[path][zeros[path]] != 0), path
