@@ -80,6 +80,8 @@ class Variant(NamedTuple):
     turn: Callable[[], None]
     bytes: float
     """That one token has to read."""
+    stats: dict[str, Any] = {}
+    """Statistics of the model in its first turn."""
 
 
 def configs(
@@ -199,10 +201,18 @@ def in_types_of(model: Decoder, config: DecoderConfig) -> Decoder:
 
 
 def variant(
-    config: DecoderConfig, formats: Formats | None, context: int, how: str, trained: Trained | None = None
+    config: DecoderConfig,
+    formats: Formats | None,
+    context: int,
+    how: str,
+    trained: Trained | None = None,
+    model: Decoder | None = None,
 ) -> Variant:
-    """`config` with weights in `formats` (None: as trained) after `context` tokens."""
-    model = drawn(config) if trained is None else in_types_of(trained.model, config)
+    """`config` with weights in `formats` (None: as trained) after `context` tokens; random ones, or those of `model`,
+    or `trained`.
+    """
+    if model is None:
+        model = drawn(config) if trained is None else in_types_of(trained.model, config)
     if formats is not None:
         model = packed(model, formats)
     if trained is None:
@@ -232,7 +242,7 @@ def variant(
         held["cache"], held["stats"] = jax.block_until_ready((cache, made.stats))
 
     turn()
-    return Variant(turn, bytes_read(model, context, held["stats"]))
+    return Variant(turn, bytes_read(model, context, held["stats"]), held["stats"])
 
 
 def torch_dense(config: DecoderConfig, context: int) -> Variant:

@@ -66,6 +66,8 @@ class Sparsify(CorpusFlags):
     """Maps whose scores are multiplied by the norms of their weights; none: those of the method."""
     quantile: Literal["magnitude", "symmetric", "grid"] | None = None
     """What a threshold is: see docs/sparsify.md. None: that of the method."""
+    rotate: bool = False
+    """Of teal, wina: let sublayers read the stream in a basis of their own, which costs a matrix for each (WINA)."""
     released: bool = False
     """Take what the authors' code does where it is not what their paper says (docs/sparsify.md)."""
     dense_tokens: int = 0
@@ -218,7 +220,14 @@ def planned(command: Sparsify) -> Any:
     require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
     choices = (command.maps, command.gate, command.weighted, command.quantile)
     return making.ActivationPlan.of(
-        command.method, share, command.released, *choices, command.dense_tokens, command.allocation, command.rsparse
+        command.method,
+        share,
+        command.released,
+        *choices,
+        command.dense_tokens,
+        command.allocation,
+        command.rsparse,
+        command.rotate,
     )
 
 
@@ -228,6 +237,7 @@ def refuse_others(command: Sparsify) -> None:
         "maps": ACTIVATIONS + WEIGHTS,
         **dict.fromkeys(("weighted", "dense_tokens"), ACTIVATIONS),
         **dict.fromkeys(("gate", "quantile"), ("cats", "teal", "wina")),
+        "rotate": ("teal", "wina"),
         "released": ("cats", "teal", "wina", "cfsp"),
         **dict.fromkeys((f"allocation.{name}" for name in ("kind", "step", "sequences", "last")), ("teal", "wina")),
         **dict.fromkeys((f"rsparse.{f.name}" for f in dataclasses.fields(RSparseConfig)), ("rsparse",)),

@@ -45,6 +45,7 @@ def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[
             saved, dense = 0.0, kind
             if isinstance(kind, SparsifiedAttentionConfig | SparsifiedFFNConfig):
                 dense = kind.of
+                saved -= config.d_model**2 * kind.sparsity.rotated(dense.linear_maps(config.d_model))
                 for name, size in dense.linear_maps(config.d_model).items():
                     if name in kind.sparsity.maps:
                         saved += size.weights * max(0.0, size.read - densities[name][layer] * size.channels)

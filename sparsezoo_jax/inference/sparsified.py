@@ -255,14 +255,26 @@ def _norms(masks: Masks, weights: Mapping[str, nnx.Param]) -> nnx.Dict:
     return nnx.Dict({name: of(name) for name in masks.names if name in masks.config.weighted})
 
 
+def _rotation(source: SparsifiedFFN | SparsifiedAttention, form: WeightFormat) -> ChannelMap | None:
+    """The matrix before the maps, where there is one."""
+    if source.rotation is None:
+        return None
+    weight_DD = source.rotation.rotation_DD[...]
+    dtype = getattr(source.inner, "dtype", weight_DD.dtype)
+    return ChannelMap(weight_DD, False, form, dtype, (None, None))
+
+
 class PackedSparsifiedFFN(FFN, DecodingLayout):
     """`SparsifiedFFN` laid out for decoding."""
 
-    def __init__(self, source: SparsifiedFFN, inner: MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN):
+    def __init__(
+        self, source: SparsifiedFFN, inner: MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN, form: WeightFormat
+    ):
         self.config, self.masks, self.bypass, self.inner = source.config, source.masks, source.bypass, inner
         paths = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
         weights = {name: getattr(source.inner, path, None) for name, path in paths.items()}
         self.norms = _norms(source.masks, {name: weight for name, weight in weights.items() if weight is not None})
+        self.rotation = _rotation(source, form)
 
     @property
     def dictionary(self) -> jax.Array:
@@ -277,9 +289,11 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
         """Bytes of weights that one token reads, with this share of the neurons left where a gate decides on them."""
         if isinstance(self.inner, ThresholdedFFN):
             return self.inner.gate.nbytes + density * self.inner.rest.nbytes
-        return self.inner.bytes_read(self.config.sparsity.target)
+        rotation = 0 if self.rotation is None else self.rotation.bytes_read(0)
+        return self.inner.bytes_read(self.config.sparsity.target) + rotation
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
         width = MaskedWidth(self.masks, ctx, self.bypass, {name: norm[...] for name, norm in self.norms.items()})
         found = self.inner.by_rows(x_BTD, ctx) if isinstance(self.inner, ThresholdedFFN) else None
         if found is None:
@@ -293,11 +307,12 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
 class PackedSparsifiedAttention(Attention, DecodingLayout):
     """`SparsifiedAttention` laid out for decoding."""
 
-    def __init__(self, source: SparsifiedAttention, inner: MaskedGQA):
+    def __init__(self, source: SparsifiedAttention, inner: MaskedGQA, form: WeightFormat):
         self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
         self.masks, self.bypass, self.inner = source.masks, source.bypass, inner
         layer: Any = source.inner
         maps = layer.projections
+        self.rotation = _rotation(source, form)
         self.norms = _norms(source.masks, {"q": maps.q_DNH, "k": maps.k_DKH, "v": maps.v_DKH, "o": maps.o_NHD})
 
     def restore(self, source: SparsifiedAttention) -> None:
@@ -307,13 +322,15 @@ class PackedSparsifiedAttention(Attention, DecodingLayout):
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads, whatever the density."""
-        return self.inner.projections.bytes_read(self.config.sparsity.target)
+        rotation = 0 if self.rotation is None else self.rotation.bytes_read(0)
+        return self.inner.projections.bytes_read(self.config.sparsity.target) + rotation
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """A cache of `length` slots."""
         return self.inner.empty_cache(batch, length)
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any = None) -> tuple[jax.Array, LayerAux, Any]:
+        x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
         width = MaskedWidth(self.masks, ctx, self.bypass, {name: norm[...] for name, norm in self.norms.items()})
         y_BTD, aux, cache = self.inner(x_BTD, replace(ctx, width=width), cache)
         return y_BTD, width.seen(aux), cache
@@ -327,11 +344,11 @@ def _ffn(source: SparsifiedFFN, formats: Formats, active: float | None) -> Packe
         thresholds = sparsity.gate == "threshold" and not sparsity.dense_tokens
         plain = not (config.bias or config.up_activation or config.activation_sparsity_pattern or config.threshold)
         if masks.names == (NEURONS,) and thresholds and plain:
-            return PackedSparsifiedFFN(source, ThresholdedFFN(inner, masks, form))
+            return PackedSparsifiedFFN(source, ThresholdedFFN(inner, masks, form), form)
         if NEURONS not in masks.names:
-            return PackedSparsifiedFFN(source, MaskedGatedFFN(inner, masks, form))
+            return PackedSparsifiedFFN(source, MaskedGatedFFN(inner, masks, form), form)
     if type(inner) is PlainFFN:
-        return PackedSparsifiedFFN(source, MaskedPlainFFN(inner, masks, form))
+        return PackedSparsifiedFFN(source, MaskedPlainFFN(inner, masks, form), form)
     return None
 
 
@@ -339,4 +356,4 @@ def _ffn(source: SparsifiedFFN, formats: Formats, active: float | None) -> Packe
 def _attention(source: SparsifiedAttention, formats: Formats, active: float | None) -> PackedSparsifiedAttention | None:
     if type(source.inner) is not GQA:
         return None
-    return PackedSparsifiedAttention(source, MaskedGQA(source.inner, source.masks, formats.weights))
+    return PackedSparsifiedAttention(source, MaskedGQA(source.inner, source.masks, formats.weights), formats.weights)

@@ -38,6 +38,8 @@ from sparsezoo_jax.models.width import Weight, WholeWidth
 
 #: The map name of the neurons of a gated network: their gates are scored, after the non-linearity (CATS).
 NEURONS = "neurons"
+#: Maps that read the residual stream.
+STREAM_MAPS = frozenset({"q", "k", "v", "gate", "up"})
 #: Statistics of a sparsified layer: this and the name of a map; share of the channels that a token reads.
 DENSITY = "density_"
 
@@ -56,6 +58,9 @@ class ActivationSparsity:
     """Maps whose score is |x_i| ||W_i||, W_i the weights of channel i (WINA); of the others it is |x_i| (TEAL)."""
     dense_tokens: int = 0
     """First tokens of a document that read everything."""
+    rotate: bool = False
+    """Sublayers read the stream in a basis of their own, by a matrix before their maps; its channels are what is left
+    out (WINA's transformation)."""
     ranks: tuple[int, ...] = ()
     """For each of the maps the rank of a low-rank map that reads the channels left out, 0 for none (R-Sparse); none at
     all: they are left out everywhere."""
@@ -80,6 +85,10 @@ class ActivationSparsity:
     def rank(self, name: str) -> int:
         """That of the map that reads what the map called `name` leaves out; 0: there is none."""
         return self.ranks[self.maps.index(name)] if self.ranks and name in self.maps else 0
+
+    def rotated(self, maps: dict[str, MapSize]) -> bool:
+        """Whether a layer of these maps reads the stream in a basis of its own."""
+        return self.rotate and not STREAM_MAPS.isdisjoint(self.of(maps))
 
     def of(self, maps: dict[str, MapSize]) -> tuple[str, ...]:
         """Those of a layer's maps that leave channels out, in the layer's order.
@@ -131,6 +140,17 @@ class Masks(nnx.Module):
         channels = score.shape[-1]
         kept = jnp.round((1 - self.cut(name)) * channels).astype(jnp.int32)
         return top_k_mask(score, jnp.clip(kept, 1, channels))
+
+
+class Rotation(nnx.Module):
+    """`x R` for a sublayer's input x [B, T, D]; R is the identity at first."""
+
+    def __init__(self, ctx: BuildContext):
+        self.rotation_DD = nnx.Param(jnp.eye(ctx.d_model, dtype=ctx.param_dtype), axes=(None, None))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D]."""
+        return x_BTD @ self.rotation_DD[...].astype(x_BTD.dtype)
 
 
 class LowRank(nnx.Module):
@@ -263,13 +283,18 @@ class SparsifiedFFNConfig(FFNKind):
 
     def weights(self, d_model: int, active: float | None = None) -> float:
         """Weights that one token needs with `active` neurons, measured with what is left out (None: as aimed at)."""
-        saved = self.sparsity.saved(self.of.linear_maps(d_model, active), counted=active is not None)
+        saved = self._saved(d_model, active)
         return self.of.weights(d_model, active) - saved
 
     def flops(self, d_model: int, active: float | None = None) -> float:
         """FLOPs per token, `active` as above; a multiply-add counts 2."""
-        saved = self.sparsity.saved(self.of.linear_maps(d_model, active), counted=active is not None)
+        saved = self._saved(d_model, active)
         return self.of.flops(d_model, active) - 2 * saved
+
+    def _saved(self, d_model: int, active: float | None) -> float:
+        maps = self.of.linear_maps(d_model, active)
+        saved = self.sparsity.saved(maps, counted=active is not None)
+        return saved - d_model**2 * self.sparsity.rotated(maps)
 
     def dense_twin(self) -> FFNKind | None:
         """The layer of equal parameters that computes all neurons."""
@@ -288,9 +313,11 @@ class SparsifiedFFN(FFN):
         maps = config.of.linear_maps(ctx.d_model)
         self.masks = Masks(config.sparsity, config.sparsity.of(maps))
         self.bypass = bypasses(config.sparsity, self.inner, maps, ctx)
+        self.rotation = Rotation(ctx) if config.sparsity.rotated(maps) else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         width = MaskedWidth(self.masks, ctx, self.bypass)
+        x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
         y_BTD, aux = self.inner(x_BTD, replace(ctx, width=width))
         return y_BTD, width.seen(aux)
 
@@ -349,13 +376,15 @@ class SparsifiedAttentionConfig(AttentionKind):
 
     def projection_weights(self, d_model: int) -> int:
         """Weights of the maps from and to the stream that one token needs, of what is aimed at."""
-        return round(
-            self.of.projection_weights(d_model) - self.sparsity.saved(self.of.linear_maps(d_model), counted=False)
-        )
+        return round(self.of.projection_weights(d_model) - self._saved(d_model))
 
     def projection_flops(self, d_model: int) -> float:
         """FLOPs per token of these maps; a multiply-add counts 2."""
-        return self.of.projection_flops(d_model) - 2 * self.sparsity.saved(self.of.linear_maps(d_model), counted=False)
+        return self.of.projection_flops(d_model) - 2 * self._saved(d_model)
+
+    def _saved(self, d_model: int) -> float:
+        maps = self.of.linear_maps(d_model)
+        return self.sparsity.saved(maps, counted=False) - d_model**2 * self.sparsity.rotated(maps)
 
     def mixing_flops(self, keys: int, target: float | None = None) -> float:
         """As of the attention itself."""
@@ -382,9 +411,11 @@ class SparsifiedAttention(Attention):
         maps = config.of.linear_maps(ctx.d_model)
         self.masks = Masks(config.sparsity, config.sparsity.of(maps))
         self.bypass = bypasses(config.sparsity, self.inner, maps, ctx)
+        self.rotation = Rotation(ctx) if config.sparsity.rotated(maps) else None
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any = None) -> tuple[jax.Array, LayerAux, Any]:
         width = MaskedWidth(self.masks, ctx, self.bypass)
+        x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
         y_BTD, aux, cache = self.inner(x_BTD, replace(ctx, width=width), cache)
         return y_BTD, width.seen(aux), cache
 

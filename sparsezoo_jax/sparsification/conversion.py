@@ -83,7 +83,7 @@ def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, ex
 def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
     """The decoder of `target`, made by `sparsified_config`, with the weights of `model`.
 
-    Its cuts are all 0, and so are its low-rank maps.
+    Its cuts are all 0, and so are its low-rank maps; its rotations are identities.
     """
     source, template = (ModelTemplate(lambda rngs, c=c: Decoder(c, rngs=rngs)) for c in (model.config, target))
     params, variables = source.split(model)
@@ -96,17 +96,22 @@ def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
 
         return {path(name): x for name, x in flatten(tree).items()}
 
-    zeros = {
-        name: np.zeros(parameter.shape, jnp.dtype(target.param_dtype))
+    made = {
+        name: jnp.zeros(parameter.shape, jnp.dtype(target.param_dtype))
         for name, parameter in template.parameters.items()
         if "/bypass/" in name
+    }
+    made |= {
+        name: jnp.broadcast_to(jnp.eye(target.d_model, dtype=jnp.dtype(target.param_dtype)), parameter.shape)
+        for name, parameter in template.parameters.items()
+        if name.endswith("/rotation_DD")
     }
     cuts = {
         name: np.zeros(variable.shape, np.float32)
         for name, variable in template.variables.items()
         if name.endswith("/masks/cut_P")
     }
-    return template.merge(nested({**moved(params), **zeros}), nested({**moved(variables), **cuts}))
+    return template.merge(nested({**moved(params), **made}), nested({**moved(variables), **cuts}))
 
 
 def with_cuts(model: Decoder, cuts: Mapping[str, np.ndarray]) -> None:

@@ -29,6 +29,7 @@ from sparsezoo_jax.sparsification.config import (
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
 from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile, without_absent
+from sparsezoo_jax.sparsification.rotation import rotate
 from sparsezoo_jax.sparsification.rsparse import rsparse
 
 
@@ -105,6 +106,7 @@ class ActivationPlan(NamedTuple):
         dense_tokens: int,
         allocation: AllocationConfig,
         rsparse: RSparseConfig,
+        rotated: bool = False,
     ) -> Self:
         """The method of that name with what is not None otherwise.
 
@@ -118,7 +120,7 @@ class ActivationPlan(NamedTuple):
         gate = gate or method.gate
         require(gate == "threshold" or quantile is None, "--quantile", quantile, "is for --gate threshold")
         method = method._replace(
-            maps=own_maps, gate=gate, weighted=tuple(weighted), quantile=quantile or method.quantile
+            maps=own_maps, gate=gate, weighted=tuple(weighted), quantile=quantile or method.quantile, rotate=rotated
         )
         method.sparsity(share, dense_tokens)
         return cls(share, method, dense_tokens, maps is not None, allocation, rsparse if name == "rsparse" else None)
@@ -134,6 +136,8 @@ class ActivationPlan(NamedTuple):
     def make(self, model: Decoder, text: Text) -> Made:
         """The model with masks and their thresholds."""
         sparse = wrapped(model, self.target(model.config))
+        if self.method.rotate:
+            rotate(sparse)
         calibration = calibrate(sparse, text, self.dense_tokens)
         shares = {name: np.full(model.config.layers, self.share) for name in calibration.maps}
         top_k = self.method.gate == "top_k"
@@ -149,6 +153,7 @@ class ActivationPlan(NamedTuple):
         record = {
             "quantile": None if top_k else self.method.quantile,
             "allocation": self.allocation.kind,
+            "rotated": self.method.rotate,
             "shares": {name: [float(x) for x in values] for name, values in shares.items()},
             "cuts": {name: [float(x) for x in values] for name, values in cuts.items()},
         }

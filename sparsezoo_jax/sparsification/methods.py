@@ -20,6 +20,8 @@ class Method(NamedTuple):
     quantile: Quantile = "magnitude"
     """Which quantile of a map's scores its threshold is; see `calibration.threshold`."""
 
+    rotate: bool = False
+
     def sparsity(self, target: float, dense_tokens: int = 0) -> ActivationSparsity:
         """The configuration that leaves out a share `target` of the channels.
 
@@ -27,7 +29,12 @@ class Method(NamedTuple):
           ConfigError: a share out of range, or maps that don't go together.
         """
         return ActivationSparsity(
-            maps=self.maps, target=target, gate=self.gate, weighted=self.weighted, dense_tokens=dense_tokens
+            maps=self.maps,
+            target=target,
+            gate=self.gate,
+            weighted=self.weighted,
+            dense_tokens=dense_tokens,
+            rotate=self.rotate,
         )
 
 
