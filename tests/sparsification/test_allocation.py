@@ -16,10 +16,14 @@ def test_each_step_is_that_with_the_least_error():
     """Restated: steps of base / w_p, the least error first, until the weighted mean is what is wanted."""
     sizes, cost = {"q": 1.0, "k": 0.25, "up": 2.0}, {"q": 3.0, "k": 1.0, "up": 0.5}
 
+    tried_first = []
+
     def error(shares):
+        tried_first.append(shares)
         return sum(cost[name] * share**2 for name, share in shares.items())
 
     shares, expected = allocation.greedy_shares(sizes, 0.5, 0.1, error), dict.fromkeys(sizes, 0.0)
+    assert tried_first[:3] == [{**expected, name: 0.1 / sizes[name]} for name in sizes]
     while True:
         tried = [{**expected, name: expected[name] + 0.1 / sizes[name]} for name in sizes]
         best = min((t for t in tried if max(t.values()) <= 1), key=error)
