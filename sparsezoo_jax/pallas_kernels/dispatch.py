@@ -8,11 +8,12 @@ operation's docstring says which of them it has):
   sharded outside of `sharding.shard_map`.
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
+- "blocked": plain JAX in loops over blocks, for CPUs. Every platform.
 - "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient; jax raises if it is
   lowered for another platform.
 
 With `implementation=None` the choice falls when the program is lowered, not when it is traced, so that compiling for a
-TPU from a machine without one gives the TPU's program. `without_kernels` makes it plain JAX everywhere.
+TPU from a machine without one gives the TPU's program. `without_kernels` makes it "xla" everywhere.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ Platform = Literal["cpu", "tpu", "cuda"]
 
 XLA = "xla"
 NATIVE = "native"
+BLOCKED = "blocked"
 
 #: Whether `None` may be a kernel. A part of the keys of jax's caches: functions are traced again when it changes.
 _KERNELS: Any = jax.make_user_context(default_value=True)
@@ -45,9 +47,9 @@ _KERNELS: Any = jax.make_user_context(default_value=True)
 def without_kernels() -> Iterator[None]:
     """`implementation=None` is plain JAX in what is called or traced within, for every platform it is lowered for.
 
-    That leaves out the kernels for TPUs and GPUs, those of libraries (megablox) and native code for CPUs, so that a
-    whole model or train step can be compared with itself. Implementations that are asked for by name stay. The backward
-    pass uses the implementation of its forward pass, wherever the gradient is taken.
+    That leaves out the kernels for TPUs and GPUs, those of libraries (megablox), and native code and blocks for CPUs,
+    so that a whole model or train step can be compared with itself. Implementations that are asked for by name stay.
+    The backward pass uses the implementation of its forward pass, wherever the gradient is taken.
     """
     with _KERNELS(False):
         yield
@@ -82,7 +84,8 @@ class Implementation(Generic[R]):
     default: bool = True
     """Whether `implementation=None` means it, on its platform and for arguments that it can take."""
     kernel: bool = False
-    """Whether the compiler can't see into it: it then can't partition it over a mesh, and `without_kernels` applies."""
+    """Whether the compiler can't partition it over a mesh, most often as it can't see into it. `without_kernels` leaves
+    it out."""
     sharded: bool = False
     """Whether a kernel calls `sharding.shard_map` itself, and so runs on a mesh all the same."""
 

@@ -14,11 +14,11 @@ import pytest
 from sparsezoo_jax.compilation.flops import matmul_flops
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import flash_attention
-from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
+from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, blocked, spark_attention
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
 
-FORMS = ["xla", "pallas_tpu_interpret", "pallas_gpu_interpret"]
+FORMS = ["xla", "blocked", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 LENGTH = 300  # fills two tiles of 128 and part of a third
 DOCUMENTS = np.stack([np.repeat([1, 2, 0], n) for n in ([150, 130, 20], [290, 5, 5])]).astype(np.int32)
 
@@ -26,6 +26,7 @@ DOCUMENTS = np.stack([np.repeat([1, 2, 0], n) for n in ([150, 130, 20], [290, 5,
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setitem(TABLE, Key("flash_attention_tpu"), Launch((128, 128, 128)))
+    monkeypatch.setattr(blocked, "_SCORES", 1 << 14)  # one or two heads at a time
 
 
 def inputs(kv_heads=2, width=12, values=12, queries=LENGTH, dtype=jnp.float32):
@@ -140,6 +141,35 @@ def test_what_is_not_finite_and_what_is_large(form, options):
     np.testing.assert_allclose(y[finite], expected[finite], atol=1e-5)
 
 
+def temporaries(kind, length):
+    """Bytes of those of both passes, compiled for a CPU by default."""
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+
+    def both(q, k, v, segments):
+        visible = Visibility.of_tokens(segments)
+        attend = {
+            "dense": lambda q, k, v: flash_attention(q, k, v, visible),
+            "spark": lambda q, k, v: spark_attention(q, k, v, visible, r=8, top_k=64)[0],
+        }[kind]
+
+        # A layer of several, of which a scan keeps what the backward pass reads.
+        def layer(x, _):
+            return attend(x, k, v), None
+
+        return jax.grad(lambda q: jax.lax.scan(layer, q, None, length=2)[0].sum())(q)
+
+    analysis = jax.jit(both).lower(x, x, x, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("kind", ["dense", "spark"])
+def test_memory_is_linear_on_a_cpu(kind):
+    short, long = temporaries(kind, 1024), temporaries(kind, 4096)
+    assert long < 4.2 * short
+    assert long < 4096**2, "a quarter of one head's scores"
+
+
 def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
     shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 128), jnp.bfloat16)  # noqa: E731
 
@@ -172,7 +202,7 @@ def test_shapes_that_do_not_fit(shapes, message):
         flash_attention(*(jnp.zeros(shape) for shape in shapes), Visibility.of_tokens(jnp.ones((1, 8), jnp.int32)))
 
 
-@pytest.mark.parametrize("form", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("form", ["blocked", "pallas_tpu", "pallas_gpu"])
 def test_kernels_take_no_mask_of_all_pairs(form):
     q, k, v, _ = inputs()
     call = partial(flash_attention, q, k, v, jnp.ones((2, LENGTH, LENGTH), bool))

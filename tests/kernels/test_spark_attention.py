@@ -22,7 +22,7 @@ from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
 
-KERNELS = ["pallas_tpu_interpret", "pallas_gpu_interpret"]
+KERNELS = ["blocked", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 R, WIDTH = 4, 12
 
 
@@ -463,7 +463,7 @@ def test_what_the_kernel_can_not_take(change, why):
         selection=change.get("selection", "statistical"),
     )
     assert jax.eval_shape(call)[0].shape == q.shape
-    for kernel in ("pallas_tpu", "pallas_gpu"):
+    for kernel in ("blocked", "pallas_tpu", "pallas_gpu"):
         with pytest.raises(ConfigError, match=rf'spark_attention.implementation={kernel}: .*{why}.*; use "xla"'):
             call(implementation=kernel)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION
-from sparsezoo_jax.pallas_kernels.dispatch import Implementation, pallas
-from sparsezoo_jax.pallas_kernels.spark_attention import gpu, gpu_backward, tpu, tpu_backward, zigzag
+from sparsezoo_jax.pallas_kernels.dispatch import BLOCKED, Implementation, pallas
+from sparsezoo_jax.pallas_kernels.spark_attention import blocked, gpu, gpu_backward, tpu, tpu_backward, zigzag
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import by_sequences
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
@@ -20,12 +20,14 @@ from sparsezoo_jax.sharding import shard_map
 
 #: Queries for which a kernel is the default: a tile of them is computed whole.
 _FEWEST_QUERIES = 128
+#: Queries for which blocks are the default on a CPU: with fewer all pairs at once take no longer.
+_FEWEST_IN_BLOCKS = 256
 
 
 def kernels(
     p: Problem, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any
 ) -> list[Implementation[tuple[jax.Array, jax.Array]]]:
-    """The implementations for TPUs and GPUs, of q, k, v and mask, with the results of `spark_attention`."""
+    """The implementations beside "xla", of q, k, v and mask, with the results of `spark_attention`."""
 
     def of_platform(
         platform: Literal["tpu", "cuda"], attend: Callable[..., Any], refusal: Callable[..., str | None]
@@ -38,13 +40,23 @@ def kernels(
             sharded=True,
         )
 
+    blocks = Implementation(
+        BLOCKED,
+        partial(_sharded, partial(_attend_in_blocks, p)),
+        "cpu",
+        partial(blocked.refusal, q, k, v, mask, p.selection),
+        default=q.shape[1] >= _FEWEST_IN_BLOCKS,
+        kernel=True,
+        sharded=True,
+    )
     return [
+        blocks,
         *of_platform("tpu", _attend_on_tpu, partial(tpu.refusal, q, k, v, mask, p)),
         *of_platform("cuda", _attend_on_gpu, partial(gpu.refusal, q, k, v, mask, p.selection)),
     ]
 
 
-def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, interpret):
+def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, **options):
     """`attend` on each device's sequences, queries and heads; each has all keys of its sequences.
 
     Under a causal mask late queries see more keys than early ones. Devices that split a sequence therefore exchange
@@ -63,15 +75,15 @@ def _sharded(attend: Callable[..., Any], q, k, v, visibility: Visibility, *, int
             k, v = (jnp.take(x, wanted, axis=2) for x in (k, v))
         shard = visibility.replaced(*arrays, ordered=visibility.ordered and not split["length"])
         if not visibility.ordered or not split["length"]:
-            return attend(q, k, v, shard, interpret)
+            return attend(q, k, v, shard, **options)
         (axis,), window = split["length"], visibility.window
         layout = zigzag.Layout(axis, jax.lax.axis_size(axis), q.shape[1])
         if not layout.even or (window is not None and window <= layout.length // 2):
             # Within a short window all queries see as many keys.
-            return attend(q, k, v, shard.part_of(layout.contiguous, jax.lax.axis_index(axis)), interpret)
+            return attend(q, k, v, shard.part_of(layout.contiguous, jax.lax.axis_index(axis)), **options)
         q, positions, segments = (layout.exchanged(x) for x in (q, shard.query_positions_BT, shard.query_segments_BT))
         shard = shard.replaced(positions, shard.key_positions_BS, segments, shard.key_segments_BS, ordered=False)
-        results = attend(q, k, v, shard.part_of(layout.zigzag, jax.lax.axis_index(axis)), interpret)
+        results = attend(q, k, v, shard.part_of(layout.zigzag, jax.lax.axis_index(axis)), **options)
         return tuple(layout.returned(x) for x in results)
 
     queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
@@ -122,3 +134,20 @@ def _backward_on_gpu(p: Problem, interpret, residuals, g):
 
 
 _attend_on_gpu.defvjp(_forward_on_gpu, _backward_on_gpu)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_in_blocks(p: Problem, q, k, v, visibility):
+    return _forward_in_blocks(p, q, k, v, visibility)[0]
+
+
+def _forward_in_blocks(p: Problem, q, k, v, visibility):
+    return _named(q, k, v, visibility, *blocked.forward(q, k, v, visibility, p))
+
+
+def _backward_in_blocks(p: Problem, residuals, g):
+    q, k, v, visibility, y, statistics = residuals
+    return (*blocked.backward(q, k, v, visibility, y, statistics, g[0], p), None)
+
+
+_attend_in_blocks.defvjp(_forward_in_blocks, _backward_in_blocks)
