@@ -1,5 +1,6 @@
 """Settings that must hold before jax is imported, and the corpus that several test modules share."""
 
+import gc
 import os
 import random
 import shutil
@@ -21,6 +22,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 _xla_cache = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _xla_cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsezoo-xla-")
+
+# The collector of reference cycles looks through all that jax has cached in earlier tests: a tenth of the suite's time.
+gc.set_threshold(20_000, 20, 20)
 
 WORDS = ["the", "state", "of", "union", "is", "strong", "and", "peace", "will", "follow", "where", "law", "congress"]
 
