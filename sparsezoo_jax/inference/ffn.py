@@ -1,6 +1,7 @@
 """Feed-forward networks laid out for decoding: neurons by rows.
 
-A few tokens read the weights of active neurons only; a prompt goes through the training form on the same weights.
+A few tokens read the weights of active neurons only; a prompt goes through the training form, with the products of
+`gemm` where that has no others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens
+from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens, many_sequences
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
@@ -49,12 +50,12 @@ class PackedGatedFFN(FFN, DecodingLayout):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         aux, rows = LayerAux(stats={"ffn_density": jnp.float32(1)}), few_tokens(x_BTD)
-        if rows is not None:
+        if rows is not None and not many_sequences(x_BTD):
             (gate, g), (up, u), (down, d) = self.gate.arrays, self.up.arrays, self.down.arrays
             y = gated_ffn_rows(rows, gate, up, down, activation=self.activation, scales=(g, u, d))
             return y.reshape(x_BTD.shape), aux
         hidden = activation_fn(self.activation)(self.gate.product(x_BTD)) * self.up.product(x_BTD)
-        return hidden @ self.down.restored(), aux
+        return self.down.combination(hidden), aux
 
 
 class MappedGatedFFN(GatedFFN, DecodingLayout):
@@ -157,7 +158,7 @@ class PackedPlainFFN(PlainFFN, DecodingLayout):
         """The map back to the stream, [B, T, D]."""
         rows = few_tokens(hidden_BTF)
         if rows is None:
-            y_BTD = hidden_BTF @ self.down.restored()
+            y_BTD = self.down.combination(hidden_BTF)
         else:
             y_BTD = active_rows(rows, *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
         return _biased(y_BTD, self.down_bias)
@@ -281,11 +282,11 @@ class PackedReGLUFFN(GatedFFN, DecodingLayout):
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
-        return self.gate.product(x_BTD), x_BTD @ self.rest.parts()[0].T
+        return self.gate.product(x_BTD), self.rest.first_product(x_BTD)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return hidden_BTF @ self.rest.parts()[1]
+        return self.rest.second_combination(hidden_BTF)
 
 
 @packs(GatedFFN)

@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from sparsezoo_jax import native
 from sparsezoo_jax.models.width import Width
+from sparsezoo_jax.pallas_kernels.gemm import gemm
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.rows import MOST_ROWS
@@ -32,6 +33,22 @@ def few_tokens(x: jax.Array, experts: int = 0) -> jax.Array | None:
     rows = x.reshape(-1, x.shape[-1])
     on_device = len(rows) // num_shards("batch", len(rows)) * (num_shards("experts", experts) if experts else 1)
     return rows if on_device <= MOST_ROWS else None
+
+
+#: Sequences of a batch from which on all weights are multiplied like those of a prompt, though each has one token only; the
+#: second where the processor has products of bfloat16. Below, reading a row of weights at a time is faster.
+MANY_SEQUENCES, MANY_SEQUENCES_BF16 = 13, 5
+
+
+def many_sequences(x: jax.Array) -> bool:
+    """Whether x [B, ..., D] has so many sequences that few tokens are multiplied like many, where all weights are read.
+
+    A chunk of one sequence never has: checking drafts gives what decoding token by token does.
+    """
+    if x.ndim < 3 or not native.available():
+        return False
+    pairs = native.level() == "v4_bf16" and x.dtype == jnp.bfloat16
+    return x.shape[0] >= (MANY_SEQUENCES_BF16 if pairs else MANY_SEQUENCES)
 
 
 class Packed(nnx.Variable):
@@ -109,10 +126,24 @@ class Rows(nnx.Module):
     def product(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """`x W^T` of one matrix [N, K]: [..., N] for x [..., K], in `dtype` (None: that of `x`)."""
         flat, out = x.reshape(-1, x.shape[-1]), x.dtype if dtype is None else dtype
-        if len(flat) <= MOST_ROWS:
-            y = linear(flat, *self.arrays, dtype=out)
-        else:
-            y = jnp.matmul(flat, self.restored().T, preferred_element_type=out)
+        few = len(flat) <= MOST_ROWS and not many_sequences(x)
+        y = (linear if few else gemm)(flat, *self.arrays, dtype=out)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def combination(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """`x W` of one matrix [N, K]: [..., K] for x [..., N] of many tokens, in `dtype` (None: that of `x`)."""
+        y = gemm(x.reshape(-1, x.shape[-1]), *self.arrays, transposed=False, dtype=x.dtype if dtype is None else dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def first_product(self, x: jax.Array) -> jax.Array:
+        """`x W^T` of the first of two matrices: [..., N] for x [..., K] of many tokens."""
+        y = gemm(x.reshape(-1, x.shape[-1]), *self.arrays, columns=(0, self.first))
+        return y.reshape(*x.shape[:-1], -1)
+
+    def second_combination(self, x: jax.Array) -> jax.Array:
+        """`x W` of the second of two matrices: [..., L] for x [..., N] of many tokens."""
+        columns = (self.first, self.rows.shape[-1] - self.first)
+        y = gemm(x.reshape(-1, x.shape[-1]), *self.arrays, transposed=False, columns=columns)
         return y.reshape(*x.shape[:-1], -1)
 
 

@@ -52,7 +52,7 @@ class ChannelMap(nnx.Module):
             return self.rows.product(x_BTI)
         x = few_tokens(x_BTI)
         if x is None:
-            return x_BTI @ self.rows.restored()
+            return self.rows.combination(x_BTI)
         return active_rows(x, *self.rows.arrays).reshape(*x_BTI.shape[:2], -1)
 
     def bytes_read(self, target: float) -> float:
@@ -236,11 +236,11 @@ class ThresholdedFFN(GatedFFN):
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
-        return self.gate.product(x_BTD), x_BTD @ self.rest.parts()[0].T
+        return self.gate.product(x_BTD), self.rest.first_product(x_BTD)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return hidden_BTF @ self.rest.parts()[1]
+        return self.rest.second_combination(hidden_BTF)
 
 
 def _norms(masks: Masks, weights: Mapping[str, nnx.Param]) -> nnx.Dict:

@@ -23,6 +23,7 @@ from sparsezoo_jax.native.build import LIBRARY, fingerprint
 #: Operations of the library, by the names of its symbols without their prefix.
 OPERATIONS = (
     "linear",
+    "gemm",
     "gated_ffn",
     "spark_ffn",
     "relu_ffn",
@@ -94,7 +95,7 @@ def available() -> bool:
 
 
 def level() -> str | None:
-    """Level of the instruction set that the operations use here: default, v3 (AVX2) or v4 (AVX-512)."""
+    """The instruction set that the operations use here: default, v3 (AVX2), v4 (AVX-512) or v4_bf16 (AVX512-BF16)."""
     return _library().level
 
 

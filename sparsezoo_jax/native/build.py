@@ -27,8 +27,9 @@ LIBRARY = FOLDER / f"_sparsezoo-{platform.system().lower()}-{platform.machine().
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 V3 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-#: Levels of x86-64 above the default: floats in a register, and flags.
-LEVELS = {"v3": (8, V3), "v4": (16, V4)}
+V4_BF16 = [*V4, "-mavx512bf16"]
+#: Levels of x86-64 above the default: floats in a register, and flags. A compiler that lacks the last one leaves it out.
+LEVELS = {"v3": (8, V3), "v4": (16, V4), "v4_bf16": (16, V4_BF16)}
 
 
 class BuildError(Exception):
@@ -81,6 +82,7 @@ def build(target: Path = LIBRARY, *, portable: bool = False) -> Path:
     command = compiler()
     include, version = headers()
     levels = LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    levels = {level: form for level, form in levels.items() if _knows(command, form[1])}
     defines = [f"-DSPARSEZOO_HAS_{level.upper()}" for level in levels]
     jobs = [(path, []) for path in sorted((FOLDER / "src").glob("*.cc"))]
     for level, (lanes, flags) in {"default": (4, []), **levels}.items():
@@ -121,6 +123,14 @@ def platform_tag(library: Path) -> str:
         return own
     # jaxlib's own wheels, without which nothing runs, are for 2.27 and newer.
     return f"manylinux_2_{max(27, *needed)}_{platform.machine().lower()}"
+
+
+def _knows(command: list[str], flags: list[str]) -> bool:
+    """Whether the compiler has these flags: AVX512-BF16 came with g++ 10 and clang++ 9."""
+    if flags != V4_BF16:  # an error about the others is for the user to see
+        return True
+    asked = [*command, *flags, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def _run(command: list[str]) -> None:

@@ -1,7 +1,7 @@
 """One folder per operation: its definition in plain JAX, and the kernels that must agree with it.
 
 Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, with weights laid out for
-inference (`rows.py`).
+inference (`rows.py`); `gemm` takes many tokens to the same weights.
 """
 
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
@@ -11,6 +11,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
 from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
+from sparsezoo_jax.pallas_kernels.gemm import gemm
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.linear import linear
 from sparsezoo_jax.pallas_kernels.put_slots import put_slots
@@ -30,6 +31,7 @@ __all__ = [
     "flash_attention",
     "from_blocks_rows",
     "gated_ffn_rows",
+    "gemm",
     "linear",
     "put_slots",
     "spark_attention",

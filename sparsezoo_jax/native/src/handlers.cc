@@ -43,6 +43,13 @@ ffi::Error Linear(ffi::ThreadPool threads, Array x, Array w, Array scale, Result
   return ffi::Error::Success();
 }
 
+// Columns from `offset` on of rows of weights that may have others beside them, and as many factors as `parts`.
+ffi::Error Gemm(ffi::ThreadPool threads, Array x, Array w, Array scale, Result y, bool transposed, int64_t offset,
+                int64_t parts) {
+  gemm(pool_of(threads), tokens(x), matrix(w, scale, offset, parts), transposed, tokens(*y));
+  return ffi::Error::Success();
+}
+
 ffi::Error GatedFfn(ffi::ThreadPool threads, Array x, Array gate, Array up, Array down, Array gate_scale, Array up_scale,
                     Array down_scale, Result y, int64_t activation) {
   gated_ffn(pool_of(threads), tokens(x), matrix(gate, gate_scale), matrix(up, up_scale), matrix(down, down_scale),
@@ -191,6 +198,15 @@ ffi::Error Stream(ffi::ThreadPool threads, Array data, Result sums) {
 #define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_linear, Linear, BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_gemm, Gemm,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("offset")
+                                  .Attr<int64_t>("parts"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_gated_ffn, GatedFfn,
                               BIND.Arg<Array>()

@@ -1,4 +1,4 @@
-// Which level of the instruction set this processor has. SPARSEZOO_HAS_V3 and _V4: levels that were compiled.
+// Which level of the instruction set this processor has. SPARSEZOO_HAS_V3, _V4 and _V4_BF16: levels that were compiled.
 #include <cstdlib>
 #include <cstring>
 
@@ -15,8 +15,12 @@ const Loops* best() {
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(SPARSEZOO_HAS_V4_BF16)
+  const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+  if (v4_bf16 && (!asked || !std::strcmp(asked, "v4_bf16"))) return loops_v4_bf16();
+#endif
 #if defined(SPARSEZOO_HAS_V4)
-  if (v4 && (!asked || !std::strcmp(asked, "v4"))) return loops_v4();
+  if (v4 && (!asked || !std::strncmp(asked, "v4", 2))) return loops_v4();
 #endif
 #if defined(SPARSEZOO_HAS_V3)
   if (v3 && (!asked || std::strcmp(asked, "default"))) return loops_v3();

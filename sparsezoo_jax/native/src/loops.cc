@@ -2,6 +2,10 @@
 // is defined in a header, for the linker would keep one copy of it, which may be of a level that the processor lacks.
 #include "loops.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include <utility>
 
 extern "C" double erf(double);
@@ -357,11 +361,23 @@ unsigned stream(const void* data, long bytes) {
   return found;
 }
 
+#include "tiles.h"
+
 }  // namespace
 }  // namespace CONCAT(level_, SPARSEZOO_LEVEL)
 
 const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
   using namespace CONCAT(level_, SPARSEZOO_LEVEL);
+#if defined(__AVX512BF16__)
+  static const Tiles pairs = {2,
+                              {nullptr, pack_tokens<bfloat16, true>, nullptr},
+                              {nullptr, pack_rows<bfloat16, true>, pack_rows<signed char, true>},
+                              {nullptr, pack_columns<bfloat16, true>, pack_columns<signed char, true>},
+                              tiles<true>};
+  const Tiles* const has_pairs = &pairs;
+#else
+  const Tiles* const has_pairs = nullptr;
+#endif
   static const Loops table = {
       {dot<float>, dot<bfloat16>, dot<signed char>},
       {axpy<float>, axpy<bfloat16>, axpy<signed char>},
@@ -377,6 +393,15 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
       {widen<float>, widen<bfloat16>, nullptr},
       {narrow_float, narrow_bfloat16, nullptr},
       stream,
+      kLanes,
+      kVectors,
+      {1,
+       {pack_tokens<float, false>, pack_tokens<bfloat16, false>, nullptr},
+       {pack_rows<float, false>, pack_rows<bfloat16, false>, pack_rows<signed char, false>},
+       {pack_columns<float, false>, pack_columns<bfloat16, false>, pack_columns<signed char, false>},
+       tiles<false>},
+      has_pairs,
+      transpose_sums,
       TEXT(SPARSEZOO_LEVEL),
   };
   return &table;

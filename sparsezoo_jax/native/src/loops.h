@@ -22,6 +22,25 @@ struct Moments {
 // `ahead`, where not null, is prefetched as the weights are read: the byte at ahead + i together with that at w + i.
 constexpr long kPadding = 64;
 
+// Weights of a matrix product are laid out by blocks of so many outputs, and words that are summed over; a word is a
+// float or a pair of bfloat16.
+constexpr long kBlockRows = 96, kBlockDepth = 512;
+// Words from one row of a block to the next: with a power of two they would compete for the same places of the caches.
+constexpr long kBlockStride = kBlockDepth + 16;
+
+// Matrix products of many tokens in one kind of words; see tiles.h.
+struct Tiles {
+  long numbers;  // in a word
+  // Null for a type that such words can't hold.
+  void (*pack_tokens[kTypes])(const void* x, long ld, long count, long k, unsigned* panel);
+  void (*pack_rows[kTypes])(const void* w, long ld, long rows, long k, unsigned* block);
+  void (*pack_columns[kTypes])(const void* w, long ld, long columns, long k, const float* scale, long scale_step,
+                               unsigned* block);
+  // `sums` [rows, tokens] of `vectors` vectors of tokens, added to unless `first`.
+  void (*multiply)(const unsigned* block, long rows, long words, const unsigned* panel, long vectors, float* sums,
+                   long ld_sums, bool first);
+};
+
 struct Loops {
   // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
   void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
@@ -52,6 +71,12 @@ struct Loops {
   void (*narrow[kTypes])(const float* x, void* dst, long n);
   // A checksum of 64-byte lines, to measure how fast memory can be read.
   unsigned (*stream)(const void* data, long bytes);
+  // Tokens in a vector, most vectors of a panel; products in floats, and in pairs where the processor has them.
+  long lanes, vectors;
+  Tiles floats;
+  const Tiles* pairs;
+  // out[t * ld_out + r] = sums[r * ld_sums + t] for `rows` rows and one vector of tokens.
+  void (*transpose_sums)(const float* sums, long ld_sums, long rows, float* out, long ld_out);
   const char* level;
 };
 
@@ -62,6 +87,7 @@ const Loops& loops();
 const Loops* loops_default();
 const Loops* loops_v3();
 const Loops* loops_v4();
+const Loops* loops_v4_bf16();
 
 }  // namespace sparsezoo
 

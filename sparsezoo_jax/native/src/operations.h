@@ -163,6 +163,9 @@ inline long first_of(long p, long parts, long n) { return n * p / parts; }
 
 void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y);
 
+// y = x w^T for w [N, K] if `transposed`, y = x w for w [K, N] otherwise.
+void gemm(const Pool& pool, const Tokens& x, const Matrix& w, bool transposed, const Tokens& y);
+
 void gated_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matrix& up, const Matrix& down, long neurons,
                Activation activation, const Tokens& y);
 
