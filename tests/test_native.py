@@ -90,6 +90,15 @@ def test_building_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_level_that_the_compiler_does_not_know_is_left_out(tmp_path):
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase "$*" in *bf16*) exit 1;; esac\n')
+    old.chmod(0o755)
+    assert not build._knows([str(old)], build.V4_BF16)
+    assert build._knows(["true"], build.V4_BF16)
+    assert build._knows(["false"], build.V4), "an error about another level is not hidden"
+
+
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match=r"`false .*` failed"):

@@ -22,7 +22,7 @@ from sparsezoo_jax.pallas_kernels.active_rows import active_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.relu_ffn.rows import relu_ffn_rows
-from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
+from sparsezoo_jax.pallas_kernels.spark_ffn import select_neurons
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 
 #: Logical axes of weights by rows of neurons.
@@ -199,8 +199,10 @@ class PackedSparkFFN(FFN, DecodingLayout):
             y, active_M = spark_ffn_rows(rows, k1, rest, scales=(s1, s2), **rule)
             density_BT = active_M.reshape(x_BTD.shape[:2]) / config.d_ff
         else:
-            k2_FD, v_FD = self.rest.parts()
-            y, gate = spark_ffn(x_BTD, self.k1.restored().T, k2_FD.T, v_FD, return_gate=True, **rule)
+            r = self.k1.first
+            scores_BTF = self.k1.product(x_BTD[..., :r])
+            gate = jax.nn.gelu(select_neurons(scores_BTF, rule.pop("top_k"), **rule), approximate=True)
+            y = self.rest.second_combination(gate * self.rest.first_product(x_BTD[..., r:]))
             density_BT = jnp.mean(gate != 0, axis=-1, dtype=jnp.float32)
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
 

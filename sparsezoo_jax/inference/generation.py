@@ -74,8 +74,9 @@ class Engine:
     """A model that generates: layers unstacked once, each program compiled once.
 
     Tokens loop in Python, a donated cache goes from call to call, and a step is sent before the token of the one
-    before is looked at. Programs are compiled for lengths rounded up to powers of two, so prompts of similar length
-    share them, and so do all temperatures and probabilities of a sampling (not its top k).
+    before is looked at. Programs are compiled for caches rounded up to powers of two, and for prompts rounded up (see
+    `padded_length`), so prompts of similar length share them, and so do all temperatures and probabilities of a
+    sampling (not its top k).
     """
 
     def __init__(self, model: Decoder):
@@ -170,7 +171,7 @@ class Generation:
         """The call that reads the prompts, and the slots of the cache that they take."""
         model, limit = self.engine.model, self.engine.model.config.max_seq_len
         rows, longest = len(self.prompts), max(map(len, self.prompts))
-        padded = min(limit, _power_of_two(longest))
+        padded = min(limit, padded_length(longest, jax.default_backend()))
         # A chunk of drafts may reach over the last token; its slots are taken back, but must be there.
         spare = self.max_new_tokens + self.drafts
         if padded + spare > limit:
@@ -183,7 +184,7 @@ class Generation:
             real[i, padded - len(prompt) :] = 1
         cache = model.init_cache(rows, cache_length)
         arguments = (cache, tokens, real, jnp.int32(padded - 1), self._key(0), self.sampling.numbers())
-        program, seconds = self.engine.program(partial(next_token, self.sampling.form()), *arguments)
+        program, seconds = self.engine.program(partial(first_token, self.sampling.form()), *arguments)
         self.stats.compile_seconds += seconds
         started = time.perf_counter()
         step = jax.block_until_ready(program(self.engine.state, *arguments))
@@ -300,6 +301,28 @@ def next_token(
     return Step(sample(logits_BV, keys_B, sampling, numbers), out.cache, out.stats)
 
 
+def first_token(
+    sampling: Sampling,
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    cache: DecoderCache,
+    tokens_BT: jax.Array,
+    *arguments: Any,
+) -> Step:
+    """`next_token` for an empty cache: attention sees the slots of these tokens only, however many there are.
+
+    Pure, meant to be jitted with the cache donated.
+    """
+    model = nnx.merge(graphdef, state)
+    own = jax.eval_shape(lambda: model.init_cache(*tokens_BT.shape))
+    start = jax.tree.map(lambda whole, part: jax.lax.slice(whole, (0,) * whole.ndim, part.shape), cache, own)
+    step = next_token(sampling, graphdef, state, start, tokens_BT, *arguments)
+    filled = jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim), cache, step.cache
+    )
+    return step._replace(cache=filled)
+
+
 def verified_tokens(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -321,6 +344,20 @@ def _checked(tokens: np.ndarray) -> np.ndarray:
     if np.any(tokens == NO_TOKEN):
         raise NumericsError("the model's logits are not finite: a weight that is no number, or a run that diverged")
     return tokens
+
+
+def padded_length(length: int, platform: str) -> int:
+    """The length that a prompt is padded to, for one program serves all prompts of a length.
+
+    On a CPU every token takes its time: the next multiple of an eighth of the power of two below, so that padding is
+    at most a ninth, and 8 programs serve the lengths from one power of two to the next; at least 16. Elsewhere the next
+    power of two.
+    """
+    whole = _power_of_two(length)
+    if platform != "cpu":
+        return whole
+    step = max(whole // 16, 16)
+    return -(-length // step) * step
 
 
 def _power_of_two(n: int) -> int:

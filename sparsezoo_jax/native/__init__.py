@@ -51,6 +51,7 @@ class _Library:
     def __init__(self):
         self.missing: str | None = None
         self.level: str | None = None
+        self.matrix_units = False
         if not LIBRARY.exists():
             self.missing = "it was not built"
             return
@@ -73,6 +74,7 @@ class _Library:
             handler = jax.ffi.pycapsule(getattr(library, f"sparsezoo_{name}"))
             jax.ffi.register_ffi_target(f"sparsezoo_{name}", handler, platform="cpu")
         self.level = library.sparsezoo_level().decode()
+        self.matrix_units = bool(library.sparsezoo_matrix_units())
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -97,6 +99,11 @@ def available() -> bool:
 def level() -> str | None:
     """The instruction set that the operations use here: default, v3 (AVX2), v4 (AVX-512) or v4_bf16 (AVX512-BF16)."""
     return _library().level
+
+
+def matrix_units() -> bool:
+    """Whether the processor has units for matrix products of bfloat16 (AMX): XLA's products use them, these don't."""
+    return _library().matrix_units
 
 
 HOW_TO_GET = "build it with `python -m sparsezoo_jax.native` (needs g++ or clang++)"

@@ -28,7 +28,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 V3 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 V4_BF16 = [*V4, "-mavx512bf16"]
-#: Levels of x86-64 above the default: floats in a register, and flags. A compiler that lacks the last one leaves it out.
+#: Levels of x86-64 above the default: floats in a register, and flags. Old compilers leave out the last one.
 LEVELS = {"v3": (8, V3), "v4": (16, V4), "v4_bf16": (16, V4_BF16)}
 
 

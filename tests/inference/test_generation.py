@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import NumericsError, UserError
-from sparsezoo_jax.inference import Engine, Sampling, generate_tokens, sample
+from sparsezoo_jax.inference import Engine, Sampling, generate_tokens, packed, sample
 from tests.models.conftest import CONFIGS, build, forward
 
 GREEDY = Sampling(temperature=0)
@@ -50,6 +50,15 @@ def test_greedy_rows_equal_the_full_forward(engine):
     density = stats.layer_means()["ffn_density"]
     assert density.shape == (engine.model.config.layers,)
     assert ((density > 0) & (density <= 1)).all()
+
+
+@pytest.mark.slow
+def test_a_prompt_sees_the_slots_of_its_own_tokens_only():
+    """Packed, padded to no power of two, in a cache that is longer: the first token and the ones that follow."""
+    model = build(CONFIGS["llama"])
+    prompts = [[int(token) for token in np.random.default_rng(0).integers(1, 60, 33)], PROMPT]
+    made, _ = rows(Engine(packed(model)), prompts, max_new_tokens=6, sampling=GREEDY)
+    assert_greedy(model, prompts, made)
 
 
 @pytest.mark.slow

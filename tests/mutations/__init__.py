@@ -20,6 +20,11 @@ class Mutation:
     new: str
     tests: tuple[str, ...]
 
+    @property
+    def native(self) -> bool:
+        """Whether it is in the sources of the native library, which is compiled again then."""
+        return self.file.startswith("sparsezoo_jax/native/src/")
+
     def applied(self, source: str) -> str:
         """The source with the fault.
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from sparsezoo_jax.native.build import LIBRARY
 from tests.mutations import ROOT, Mutation, load
 
 PASSED, FAILED = 0, 1  # pytest's exit statuses; any other is a run that says nothing
@@ -20,6 +21,19 @@ def run_tests(copy: Path, tests: Iterable[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+
+
+def build(copy: Path) -> None:
+    """Compile the copy's native library, without which one of other sources would fail every native test.
+
+    Raises:
+      ValueError: it can't be compiled.
+    """
+    command = [sys.executable, "-m", "sparsezoo_jax.native"]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr)
 
 
 def main() -> int:
@@ -45,13 +59,19 @@ def main() -> int:
         for mutation in chosen:
             path = copy / mutation.file
             source = path.read_text()
+            library = copy / LIBRARY.relative_to(ROOT)
+            compiled = library.read_bytes() if mutation.native and library.exists() else None
             try:
                 path.write_text(mutation.applied(source))
+                if mutation.native:
+                    build(copy)
                 status, output = run_tests(copy, mutation.tests)
             except ValueError as error:
                 status, output = -1, str(error)
             finally:
                 path.write_text(source)
+                if compiled is not None:
+                    library.write_bytes(compiled)
             bad += status != FAILED
             verdict = {PASSED: "SURVIVED", FAILED: "caught"}.get(status, "NOT TRIED")
             print(f"{verdict:9}  {mutation.name}", flush=True)

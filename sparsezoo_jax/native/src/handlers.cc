@@ -352,6 +352,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_stream, Stream, BIND.Arg<Array>().Ret<Ar
 extern "C" const char* sparsezoo_built_for() { return SPARSEZOO_JAXLIB; }
 extern "C" const char* sparsezoo_sources() { return SPARSEZOO_SOURCES; }
 extern "C" const char* sparsezoo_level() { return loops().level; }
+extern "C" int sparsezoo_matrix_units() { return has_matrix_units(); }
 
 #pragma GCC visibility pop
 

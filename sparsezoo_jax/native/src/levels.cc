@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "loops.h"
 
 namespace sparsezoo {
@@ -35,6 +39,15 @@ const Loops* best() {
 const Loops& loops() {
   static const Loops* const chosen = best();
   return *chosen;
+}
+
+bool has_matrix_units() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & 1u << 22;  // AMX-BF16
+#else
+  return false;
+#endif
 }
 
 }  // namespace sparsezoo

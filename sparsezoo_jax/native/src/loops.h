@@ -83,6 +83,9 @@ struct Loops {
 // The loops for this processor.
 const Loops& loops();
 
+// Whether the processor has units for matrix products of bfloat16, which these loops do not use.
+bool has_matrix_units();
+
 // Those of one level, or null where the compiler or the processor does not have it.
 const Loops* loops_default();
 const Loops* loops_v3();

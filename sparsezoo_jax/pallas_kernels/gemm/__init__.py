@@ -35,9 +35,10 @@ def gemm(
       w: [N, K] if `transposed`, else [K, N], in float32, bfloat16 or int8.
       scale: float32, factors of the rows of int8 weights, [N] or [K]; of rows that hold two matrices [N, 2] or [K, 2].
       transposed: whether a row of w makes an output, or is multiplied by an input.
-      columns: the first column of the matrix within the rows of w, and its width, where two lie side by side; None: all.
+      columns: where two matrices lie side by side in the rows of w, the first column of one and its width; None: all.
       dtype: of the result, float32 or bfloat16; None: that of x.
-      implementation: "xla", "native", or None: "native" on a CPU.
+      implementation: "xla", "native", or None: "native" on a CPU, but for tokens and weights in bfloat16 where XLA has
+        units for matrix products (AMX).
 
     Returns:
       [M, N].
@@ -46,7 +47,7 @@ def gemm(
       ConfigError: shapes or dtypes that don't fit, or an implementation that can't take them.
     """
     first, width = (0, w.shape[1]) if columns is None else columns
-    inside = 0 <= first and width > 0 and first + width <= w.shape[1]
+    inside = first >= 0 and width > 0 and first + width <= w.shape[1]
     require(inside, "gemm.columns", columns, f"must be within the {w.shape[1]} of w")
     parts = 1 if columns is None else 2
     inputs, outputs = (width, w.shape[0]) if transposed else (w.shape[0], width)
@@ -66,4 +67,6 @@ def gemm(
         form = {"transposed": transposed, "offset": first, "parts": parts}
         return native.call("gemm", result_shapes(((x.shape[0], outputs), out)), x, w, or_empty(scale), **form)[0]
 
-    return dispatch("gemm", implementation, [plain(xla), native_cpu(cpp, native_refusal(x=x))])(x, w, scale)
+    units = x.dtype == w.dtype == jnp.bfloat16 and native.matrix_units()
+    implementations = [plain(xla), native_cpu(cpp, native_refusal(x=x), default=not units)]
+    return dispatch("gemm", implementation, implementations)(x, w, scale)
