@@ -90,7 +90,8 @@ def elsewhere(level: str | None, threads: str = "all threads"):
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_the_product_in_float64(level):
     implementation("native")
-    if LEVELS.index(level) > LEVELS.index(native.level()):
+    best = native.level()
+    if best is None or LEVELS.index(level) > LEVELS.index(best):
         pytest.skip(f"this processor has no {level}")
     used, errors, _ = elsewhere(level)
     assert used == level
@@ -130,7 +131,7 @@ def test_one_of_two_matrices_side_by_side(apply, storage, transposed):
     draw = Draw(storage)
     left, right = draw.weights(45, 30), draw.weights(45, 33)
     rows = jnp.concatenate([left[0], right[0]], axis=1)
-    scale = None if left[1] is None else jnp.stack([left[1], right[1]], axis=1)
+    scale = None if left[1] is None or right[1] is None else jnp.stack([left[1], right[1]], axis=1)
     for (w, own), columns in ((left, (0, 30)), (right, (30, 33))):
         x = draw.tokens(19, columns[1] if transposed else 45).astype(jnp.float32)
         y = apply(x, rows, scale, transposed=transposed, columns=columns)
@@ -157,8 +158,7 @@ def test_not_a_number_stays_in_its_row(apply):
     x, (w, _) = Draw("float32").tokens(33, 20), Draw("float32").weights(50, 20)
     x = x.at[1, 3].set(jnp.nan).at[2, 4].set(jnp.inf)
     finite = np.isfinite(np.asarray(apply(x, w))).all(axis=1)
-    assert not finite[[1, 2]].any()
-    assert finite.sum() == 31
+    assert np.flatnonzero(~finite).tolist() == [1, 2]
 
 
 def test_bad_input():

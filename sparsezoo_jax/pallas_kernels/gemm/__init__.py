@@ -26,9 +26,9 @@ def gemm(
     """`x W^T`, or `x W`, summed up in float32; no gradient by the native form.
 
     The native form multiplies in float32, whatever the weights are stored in. Where the processor has products of
-    bfloat16 (AVX512-BF16), tokens in bfloat16 meet weights in bfloat16 or int8 in these, which are exact as well; int8
-    weights [K, N] are rounded to bfloat16 with their factors then. It never holds more than a few hundred kilobytes of
-    converted weights.
+    bfloat16 (AVX512-BF16), tokens in bfloat16 meet weights in bfloat16 or int8 in these, which are exact as well, but
+    take denormal numbers as 0; int8 weights [K, N] are rounded to bfloat16 with their factors then. It never holds more
+    than a few hundred kilobytes of converted weights.
 
     Args:
       x: [M, K], float32 or bfloat16.
