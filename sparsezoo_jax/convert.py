@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsezoo_jax import cli, storage
+from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
@@ -31,6 +32,9 @@ class FromHF:
     """Run directory to make; empty or absent."""
     not_finite: bool = False
     """Take weights that are NaN or infinite, too."""
+    tokenizer_family: TokenizerFamily | None = None
+    """How a tokenizer in a rank file of tiktoken cuts texts into pieces, and its special tokens, which it doesn't hold.
+    Default: as the known file with as many ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,8 @@ def main(args: Sequence[str]) -> None:
     from sparsezoo_jax.huggingface import hub
 
     if isinstance(command, FromHF):
-        made = huggingface.from_hf(command.source, command.directory, not_finite=command.not_finite)
+        family, not_finite = command.tokenizer_family, command.not_finite
+        made = huggingface.from_hf(command.source, command.directory, not_finite=not_finite, tokenizer_family=family)
         place = command.directory
     else:
         require(command.push is not None or not command.public, "--public", True, "is for --push OWNER/NAME only")

@@ -31,6 +31,9 @@ MAX_SHARDS = 10_000
 MAX_TOKENIZER_BYTES = 1 << 28
 #: Characters that the rules of a tokenizer may make of one; usual rules make up to three.
 MAX_TOKENIZER_GROWTH = 4096
+#: Bytes of a rank file of tiktoken, bytes of a token in it, ways to make its tokens of two others, and numbers of
+#: tokens beside its ranks. Known files have up to 4 MB, 128 bytes, some 300,000 ways and 256 numbers.
+MAX_RANKS_BYTES, MAX_TOKEN_BYTES, MAX_MERGES, MAX_ADDED_TOKENS = 1 << 25, 1024, 1 << 22, 1 << 16
 #: Bytes of one line of JSON: a document, or a row of metrics.
 MAX_LINE_BYTES = 1 << 28
 #: Objects and lists within each other; configurations have up to six, a tokenizer twelve.

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
 from sparsezoo_jax.data.dataset_names import are_games, require_corpus, short_name
+from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.storage import OBJECT_STORES, is_object, path, require_place, scheme_of
 from sparsezoo_jax.untrusted import MAX_BATCH_TOKENS, Local
@@ -118,8 +119,13 @@ class DataConfig:
     a small corpus pass."""
 
     tokenizer: Annotated[str | None, Local(harmless=("chess",))] = None
-    """Path to a tokenizer.json, a SentencePiece .model, or a directory with one; 'chess' is the 32 characters of chess
-    games. None takes those for 'chess' and .pgn files, and trains a byte-level BPE on the training split of others."""
+    """Path to a tokenizer.json, a SentencePiece .model, a rank file of tiktoken, or a directory with one; 'chess' is
+    the 32 characters of chess games. None takes those for 'chess' and .pgn files, and trains a byte-level BPE on the
+    training split of others."""
+
+    tokenizer_family: TokenizerFamily | None = None
+    """How a rank file of tiktoken cuts texts into pieces, and its special tokens, which it doesn't hold. None: as the
+    known file with as many ranks."""
 
     bpe_vocab_size: int = 4096
     """Vocabulary size of the trained BPE, specials included (a small corpus may yield fewer)."""

@@ -1,4 +1,6 @@
-"""Tokenizers from files: Hugging Face's `tokenizer.json`, `vocab.json` with `merges.txt`, SentencePiece's `.model`."""
+"""Tokenizers from files: Hugging Face's `tokenizer.json`, `vocab.json` with `merges.txt`, SentencePiece's `.model`, and
+rank files of tiktoken.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from sparsezoo_jax.data.special_tokens import (
     numbers_in,
     template_tokens,
 )
+from sparsezoo_jax.data.tiktoken_files import LONGEST_LINE, SUFFIX, TokenizerFamily, holds_ranks, tiktoken_bpe
 from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning
 from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.untrusted import (
@@ -35,6 +38,7 @@ from sparsezoo_jax.untrusted import (
 
 HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+RANKS_FILE = f"tokenizer{SUFFIX}"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -153,6 +157,8 @@ def _faults_of_library(what: str) -> Iterator[None]:
     """Errors of the Rust side, which raises bare `Exception`, and panics, which are none, as `DataError`."""
     try:
         yield
+    except DataError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise DataError(f"{what}: {error}") from error
@@ -187,7 +193,11 @@ class HFTokenizer(_Base):
 
     def _special(self, role: str, named: dict[str, str | None]) -> int | None:
         key = f"{role}_token"
-        candidates = (named[key],) if key in named else (*template_tokens(self._tokenizer, role), *self._USUAL[role])
+        usual = self._USUAL[role]
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        if special:  # then "<s>" may be a word among others, of web pages
+            usual = tuple(name for name in usual if name in special)
+        candidates = (named[key],) if key in named else (*template_tokens(self._tokenizer, role), *usual)
         ids = (self._tokenizer.token_to_id(token) for token in candidates if token is not None)
         return next((i for i in ids if i is not None), None)
 
@@ -291,33 +301,72 @@ class SentencePieceTokenizer(_Base):
         return write_atomic(storage.path(directory) / SENTENCEPIECE_FILE, self._processor.serialized_model_proto())
 
 
-def find_tokenizer(run_dir: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer in a directory, or None if it holds none; raises `DataError` for a damaged one."""
-    for name in TOKENIZER_FILES:
-        if (storage.path(run_dir) / name).is_file():
-            return load_tokenizer(storage.path(run_dir) / name)
-    return None
+def find_tokenizer(run_dir: str | os.PathLike[str], family: TokenizerFamily | None = None) -> Tokenizer | None:
+    """The tokenizer in a directory, or None if it holds none; `family` as in `load_tokenizer`.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    path = tokenizer_file(run_dir)
+    return None if path is None else load_tokenizer(path, family)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads a `tokenizer.json`, a SentencePiece `.model`, or the one that a directory holds.
+def tokenizer_file(directory: str | os.PathLike[str]) -> Path | None:
+    """The file of a directory's tokenizer: of those of known names the first, else the one whose suffix is tiktoken's.
 
-    Raises `DataError` naming the file if it is missing, damaged or of neither kind.
+    Raises:
+      DataError: there are several of these.
+    """
+    folder = storage.path(directory)
+    known = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    if known is not None or not folder.is_dir():
+        return known
+    ranks = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+    if len(ranks) > 1:
+        raise DataError(f"{folder}: holds {', '.join(path.name for path in ranks)}; name one of them")
+    return ranks[0] if ranks else None
+
+
+def is_converted(directory: str | os.PathLike[str]) -> bool:
+    """Whether the tokenizer of a directory has a form there that it is not saved in: a rank file."""
+    path = tokenizer_file(directory)
+    if path is None or path.suffix not in (SUFFIX, Path(SENTENCEPIECE_FILE).suffix):
+        return False
+    with storage.open_read(path) as file:
+        return path.suffix == SUFFIX or holds_ranks(file.read(LONGEST_LINE))
+
+
+def load_tokenizer(path: str | os.PathLike[str], family: TokenizerFamily | None = None) -> Tokenizer:
+    """Loads a `tokenizer.json`, a SentencePiece `.model`, a rank file of tiktoken, or the one that a directory holds.
+
+    Args:
+      path: of the file or directory.
+      family: of a rank file; None: going by its number of ranks. Tokenizers in other files know their own rules.
+
+    Raises:
+      DataError: the file (named) is missing, damaged or of no such kind; a rank file is of no known family.
     """
     path = storage.path(path).expanduser()
     if path.is_dir():
-        tokenizer = find_tokenizer(path)
+        tokenizer = find_tokenizer(path, family)
         if tokenizer is None:
             raise DataError(f"{path}: holds neither {' nor '.join(TOKENIZER_FILES)}")
         return tokenizer
     of_suffix = (load for name, load in TOKENIZER_FILES.items() if Path(name).suffix == path.suffix)
     load = TOKENIZER_FILES.get(path.name) or next(of_suffix, None)
     if load is None:
-        raise DataError(f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, or a directory with one")
+        raise DataError(
+            f"{path}: a tokenizer is a {HF_FILE}, a SentencePiece .model, a {SUFFIX} of ranks, or a directory with one"
+        )
     try:
         content = read_bytes(path, MAX_TOKENIZER_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: can't read the tokenizer: {getattr(error, 'strerror', None) or error}") from error
+    # Llama 3's rank file has the name of Llama 2's SentencePiece model.
+    if load is _load_ranks or (load is _load_sentencepiece and holds_ranks(content)):
+        return _load_ranks(path, content, family)
+    if family is not None:
+        raise DataError(f"{path}: knows its own rules; data.tokenizer-family={family} is for rank files of tiktoken")
     return load(path, content)
 
 
@@ -425,6 +474,13 @@ def _load_vocabulary(path: Path, content: bytes) -> HFTokenizer:
     return _with_specials(tokenizer, path)
 
 
+def _load_ranks(path: Path, content: bytes, family: TokenizerFamily | None = None) -> HFTokenizer:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with _faults_of_library(f"{path}: not a tokenizer, or damaged"):
+        tokenizer = tiktoken_bpe(path, content, family)
+    return _with_specials(tokenizer, path)
+
+
 def _growth(rule: dict[str, Any]) -> int:
     """Characters that a normalizer or decoder may make of one."""
     growth = math.prod(map(_growth, rule.get("normalizers") or rule.get("decoders") or ()))
@@ -439,4 +495,5 @@ TOKENIZER_FILES: dict[str, Callable[[Path, bytes], Tokenizer]] = {
     HF_FILE: _load_hf,
     SENTENCEPIECE_FILE: _load_sentencepiece,
     VOCABULARY_FILE: _load_vocabulary,
+    RANKS_FILE: _load_ranks,
 }

@@ -15,7 +15,7 @@ from sparsezoo_jax.data.config import DataConfig, cache_directory
 from sparsezoo_jax.data.documents import Documents, digest, with_parts
 from sparsezoo_jax.data.skipping import Skips, accepted
 from sparsezoo_jax.data.tokenizer import HF_FILE, HFTokenizer, Tokenizer, load_tokenizer
-from sparsezoo_jax.errors import DataError
+from sparsezoo_jax.errors import DataError, require
 
 #: Names the tokenizer of chess games in `data.tokenizer`.
 CHESS = "chess"
@@ -29,16 +29,15 @@ def build_tokenizer(config: DataConfig, documents: Documents) -> Tokenizer:
     """The tokenizer that `config` names, that of chess games for a corpus of them, or else a byte-level BPE trained on
     `documents` (the training split).
     """
-    name = config.tokenizer_name
-    if name is None:
-        return train_bpe(documents, config.bpe_vocab_size, cache_directory(config), Skips.of(config))
-    return named_tokenizer(name)
+    if (named := named_tokenizer(config)) is not None:
+        return named
+    return train_bpe(documents, config.bpe_vocab_size, cache_directory(config), Skips.of(config))
 
 
 def build_mixture_tokenizer(config: DataConfig, corpora: Sequence[Documents], shares: Sequence[float]) -> Tokenizer:
     """As `build_tokenizer` for the training splits of a mixture's corpora, and their shares, which add up to 1."""
-    if config.tokenizer_name is not None:
-        return named_tokenizer(config.tokenizer_name)
+    if (named := named_tokenizer(config)) is not None:
+        return named
     size, directory = config.bpe_vocab_size, cache_directory(config)
     key = digest("mixture", *(documents.fingerprint for documents in corpora), *shares, size, BPE_RECIPE)
     samples = (
@@ -48,9 +47,18 @@ def build_mixture_tokenizer(config: DataConfig, corpora: Sequence[Documents], sh
     return _train(itertools.chain.from_iterable(samples), size, directory / "tokenizers" / key)
 
 
-def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: a path, or that of chess games."""
-    return character_tokenizer(CHARACTERS) if name == CHESS else load_tokenizer(name)
+def named_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that `config` names: by a path, or that of chess games; None: a BPE is to be trained.
+
+    Raises:
+      DataError: as `load_tokenizer`. ConfigError: a family is given for something else than a file.
+    """
+    name, family = config.tokenizer_name, config.tokenizer_family
+    if name is None or name == CHESS:
+        allowed = "is for a rank file of tiktoken that data.tokenizer names"
+        require(family is None, "data.tokenizer_family", family, allowed)
+        return None if name is None else character_tokenizer(CHARACTERS)
+    return load_tokenizer(name, family)
 
 
 def character_tokenizer(characters: str) -> HFTokenizer:

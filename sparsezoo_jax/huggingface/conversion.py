@@ -21,6 +21,7 @@ from sparsezoo_jax import storage
 from sparsezoo_jax.config import RunConfig, read_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.data.config import DataConfig
+from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.huggingface.layouts import (
     SPARSEZOO,
@@ -78,7 +79,9 @@ class Place(NamedTuple):
     """Of one layer; 1 where there are none."""
 
 
-def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conversion:
+def from_hf(
+    source: Path, directory: Path, *, not_finite: bool = False, tokenizer_family: TokenizerFamily | None = None
+) -> Conversion:
     """Make a run directory, with one checkpoint at step 0, of a checkpoint in Hugging Face's layout.
 
     Args:
@@ -86,6 +89,7 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         files if there are any.
       directory: empty or absent.
       not_finite: take weights that are NaN or infinite, too.
+      tokenizer_family: of a rank file of tiktoken, as in `load_tokenizer`; such a tokenizer becomes a tokenizer.json.
 
     Raises:
       UserError: weights that are not finite; a model that is not supported, or tensors that are missing, unexpected or
@@ -112,7 +116,7 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         if completed is not None:
             values = completed(values, opened().shapes)
         layout, model = read_model(values, source / "config.json")
-        tokenizer = find_tokenizer(source)
+        tokenizer = find_tokenizer(source, tokenizer_family)
         _check_vocabulary(source, tokenizer, model)
         files = opened()
         (parameters, variables), layout = _shapes(model), layout.named_as(files.shapes)
@@ -146,7 +150,7 @@ def from_hf(source: Path, directory: Path, *, not_finite: bool = False) -> Conve
         with _mapped(directory, held, parts) as arrays:
             state = {path: arrays.get(path, initial) for path, initial in _variables(model).items()}
             save_params(directory / CHECKPOINTS, {path: arrays[path] for path in parameters}, state)
-    copy_tokenizer(source, directory)
+    copy_tokenizer(source, directory, tokenizer)
     write_config(directory, config)  # last: an interrupted conversion leaves no run behind
     count = sum(math.prod(shape) for shape in parameters.values())
     return Conversion(layout.model_type, count, dtype, tokenizer is not None, notes)
@@ -213,7 +217,7 @@ def to_hf(
         try:
             destination.mkdir(parents=True, exist_ok=True)
             write_tensors(destination, tensors, value_of, max_file_bytes)
-            copy_tokenizer(directory, destination)
+            copy_tokenizer(directory, destination, tokenizer)
             complete_tokenizer(directory, destination, tokenizer, model.max_seq_len)
             for file, text in {**code, CARD: card, CONFIG: json.dumps(values, indent=2) + "\n"}.items():
                 storage.write_atomic(destination / file, text.encode())

@@ -8,9 +8,9 @@ from typing import Any
 
 from sparsezoo_jax import storage
 from sparsezoo_jax.data import Tokenizer
-from sparsezoo_jax.data.chat import TEMPLATE_FILE
+from sparsezoo_jax.data.chat import TEMPLATE_FILE, copy_template
 from sparsezoo_jax.data.special_tokens import GENERATION_FILE, HF_CONFIG_FILE, SPECIALS_FILE, stop_ids
-from sparsezoo_jax.data.tokenizer import HF_FILE
+from sparsezoo_jax.data.tokenizer import HF_FILE, is_converted
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 from sparsezoo_jax.untrusted import MAX_TOKENIZER_BYTES, read_json
 
@@ -21,8 +21,8 @@ TOKENIZER_FILES = (
 ROLES = ("bos", "eos", "pad")
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy what there is of `TOKENIZER_FILES`.
+def copy_tokenizer(source: Path, destination: Path, tokenizer: Tokenizer | None) -> None:
+    """Copy what there is of `TOKENIZER_FILES`; where the tokenizer's own file is not among these, save `tokenizer`.
 
     Raises:
       UserError: a link out of the directory, which would copy a file of this machine into what may be given away; the
@@ -30,14 +30,19 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
       StorageError: reading or writing failed.
     """
     homes = (source.resolve(), source.resolve().parent.parent / "blobs")
+    converted = tokenizer is not None and is_converted(source)
     try:
-        for name in TOKENIZER_FILES:
+        for name in (GENERATION_FILE,) if converted else TOKENIZER_FILES:
             if (source / name).is_file():
                 if (source / name).resolve().parent not in homes:
                     raise UserError(f"{source / name}: is a link out of its directory; put the file there")
                 storage.copy(source / name, destination / name)
     except OSError as error:
         raise StorageError(f"{destination}: {error.strerror}") from error
+    if converted:
+        assert tokenizer is not None
+        tokenizer.save(destination)
+        copy_template(source, destination)
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

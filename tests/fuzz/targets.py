@@ -1,5 +1,6 @@
 """The readers, each with its inputs."""
 
+import base64
 import bz2
 import contextlib
 import gzip
@@ -231,7 +232,14 @@ def _tokenizer(name: str) -> Callable[[Path, bytes], None]:
     return read
 
 
+def _ranks(folder: Path, content: bytes) -> None:
+    tokenizer = load_tokenizer(_file(folder, "x.tiktoken", content), "o200k")
+    assert tokenizer.decode(tokenizer.encode(_TEXT)) == _TEXT
+
+
 _TOKENIZER = _tokenizer_json()
+_TIKTOKEN = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b"he", b" t", b" the"]
+_RANKS = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(_TIKTOKEN))
 
 # -------------------------------------------------------------------------------------------------------------- Corpora
 
@@ -383,6 +391,7 @@ TARGETS = {
     "tokenizer": Target(json_bytes([_TOKENIZER]), _tokenizer("tokenizer.json"), 300),
     "tokenizer_config": Target(json_bytes([{"eos_token": "<eos>"}]), _tokenizer("tokenizer_config.json"), 150),
     "sentencepiece": Target(damaged(_sentencepiece(), often=0), _tokenizer("tokenizer.model"), 150),
+    "ranks": Target(damaged(_RANKS, often=0), _ranks, 100),
     "pgn": Target(damaged(_PGN, often=0), _pgn, 300),
     "jsonl": Target(json_bytes(_JSONL), _documents("x.jsonl"), 200),
     "json": Target(json_bytes([*_ARRAY, *_JSONL]), _documents("x.json"), 100),
