@@ -234,8 +234,9 @@ def _query_map(source: MLA) -> nnx.Param:
 
 
 @packs(GQA)
-def _gqa(source: GQA, formats: Formats, active: float | None) -> PackedGQA:
-    return PackedGQA(source, formats.weights, active)
+def _gqa(source: GQA, formats: Formats, active: float | None) -> PackedGQA | None:
+    # Layers above read what this one keeps, in the layout that it is trained in.
+    return PackedGQA(source, formats.weights, active) if source.keys == "own" else None
 
 
 @packs(SparkAttention)

@@ -14,7 +14,7 @@ from sparsezoo_jax.inference.generation import GenerationStats
 from sparsezoo_jax.inference.layouts import DecodingLayout
 from sparsezoo_jax.inference.packing import PackedDecoder
 from sparsezoo_jax.models import Decoder, Sparsity
-from sparsezoo_jax.models.accounting import reads_per_token
+from sparsezoo_jax.models.accounting import attention_weights, end_weights, reads_per_token
 
 
 def read_per_token(model: Decoder, stats: GenerationStats) -> float:
@@ -42,6 +42,8 @@ def bytes_read(model: Decoder, context: int, stats: Mapping[str, Any]) -> float:
     if not isinstance(model, PackedDecoder):
         return (reads.weights + reads.head + reads.cache) * size
     total = reads.cache * size + model.output_rows.bytes_read + _bytes_of(model.head.maps())
+    beside = config.altup.weights(config.d_model) + config.per_layer.weights(config.d_model)
+    total += (end_weights(config) + config.layers * beside) * size
     blocks = [block for segment in model.segments for block in segment.blocks]
     for block, share, active, spec in zip(blocks, density, sparsity.active_neurons, specs, strict=True):
         ffn, attention = block.ffn, block.attention
@@ -53,7 +55,7 @@ def bytes_read(model: Decoder, context: int, stats: Mapping[str, Any]) -> float:
         if isinstance(attention, DecodingLayout):
             total += attention.bytes_read()
         else:
-            total += spec.attention.projection_weights(config.d_model) * size
+            total += attention_weights(spec, config.d_model) * size
         total += _bytes_of(block.attention_residual.maps()) + _bytes_of(block.ffn_residual.maps())
     return total
 

@@ -23,7 +23,7 @@ class ParameterCount:
 
     total: int
     embedding: int
-    """Token and position embeddings, and the output projection where it is untied."""
+    """Token, position and per-layer embeddings, and the output projection where it is untied."""
     active: int
     """Those of one token's forward pass: all but the experts that a fixed number of chosen ones leaves out."""
     mtp: int = 0
@@ -46,7 +46,8 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
     def size(tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
-    tables = (model.embedding_VD, model.positions_PD, model.output_DV)
+    per_layer = None if model.per_layer is None else model.per_layer.table_VP
+    tables = (model.embedding_VD, model.positions_PD, model.output_DV, per_layer)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
     mtp = size(nnx.state(model.mtp, nnx.Param))
     total = size(nnx.state(model, nnx.Param)) - mtp
@@ -59,7 +60,7 @@ class ActivatedCount:
     """Numbers of weights that one token needs; norm scales are not counted."""
 
     layers: float
-    """Attention, feed-forward networks and residual connections of all layers."""
+    """Attention, feed-forward networks and residual connections of all layers, and maps below and above them."""
     head: float
     """Output projection."""
 
@@ -103,7 +104,7 @@ def flops_per_token(
     for spec, active, attended in _layers(config, sparsity):
         mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
         total += _layer_flops(config, spec, mixing, active)
-    return total + (2 * _head_weights(config) if logits else 0)
+    return total + 2 * end_weights(config) + (2 * _head_weights(config) if logits else 0)
 
 
 class TrainFlops(NamedTuple):
@@ -163,7 +164,7 @@ class Reads(NamedTuple):
     """Numbers that decoding one token reads."""
 
     weights: float
-    """Of the layers."""
+    """Of the layers, and of maps below and above them."""
     cache: float
     head: float
     """Weights of the output projection."""
@@ -181,6 +182,7 @@ def reads_per_token(
     for spec, active, attended in _layers(config, sparsity):
         cache += _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
         weights += _layer_weights(config, spec, active)
+    weights += end_weights(config)
     return Reads(weights, cache, _head_weights(config))
 
 
@@ -191,7 +193,7 @@ def activated_parameters(config: DecoderConfig, sparsity: Sparsity | None = None
     arXiv 2412.05644).
     """
     layers = sum(_layer_weights(config, spec, active) for spec, active, _ in _layers(config, sparsity))
-    return ActivatedCount(layers, _head_weights(config))
+    return ActivatedCount(layers + end_weights(config), _head_weights(config))
 
 
 def dense_twin(config: DecoderConfig) -> DecoderConfig | None:
@@ -217,15 +219,34 @@ def _connections(config: DecoderConfig) -> float:
 
 
 def _layer_flops(config: DecoderConfig, spec: LayerSpec, mixing: float, active: float | None) -> float:
-    attention = spec.attention.projection_flops(_width(config, "attention")) + mixing
-    beside = 2 * _connections(config) + config.adapter.flops(config.d_model)
+    width = _width(config, "attention")
+    attention = spec.attention.projection_flops(width) + mixing - 2 * _lacking(spec, width)
+    beside = 2 * (_connections(config) + config.per_layer.weights(config.d_model))
+    beside += config.adapter.flops(config.d_model) + config.altup.flops(config.d_model)
     return attention + spec.ffn.flops(_width(config, "ffn"), active) + beside
 
 
 def _layer_weights(config: DecoderConfig, spec: LayerSpec, active: float | None) -> float:
-    attention = spec.attention.projection_weights(_width(config, "attention"))
-    beside = _connections(config) + config.adapter.weights(config.d_model)
+    attention = attention_weights(spec, _width(config, "attention"))
+    parts = (config.adapter, config.altup, config.per_layer)
+    beside = _connections(config) + sum(part.weights(config.d_model) for part in parts)
     return attention + spec.ffn.weights(_width(config, "ffn"), active) + beside
+
+
+def attention_weights(spec: LayerSpec, width: int) -> int:
+    """Weights of a layer's maps from and to a stream of this width."""
+    return spec.attention.projection_weights(width) - _lacking(spec, width)
+
+
+def _lacking(spec: LayerSpec, width: int) -> int:
+    """Weights of attention that a layer with keys and values of another lacks."""
+    return spec.attention.key_weights(width) if spec.keys == "reused" else 0
+
+
+def end_weights(config: DecoderConfig) -> int:
+    """Weights of maps below the first layer and above the last one that one token needs."""
+    projection = config.per_layer.projection_weights(config.d_model, config.layers)
+    return config.altup.end_weights(config.d_model) + projection
 
 
 def _head_weights(config: DecoderConfig) -> float:

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
-from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
+from sparsezoo_jax.models.common import BuildContext, CallContext, KeysOf, LayerAux
 from sparsezoo_jax.models.contract import Attention, AttentionKind, MapSize, register_attention
-from sparsezoo_jax.models.norms import Norm, NormConfig
+from sparsezoo_jax.models.norms import Norm, NormConfig, unit_rms
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
 from sparsezoo_jax.models.width import WHOLE, Width
@@ -21,6 +22,8 @@ from sparsezoo_jax.pallas_kernels.attention import flash_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain
 
+#: Logical axes of keys and values.
+KEYS = ("batch", None, "kv_heads", "head_dim")
 NormOver = Literal["head", "heads"]
 
 
@@ -30,6 +33,7 @@ class GQAConfig(AttentionKind):
     """Grouped-query attention; as many key/value heads as query heads make it multi-head attention."""
 
     partial_width: ClassVar[bool] = True
+    shares_keys: ClassVar[bool] = True
 
     kind: Literal["gqa"] = "gqa"
     heads: int
@@ -54,6 +58,8 @@ class GQAConfig(AttentionKind):
     """Added to the mean square by these norms."""
     qk_norm_zero_centered: bool = False
     """Store their scales as offsets from 1 (Gemma 3)."""
+    value_norm: bool = False
+    """RMS-normalise values, without a scale, by `qk_norm_eps` (Gemma 3n)."""
     bias: bool = False
     """Biases on the four projections."""
     output_bias: bool | None = None
@@ -101,12 +107,16 @@ class GQAConfig(AttentionKind):
         """Weights of the four projections; every token needs all."""
         return projection_weights(self, d_model)
 
+    def key_weights(self, d_model: int) -> int:
+        """Weights of the maps to keys and values, biases included."""
+        return 2 * self.kv_heads * self.head_dim * (d_model + (1 if self.bias else 0))
+
     def cache_reads(self, keys: int, target: float | None = None) -> float:
         """Numbers that one token reads from a cache of `keys` visible keys; `target` changes nothing."""
         return 2 * self.kv_heads * self.head_dim * keys
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> GQA:
-        return GQA(self, ctx, rngs)
+        return ReusingGQA(self, ctx, rngs) if ctx.keys == "reused" else GQA(self, ctx, rngs)
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, rope: RopeConfig | None) -> None:
@@ -155,49 +165,62 @@ class HeadNorm(Norm):
         return super().__call__(x_BTNH.reshape(*x_BTNH.shape[:2], -1), where).reshape(x_BTNH.shape)
 
 
-class Projections(nnx.Module):
-    """The query, key, value and output maps of an attention layer."""
+class QueryProjections(nnx.Module):
+    """The query and output maps of an attention layer."""
 
     def __init__(self, config, ctx: BuildContext, rngs: nnx.Rngs):
-        d, heads, kv_heads, width = ctx.d_model, config.heads, config.kv_heads, config.head_dim
+        d, heads, width = ctx.d_model, config.heads, config.head_dim
         self.dtype = ctx.dtype
         self.q_DNH = ctx.weight(rngs, (d, heads, width), ("embed", "heads", "head_dim"), ctx.fan_in)
-        self.k_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
-        self.v_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
+        self._build_keys(config, ctx, rngs)
         self.o_NHD = ctx.weight(rngs, (heads, width, d), ("heads", "head_dim", "embed"), heads * width, output=True)
         self.q_bias = ctx.constant(0.0, (heads, width), ("heads", "head_dim")) if config.bias else None
-        self.k_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
-        self.v_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
         self.o_bias = ctx.constant(0.0, (d,), ("embed",)) if has_output_bias(config) else None
+        self.q_norm = HeadNorm(config, ctx, heads, "heads") if config.qk_norm else None
 
-        def norm(heads: int, axis: str) -> HeadNorm | None:
-            return HeadNorm(config, ctx, heads, axis) if config.qk_norm else None
+    def _build_keys(self, config, ctx: BuildContext, rngs: nnx.Rngs) -> None:
+        """The maps between those of queries and outputs, in the order in which weights are drawn. Here: none."""
 
-        self.q_norm, self.k_norm = norm(heads, "heads"), norm(kv_heads, "kv_heads")
+    def _projected(self, name: str, x_BTD: jax.Array, stream: Width, weight: Any, bias: Any, norm: Any) -> jax.Array:
+        heads, width = weight.shape[1:]
+        weight_DO = weight[...].astype(self.dtype).reshape(-1, heads * width)
+        y = stream.read(stream.channels(name, x_BTD, lambda: weight_DO), weight_DO)
+        y = stream.added(name, y)
+        y = y.reshape(*x_BTD.shape[:2], heads, width)
+        y = y if bias is None else y + bias[...].astype(self.dtype)
+        return y if norm is None else norm(y)
 
-    def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
-
-        def project(name, weight, bias):
-            heads, width = weight.shape[1:]
-            weight_DO = weight[...].astype(self.dtype).reshape(-1, heads * width)
-            y = stream.read(stream.channels(name, x_BTD, lambda: weight_DO), weight_DO)
-            y = stream.added(name, y)
-            y = y.reshape(*x_BTD.shape[:2], heads, width)
-            return y if bias is None else y + bias[...].astype(self.dtype)
-
-        q = project("q", self.q_DNH, self.q_bias)
-        k = project("k", self.k_DKH, self.k_bias)
-        v = project("v", self.v_DKH, self.v_bias)
-        # Queries stay where their part of the sequence is; keys and values of the whole sequence come to them.
-        q = constrain(q if self.q_norm is None else self.q_norm(q), ("batch", "length", "heads", "head_dim"))
-        k = constrain(k if self.k_norm is None else self.k_norm(k), ("batch", None, "kv_heads", "head_dim"))
-        return q, k, constrain(v, ("batch", None, "kv_heads", "head_dim"))
+    def queries(self, x_BTD: jax.Array, stream: Width = WHOLE) -> jax.Array:
+        """Queries [B, T, N, H], not rotated yet. They stay where their part of the sequence is."""
+        q = self._projected("q", x_BTD, stream, self.q_DNH, self.q_bias, self.q_norm)
+        return constrain(q, ("batch", "length", "heads", "head_dim"))
 
     def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         o_NHD = self.o_NHD[...].astype(self.dtype)
         y = stream.added("o", stream.write(stream.channels("o", y_BTNH, lambda: o_NHD), o_NHD))
         return y if self.o_bias is None else y + self.o_bias[...].astype(self.dtype)
+
+
+class Projections(QueryProjections):
+    """The query, key, value and output maps of an attention layer."""
+
+    def _build_keys(self, config, ctx: BuildContext, rngs: nnx.Rngs) -> None:
+        d, kv_heads, width = ctx.d_model, config.kv_heads, config.head_dim
+        self.k_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
+        self.v_DKH = ctx.weight(rngs, (d, kv_heads, width), ("embed", "kv_heads", "head_dim"), ctx.fan_in)
+        self.k_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
+        self.v_bias = ctx.constant(0.0, (kv_heads, width), ("kv_heads", "head_dim")) if config.bias else None
+        self.k_norm = HeadNorm(config, ctx, kv_heads, "kv_heads") if config.qk_norm else None
+
+    def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet.
+
+        Keys and values of the whole sequence come to the queries.
+        """
+        q = self.queries(x_BTD, stream)
+        k = self._projected("k", x_BTD, stream, self.k_DKH, self.k_bias, self.k_norm)
+        v = self._projected("v", x_BTD, stream, self.v_DKH, self.v_bias, None)
+        return q, constrain(k, KEYS), constrain(v, KEYS)
 
 
 class GQA(Attention):
@@ -209,25 +232,37 @@ class GQA(Attention):
         "v": "projections/v_DKH",
         "o": "projections/o_NHD",
     }
+    keys: KeysOf = "own"
 
     def __init__(self, config: GQAConfig, ctx: BuildContext, rngs: nnx.Rngs):
         super().__init__(config, ctx)
-        self.projections = Projections(config, ctx, rngs)
+        self.keys = ctx.keys
+        self.projections: Any = self._projections(ctx, rngs)
+
+    def _projections(self, ctx: BuildContext, rngs: nnx.Rngs) -> QueryProjections:
+        return Projections(self.config, ctx, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
         config = self.config
         q, k, v = self.projections.qkv(x_BTD, ctx.width)
+        if config.value_norm:
+            v = unit_rms(v, config.qk_norm_eps)
         if config.rope is not None:
             rope = config.rope.of(self.layer_type)
             q, k = apply_rope(q, ctx.positions_BT, *rope), apply_rope(k, ctx.positions_BT, *rope)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
+        out_BTD, aux = self._mixed(q, (k, v) if cache is None else cache, ctx)
+        return out_BTD, aux, LayerCache(k, v) if cache is None and self.keys == "kept" else cache
+
+    def _mixed(self, q: jax.Array, keys_values: Any, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        """The output [B, T, D] of rotated queries."""
         visible = ctx.visible[self.layer_type]
-        y = self.attend(q, (k, v) if cache is None else cache, visible)
+        y = self.attend(q, keys_values, visible)
         records = ctx.recorded({ATTENTION_VISIBLE: lambda: visible.mask})
         aux = LayerAux(stats={"attended_keys": ctx.keys_seen[self.layer_type]}, records=records)
-        return self.projections.output(y, ctx.width), aux, cache
+        return self.projections.output(y, ctx.width), aux
 
     @property
     def scale(self) -> float:
@@ -239,3 +274,23 @@ class GQA(Attention):
         k, v = keys_values
         form = {"softcap": self.config.softcap, "implementation": self.config.implementation}
         return flash_attention(q, k, v, visible, scale=self.scale, **form)
+
+
+class ReusingGQA(GQA):
+    """`GQA` to the keys and values that a layer below kept (`CallContext.kept`); its own cache is empty."""
+
+    def _projections(self, ctx: BuildContext, rngs: nnx.Rngs) -> QueryProjections:
+        return QueryProjections(self.config, ctx, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
+        q = self.projections.queries(x_BTD, ctx.width)
+        if self.config.rope is not None:
+            q = apply_rope(q, ctx.positions_BT, *self.config.rope.of(self.layer_type))
+        return *self._mixed(q, ctx.kept[self.layer_type], ctx), cache
+
+    def empty_cache(self, batch: int, length: int) -> LayerCache:
+        """A cache of no heads."""
+        empty = jnp.zeros((batch, length, 0, self.config.head_dim), self.dtype)
+        return LayerCache(empty, empty)

@@ -22,6 +22,8 @@ from sparsezoo_jax.pallas_kernels.activations import ACTIVATIONS
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
 LayerType = Literal["global", "local"]
+KeysOf = Literal["own", "kept", "reused"]
+"""Whose keys and values a layer attends to: its own, its own that later layers get too, or those that they get."""
 DType = Literal["float32", "bfloat16"]
 
 
@@ -63,6 +65,8 @@ class BuildContext:
     """Fan-in of sublayers' maps from the residual stream. None: all of its width."""
     first_layers: int = 0
     """Layers at the bottom that have another feed-forward network."""
+    keys: KeysOf = "own"
+    """Whose keys and values the layer attends to."""
 
     @property
     def fan_in(self) -> int:
@@ -160,6 +164,8 @@ class CallContext:
     """Scalar for which FFNs return the loss `models.ffn.smooth_density`; None: they don't."""
     routing: Any = None
     """What the residual connection before, in the same layer, leaves for the next (see `models.residual`)."""
+    kept: Mapping[LayerType, Any] = field(default_factory=dict)
+    """For each layer type, keys and values of the layer of that type that kept its own last."""
     width: Width = WHOLE
     """How a sublayer reads and writes the residual stream; its residual connection sets it."""
 

@@ -10,9 +10,11 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.adapter import AdapterConfig
-from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, LayerType
+from sparsezoo_jax.models.altup import AltUpConfig
+from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, KeysOf, LayerType
 from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, FFNKind, ResidualConfig
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.remat import Remat
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.overrides import integers
@@ -25,6 +27,7 @@ class LayerSpec(NamedTuple):
     layer_type: LayerType
     attention: AttentionConfig
     ffn: FFNConfig
+    keys: KeysOf = "own"
 
 
 class SegmentSpec(NamedTuple):
@@ -61,6 +64,13 @@ class DecoderConfig:
     """How sublayers join the residual stream."""
     adapter: AdapterConfig = AdapterConfig()
     """Bottleneck adapters after sublayers."""
+    altup: AltUpConfig = AltUpConfig()
+    """A residual stream wider than the layers."""
+    per_layer: PerLayerConfig = PerLayerConfig()
+    """Embeddings that each layer adds."""
+    kv_shared_layers: int = 0
+    """Layers at the top that have no keys and values: each attends to those of the last layer of its type below them
+    (Gemma 3n; "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention", arXiv 2405.12981)."""
     norm: NormConfig = NormConfig()
     """Normalisation of sublayer inputs and of the final state."""
     layer_pattern: tuple[LayerType, ...] = Field(default=("global",), min_length=1)
@@ -111,6 +121,7 @@ class DecoderConfig:
         allowed = f"must be none with model.residual.kind={self.residual.kind}: adapters are for pre_norm"
         plain = self.adapter.width is None or isinstance(self.residual, PreNormConfig)
         require(plain, "model.adapter.width", self.adapter.width, allowed)
+        self._check_keys()
         self.attention.check(self.d_model)
         first, below = self.first_layers, self.first_ffn
         require(0 <= first < self.layers, "model.first_layers", first, f"must be from 0 to {self.layers - 1}")
@@ -121,6 +132,23 @@ class DecoderConfig:
             self.residual.check(self.d_model, self.attention, ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 
+    def _check_keys(self) -> None:
+        shared = self.kv_shared_layers
+        name, able = "model.kv_shared_layers", self.attention.shares_keys or shared == 0
+        require(0 <= shared < self.layers, name, shared, f"must be from 0 to {self.layers - 1}")
+        require(able, name, shared, f"must be 0 with model.attention.kind={self.attention.kind}")
+        types = [self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.layers)]
+        homeless = set(types[self.layers - shared :]) - set(types[: self.layers - shared])
+        allowed = f"must leave a {', '.join(sorted(homeless))} layer below, whose keys and values are taken"
+        require(not homeless, name, shared, allowed)
+        for field, off in (
+            ("altup.streams", self.altup.streams == 1),
+            ("per_layer.width", self.per_layer.width is None),
+        ):
+            value = self.altup.streams if field == "altup.streams" else self.per_layer.width
+            require(off or not self.mtp_layers, f"model.{field}", value, "can't be used with model.mtp_layers")
+        require(not (shared and self.mtp_layers), name, shared, "must be 0 with model.mtp_layers")
+
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, padding included."""
@@ -130,9 +158,16 @@ class DecoderConfig:
         """What each layer is made of, in order."""
         pattern = self.layer_pattern
         return tuple(
-            LayerSpec(pattern[i % len(pattern)], self.attention, self._ffn_of(i).for_layer(i, self.layers))
+            LayerSpec(
+                pattern[i % len(pattern)], self.attention, self._ffn_of(i).for_layer(i, self.layers), self._keys_of(i)
+            )
             for i in range(self.layers)
         )
+
+    def _keys_of(self, layer: int) -> KeysOf:
+        if self.kv_shared_layers == 0:
+            return "own"
+        return "kept" if layer < self.layers - self.kv_shared_layers else "reused"
 
     def _ffn_of(self, layer: int) -> FFNKind:
         return self.ffn if self.first_ffn is None or layer >= self.first_layers else self.first_ffn
@@ -153,7 +188,7 @@ class DecoderConfig:
         """The layer of a module of multi-token prediction."""
         return SegmentSpec(self.layer_specs()[-1:], 1)
 
-    def build_context(self, layer_type: LayerType = "global") -> BuildContext:
+    def build_context(self, layer_type: LayerType = "global", keys: KeysOf = "own") -> BuildContext:
         """What layer kinds need to know to build themselves into this decoder."""
         return BuildContext(
             self.d_model,
@@ -164,4 +199,5 @@ class DecoderConfig:
             layer_type,
             self.residual.fan_in(self.d_model),
             self.first_layers,
+            keys,
         )

@@ -231,6 +231,9 @@ class FFNKind(Kind):
 class AttentionKind(Kind):
     """Configuration of an attention layer."""
 
+    shares_keys: ClassVar[bool] = False
+    """Whether layers may attend to keys and values of others: `build` looks at `BuildContext.keys`."""
+
     heads: int
     """Query heads."""
     window: int | None
@@ -267,6 +270,10 @@ class AttentionKind(Kind):
     def projection_flops(self, d_model: int) -> float:
         """FLOPs per token of these maps; a multiply-add counts 2. Default: twice the weights."""
         return 2 * self.projection_weights(d_model)
+
+    def key_weights(self, d_model: int) -> int:
+        """Of `projection_weights` those that a layer with keys and values of another lacks. Default: none."""
+        return 0
 
     @abc.abstractmethod
     def mixing_flops(self, keys: int, target: float | None = None) -> float:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.models.cache import DecoderCache
+from sparsezoo_jax.models.attention import KEYS
+from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.contract import Observed
 from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
-from sparsezoo_jax.models.layers import STREAM, Segment
+from sparsezoo_jax.models.layers import STREAM, Passed, Segment
 from sparsezoo_jax.models.mtp import Ahead, MTPModule, same_document, shifted
 from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
@@ -73,6 +74,8 @@ class Decoder(nnx.Module):
         padding = config.vocab_rows - vocab
         self.embedding_VD = table(vocab, ("vocab", "embed"), padding)
         self.positions_PD = table(config.max_seq_len, ("positions", "embed")) if config.learned_positions else None
+        self.per_layer = config.per_layer.build_table(ctx, config.norm, rngs, vocab)
+        self.altup = config.altup.build_ends(ctx, rngs)
         self.segments = nnx.List([Segment.build(config, segment, rngs) for segment in config.segments()])
         self.final_norm = config.norm.build(ctx)
         self.mtp = nnx.List([MTPModule(config, rngs) for _ in range(config.mtp_layers)])
@@ -128,18 +131,25 @@ class Decoder(nnx.Module):
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         x_BTD, tables = self.embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
+        vectors_LBTP = None if self.per_layer is None else self.per_layer(tokens_BT, x_BTD)
+        passed = Passed(x_BTD if self.altup is None else self.altup.spread(x_BTD))
+
         auxes: list[LayerAux] = []
         caches: list[Any] = []
         # Caches and edits are told apart by layer, which the scanned form can't do.
         scan = config.scan_layers and cache is None and edit is None and keep is None
+        if scan and config.kv_shared_layers:
+            passed = passed._replace(kept=self._nothing_kept(tokens_BT))
         for i, segment in enumerate(self.segments):
             first = len(auxes)
-            held = None if cache is None else cache.layers[first : first + segment.layers]
+            own = slice(first, first + segment.layers)
+            held, vectors = (None if every is None else every[own] for every in (cache and cache.layers, vectors_LBTP))
             placed = ctx.folded(i).of_layer(first)
-            x_BTD, segment_auxes, updated = segment(x_BTD, placed, held, scan=scan, remat=config.remat)
+            passed, segment_auxes, updated = segment(passed, placed, held, vectors, scan=scan, remat=config.remat)
             auxes.extend(segment_auxes)
             caches.extend(updated)
 
+        x_BTD = passed.x if self.altup is None else self.altup.join(passed.x)
         hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
         ahead, extra, head_auxes = (), [], [head_aux]
         if tables is not None and not self.deterministic:
@@ -158,6 +168,15 @@ class Decoder(nnx.Module):
         observed = (*(aux.observed for aux in auxes), *modules, *([head_aux.observed] if head_aux.observed else []))
         unused = None if logits else tables
         return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused, ahead)
+
+    def _nothing_kept(self, tokens_BT: jax.Array) -> dict[LayerType, LayerCache]:
+        """What a scan begins with in place of the keys and values that its layers keep."""
+        config = self.config
+        empty = [
+            constrain(jnp.zeros((*tokens_BT.shape, *shape), config.dtype), KEYS)
+            for shape in config.attention.cache_shapes
+        ]
+        return {layer_type: LayerCache(*empty) for layer_type in sorted(set(config.layer_pattern))}
 
     def embedded(
         self, tokens_BT: jax.Array, ctx: CallContext, tables: Tables | None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.models.adapter import adapted
-from sparsezoo_jax.models.common import CallContext, LayerAux
+from sparsezoo_jax.models.altup import STREAMS
+from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.contract import FFN, Attention, Observed, Sublayer
 from sparsezoo_jax.models.records import FFN_HIDDEN, FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
 from sparsezoo_jax.models.remat import Remat, rematerialised
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from sparsezoo_jax.models.config import DecoderConfig, LayerSpec, SegmentSpec
 
 STREAM = ("batch", "length", "embed")
+
+
+class Passed(NamedTuple):
+    """What goes from layer to layer."""
+
+    x: jax.Array
+    """The residual stream [B, T, D], or streams [S, B, T, D] under AltUp."""
+    kept: dict[LayerType, Any] = {}
+    """Keys and values of the last layer of each type that keeps its own for later ones."""
 
 
 class LayerWatch:
@@ -88,7 +98,7 @@ class Block(nnx.Module):
     """One layer: attention, then a feed-forward network, each in a residual connection."""
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, rngs: nnx.Rngs):
-        ctx = config.build_context(spec.layer_type)
+        ctx = config.build_context(spec.layer_type, spec.keys)
         self.spec = spec
         self.attention_residual = config.residual.build(ctx, config.norm, rngs, "attention")
         self.attention = spec.attention.build(ctx, rngs)
@@ -96,15 +106,45 @@ class Block(nnx.Module):
         self.ffn = spec.ffn.build(ctx, rngs)
         self.attention_adapter = config.adapter.build(ctx, rngs, "attention")
         self.ffn_adapter = config.adapter.build(ctx, rngs, "ffn")
+        self.altup = config.altup.build(ctx, config.norm, rngs)
+        self.per_layer = config.per_layer.build(ctx, config.norm, rngs, scaled=self.altup is not None)
 
-    def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any) -> tuple[jax.Array, LayerAux, Any]:
+    def __call__(
+        self, passed: Passed, ctx: CallContext, cache: Any, vectors_BTP: jax.Array | None = None
+    ) -> tuple[Passed, LayerAux, Any]:
+        """What goes on to the next layer, the layer's auxiliary results and its cache.
+
+        Without a cache given, one that holds the layer's keys and values where it keeps these. `vectors_BTP` are the
+        layer's of the per-layer embeddings.
+        """
         watch = LayerWatch(ctx)
+        if passed.kept:
+            ctx = replace(ctx, kept=passed.kept)
+        predicted = passed.x if self.altup is None else self.altup.predict(passed.x)
+        x_BTD, aux, cache = self._sublayers(predicted if self.altup is None else predicted[0], ctx, cache, watch)
+        if self.altup is None:
+            if self.per_layer is not None:
+                x_BTD = x_BTD + self.per_layer(x_BTD, vectors_BTP)
+            x = watch.residual(constrain(x_BTD, STREAM))
+        else:
+            x = self.altup.correct(predicted, x_BTD)
+            first_BTD, others = x[0], x[1:]
+            if self.per_layer is not None:
+                others = others + self.per_layer(first_BTD, vectors_BTP)
+            x = constrain(jnp.concatenate([watch.residual(first_BTD)[None], others]), STREAMS)
+        kept = {**passed.kept, self.spec.layer_type: cache} if self.spec.keys == "kept" else passed.kept
+        return Passed(x, kept), watch.recorded(aux, self.spec), cache
+
+    def _sublayers(
+        self, x_BTD: jax.Array, ctx: CallContext, cache: Any, watch: LayerWatch
+    ) -> tuple[jax.Array, LayerAux, Any]:
+        """The stream after attention and feed-forward network."""
         attention = adapted(watch.attention(self.attention, cache), self.attention_adapter)
         attended = self.attention_residual(x_BTD, ctx, attention)
         x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
         ffn = adapted(watch.ffn(self.ffn), self.ffn_adapter)
         fed = self.ffn_residual(x_BTD, replace(ctx, routing=attended.routing), ffn)
-        x_BTD, ffn_aux = watch.residual(constrain(fed.stream_BTD, STREAM)), fed.extra
+        x_BTD, ffn_aux = constrain(fed.stream_BTD, STREAM), fed.extra
         aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
         parts = {
             "attention_residual": attended.aux,
@@ -113,7 +153,7 @@ class Block(nnx.Module):
             "ffn": ffn_aux,
         }
         observed = {name: part.observed for name, part in parts.items() if part.observed}
-        return x_BTD, watch.recorded(aux._replace(observed=observed), self.spec), cache
+        return x_BTD, aux._replace(observed=observed), cache
 
     def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Let the parts that observed something move their variables; values are stacked as these are."""
@@ -144,46 +184,63 @@ class Segment(nnx.Module):
         return build(rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, *, scan: bool, remat: Remat
-    ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
-        """The stream after all layers, the auxiliary results and (where `caches` are given) caches of each.
+        self,
+        passed: Passed,
+        ctx: CallContext,
+        caches: Sequence[Any] | None,
+        vectors: jax.Array | None = None,
+        *,
+        scan: bool,
+        remat: Remat,
+    ) -> tuple[Passed, list[LayerAux], list[Any]]:
+        """What all layers leave, the auxiliary results and (where `caches` are given) caches of each.
 
         Args:
+          vectors: of the per-layer embeddings, [layers, B, T, P], if there are any.
           scan: compile one period and loop over it; without it, and for the one layer of an unstacked segment, layers
             run one after another.
           remat: as in `DecoderConfig`.
         """
         if scan and self.stacked:
-            return *self._scanned(x_BTD, ctx, remat), []
-        return self._unrolled(x_BTD, ctx, caches, remat)
+            return *self._scanned(passed, ctx, vectors, remat), []
+        return self._unrolled(passed, ctx, caches, vectors, remat)
 
     def _period(
-        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None
-    ) -> tuple[jax.Array, tuple[LayerAux, ...], tuple[Any, ...]]:
+        self, passed: Passed, ctx: CallContext, caches: Sequence[Any] | None, vectors: jax.Array | None
+    ) -> tuple[Passed, tuple[LayerAux, ...], tuple[Any, ...]]:
         """One period, of unstacked blocks."""
         auxes, updated = [], []
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x_BTD, aux, cache = block(x_BTD, ctx.folded(i).of_layer(ctx.layer + i), cache)
+            own = None if vectors is None else vectors[i]
+            passed, aux, cache = block(passed, ctx.folded(i).of_layer(ctx.layer + i), cache, own)
             auxes.append(aux)
-            updated.append(cache)
-        return x_BTD, tuple(auxes), tuple(updated)
+            updated.append(None if caches is None else cache)
+        return passed, tuple(auxes), tuple(updated)
 
-    def _scanned(self, x_BTD: jax.Array, ctx: CallContext, remat: Remat) -> tuple[jax.Array, list[LayerAux]]:
+    def _scanned(
+        self, passed: Passed, ctx: CallContext, vectors: jax.Array | None, remat: Remat
+    ) -> tuple[Passed, list[LayerAux]]:
         graphdef, state = nnx.split(self)
 
-        def body(x_BTD, inputs):
-            state, i = inputs
-            x_BTD, auxes, _ = nnx.merge(graphdef, state)._period(x_BTD, ctx.folded(i), None)
-            return x_BTD, auxes
+        def body(passed, inputs):
+            state, i, vectors = inputs
+            passed, auxes, _ = nnx.merge(graphdef, state)._period(passed, ctx.folded(i), None, vectors)
+            return passed, auxes
 
         repeats = self.spec.repeats
-        x_BTD, stacked = jax.lax.scan(rematerialised(body, remat), x_BTD, (state, jnp.arange(repeats)))
-        return x_BTD, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
+        own = None if vectors is None else vectors.reshape(repeats, -1, *vectors.shape[1:])
+        passed, stacked = jax.lax.scan(rematerialised(body, remat), passed, (state, jnp.arange(repeats), own))
+        return passed, [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(repeats) for aux in stacked]
 
     def _unrolled(
-        self, x_BTD: jax.Array, ctx: CallContext, caches: Sequence[Any] | None, remat: Remat
-    ) -> tuple[jax.Array, list[LayerAux], list[Any]]:
+        self,
+        passed: Passed,
+        ctx: CallContext,
+        caches: Sequence[Any] | None,
+        vectors: jax.Array | None,
+        remat: Remat,
+    ) -> tuple[Passed, list[LayerAux], list[Any]]:
         graphdef, state = nnx.split(self)
         auxes: list[LayerAux] = []
         after: list[Any] = []
@@ -192,14 +249,16 @@ class Segment(nnx.Module):
             state_i = jax.tree.map(lambda leaf, i=i: leaf[i], state) if self.stacked else state
             caches_i = None if caches is None else tuple(caches[i * width : (i + 1) * width])
 
-            def body(x_BTD, state, caches_i=caches_i, i=i):
-                placed = ctx.folded(i).of_layer(ctx.layer + i * width)
-                return nnx.merge(graphdef, state)._period(x_BTD, placed, caches_i)
+            own = None if vectors is None else vectors[i * width : (i + 1) * width]
 
-            x_BTD, aux, updated = rematerialised(body, remat)(x_BTD, state_i)
+            def body(passed, state, vectors, caches_i=caches_i, i=i):
+                placed = ctx.folded(i).of_layer(ctx.layer + i * width)
+                return nnx.merge(graphdef, state)._period(passed, placed, caches_i, vectors)
+
+            passed, aux, updated = rematerialised(body, remat)(passed, state_i, own)
             auxes.extend(aux)
             after.extend(cache for cache in updated if cache is not None)
-        return x_BTD, auxes, after
+        return passed, auxes, after
 
     @property
     def layers(self) -> int:

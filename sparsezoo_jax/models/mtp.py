@@ -14,7 +14,7 @@ from flax import nnx
 
 from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.contract import Observed
-from sparsezoo_jax.models.layers import STREAM, Segment
+from sparsezoo_jax.models.layers import STREAM, Passed, Segment
 from sparsezoo_jax.models.remat import Remat
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.sharding import constrain
@@ -55,8 +55,8 @@ class MTPModule(nnx.Module):
         """The final state [B, T, D], and the auxiliary results of the layer and of the head."""
         joined = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
         x_BTD = constrain(matmul(joined, self.joint_ED[...].astype(joined.dtype)), STREAM)
-        x_BTD, (aux,), _ = self.segment(x_BTD, ctx, None, scan=self.scan, remat=self.remat)
-        hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
+        passed, (aux,), _ = self.segment(Passed(x_BTD), ctx, None, scan=self.scan, remat=self.remat)
+        hidden_BTD, head_aux = self.head(passed.x, self.final_norm, ctx)
         return hidden_BTD, aux, head_aux
 
     def after_step(self, observed: Observed, key: jax.Array) -> None:

@@ -46,10 +46,19 @@ class Norm(nnx.Module):
         wide = x.astype(jnp.float32)
         if self.config.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True, where=where)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True, where=where) + self.config.eps)
+        wide = _normalised(wide, self.config.eps, where)
         # The scale multiplies in float32, before the cast back: in bfloat16 1 + w would lose w's low bits.
         scale = self.scale[...].astype(jnp.float32)
         wide = wide * (1 + scale if self.config.zero_centered else scale)
         if self.bias is not None:
             wide = wide + self.bias[...].astype(jnp.float32)
         return (wide if where is None else jnp.where(where, wide, 0)).astype(x.dtype)
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """`x / rms(x)` over the last axis, without a scale."""
+    return _normalised(x.astype(jnp.float32), eps).astype(x.dtype)
+
+
+def _normalised(wide: jax.Array, eps: float, where: jax.Array | None = None) -> jax.Array:
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True, where=where) + eps)

@@ -150,6 +150,7 @@ class SparkAttentionConfig(AttentionKind):
     qk_norm_over: ClassVar[NormOver] = "head"
     qk_norm_eps: ClassVar[float] = 1e-6
     qk_norm_zero_centered: ClassVar[bool] = False
+    value_norm: ClassVar[bool] = False
     output_bias: ClassVar[bool | None] = None
 
     kind: Literal["spark"] = "spark"

@@ -14,7 +14,7 @@ from flax import nnx
 
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.decoder import call_context
-from sparsezoo_jax.models.layers import Block
+from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.sparsified import Masks
 from sparsezoo_jax.sparsification.calibration import Calibration
 from sparsezoo_jax.sparsification.config import AllocationConfig
@@ -26,7 +26,7 @@ def _output(
     config: DecoderConfig, graphdef: Any, state: Any, x_BTD: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
     ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
-    return nnx.merge(graphdef, state)(x_BTD, ctx, None)[0]
+    return nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None)[0].x
 
 
 @partial(jax.jit, static_argnums=0)

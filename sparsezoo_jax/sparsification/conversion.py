@@ -32,6 +32,17 @@ def is_sparsified(config: DecoderConfig) -> bool:
     return any(isinstance(kind, SparsifiedAttentionConfig | SparsifiedFFNConfig) for kind in kinds)
 
 
+def check_stream(config: DecoderConfig) -> None:
+    """Raise `ConfigError` unless each layer reads nothing but the one stream that the layer below it leaves."""
+    for field, value, plain in (
+        ("altup.streams", config.altup.streams, 1),
+        ("per_layer.width", config.per_layer.width, None),
+        ("kv_shared_layers", config.kv_shared_layers, 0),
+    ):
+        allowed = f"must be {plain}: layers are worked on one after another, by the stream between them alone"
+        require(value == plain, f"model.{field}", value, allowed)
+
+
 def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False) -> dict[str, tuple[str, ...]]:
     """Which of the maps the kinds of a decoder have, by the field of its configuration: attention, ffn, first_ffn.
 
@@ -43,10 +54,11 @@ def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = Fa
 
     Raises:
       UserError: the decoder is sparsified already.
-      ConfigError: a kind that has none of the maps, or whose residual stream has a routed width.
+      ConfigError: a kind that has none of the maps, or whose residual stream has a routed width; `check_stream`.
     """
     if is_sparsified(config):
         raise UserError("the decoder is sparsified already; take the one that it was made of")
+    check_stream(config)
     for_attention, for_ffn = (
         tuple(name for name in maps if (name in _ATTENTION) == attention) for attention in (True, False)
     )

@@ -18,7 +18,7 @@ from flax import nnx
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.decoder import call_context
-from sparsezoo_jax.models.layers import Block
+from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.width import Weight, WholeWidth
 
 
@@ -92,7 +92,8 @@ def _called(
 ) -> tuple[jax.Array, dict[str, Any]]:
     watch = _Watch()
     ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
-    y_BTD, _, _ = nnx.merge(graphdef, state)(x_BTD, replace(ctx, width=watch), None)
+    passed, _, _ = nnx.merge(graphdef, state)(Passed(x_BTD), replace(ctx, width=watch), None)
+    y_BTD = passed.x
     counted_BT1 = ctx.valid_BT[..., None]
     sums = {}
     for name, seen_BTI in watch.seen.items():

@@ -20,6 +20,7 @@ from sparsezoo_jax.errors import ConfigError, require
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.ffn import GatedFFN, GatedFFNConfig, PlainFFN, PlainFFNConfig
 from sparsezoo_jax.models.layers import Block
+from sparsezoo_jax.sparsification.conversion import check_stream
 from sparsezoo_jax.sparsification.layers import LayerInputs, Place, walk
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
@@ -114,6 +115,7 @@ def check_neurons(config: DecoderConfig, *, bias: bool) -> GatedFFNConfig | Plai
     require(config.first_ffn is None, "model.first_layers", config.first_layers, "must be 0: layers have unlike FFNs")
     allowed = "must be 0: modules of multi-token prediction have neurons of their own"
     require(config.mtp_layers == 0, "model.mtp_layers", config.mtp_layers, allowed)
+    check_stream(config)
     width = config.residual.active_width(config.d_model, "ffn")
     allowed = "has a residual stream whose width is routed; its neurons can't be removed"
     require(width == config.d_model, "model.residual.kind", config.residual.kind, allowed)

@@ -8,16 +8,19 @@ import pytest
 from flax import nnx
 
 from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.altup import AltUpConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.laurel import LaurelConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.mohd import MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
+from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
@@ -139,6 +142,24 @@ CONFIGS = {
         **BASE,
         attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
         ffn=GatedFFNConfig(d_ff=64, activation_sparsity_pattern=(0.9, 0.9, 0.0, 0.0, 0.0)),
+    ),
+    "altup": DecoderConfig(  # the other parts of Gemma 3n
+        **{**BASE, "layers": 4},
+        **{**GEMMA, "residual": LaurelConfig(rank=3), "norm": NormConfig()},
+        attention=GQAConfig(
+            heads=2,
+            kv_heads=1,
+            head_dim=8,
+            window=7,
+            rope=RopeConfig(base=1e6, local_base=1e4),
+            qk_norm=True,
+            value_norm=True,
+            query_scale=1.0,
+        ),
+        ffn=GatedFFNConfig(d_ff=32),
+        altup=AltUpConfig(streams=3),
+        per_layer=PerLayerConfig(width=5, vocab_size=59),
+        kv_shared_layers=2,
     ),
 }
 

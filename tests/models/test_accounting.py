@@ -10,13 +10,17 @@ from flax import nnx
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import (
     Sparsity,
+    activated_parameters,
     bytes_per_token,
     count_parameters,
     dense_twin,
     flops_per_token,
 )
+from sparsezoo_jax.models.accounting import abstract_decoder
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.training.optimizers import is_embedding, is_matrix
+from tests.models.conftest import CONFIGS
 
 DENSE, SPARK = preset("dense", "gemma2_2b").model, preset("spark", "2b").model
 FFN_ONLY = dataclasses.replace(SPARK, attention=DENSE.attention)
@@ -33,6 +37,17 @@ def test_gemma3n_gate_is_computed_whole():
     sparse = GatedFFNConfig(d_ff=1000, activation_sparsity_pattern=(0.95,))
     assert dense.flops(100) == 600_000
     assert sparse.flops(100) == pytest.approx(200_000 + 400_000 * 0.05)
+
+
+@pytest.mark.parametrize("name", ["altup", "gemma2"])
+def test_weights_are_those_of_all_matrices(name):
+    config = CONFIGS[name]
+    matrices = {
+        "/".join(map(str, path)): math.prod(variable.shape)
+        for path, variable in nnx.to_flat_state(nnx.state(abstract_decoder(config), nnx.Param))
+        if is_matrix(variable) and not is_embedding(variable)
+    }
+    assert activated_parameters(config).layers == sum(matrices.values()), matrices
 
 
 def test_attention():

@@ -14,7 +14,10 @@ from jax._src.ad_checkpoint import saved_residuals  # private: nothing public te
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.altup import AltUpConfig
 from sparsezoo_jax.models.decoder import call_context
+from sparsezoo_jax.models.layers import Passed
+from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.remat import rematerialised
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION, product
 from tests.models.conftest import CONFIGS, build
@@ -27,14 +30,15 @@ def kept(name, remat):
     # The last layer: of the samples whose layers differ, one like the others.
     spec = CONFIGS[name].layer_specs()[-1]
     alike = dataclasses.replace(CONFIGS[name], first_layers=0, first_ffn=None)
-    config = dataclasses.replace(alike, layers=1, layer_pattern=(spec.layer_type,), ffn=spec.ffn)
+    alone = {"kv_shared_layers": 0, "altup": AltUpConfig(), "per_layer": PerLayerConfig()}
+    config = dataclasses.replace(alike, layers=1, layer_pattern=(spec.layer_type,), ffn=spec.ffn, **alone)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked())
     graphdef, state = nnx.split(model.segments[0])
     x_BTD = jax.ShapeDtypeStruct((B, T, config.d_model), jnp.float32)
 
     def layer(x_BTD, tokens, state):
         ctx = call_context(model.config, tokens)
-        run = lambda x_BTD, state: nnx.merge(graphdef, state)(x_BTD, ctx, None, scan=False, remat="none")[0]  # noqa: E731
+        run = lambda x_BTD, state: nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None, scan=False, remat="none")[0]  # noqa: E731
         return rematerialised(run, remat)(x_BTD, state)
 
     found = saved_residuals(layer, x_BTD, jax.ShapeDtypeStruct((B, T), jnp.int32), state)
@@ -60,6 +64,7 @@ PRODUCTS = {
     "sparselm": ([16, 16, 16, 24], [20, 20]),  # scores of up to 20 neurons a token, in the place of 32
     "sparsified": ([16, 8, 8, 24], [32, 32]),
     "gemma3n": ([16, 8, 8, 24], [64, 64]),
+    "altup": ([16, 8, 8, 24], [3, 24], [32, 32, 24]),  # and the low-rank map of LAuReL
 }
 
 

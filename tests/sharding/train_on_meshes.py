@@ -13,6 +13,9 @@ import numpy as np
 
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.altup import AltUpConfig
+from sparsezoo_jax.models.laurel import LaurelConfig
+from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, device_put, named_sharding, num_replicas, use_mesh
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import LoRAConfig, adapters_of
@@ -46,6 +49,7 @@ COVERED = {
     "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
     "adapters": ("data 2, expert 2, tensor 2",),
+    "altup": ("fsdp 2, context 2, tensor 2",),
 }
 #: What weighs the auxiliary losses; and micro-batches of a step on these meshes, one device having one.
 OBJECTIVES = {
@@ -175,6 +179,19 @@ def models():
             model, vocab_size=512, d_model=64, layers=2, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
         ),
     )
+
+    model = preset("dense", "tiny").model
+    attention = dataclasses.replace(
+        model.attention, window=16, heads=8, kv_heads=4, head_dim=16, softcap=None, qk_norm=True, value_norm=True
+    )
+    yield (
+        "altup",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, attention=attention, ffn=dataclasses.replace(model.ffn, d_ff=64),
+            residual=LaurelConfig(rank=8), altup=AltUpConfig(streams=2), per_layer=PerLayerConfig(width=16),
+            kv_shared_layers=2, scan_layers=True, remat="full",
+        ),
+    )  # fmt: skip
 
 
 def batches():

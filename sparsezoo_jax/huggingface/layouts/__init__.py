@@ -18,6 +18,7 @@ from sparsezoo_jax.huggingface.fields import Fields
 from sparsezoo_jax.huggingface.layouts.blockffn import BLOCKFFN
 from sparsezoo_jax.huggingface.layouts.deco import DECO
 from sparsezoo_jax.huggingface.layouts.gemma3 import GEMMA3
+from sparsezoo_jax.huggingface.layouts.gemma3n import GEMMA3N
 from sparsezoo_jax.huggingface.layouts.gpt2 import GPT2
 from sparsezoo_jax.huggingface.layouts.ling import LING
 from sparsezoo_jax.huggingface.layouts.llama import GEMMA2, LLAMA
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _RELATIVES = (MISTRAL, QWEN2, QWEN3, OLMO2, PROSPARSE, BAMBOO, MINICPM)
-for _layout in (LLAMA, GEMMA2, GEMMA3, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES, SPARSEZOO):
+for _layout in (LLAMA, GEMMA2, GEMMA3, GEMMA3N, GPT2, BLOCKFFN, DECO, SPARSELM, LING, PLM, *_RELATIVES, SPARSEZOO):
     register_layout(_layout)
 
 
