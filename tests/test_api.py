@@ -1,14 +1,18 @@
 """The package from Python."""
 
+import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import sparsezoo_jax
 from sparsezoo_jax import train
 from sparsezoo_jax.errors import ConfigError, UserError
+from tests.test_docs import values_of
 
 SMALL = {
     "model.vocab_size": 320,
@@ -67,6 +71,33 @@ def test_training_returns_its_figures(trained, writer):
     assert result.figures["seconds"] < 300, "since the call, not since the import"
     assert writer.rows == [(1, None), (2, None), (3, None), (3, "validation")]
     assert writer.closed
+
+
+@pytest.mark.slow
+def test_the_python_of_the_documentation(trained, small_corpus, tmp_path, monkeypatch, capsys):
+    """docs/python.md from top to bottom, then README.md, with small models; the first run is there and goes on."""
+    run, result = trained
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.workdir, "runs/mine")
+    small = repr({**SMALL, "data.dataset": str(small_corpus)})
+    changes = {
+        '"spark", "tiny", {"train.steps": 100, "data.batch_size": 4}': f'"dense", "tiny", {small}',
+        # A run as the first one was, whose programs are compiled.
+        "(0.004, 0.008, 0.016)": "(0.008,)",
+        "(0, 1, 2)": "(0,)",
+        '"spark", "tiny", changes': f'"dense", "tiny", {{**{small}, **changes}}',
+    }
+    found = values_of("docs/python.md", changes)
+    assert found["result"].figures["loss"] == pytest.approx(result.figures["loss"], rel=1e-5)
+    assert found["best"] == (0.008, 0)
+    assert "Slow" in found
+    assert (tmp_path / "runs/sweep/lr0.008-seed0/evaluation.json").exists()
+
+    changes = {'"spark", "tiny", {"train.steps": 100}': f'"dense", "tiny", {small}', "runs/spark-tiny": "runs/mine"}
+    x = np.random.default_rng(0).standard_normal((2, 13_824), np.float32)
+    found = values_of("README.md", changes, tokens_BT=jnp.ones((1, 4), jnp.int32), x=x)
+    assert found["out"].logits.shape == (1, 4, 320)
+    assert 1000 < np.count_nonzero(found["y"]) / 2 < 1212
 
 
 @pytest.mark.slow

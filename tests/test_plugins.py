@@ -1,14 +1,19 @@
 """A kind from outside the package, from training to packed decoding; and what may be imported for a run."""
 
+import ast
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from pydantic.dataclasses import dataclass
 
 import sparsezoo_jax
@@ -16,9 +21,11 @@ from sparsezoo_jax import data, plugins, train
 from sparsezoo_jax.config import from_json, restorable, to_json
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import STRICT, ConfigError, DataError, UserError
+from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.registry import Kind, Registry
+from tests.test_docs import values_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
@@ -69,6 +76,30 @@ assert text(model) == text(laid_out), "packed decoding writes the same text"
 evaluate.main([run, "--json", "--meter-batches", "1", "--contexts", "32"])
 generate.main([run, "--prompt", "The", "--max-new-tokens", "3"])
 """
+
+
+def test_the_python_of_the_documentation(monkeypatch):
+    """docs/kinds.md shows the example without what it adds; here with the example's imports. Its second block is in
+    `OPENED`.
+    """
+    tree = ast.parse((EXAMPLES / "topk_relu2.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    module = ModuleType("kind_of_a_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where pydantic looks for the names in annotations
+    names = module.__dict__
+    exec(compile(tree, "imports", "exec"), names)
+    # The module begins so, which the page leaves out.
+    changes = {"@register_ffn": "from __future__ import annotations\n\n\n@register_ffn"}
+    names["register_ffn"] = lambda kind: kind  # the example has the name
+    found = values_of("docs/kinds.md", changes, block=0, **names)
+    config = found["TopKReLU2Config"](d_ff=64, top_k=6)
+    ctx = preset("dense", "tiny").model.build_context()
+    layer = config.build(ctx, nnx.Rngs(0))
+    segment_ids = jnp.ones((2, 3), jnp.int32)
+    y_BTD, aux = layer(jax.random.normal(jax.random.key(0), (2, 3, 128)), CallContext(segment_ids, segment_ids))
+    assert y_BTD.shape == (2, 3, 128)
+    assert 0 < aux.stats["ffn_density"] <= 6 / 64 + 1e-6
+    assert config.weights(128) == 128 * 70
 
 
 @pytest.mark.slow

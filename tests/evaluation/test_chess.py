@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import chess
 import numpy as np
@@ -34,6 +35,7 @@ from sparsezoo_jax.evaluation.chess.scores import coverage, fit, levels_of, reco
 from sparsezoo_jax.evaluation.features import default_layer, ffn_features
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.ffn import PlainFFNConfig
+from tests.test_docs import values_of
 
 PGN = Path(__file__).parents[1] / "data" / "games.pgn"
 GAME = ";1.e4 e5 2.d3 f6 3.Nd2 Bb4 4.a3"
@@ -374,6 +376,15 @@ def test_random_weights_are_the_floor(tokenizer):
     # One property of 768 is 1/768; 64 of them can't occur.
     assert board.coverage.score < board.possible <= 704 / 768
     json.dumps(scores.as_dict())
+
+
+def test_the_python_of_the_documentation(tokenizer):
+    def encode(tokens_BT, segment_ids_BT):
+        return np.ones((*np.shape(tokens_BT), 3), np.float32)
+
+    changes = {"games.pgn": str(PGN), "1000": "2"}
+    found = values_of("docs/chess.md", changes, config=SimpleNamespace(data=CONFIG), encode=encode, tokenizer=tokenizer)
+    assert found["scores"].features == 3
 
 
 def test_other_features(tokenizer):

@@ -14,6 +14,7 @@ from sparsezoo_jax.inference import packed
 from sparsezoo_jax.models import Decoder, count_parameters
 from sparsezoo_jax.models.accounting import train_flops_per_token
 from sparsezoo_jax.models.decoder import call_context
+from sparsezoo_jax.models.layers import Passed
 from tests.models.conftest import CONFIGS, build, with_weights_of
 
 CONFIG = dataclasses.replace(CONFIGS["moe"], mtp_layers=2)
@@ -112,7 +113,8 @@ def test_module_by_its_formula(model, result):
     )
     x = jnp.asarray(joined @ np.asarray(module.joint_ED[...]))[None]
     ctx = call_context(model.config, jnp.zeros((1, length), jnp.int32))
-    x, _, _ = module.segment(x, ctx, None, scan=True, remat="none")
+    passed, _, _ = module.segment(Passed(x), ctx, None, scan=True, remat="none")
+    x = passed.x
     expected = rms(x[0], module.final_norm.scale[...])
     np.testing.assert_allclose(out.ahead[0].hidden[0, :length], expected, atol=2e-5)
 

@@ -23,6 +23,7 @@ from sparsezoo_jax.inference import Sampling  # noqa: E402
 from sparsezoo_jax.serving.app import Limits, Service, application  # noqa: E402
 from sparsezoo_jax.text_model import TextModel  # noqa: E402
 from tests.serving.test_protocol import Slow, until  # noqa: E402
+from tests.test_docs import values_of  # noqa: E402
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
@@ -86,6 +87,12 @@ def client(served):
 
 def greedy(text_model, ids, tokens):
     return text_model.texts(text_model.generate([ids], max_new_tokens=tokens, sampling=Sampling(0.0)))[0]
+
+
+def test_the_python_of_the_documentation(served, capsys):
+    pytest.importorskip("openai")
+    values_of("docs/serve.md", {":8000": f":{served.port}", "spark-tiny": "small", "40": "4"})
+    assert capsys.readouterr().out, "what was streamed"
 
 
 def test_openai_completes(client, text_model):
