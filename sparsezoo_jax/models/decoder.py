@@ -143,7 +143,8 @@ class Decoder(nnx.Module):
         for i, segment in enumerate(self.segments):
             first = len(auxes)
             own = slice(first, first + segment.layers)
-            held, vectors = (None if every is None else every[own] for every in (cache and cache.layers, vectors_LBTP))
+            held = None if cache is None else cache.layers[own]
+            vectors = None if vectors_LBTP is None else vectors_LBTP[own]
             placed = ctx.folded(i).of_layer(first)
             passed, segment_auxes, updated = segment(passed, placed, held, vectors, scan=scan, remat=config.remat)
             auxes.extend(segment_auxes)

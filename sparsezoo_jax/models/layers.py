@@ -123,17 +123,22 @@ class Block(nnx.Module):
         predicted = passed.x if self.altup is None else self.altup.predict(passed.x)
         x_BTD, aux, cache = self._sublayers(predicted if self.altup is None else predicted[0], ctx, cache, watch)
         if self.altup is None:
-            if self.per_layer is not None:
-                x_BTD = x_BTD + self.per_layer(x_BTD, vectors_BTP)
-            x = watch.residual(constrain(x_BTD, STREAM))
+            x = watch.residual(constrain(self._with_vectors(x_BTD, x_BTD, vectors_BTP), STREAM))
         else:
             x = self.altup.correct(predicted, x_BTD)
-            first_BTD, others = x[0], x[1:]
-            if self.per_layer is not None:
-                others = others + self.per_layer(first_BTD, vectors_BTP)
+            first_BTD, others = x[0], self._with_vectors(x[1:], x[0], vectors_BTP)
             x = constrain(jnp.concatenate([watch.residual(first_BTD)[None], others]), STREAMS)
-        kept = {**passed.kept, self.spec.layer_type: cache} if self.spec.keys == "kept" else passed.kept
+        kept = dict(passed.kept)
+        if self.spec.keys == "kept":
+            kept[self.spec.layer_type] = cache
         return Passed(x, kept), watch.recorded(aux, self.spec), cache
+
+    def _with_vectors(self, x: jax.Array, read_BTD: jax.Array, vectors_BTP: jax.Array | None) -> jax.Array:
+        """`x` with what the per-layer embeddings add, whose gate reads `read_BTD`."""
+        if self.per_layer is None:
+            return x
+        assert vectors_BTP is not None
+        return x + self.per_layer(read_BTD, vectors_BTP)
 
     def _sublayers(
         self, x_BTD: jax.Array, ctx: CallContext, cache: Any, watch: LayerWatch

@@ -6,6 +6,8 @@ A token reads one row of the table however large that is, so a decoder can keep 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -82,8 +84,8 @@ class PerLayerEmbedding(nnx.Module):
         shape = (*tokens_BT.shape, self.layers, self.width)
         projected = linear(x_BTD, self.projection_DP, None, self.dtype) * x_BTD.shape[-1] ** -0.5
         known_BT = jnp.where(tokens_BT < self.rows, tokens_BT, 0)
-        found = lookup(self.table_VP[...], known_BT, self.dtype).reshape(shape) * self.width**0.5
-        vectors_BTLP = (self.norm(projected.reshape(shape)) + found) * 2**-0.5
+        found: Any = lookup(self.table_VP[...], known_BT, self.dtype)
+        vectors_BTLP = (self.norm(projected.reshape(shape)) + found.reshape(shape) * self.width**0.5) * 2**-0.5
         return constrain(jnp.moveaxis(vectors_BTLP, 2, 0), (None, "batch", "length", None))
 
 
