@@ -259,6 +259,7 @@ def test_accounting_counts_what_is_left():
         ("moe", "teal", r"model.ffn.kind=moe: has no maps whose channels could be left out; gate,up,down can't"),
         ("spark", "wina", r"model.attention.kind=spark: has no maps"),
         ("mohd", "teal", r"model.residual.kind=mohd: has a residual stream whose width is routed"),
+        ("altup", "cats", r"model.altup.streams=3: must be 1: layers are worked on one after another"),
     ],
 )
 def test_what_can_not_be_treated_is_named(name, method, message):
