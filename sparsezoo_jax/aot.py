@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from sparsezoo_jax import cli
+from sparsezoo_jax import cli, program_cache
 from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import STRICT, require
 
@@ -59,7 +59,9 @@ def main(args: Sequence[str]) -> None:
     from sparsezoo_jax.compilation.report import compile_report
 
     context = command.context or command.data.seq_len
-    report = compile_report(command.config(), topology, command.step, context, command.matmul_efficiency)
+    # A program for a device that is not there can be written to a file, but not be loaded from one.
+    with program_cache.no_programs_kept():
+        report = compile_report(command.config(), topology, command.step, context, command.matmul_efficiency)
     profile = None
     if command.profile and report.fits:
         from sparsezoo_jax.compilation.profile import profile_command

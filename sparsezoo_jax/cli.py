@@ -21,6 +21,7 @@ from rich.text import Text
 from sparsezoo_jax import (
     platforms,  # noqa: F401  # before anything imports jax
     plugins,
+    program_cache,
     storage,
 )
 from sparsezoo_jax.config import RunConfig, read_config
@@ -59,8 +60,13 @@ def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None
             show(message, category, *where)
 
     warnings.showwarning = one_line
+    args = sys.argv[1:] if args is None else args
+    kept = program_cache.FLAG not in args
+    if kept:
+        program_cache.keep_compiled_programs()
     try:
-        main(sys.argv[1:] if args is None else args)
+        with contextlib.nullcontext() if kept else program_cache.no_programs_kept():
+            main([arg for arg in args if arg != program_cache.FLAG])
     except UserError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -104,6 +110,7 @@ def parse(
     args, named = _split_plugins(args)
     plugins.load_named(named)
     description += "\n\n--plugins MODULE ...: modules to import first, which register kinds of yours (docs/kinds.md)."
+    description += f"\n{program_cache.FLAG}: keep no compiled programs, and take none that were kept."
     with one_line_errors(name, getattr(command, "__dataclass_fields__", ())):
         shared: Any = {"args": list(args), "prog": name, "description": description, "registry": PATHS}
         if default is None:

@@ -132,6 +132,7 @@ def short_help(command: Any, prog: str, description: str, archs: dict[str, str],
         f"  {prog} --arch blockffn --size small --dataset 'texts/*.jsonl' --batch-size 64 --lr 1e-3",
         "",
         f"Every number of a run is a flag: {prog} --help-all lists them.",
+        "--no-compilation-cache keeps no compiled programs, and takes none that were kept.",
     ]
     return "\n".join(lines)
 

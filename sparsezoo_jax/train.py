@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
-from sparsezoo_jax import cli, platforms
+from sparsezoo_jax import cli, platforms, program_cache
 from sparsezoo_jax.config import RunConfig, flatten, restorable
 from sparsezoo_jax.errors import (
     STRICT,
@@ -116,6 +116,7 @@ def join_processes(command: Train) -> None:
         return
     from sparsezoo_jax.training.peers import join
 
+    program_cache.keep_none_of_several_processes()
     try:
         join(command.coordinator, command.processes, command.process_id, command.train.hang_timeout)
     except (ValueError, RuntimeError) as error:
