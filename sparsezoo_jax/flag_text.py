@@ -29,6 +29,7 @@ COMMANDS = {
     "aot": "compile a step for TPUs or GPUs that are not here: memory, communication, time",
     "sparsify": "leave out or prune what matters least in a trained run: TEAL, WINA, Wanda, CFSP, ...",
     "sae": "train a sparse autoencoder on a run's activations",
+    "theory": "how few active units tell one pattern from others: by formula, and in a run",
     "chess": "play games of chess to train on",
     "prepare": "tokenise and pack a corpus into records to train on",
 }
