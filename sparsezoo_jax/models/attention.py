@@ -292,5 +292,6 @@ class ReusingGQA(GQA):
 
     def empty_cache(self, batch: int, length: int) -> LayerCache:
         """A cache of no heads."""
-        empty = jnp.zeros((batch, length, 0, self.config.head_dim), self.dtype)
-        return LayerCache(empty, empty)
+        shape = (batch, length, 0, self.config.head_dim)
+        # Two arrays, as each is given away to be written to.
+        return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))

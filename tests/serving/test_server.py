@@ -91,7 +91,7 @@ def greedy(text_model, ids, tokens):
 
 def test_the_python_of_the_documentation(served, capsys):
     pytest.importorskip("openai")
-    values_of("docs/serve.md", {":8000": f":{served.port}", "spark-tiny": "small", "40": "4"})
+    values_of("docs/serve.md", {":8000": f":{served.port}", "spark-tiny": "small", "max_tokens=40": "max_tokens=4"})
     assert capsys.readouterr().out, "what was streamed"
 
 
