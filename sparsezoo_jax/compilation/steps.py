@@ -136,9 +136,14 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     state = nnx.from_flat_state(flat)
     model = nnx.merge(graphdef, state)
     cache: Any = jax.eval_shape(lambda: model.init_cache(batch, context))
-    layers = (jax.tree.map(lambda x, axes=layer.axes: spec(x.shape, x.dtype, axes), layer) for layer in cache.layers)
-    positions, end = (spec(x.shape, x.dtype, ("batch", None)[: x.ndim]) for x in (cache.positions_BS, cache.end))
-    cache = cache._replace(layers=tuple(layers), positions_BS=positions, end=end)
+
+    def placed_cache(cache: Any) -> Any:
+        layers = [jax.tree.map(lambda x, axes=each.axes: spec(x.shape, x.dtype, axes), each) for each in cache.layers]
+        positions, end = (spec(x.shape, x.dtype, ("batch", None)[: x.ndim]) for x in (cache.positions_BS, cache.end))
+        router = None if cache.pre_gate is None else placed_cache(cache.pre_gate)
+        return type(cache)(tuple(layers), positions, end, router)
+
+    cache = placed_cache(cache)
     ints = spec((batch, new), jnp.int32, ("batch", None))
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = spec((), jnp.int32, ())

@@ -5,6 +5,8 @@ A few tokens read the experts that they take only; a prompt goes through the tra
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,7 @@ from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.deco import DECOFFN, statistics
 from sparsezoo_jax.models.moe import Maps, MoEFFN
 from sparsezoo_jax.models.moex import MoEXFFN
+from sparsezoo_jax.models.readme import ReadMEFFN
 from sparsezoo_jax.models.routers import Routing
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
@@ -220,6 +223,42 @@ class PackedDECOFFN(DECOFFN, DecodingLayout):
         return y_BTD + self.shared(x_BTD, ctx)[0], LayerAux(stats=statistics(positive_BTE, ctx))
 
 
+class PackedReadMEFFN(ReadMEFFN, DecodingLayout):
+    """`ReadMEFFN` by rows of neurons; a few tokens read their own experts, and the shared neurons."""
+
+    def __init__(self, source: ReadMEFFN, form: WeightFormat):
+        self.config, self.dtype = source.config, source.dtype
+        self.gate = Rows(source.gate_EDW[...].swapaxes(1, 2), form, source.dtype, EXPERTS)
+        self.up = Rows(source.up_EDW[...].swapaxes(1, 2), form, source.dtype, EXPERTS)
+        self.down = Rows(source.down_EWD[...], form, source.dtype, EXPERTS)
+        self.shared: Any = None if source.shared is None else PackedGatedFFN(source.shared, form)
+
+    def restore(self, source: ReadMEFFN) -> None:
+        """Put the weights back into `source`."""
+        assign(source.gate_EDW, self.gate.restored().swapaxes(1, 2))
+        assign(source.up_EDW, self.up.restored().swapaxes(1, 2))
+        assign(source.down_EWD, self.down.restored())
+        if self.shared is not None:
+            self.shared.restore(source.shared)
+
+    def bytes_read(self, density: float = 1.0) -> float:
+        """Bytes of weights that one token reads with this share of all neurons, shared ones included, active."""
+        shared = 0 if self.shared is None else self.shared.bytes_read()
+        return density * (self.gate.nbytes + self.up.nbytes + self.down.nbytes + shared)
+
+    def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+        """What each token's expert makes of it, [B, T, D]."""
+        rows = few_tokens(x_BTD, self.config.experts)
+        if rows is not None:
+            (gate, g), (up, u), (down, d) = self.gate.arrays, self.up.arrays, self.down.arrays
+            weights_ME = routing.weights_BTE.reshape(len(rows), -1)
+            form = {"activation": self.config.activation, "scales": (u, d, g)}
+            return block_ffn_rows(rows, weights_ME, up, down, gate, **form).reshape(x_BTD.shape)
+        return self.product(
+            x_BTD, routing, self.up.restored().swapaxes(1, 2), self.down.restored(), self.gate.restored().swapaxes(1, 2)
+        )
+
+
 def _neurons(rows: Rows) -> jax.Array:
     """The rows of all experts, [F, D]."""
     weight = rows.restored()
@@ -244,3 +283,8 @@ def _moe(source: MoEFFN, formats: Formats, active: float | None) -> PackedMoEFFN
 @packs(MoEXFFN)
 def _moex(source: MoEXFFN, formats: Formats, active: float | None) -> PackedMoEXFFN:
     return PackedMoEXFFN(source, formats.weights)
+
+
+@packs(ReadMEFFN)
+def _readme(source: ReadMEFFN, formats: Formats, active: float | None) -> PackedReadMEFFN:
+    return PackedReadMEFFN(source, formats.weights)

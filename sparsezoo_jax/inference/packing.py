@@ -35,7 +35,7 @@ class PackedDecoder(Decoder):
         self.config, self.deterministic, self.formats = source.config, source.deterministic, formats
         self.positions_PD, self.segments, self.noise = source.positions_PD, source.segments, source.noise
         self.final_norm, self.head = source.final_norm, source.head
-        self.per_layer, self.altup = source.per_layer, source.altup
+        self.per_layer, self.altup, self.pre_gate = source.per_layer, source.altup, source.pre_gate
         self.mtp = nnx.List([])  # for training only
         dtype, form = jnp.dtype(source.config.dtype), formats.head or formats.weights
         embedding_VD = source.embedding_VD[: source.config.vocab_size]

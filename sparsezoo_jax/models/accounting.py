@@ -47,7 +47,8 @@ def count_parameters(config: DecoderConfig) -> ParameterCount:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     per_layer = None if model.per_layer is None else model.per_layer.table_VP
-    tables = (model.embedding_VD, model.positions_PD, model.output_DV, per_layer)
+    router = None if model.pre_gate is None else model.pre_gate.decoder.embedding_VD
+    tables = (model.embedding_VD, model.positions_PD, model.output_DV, per_layer, router)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
     mtp = size(nnx.state(model.mtp, nnx.Param))
     total = size(nnx.state(model, nnx.Param)) - mtp
@@ -104,6 +105,8 @@ def flops_per_token(
     for spec, active, attended in _layers(config, sparsity):
         mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
         total += _layer_flops(config, spec, mixing, active)
+    for spec in _router_layers(config):
+        total += _over_positions(spec.attention.mixing_flops, spec, context, position)
     return total + 2 * end_weights(config) + (2 * _head_weights(config) if logits else 0)
 
 
@@ -182,6 +185,8 @@ def reads_per_token(
     for spec, active, attended in _layers(config, sparsity):
         cache += _over_positions(partial(spec.attention.cache_reads, target=attended), spec, context, position)
         weights += _layer_weights(config, spec, active)
+    for spec in _router_layers(config):
+        cache += _over_positions(spec.attention.cache_reads, spec, context, position)
     weights += end_weights(config)
     return Reads(weights, cache, _head_weights(config))
 
@@ -243,10 +248,22 @@ def _lacking(spec: LayerSpec, width: int) -> int:
     return spec.attention.key_weights(width) if spec.keys == "reused" else 0
 
 
-def end_weights(config: DecoderConfig) -> int:
-    """Weights of maps below the first layer and above the last one that one token needs."""
+def end_weights(config: DecoderConfig) -> float:
+    """Weights of maps below the first layer and above the last one that one token needs; a router of all layers is one
+    of these.
+    """
     projection = config.per_layer.projection_weights(config.d_model, config.layers)
-    return config.altup.end_weights(config.d_model) + projection
+    gate, router = config.ffn.pre_gate(config), 0.0
+    if gate is not None:
+        router = sum(_layer_weights(gate.decoder, spec, None) for spec in gate.decoder.layer_specs())
+        router += gate.decoder.d_model * gate.experts
+    return config.altup.end_weights(config.d_model) + projection + router
+
+
+def _router_layers(config: DecoderConfig) -> tuple[LayerSpec, ...]:
+    """Layers of the router of all layers, where there is one."""
+    gate = config.ffn.pre_gate(config)
+    return () if gate is None else gate.decoder.layer_specs()
 
 
 def _head_weights(config: DecoderConfig) -> float:

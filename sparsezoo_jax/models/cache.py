@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ class DecoderCache(NamedTuple):
     layers: tuple[LayerCache, ...]
     positions_BS: jax.Array
     end: jax.Array
+    pre_gate: Any = None
+    """The `DecoderCache` of the router of all layers, where there is one (`FFNKind.pre_gate`)."""
 
     def advanced(self, positions_BT: jax.Array, valid_BT: jax.Array) -> DecoderCache:
         """The cache after T more tokens at `positions_BT`; tokens that are not valid leave their slots unused."""
@@ -50,4 +52,5 @@ class DecoderCache(NamedTuple):
     def truncated(self, end: jax.Array) -> DecoderCache:
         """The cache with the tokens of its first `end` slots only; the next ones go to where the others were."""
         kept_BS = jnp.where(jnp.arange(self.positions_BS.shape[1]) < end, self.positions_BS, -1)
-        return self._replace(positions_BS=kept_BS, end=jnp.asarray(end, jnp.int32))
+        router = None if self.pre_gate is None else self.pre_gate.truncated(end)
+        return self._replace(positions_BS=kept_BS, end=jnp.asarray(end, jnp.int32), pre_gate=router)

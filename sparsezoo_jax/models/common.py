@@ -164,6 +164,8 @@ class CallContext:
     """Scalar for which FFNs return the loss `models.ffn.smooth_density`; None: they don't."""
     routing: Any = None
     """What the residual connection before, in the same layer, leaves for the next (see `models.residual`)."""
+    experts: Any = None
+    """`routers.Routing` that one router chose for all layers (`FFNKind.pre_gate`); None where there is none."""
     kept: Mapping[LayerType, Any] = field(default_factory=dict)
     """For each layer type, keys and values of the layer of that type that kept its own last."""
     width: Width = WHOLE

@@ -129,6 +129,12 @@ class DecoderConfig:
         require((first > 0) == (below is not None), "model.first_layers", first, allowed)
         for ffn in (self.ffn, *([] if below is None else [below])):
             ffn.check(self.d_model)
+        if below is not None:
+            allowed = "takes its experts from the router of all layers, and can't be that of the first ones"
+            require(below.pre_gate(self) is None, "model.first_ffn.kind", below.kind, allowed)
+        allowed = f"must be 0 with model.ffn.kind={self.ffn.kind}, whose router is that of the decoder's tokens"
+        require(not self.mtp_layers or self.ffn.pre_gate(self) is None, "model.mtp_layers", self.mtp_layers, allowed)
+        for ffn in (self.ffn, *([] if below is None else [below])):
             self.residual.check(self.d_model, self.attention, ffn)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux, Lay
 from sparsezoo_jax.models.norms import Norm, NormConfig
 from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.registry import Kind, Registry
+
+if TYPE_CHECKING:
+    from sparsezoo_jax.models.config import DecoderConfig
 
 Extra = TypeVar("Extra")
 SublayerName = Literal["attention", "ffn"]
@@ -38,6 +41,15 @@ class MapSize(NamedTuple):
     """Weights that are not needed for a token that leaves a channel out."""
     read: float
     """Channels that a token reads otherwise."""
+
+
+class PreGateConfig(NamedTuple):
+    """A router that chooses the experts of all layers by the tokens alone."""
+
+    decoder: DecoderConfig
+    """What reads the tokens, without its output projection."""
+    experts: int
+    """Of which every token takes one."""
 
 
 class Part(nnx.Module):
@@ -182,6 +194,13 @@ class FFNKind(Kind):
     @property
     def target_active(self) -> float | None:
         """Neurons that a token's selection aims at; None where nothing is selected by count."""
+        return None
+
+    def pre_gate(self, config: DecoderConfig) -> PreGateConfig | None:
+        """The one router of all layers of this kind in a decoder; layers find its choice as `CallContext.experts`.
+
+        Default: None, for layers that route by themselves or not at all.
+        """
         return None
 
     @abc.abstractmethod

@@ -14,11 +14,13 @@ from sparsezoo_jax.models.attention import KEYS
 from sparsezoo_jax.models.cache import DecoderCache, LayerCache
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
-from sparsezoo_jax.models.contract import Observed
+from sparsezoo_jax.models.contract import Observed, PreGateConfig
 from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
 from sparsezoo_jax.models.layers import STREAM, Passed, Segment
 from sparsezoo_jax.models.mtp import Ahead, MTPModule, same_document, shifted
 from sparsezoo_jax.models.records import checked
+from sparsezoo_jax.models.routers import Routing, top_1
+from sparsezoo_jax.pallas_kernels.matmul import matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 from sparsezoo_jax.sharding import constrain, gather_copies
 
@@ -88,6 +90,8 @@ class Decoder(nnx.Module):
         # Outside the layers, for what changes inside a scan is lost; each layer folds its place into the key.
         samples = any(spec.ffn.samples for spec in config.layer_specs())
         self.noise = nnx.RngStream(rngs.params(), tag="noise") if samples else None
+        gate = config.ffn.pre_gate(config)
+        self.pre_gate = None if gate is None else PreGate(gate, rngs)
 
     def __call__(
         self,
@@ -129,6 +133,10 @@ class Decoder(nnx.Module):
         ctx.record, ctx.summarise, ctx.edit, ctx.keep = checked(record), summarise, edit, keep
         ctx.density_eps = density_eps
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
+        routers_cache = None
+        if self.pre_gate is not None:
+            held = None if cache is None else cache.pre_gate
+            ctx.experts, routers_cache = self.pre_gate(tokens_BT, segment_ids, positions, held)
         x_BTD, tables = self.embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
         vectors_LBTP = None if self.per_layer is None else self.per_layer(tokens_BT, x_BTD)
@@ -159,7 +167,8 @@ class Decoder(nnx.Module):
         losses, stats = _collect(auxes, [*extra, *head_auxes])
         if cache is not None:
             assert ctx.cache_end is not None
-            cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)._replace(layers=tuple(caches))
+            cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)
+            cache = cache._replace(layers=tuple(caches), pre_gate=routers_cache)
         made = jnp.zeros((*hidden_BTD.shape[:2], 0), jnp.float32)
         if logits:
             made = self.logits_of(hidden_BTD, tables)[..., : config.vocab_size]
@@ -272,7 +281,8 @@ class Decoder(nnx.Module):
         """
         require(length > 0, "cache length", length, "must be above 0")
         layers = tuple(cache for segment in self.segments for cache in segment.empty_caches(batch, length))
-        return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0))
+        router = None if self.pre_gate is None else self.pre_gate.decoder.init_cache(batch, length)
+        return DecoderCache(layers, jnp.full((batch, length), -1, jnp.int32), jnp.int32(0), router)
 
     def unstacked(self) -> Decoder:
         """The same model with one set of arrays a layer instead of stacks, for decoding only.
@@ -284,7 +294,41 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self)
         model = nnx.merge(graphdef, state)
         model.segments = nnx.List([single for segment in self.segments for single in segment.unstacked()])
+        if model.pre_gate is not None:
+            model.pre_gate.decoder = model.pre_gate.decoder.unstacked()
         return model
+
+
+class PreGate(nnx.Module):
+    """The router of all layers: one more decoder, and a map from its final states to scores of the experts."""
+
+    def __init__(self, config: PreGateConfig, rngs: nnx.Rngs):
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+        ctx, d = config.decoder.build_context(), config.decoder.d_model
+        # Every device routes its own tokens over all experts, so the columns are not split.
+        self.router_DE = ctx.weight(rngs, (d, config.experts), ("embed", None), d)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[Routing, DecoderCache | None]:
+        """The expert of every token, and its cache with these tokens in it; arguments as of `Decoder.__call__`."""
+        scores_BTE, cache = self.scores(tokens_BT, segment_ids, positions, cache)
+        return top_1(scores_BTE), cache
+
+    def scores(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[jax.Array, DecoderCache | None]:
+        """Scores of the experts, float32 [B, T, E], and the cache."""
+        out = self.decoder(tokens_BT, segment_ids=segment_ids, positions=positions, cache=cache, logits=False)
+        return matmul(out.hidden, self.router_DE[...].astype(out.hidden.dtype), jnp.dtype(jnp.float32)), out.cache
 
 
 def call_context(

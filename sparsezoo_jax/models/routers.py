@@ -47,6 +47,18 @@ def top_k(scores_BTE: jax.Array, k: int) -> Routing:
     return _chosen(experts_BTK, best_BTK / jnp.sum(best_BTK, axis=-1, keepdims=True), q_BTE)
 
 
+def top_1(scores_BTE: jax.Array) -> Routing:
+    """The best expert, with the weight 1, whose gradient is that of the logarithm of its probability q.
+
+    So an expert is taken whole, and a loss behind the experts still moves the scores: the gradient for the weight's is
+    `g (onehot - q)`. Read-ME (arXiv 2410.19123) has no such gradient; its scores have a loss of their own.
+    """
+    q_BTE = jax.nn.softmax(scores_BTE, axis=-1)
+    experts_BT1 = jnp.argmax(scores_BTE, axis=-1, keepdims=True)
+    best_BT1 = jnp.take_along_axis(q_BTE, experts_BT1, axis=-1)
+    return _chosen(experts_BT1, best_BT1 / jax.lax.stop_gradient(best_BT1), q_BTE)
+
+
 def biased_sigmoid(
     scores_BTE: jax.Array, bias_E: jax.Array, k: int, scale: float, groups: int = 1, kept_groups: int = 1
 ) -> Routing:

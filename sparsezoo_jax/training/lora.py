@@ -94,7 +94,8 @@ class Adapters:
         """
         self._rank, self._scale = config.rank or 0, config.alpha / (config.rank or 1)
         roles = {path: matrix_roles(variable) for path, variable in parameters.items()}
-        matrices = [path for path in parameters if len(roles[path]) >= 2]
+        # A router of all layers has attention and an FFN of its own, which are no layer's.
+        matrices = [path for path in parameters if len(roles[path]) >= 2 and not path.startswith("pre_gate/")]
         adapted = [] if config.rank is None else _found("train.lora.targets", config.targets, matrices, "matrix")
         self._whole = frozenset(_found("train.lora.whole", config.whole, list(parameters), "parameter"))
         self._splits: dict[str, _Split] = {}

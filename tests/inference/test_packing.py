@@ -12,7 +12,13 @@ from sparsezoo_jax.errors import ConfigError, SparsezooWarning
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restore
 from sparsezoo_jax.inference.attention import PackedGQA, PackedMLA, PackedSparkAttention
 from sparsezoo_jax.inference.cost import bytes_read
-from sparsezoo_jax.inference.experts import PackedBlockFFN, PackedDECOFFN, PackedMoEFFN, PackedMoEXFFN
+from sparsezoo_jax.inference.experts import (
+    PackedBlockFFN,
+    PackedDECOFFN,
+    PackedMoEFFN,
+    PackedMoEXFFN,
+    PackedReadMEFFN,
+)
 from sparsezoo_jax.inference.ffn import (
     MappedGatedFFN,
     MappedPlainFFN,
@@ -45,7 +51,7 @@ KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
     **{
         kind: dataclasses.replace(CONFIGS[kind], layers=1)
-        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy", "sparsified")
+        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy", "sparsified", "readme")
     },
     "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
@@ -106,6 +112,7 @@ LAID_OUT = {
     "remoe": (PackedGQA, PackedMoEFFN),
     "ling": (PackedGQA, PackedGatedFFN, PackedMoEFFN),
     "sparsified": (PackedSparsifiedAttention, PackedSparsifiedFFN),
+    "readme": (PackedGQA, PackedReadMEFFN),
     "cats": (PackedGQA, PackedSparsifiedFFN),
 }
 

@@ -21,6 +21,7 @@ from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.mohd import MoHDConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.per_layer import PerLayerConfig
+from sparsezoo_jax.models.readme import ReadMEFFNConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
@@ -126,6 +127,14 @@ CONFIGS = {
         residual=MoHDConfig(blocks=6, active=4, shared=2, router_std=0.5, masked_head=True),
         norm=NormConfig(eps=1e-5),
         init=InitConfig(kind="fixed", scale=0.1, embedding_std=1.0),
+    ),
+    "readme": DecoderConfig(
+        **TWO,
+        attention=GQAConfig(heads=2, kv_heads=1, head_dim=8),
+        ffn=ReadMEFFNConfig(
+            experts=3, expert_width=8, shared_width=12, router_width=16, router_heads=2, router_d_ff=12
+        ),
+        norm=NormConfig(eps=1e-5),
     ),
     "sparselm": DecoderConfig(
         **TWO,

@@ -16,6 +16,7 @@ from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.altup import AltUpConfig
 from sparsezoo_jax.models.laurel import LaurelConfig
 from sparsezoo_jax.models.per_layer import PerLayerConfig
+from sparsezoo_jax.models.readme import ReadMEFFNConfig
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, device_put, named_sharding, num_replicas, use_mesh
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import LoRAConfig, adapters_of
@@ -49,6 +50,7 @@ COVERED = {
     "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
     "adapters": ("data 2, expert 2, tensor 2",),
+    "readme": ("data 2, expert 2, tensor 2",),
     "altup": ("fsdp 2, context 2, tensor 2",),
 }
 #: What weighs the auxiliary losses; and micro-batches of a step on these meshes, one device having one.
@@ -98,6 +100,11 @@ def models():
     yield "moe", model
     dense = preset("dense", "tiny").model.attention
     yield "adapters", dataclasses.replace(model, layers=1, attention=dense, remat="none")
+
+    ffn = ReadMEFFNConfig(
+        experts=4, expert_width=16, shared_width=16, router_width=32, router_heads=2, router_d_ff=32, moved="tokens"
+    )
+    yield "readme", dataclasses.replace(model, layers=1, attention=dense, ffn=ffn)
 
     model = preset("plm", "tiny").model
     attention = dataclasses.replace(model.attention, heads=8, kv_lora_rank=16)
