@@ -161,6 +161,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     With number formats also "packed": "formats", "loss" and its "change".
     Of a sparsified run also "sparsified": see `evaluation.sparsified.needed`, and "made", how it was (`sparsify.json`).
     Of a pruned run also "pruned": see `evaluation.sparsified.zeros`, and "made".
+    Of a run whose experts were made of a dense one's neurons also "converted": "made".
     With calibration also "calibration" (see `evaluation.Calibration`).
     With cett also "activation": see `activation`.
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
@@ -207,7 +208,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     if found := needed(config.model, result.stats):
         figures["sparsified"] = {**found, "made": made(command.directory)}
     elif record := made(command.directory):
-        figures["pruned"] = {**zeros(model), "made": record}
+        of_experts = config.model.ffn.pre_gate(config.model) is not None
+        figures["converted" if of_experts else "pruned"] = {**({} if of_experts else zeros(model)), "made": record}
     if command.calibration:
         batches = data.evaluation_batches(prepared, batch_size, command.batches)
         figures["calibration"] = calibrate(model, batches).as_dict()

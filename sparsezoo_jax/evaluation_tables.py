@@ -32,6 +32,8 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
         print_sparsified(figures["sparsified"])
     if "pruned" in figures:
         print_pruned(figures["pruned"])
+    if "converted" in figures:
+        print_made(figures["converted"]["made"])
     if "activation" in figures:
         print_activation(figures["activation"], figures["loss"])
     if "meters" not in figures:

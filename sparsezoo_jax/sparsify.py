@@ -1,10 +1,11 @@
 """Make a sparser run of a trained one: `python -m sparsezoo_jax.sparsify RUN OUT --method teal --sparsity 0.5`.
 
-Nothing is trained. Some text is read to see what the maps of each layer read, and OUT becomes a run of one of three
+Some text is read to see what the maps of each layer read, and OUT becomes a run of one of four
 kinds. Its layers leave out the channels that matter least for a token: those of small magnitude (teal), of small
 magnitude times the norm of their weights (wina; rsparse reads the others by a low-rank map), or the neurons whose gates
 are small (cats). Or weights are 0 for all tokens (magnitude, wanda, gblm), which saves no time by itself. Or neurons of
-feed-forward networks are gone (magnitude-sp, wanda-sp, cfsp, flap), and the model is smaller. It is evaluated,
+feed-forward networks are gone (magnitude-sp, wanda-sp, cfsp, flap), and the model is smaller. Or neurons become experts
+by domain, of which one router for all layers gives each token one (readme); that alone trains. It is evaluated,
 continued, decoded and reported like every other. docs/sparsify.md has the formulas and what the released code does
 otherwise.
 """
@@ -29,12 +30,14 @@ from sparsezoo_jax.sparsification.config import (
     CalibrationConfig,
     NeuronConfig,
     PruningConfig,
+    ReadMEConfig,
     RSparseConfig,
 )
 
 ACTIVATIONS = ("cats", "teal", "wina", "rsparse")
 WEIGHTS = ("magnitude", "wanda", "gblm")
 NEURONS = ("magnitude-sp", "wanda-sp", "cfsp", "flap")
+EXPERTS = ("readme",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +49,25 @@ class Sparsify(CorpusFlags):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT"), Stores()]
     """Run directory to make; empty or absent."""
     method: Literal[
-        "cats", "teal", "wina", "rsparse", "magnitude", "wanda", "gblm", "magnitude-sp", "wanda-sp", "cfsp", "flap"
+        "cats",
+        "teal",
+        "wina",
+        "rsparse",
+        "magnitude",
+        "wanda",
+        "gblm",
+        "magnitude-sp",
+        "wanda-sp",
+        "cfsp",
+        "flap",
+        "readme",
     ]
     """Left out for a token: cats: neurons of gated networks, by their gates; teal: channels of all linear maps, by
     magnitude; wina: these, by magnitude times the norm of their weights; rsparse: the same, and a low-rank map
     reads the rest. Weights set to 0: magnitude; wanda: by
     magnitude times the norm of their inputs; gblm: these norms and gradients. Neurons removed: magnitude-sp, wanda-sp:
     by their output weights, and the norms of what they put out; cfsp: by these and those of their inputs; flap: by the
-    variance of what they put out."""
+    variance of what they put out. Made into experts: readme: neurons that a domain's text activates most."""
     sparsity: float | None = None
     """Share of the channels, neurons or weights that goes, in [0, 1). None: 0.5, or what --pattern says."""
     maps: tuple[str, ...] | None = None
@@ -82,7 +96,9 @@ class Sparsify(CorpusFlags):
     pruning: PruningConfig = field(default_factory=PruningConfig)
     """Of magnitude, wanda and gblm."""
     neurons: NeuronConfig = field(default_factory=NeuronConfig)
-    """Of magnitude-sp, wanda-sp, cfsp and flap."""
+    """Of magnitude-sp, wanda-sp, cfsp and flap; the multiple of readme, too."""
+    readme: ReadMEConfig = field(default_factory=ReadMEConfig)
+    """Of readme."""
     step: int | None = None
     """Checkpoint of the run to take; none is the newest."""
     base: Annotated[Path | None, Stores()] = None
@@ -110,11 +126,16 @@ def main(args: Sequence[str]) -> None:
     ]
     if "weights" in figures:
         needed = f"{figures['weights'] / figures['weights_dense']:.2%}"
-        rows.append(("weights of the layers that a token needs", needed))
+        whole = "layers (and router)" if "domains" in figures else "layers"
+        rows.append((f"weights of the {whole} that a token needs", needed))
     for text, name in (("left out of", "left_out"), ("zeros in", "zeros")):
         rows += [(f"{text} {map}", f"{share:.2%}") for map, share in figures.get(name, {}).items()]
     if "widths" in figures:
         rows.append(("neurons of the layers", " ".join(map(str, figures["widths"]))))
+    if "domains" in figures:
+        rows.append(("neurons of an expert, and shared", f"{figures['expert_width']:,}, {figures['shared']:,}"))
+        for name, shares in figures["routed"].items():
+            rows.append((f"experts of {name}", " ".join(f"{share:.1%}" for share in shares)))
     rows.append(("tokens of the calibration", f"{figures['calibration_tokens']:,}"))
     cli.print_table(f"{command.out}: {command.method} at {figures['sparsity']:g}", ("figure", "value"), rows)
     if command.method in WEIGHTS:
@@ -151,9 +172,12 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
 
     flags = dataclasses.replace(command, dataset=command.calibration.dataset or command.dataset)
-    read = data.prepare(flags.corpus(config.data), command.calibration.split, tokenizer)
+    by_domain = isinstance(plan, making.ReadMEPlan)
+    corpora = plan.corpora(flags.corpus(config.data)) if by_domain else flags.corpus(config.data)
+    read = data.prepare(corpora, command.calibration.split, tokenizer)
     validation = data.prepare(command.corpus(config.data), "validation", tokenizer)
-    text = making.Text(read, config.data.batch_size, command.calibration)
+    reader: Any = making.Domains if by_domain else making.Text
+    text = reader(read, config.data.batch_size, command.calibration)
     if text.first_tokens() < read.seq_len:
         found = f"{text.first_tokens()} tokens, less than a sequence of {read.seq_len}"
         raise DataError(f"the text to calibrate on has {found}")
@@ -217,6 +241,8 @@ def planned(command: Sparsify) -> Any:
         return plan if since is None else plan._replace(earlier=lambda: loaded(command, since).model)
     if command.method in NEURONS:
         return making.NeuronPlan.of(command.method, share, command.neurons, command.released)
+    if command.method in EXPERTS:
+        return making.ReadMEPlan(share, command.readme, command.neurons.multiple, command.released)
     require(command.dense_tokens >= 0, "--dense-tokens", command.dense_tokens, "must be at least 0")
     choices = (command.maps, command.gate, command.weighted, command.quantile)
     return making.ActivationPlan.of(
@@ -238,7 +264,7 @@ def refuse_others(command: Sparsify) -> None:
         **dict.fromkeys(("weighted", "dense_tokens"), ACTIVATIONS),
         **dict.fromkeys(("gate", "quantile"), ("cats", "teal", "wina")),
         "rotate": ("teal", "wina"),
-        "released": ("cats", "teal", "wina", "cfsp"),
+        "released": ("cats", "teal", "wina", "cfsp", "readme"),
         **dict.fromkeys((f"allocation.{name}" for name in ("kind", "step", "sequences", "last")), ("teal", "wina")),
         **dict.fromkeys((f"rsparse.{f.name}" for f in dataclasses.fields(RSparseConfig)), ("rsparse",)),
         "pattern": WEIGHTS,
@@ -247,9 +273,11 @@ def refuse_others(command: Sparsify) -> None:
         "pruning.gradient_norm": ("gblm",),
         "pruning.gradient_weight": ("gblm",),
         "neurons.widths": ("cfsp", "flap"),
-        "neurons.multiple": NEURONS,
+        "neurons.multiple": NEURONS + EXPERTS,
         "neurons.bias": NEURONS,
         "neurons.spread": ("cfsp",),
+        "calibration.dataset": ACTIVATIONS + WEIGHTS + NEURONS,
+        **dict.fromkeys((f"readme.{f.name}" for f in dataclasses.fields(ReadMEConfig)), EXPERTS),
     }
     for path, methods in owners.items():
         part, *rest = path.split(".")

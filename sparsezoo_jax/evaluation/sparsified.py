@@ -20,7 +20,7 @@ from sparsezoo_jax.untrusted import read_json
 #: File of a run directory with the figures of how it was made.
 RECORD = "sparsify.json"
 _FIGURES = ("method", "sparsity", "loss_dense", "loss", "tokens")
-_OPTIONAL = ("pattern", "widths")
+_OPTIONAL = ("pattern", "widths", "domains")
 
 
 def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Flags of the calibration and of pruning."""
+"""Flags of the calibration, of pruning and of the conversion to experts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,3 +119,60 @@ class NeuronConfig:
     def __post_init__(self):
         require(self.multiple > 0, "--neurons.multiple", self.multiple, "must be above 0")
         require(self.spread >= 0, "--neurons.spread", self.spread, "must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadMEConfig:
+    """How readme makes experts, and trains them and their router."""
+
+    domains: tuple[str, ...] = ()
+    """Corpora, each named as in --data.dataset of training; one expert is made of each. None: those of the mixture that
+    the run was trained on."""
+    rounds: int = 8
+    """Turns of the router and of the experts; 0 makes experts and a router that has learnt nothing."""
+    router_steps: int = 100
+    """Steps of the router in a turn."""
+    expert_steps: int = 200
+    """Steps of all other parameters in a turn."""
+    router_rate: float = 5e-4
+    """Learning rate of the router at the beginning of the first turn; half a cosine wave to 0 in each turn."""
+    expert_rate: float = 5e-5
+    """The same of all other parameters."""
+    rate_decay: float = 0.8
+    """Factor on both rates from turn to turn."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    batch_size: int | None = None
+    """Sequences in a batch of these steps. None: as the run's."""
+    router_width: int = 512
+    """Width of the router's stream."""
+    router_heads: int = 4
+    """Attention heads of the router."""
+    router_d_ff: int = 512
+    """Inner width of the router's feed-forward network."""
+    seed: int = 0
+    """Of the router's first parameters and of the order of the batches."""
+
+    def __post_init__(self):
+        for domain in self.domains:
+            require_corpus("--readme.domains", domain)
+        names = ", ".join(self.domains)
+        require(len(self.domains) != 1, "--readme.domains", names, "must name two corpora or more")
+        require(len(set(self.domains)) == len(self.domains), "--readme.domains", names, "must name each corpus once")
+        for name in ("rounds", "router_steps", "expert_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"--readme.{flag(name)}", value, "must be at least 0, and finite")
+        for name in ("router_rate", "expert_rate", "rate_decay", "router_width", "router_heads", "router_d_ff"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"--readme.{flag(name)}", value, "must be above 0, and finite")
+        size = self.batch_size
+        require(size is None or size > 0, "--readme.batch-size", size, "must be above 0 or None")
+        require(0 <= self.seed < 2**31, "--readme.seed", self.seed, f"must be from 0 to {2**31 - 1}")
+        allowed = f"must be a multiple of twice --readme.router-heads={self.router_heads}"
+        fits = self.router_width % (2 * self.router_heads) == 0
+        require(fits, "--readme.router-width", self.router_width, allowed)
+
+
+def flag(name: str) -> str:
+    """A field's name as flags have it."""
+    return name.replace("_", "-")

@@ -41,6 +41,8 @@ def check_stream(config: DecoderConfig) -> None:
     ):
         allowed = f"must be {plain}: layers are worked on one after another, by the stream between them alone"
         require(value == plain, f"model.{field}", value, allowed)
+    allowed = "has one router for all layers: they are not worked on one after another"
+    require(config.ffn.pre_gate(config) is None, "model.ffn.kind", config.ffn.kind, allowed)
 
 
 def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False) -> dict[str, tuple[str, ...]]:

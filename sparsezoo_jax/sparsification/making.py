@@ -1,10 +1,11 @@
 """What `sparsify` makes of a run, by the family of its method: a plan is checked, made, and says its figures.
 
-A plan of channels left out by token, of weights that are 0, or of neurons that are gone.
+A plan of channels left out by token, of weights that are 0, of neurons that are gone, or of experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -14,9 +15,9 @@ import numpy as np
 from sparsezoo_jax import data
 from sparsezoo_jax.errors import ConfigError, require
 from sparsezoo_jax.evaluation.sparsified import needed
-from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models import Decoder, DecoderConfig, activated_parameters
 from sparsezoo_jax.sparsification import neurons as by_neurons
-from sparsezoo_jax.sparsification import pruning
+from sparsezoo_jax.sparsification import pruning, readme
 from sparsezoo_jax.sparsification.allocation import greedy
 from sparsezoo_jax.sparsification.calibration import Calibration, calibrate, threshold, thresholds
 from sparsezoo_jax.sparsification.config import (
@@ -24,6 +25,7 @@ from sparsezoo_jax.sparsification.config import (
     CalibrationConfig,
     NeuronConfig,
     PruningConfig,
+    ReadMEConfig,
     RSparseConfig,
 )
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
@@ -69,6 +71,30 @@ class Text:
     def tokens(self) -> int:
         """Tokens of all sequences."""
         return sum(int((batch["segment_ids"] > 0).sum()) for batch in self)
+
+
+class Domains:
+    """The sequences of several corpora that are calibrated on, and batches to train on of all of them."""
+
+    def __init__(self, prepared: data.PreparedMixture, batch_size: int, config: CalibrationConfig):
+        self._prepared, self.batch_size = prepared, batch_size
+        self.texts = {part.name: Text(part.split, batch_size, config) for part in prepared.components}
+
+    def first_tokens(self) -> int:
+        """Tokens of the first batch of the corpus that has fewest there."""
+        return min(text.first_tokens() for text in self.texts.values())
+
+    def tokens(self) -> int:
+        """Tokens of all sequences that are calibrated on."""
+        return sum(text.tokens() for text in self.texts.values())
+
+    def batches(self, size: int, seed: int) -> Iterator[Mapping[str, Any]]:
+        """Training batches without end."""
+        found = data.prepared_batches(self._prepared, batch_size=size, seed=seed)
+        try:
+            yield from found
+        finally:
+            found.close()
 
 
 class Made(NamedTuple):
@@ -304,6 +330,62 @@ class NeuronPlan(NamedTuple):
 
     def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Widths, and weights of the layers' linear maps without what layers are filled up with."""
+        return made.record
+
+
+class ReadMEPlan(NamedTuple):
+    """Experts by domain, and one router for all layers."""
+
+    share: float
+    config: ReadMEConfig
+    multiple: int
+    released: bool
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raise `UserError` for a decoder that this can't be done with."""
+        readme.check_decoder(config)
+
+    def corpora(self, config: data.DataConfig) -> data.DataConfig:
+        """The corpora of the domains as a mixture, for a run of this configuration.
+
+        Raises:
+          ConfigError: fewer than two.
+        """
+        parts = tuple(data.Component(dataset=name, weight=1.0) for name in self.config.domains)
+        parts = parts or tuple(dataclasses.replace(part, epochs=None) for part in config.mixture or ())
+        allowed = "must name two corpora or more: the run was not trained on a mixture of some"
+        require(len(parts) > 1, "--readme.domains", ", ".join(self.config.domains) or "none", allowed)
+        return dataclasses.replace(config, dataset=None, validation_dataset=None, mixture=parts)
+
+    def make(self, model: Decoder, text: Domains) -> Made:
+        """The mixture."""
+        neurons = readme.check_decoder(model.config).d_ff
+        kept = int(by_neurons.widths(np.array([1 - self.share]), neurons, self.multiple)[0])
+        units = readme.DenseUnits(model)
+        found = [readme.mean_magnitudes(units, part) for part in text.texts.values()]
+        experts = readme.choose_experts(np.stack(found, axis=1), kept, self.multiple)
+        mixed = readme.converted(model, experts, self.config)
+        size = self.config.batch_size or text.batch_size
+        batches = partial(text.batches, size)
+        trained = readme.train(mixed, units, experts, batches, self.config, released=self.released)
+        ffn: Any = mixed.config.ffn
+        record = {
+            "domains": list(text.texts),
+            "neurons": neurons,
+            "shared": ffn.shared_width,
+            "expert_width": ffn.expert_width,
+            "common": [int(np.all(mask_EF, axis=0).sum()) for mask_EF in experts.masks_LEF],
+            "router_losses": trained.router_losses,
+            "agreement": trained.agreement,
+            "expert_losses": trained.expert_losses,
+            "routed": {name: readme.routed_shares(trained.model, part).tolist() for name, part in text.texts.items()},
+            "weights_dense": activated_parameters(model.config).layers,
+            "weights": activated_parameters(trained.model.config).layers,
+        }
+        return Made(trained.model, text.tokens(), record)
+
+    def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """Of experts and router, and weights that a token needs of layers and router."""
         return made.record
 
 
