@@ -329,7 +329,9 @@ def test_all_faults_of_the_config_at_once(tmp_path):
         "intermediate",
     ):
         assert text in str(caught.value)
-    with pytest.raises(UserError, match="model_type=bert: must be one of llama, gemma2, gemma3_text, gemma3n_text, gpt2"):
+    with pytest.raises(
+        UserError, match="model_type=bert: must be one of llama, gemma2, gemma3_text, gemma3n_text, gpt2"
+    ):
         read_model({"model_type": "bert"}, "config.json")
     with pytest.raises(UserError, match="kv_heads=3: must divide"):
         read_model({**CONFIGS["llama"], "num_key_value_heads": 3}, "config.json")
