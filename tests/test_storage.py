@@ -158,6 +158,7 @@ def test_paths_keep_their_scheme():
 OPENERS = {
     "cli": "the null device",
     "lease": "what the kernel says of processes, and the time of change of a lease on a disk",
+    "program_cache": "what the kernel says of the processor",
     "platforms": "a temporary file for what libraries print",
     "compilation": "temporary files of compilers, and data of the package",
     "native": "libraries that are built into the package",
