@@ -19,6 +19,7 @@ from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Passed
 from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.remat import rematerialised
+from sparsezoo_jax.models.routers import top_1
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION, product
 from tests.models.conftest import CONFIGS, build
 
@@ -35,15 +36,19 @@ def kept(name, remat):
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstacked())
     graphdef, state = nnx.split(model.segments[0])
     x_BTD = jax.ShapeDtypeStruct((B, T, config.d_model), jnp.float32)
+    gate = config.ffn.pre_gate(config)
+    chosen = None if gate is None else top_1(jnp.zeros((B, T, gate.experts)))
 
     def layer(x_BTD, tokens, state):
         ctx = call_context(model.config, tokens)
+        ctx.experts = chosen
         run = lambda x_BTD, state: nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None, scan=False, remat="none")[0]  # noqa: E731
         return rematerialised(run, remat)(x_BTD, state)
 
     found = saved_residuals(layer, x_BTD, jax.ShapeDtypeStruct((B, T), jnp.int32), state)
-    # A mask, positions and segments of the tokens are inputs, too, and so are constants.
-    arrays = [x for x, source in found if x.shape[:2] == (B, T) and x.dtype == jnp.float32 and "argument" not in source]
+    # A mask, positions and segments of the tokens are inputs, too, and so are constants, such as chosen experts.
+    own = [x for x, source in found if "argument" not in source and "constant" not in source]
+    arrays = [x for x in own if x.shape[:2] == (B, T) and x.dtype == jnp.float32]
     return sorted(math.prod(x.shape) // (B * T) for x in arrays)
 
 
@@ -61,6 +66,7 @@ PRODUCTS = {
     "moe": ([16, 8, 8, 24], [6, 8, 8]),
     "moex": ([24, 24, 24, 24], [8, 8]),
     "mohd": ([16, 8, 8, 24], [32, 32, 24], [6, 24, 24, 6, 24]),
+    "readme": ([16, 8, 8, 24], [12, 12]),  # of the shared neurons
     "sparselm": ([16, 16, 16, 24], [20, 20]),  # scores of up to 20 neurons a token, in the place of 32
     "sparsified": ([16, 8, 8, 24], [32, 32]),
     "gemma3n": ([16, 8, 8, 24], [64, 64]),
