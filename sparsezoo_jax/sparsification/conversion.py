@@ -45,6 +45,17 @@ def check_stream(config: DecoderConfig) -> None:
     require(config.ffn.pre_gate(config) is None, "model.ffn.kind", config.ffn.kind, allowed)
 
 
+def check_layers(config: DecoderConfig) -> None:
+    """Raise `ConfigError` unless all layers have like FFNs, over the whole stream, and nothing else has one."""
+    require(config.first_ffn is None, "model.first_layers", config.first_layers, "must be 0: layers have unlike FFNs")
+    allowed = "must be 0: modules of multi-token prediction have neurons of their own"
+    require(config.mtp_layers == 0, "model.mtp_layers", config.mtp_layers, allowed)
+    check_stream(config)
+    width = config.residual.active_width(config.d_model, "ffn")
+    allowed = "has a residual stream whose width is routed; its neurons can't be moved"
+    require(width == config.d_model, "model.residual.kind", config.residual.kind, allowed)
+
+
 def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False) -> dict[str, tuple[str, ...]]:
     """Which of the maps the kinds of a decoder have, by the field of its configuration: attention, ffn, first_ffn.
 

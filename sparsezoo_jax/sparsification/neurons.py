@@ -20,7 +20,7 @@ from sparsezoo_jax.errors import ConfigError, require
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.ffn import GatedFFN, GatedFFNConfig, PlainFFN, PlainFFNConfig
 from sparsezoo_jax.models.layers import Block
-from sparsezoo_jax.sparsification.conversion import check_stream
+from sparsezoo_jax.sparsification.conversion import check_layers
 from sparsezoo_jax.sparsification.layers import LayerInputs, Place, walk
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
@@ -112,13 +112,7 @@ def check_neurons(config: DecoderConfig, *, bias: bool) -> GatedFFNConfig | Plai
     ffn = config.ffn
     if not isinstance(ffn, GatedFFNConfig | PlainFFNConfig):
         raise ConfigError("model.ffn.kind", ffn.kind, "has no neurons that can be removed; gated and plain have")
-    require(config.first_ffn is None, "model.first_layers", config.first_layers, "must be 0: layers have unlike FFNs")
-    allowed = "must be 0: modules of multi-token prediction have neurons of their own"
-    require(config.mtp_layers == 0, "model.mtp_layers", config.mtp_layers, allowed)
-    check_stream(config)
-    width = config.residual.active_width(config.d_model, "ffn")
-    allowed = "has a residual stream whose width is routed; its neurons can't be removed"
-    require(width == config.d_model, "model.residual.kind", config.residual.kind, allowed)
+    check_layers(config)
     pattern = ffn.activation_sparsity_pattern if isinstance(ffn, GatedFFNConfig) else ()
     allowed = "selects neurons by the distribution over all of them; none can be removed"
     require(not any(pattern), "model.ffn.activation_sparsity_pattern", pattern, allowed)

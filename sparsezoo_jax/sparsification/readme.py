@@ -33,7 +33,7 @@ from sparsezoo_jax.models.readme import ReadMEFFNConfig
 from sparsezoo_jax.models.records import FFN_HIDDEN
 from sparsezoo_jax.models.topk import top_k_mask
 from sparsezoo_jax.sparsification.config import ReadMEConfig
-from sparsezoo_jax.sparsification.conversion import check_stream
+from sparsezoo_jax.sparsification.conversion import check_layers
 from sparsezoo_jax.sparsification.layers import layers_of
 from sparsezoo_jax.training.optimizers import is_matrix
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
@@ -53,13 +53,7 @@ def check_decoder(config: DecoderConfig) -> GatedFFNConfig:
     ffn = config.ffn
     if not isinstance(ffn, GatedFFNConfig):
         raise ConfigError("model.ffn.kind", ffn.kind, "can't be made into experts of neurons; gated can")
-    require(config.first_ffn is None, "model.first_layers", config.first_layers, "must be 0: layers have unlike FFNs")
-    allowed = "must be 0: modules of multi-token prediction have neurons of their own"
-    require(config.mtp_layers == 0, "model.mtp_layers", config.mtp_layers, allowed)
-    check_stream(config)
-    width = config.residual.active_width(config.d_model, "ffn")
-    allowed = "has a residual stream whose width is routed; no experts can be made of its layers"
-    require(width == config.d_model, "model.residual.kind", config.residual.kind, allowed)
+    check_layers(config)
     for name, off in (("bias", False), ("up_activation", None), ("threshold", 0.0), ("l1", False)):
         value = getattr(ffn, name)
         require(value == off, f"model.ffn.{name}", value, f"must be {off}: experts have no such thing")
