@@ -15,12 +15,10 @@ def text(number):
     return " ".join([f"number {number}", *(WORDS[(number * 7 + i * (number + 3)) % len(WORDS)] for i in range(length))])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEZOO_CACHE", str(path))
-        yield path
+@pytest.fixture(scope="session")
+def cache(shared_cache):
+    """The session's one cache: another one here would stay for the modules that follow on the same worker."""
+    return shared_cache
 
 
 @pytest.fixture(scope="session")
