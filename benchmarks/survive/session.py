@@ -146,8 +146,14 @@ class Session:
         return Start(processes, logs)
 
     def step(self) -> int:
-        """The newest step in the log."""
-        return max((row["step"] for row in rows(self.workdir)), default=0)
+        """The newest step in the log.
+
+        It is asked for all the time, so only the end of the log is read where that has a step.
+        """
+        for end in (4096, None):
+            if found := [row["step"] for row in rows(self.workdir, end)]:
+                return max(found)
+        return 0
 
     def checkpoints(self) -> list[Path]:
         found = (self.workdir / "checkpoints").glob("*")
@@ -161,10 +167,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def rows(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of training steps that can be read."""
-    found = []
-    with_errors = (workdir / "metrics.jsonl").read_bytes() if (workdir / "metrics.jsonl").exists() else b""
+def rows(workdir: Path, end: int | None = None) -> list[dict[str, Any]]:
+    """Rows of training steps that can be read, or those within the last `end` bytes of the log."""
+    found, with_errors = [], b""
+    if (workdir / "metrics.jsonl").exists():
+        with (workdir / "metrics.jsonl").open("rb") as log:
+            if end is not None:
+                log.seek(max(log.seek(0, os.SEEK_END) - end, 0))
+            with_errors = log.read()
     for line in with_errors.splitlines():
         try:
             row = json.loads(line)

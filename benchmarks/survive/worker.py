@@ -7,10 +7,12 @@ hundred readings after the start. `full`: path of a file; as long as it exists, 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import errno
 import json
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -50,6 +52,9 @@ def work(arguments: list[str], environment: dict[str, str], compiled: str, log: 
       log: file for both outputs.
       limit: bytes beyond which no file may grow.
     """
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: what a driver that was cut off has left running would write into the next one's directory.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for output in (1, 2):
         os.dup2(descriptor, output)
