@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from sparsezoo_jax.errors import NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation, print_tasks
+from sparsezoo_jax.mesh_flags import MeshFlags
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.weight_formats import WeightFormats
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(WeightFormats, CorpusFlags):
+class Evaluate(WeightFormats, CorpusFlags, MeshFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
@@ -93,7 +95,9 @@ class Evaluate(WeightFormats, CorpusFlags):
         """The model that is evaluated, its configuration and tokenizer."""
         from sparsezoo_jax import run_dir
 
-        return run_dir.load(self.directory, step=self.step, merge_last=self.merge_last, base=self.base)
+        return run_dir.load(
+            self.directory, step=self.step, merge_last=self.merge_last, base=self.base, mesh=self.build_mesh()
+        )
 
 
 def main(args: Sequence[str]) -> None:
@@ -126,8 +130,11 @@ def figures_of(command: Evaluate) -> dict[str, Any]:
       ConfigError: flags that don't go together.
       UserError, StorageError: as these functions.
     """
+    from sparsezoo_jax.sharding import use_mesh
+
     mode = mode_of(command)
-    return (evaluate if mode is None else mode.evaluate)(command)
+    with use_mesh(command.build_mesh()):
+        return (evaluate if mode is None else mode.evaluate)(command)
 
 
 def mode_of(command: Evaluate) -> Mode | None:
@@ -174,6 +181,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     from sparsezoo_jax.evaluation import as_rows, calibrate, corpora, cost_table, evaluate_corpora, measure
     from sparsezoo_jax.evaluation.sparsified import made, needed, zeros
     from sparsezoo_jax.inference import packed
+    from sparsezoo_jax.sharding import check_batch, device_put, named_sharding
 
     require(command.batches is None or command.batches > 0, "--batches", command.batches, "must be above 0")
     require(command.batch_size is None or command.batch_size > 0, "--batch-size", command.batch_size, "must be above 0")
@@ -192,7 +200,11 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     def of_corpus(split: data.PreparedSplit) -> Any:
         return data.evaluation_batches(split, batch_size, command.batches)
 
-    result, each = evaluate_corpora(model, prepared, of_corpus)
+    mesh, shape = command.build_mesh(), (batch_size, config.data.seq_len)
+    check_batch(shape, mesh)
+    placed = named_sharding(mesh)(("batch", "length"), shape)
+    to_device = partial(device_put, sharding=placed, shape=shape) if mesh.size > 1 else dict
+    result, each = evaluate_corpora(model, prepared, of_corpus, to_device=to_device)
     if not math.isfinite(result.loss):
         raise NumericsError(
             f"{command.directory}: the loss is {result.loss}: a weight that is no number, or a run that diverged"
@@ -201,7 +213,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     if each:
         figures["corpora"] = corpora.as_figures(prepared, each)
     if command.chosen:
-        loss = evaluate_corpora(packed(model, command.formats), prepared, of_corpus)[0].loss
+        loss = evaluate_corpora(packed(model, command.formats), prepared, of_corpus, to_device=to_device)[0].loss
         names = command.formats._asdict().items()
         text = ", ".join(f"{name} {form}" for name, form in names if form is not None)
         figures["packed"] = {"formats": text, "loss": loss, "change": loss - result.loss}
@@ -309,6 +321,8 @@ def evaluate_tasks(command: Evaluate) -> dict[str, Any]:
 
     names = [name.strip() for name in (command.tasks or "").split(",") if name.strip()]
     require(bool(names), "--tasks", command.tasks, "must name tasks, with commas between them")
+    mesh = command.build_mesh().size
+    require(mesh == 1, "--tasks", command.tasks, f"are run on one device, not on a mesh of {mesh}")
     require(command.limit is None or command.limit > 0, "--limit", command.limit, "must be above 0")
     require(command.shots is None or command.shots >= 0, "--shots", command.shots, "must be at least 0")
     for flag, value in (("--merge-last", command.merge_last), ("--base", command.base)):

@@ -15,13 +15,14 @@ import tyro
 
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import require
+from sparsezoo_jax.mesh_flags import MeshFlags
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(WeightFormats):
+class Generate(WeightFormats, MeshFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
@@ -70,7 +71,12 @@ def main(args: Sequence[str]) -> None:
     require(not (command.chat and command.special_tokens), "--special-tokens", True, "is implied by --chat")
     require(command.max_new_tokens > 0, "--max-new-tokens", command.max_new_tokens, "must be above 0")
     model = TextModel.load(
-        command.directory, step=command.step, base=command.base, formats=command.formats, stop_ids=command.stop_ids
+        command.directory,
+        step=command.step,
+        base=command.base,
+        formats=command.formats,
+        stop_ids=command.stop_ids,
+        mesh=command.build_mesh(),
     )
     if command.chat:
         prompts = [model.encode_message(prompt, command.system) for prompt in command.prompt]

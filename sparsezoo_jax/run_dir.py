@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, Sharding
 
 from sparsezoo_jax import plugins as kinds
 from sparsezoo_jax import storage
@@ -27,14 +29,16 @@ from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.overrides import with_values
+from sparsezoo_jax.sharding import named_sharding
 from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.lease import LEASE
 from sparsezoo_jax.training.lora import Adapters, LoRAConfig
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import read_params, restore_params, save_params, saved_metadata, saved_steps
-from sparsezoo_jax.training.state import ModelTemplate, PureDict, flatten
+from sparsezoo_jax.training.state import ModelTemplate, PureDict, flatten, map_with_path
 from sparsezoo_jax.training.warm_start import WarmStart, open_warm_start
 
+ShardingOf = Callable[[str, tuple[int, ...]], Sharding]
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 _HOW_TO_NAME_IT = "evaluate, generate and convert merge take --base DIR, train takes --train.init-from DIR"
@@ -55,6 +59,7 @@ def load(
     merge_last: int | None = None,
     base: str | Path | None = None,
     plugins: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Loaded:
     """Load a run for evaluation or decoding: the model with its parameters, the configuration and the tokenizer.
 
@@ -69,6 +74,7 @@ def load(
       base: for adapters, the run that they were trained for. Default: the place that the configuration names.
       plugins: modules to import first, which register kinds that the run is made of. Those of installed packages are
         found without.
+      mesh: devices that share the arrays, each read where it will lie. None: all are on the first device.
 
     Returns:
       `(model, config, tokenizer)`; the tokenizer is None for a converted checkpoint that ships none.
@@ -90,7 +96,9 @@ def load(
     template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
     if merge_last is not None and merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
-    read = _with_adapters(directory, config, template) if config.train.lora.active else restore_params
+    sharding_of = None if mesh is None or mesh.size == 1 else _sharding_of(template, mesh)
+    restored = partial(restore_params, sharding_of=sharding_of)
+    read = _with_adapters(directory, config, template, sharding_of) if config.train.lora.active else restored
     own = _merged_steps(directory, config) if step is None and merge_last is None else ()
     if own:
         decay = config.train.merge_decay
@@ -103,6 +111,15 @@ def load(
     return Loaded(model, config, tokenizer)
 
 
+def _sharding_of(template: ModelTemplate, mesh: Mesh) -> ShardingOf:
+    """The sharding of each array of a checkpoint, from its path and shape."""
+    place = named_sharding(mesh)
+    axes = {f"params/{path}": variable.full_axes for path, variable in template.parameters.items()}
+    axes |= {f"model_state/{path}": variable.full_axes for path, variable in template.variables.items()}
+    # A random key is stored as its numbers, one dimension more.
+    return lambda path, shape: place((*axes.get(path, ()), *(None,) * len(shape))[: len(shape)], shape)
+
+
 def _merged_steps(directory: Path, config: RunConfig) -> tuple[int, ...]:
     """Steps whose average a finished run ends as; empty for other runs."""
     found = saved_steps(directory / CHECKPOINTS)
@@ -110,9 +127,12 @@ def _merged_steps(directory: Path, config: RunConfig) -> tuple[int, ...]:
 
 
 def _with_adapters(
-    directory: Path, config: RunConfig, template: ModelTemplate
+    directory: Path, config: RunConfig, template: ModelTemplate, sharding_of: ShardingOf | None = None
 ) -> Callable[[Path, int | None], tuple[PureDict, PureDict]]:
-    """`restore_params` of a run whose checkpoints hold adapters, which merges them into their base."""
+    """`restore_params` of a run whose checkpoints hold adapters, which merges them into their base.
+
+    They are merged on the first device, whatever `sharding_of` makes of the result.
+    """
     source = open_source(config, directory)
     assert source is not None
     adapters = Adapters(config.train.lora, template.parameters)
@@ -121,7 +141,12 @@ def _with_adapters(
 
     def read(checkpoints: Path, step: int | None) -> tuple[PureDict, PureDict]:
         trained, model_state = restore_params(checkpoints, step)
-        return merge(trained, adapters.divided(base, trained)[1]), model_state
+        found = merge(trained, adapters.divided(base, trained)[1]), model_state
+        if (place := sharding_of) is None:
+            return found
+        both = {"params": found[0], "model_state": found[1]}
+        placed = map_with_path(lambda path, x: jax.device_put(x, place(path, x.shape)), both)
+        return placed["params"], placed["model_state"]
 
     return read
 

@@ -21,6 +21,7 @@ import tyro
 
 from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.mesh_flags import MeshFlags
 from sparsezoo_jax.path_flags import Stores
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
@@ -29,7 +30,7 @@ KEY = "SPARSEZOO_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(WeightFormats):
+class Serve(WeightFormats, MeshFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
@@ -101,7 +102,12 @@ def serve(command: Serve, listener: socket.socket) -> None:
     from sparsezoo_jax.text_model import TextModel
 
     model = TextModel.load(
-        command.directory, step=command.step, base=command.base, formats=command.formats, stop_ids=command.stop_ids
+        command.directory,
+        step=command.step,
+        base=command.base,
+        formats=command.formats,
+        stop_ids=command.stop_ids,
+        mesh=command.build_mesh(),
     )
     name = command.name or command.directory.absolute().name
     limits = Limits(command.max_body_bytes, command.max_prompt_tokens, command.max_new_tokens, command.max_seconds)

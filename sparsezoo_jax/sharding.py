@@ -108,13 +108,20 @@ class MeshConfig:
         return {name: data if name == "data" else getattr(self, name) for name in AXES}
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, *, only_needed: bool = False) -> Mesh:
     """The mesh of `config` over `devices` (None: all there are), laid out for their network.
+
+    With `only_needed` it is over the first of them, as many as the axes multiply to.
 
     Raises:
       ConfigError: the axes don't multiply to the number of devices, or `slices` is not what the devices have.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if only_needed and config.data is not None:
+        needed = config.data * config.fsdp * config.expert * config.tensor * config.context
+        axes = {name: getattr(config, name) for name in AXES if getattr(config, name) != 1}
+        require(needed <= len(devices), "mesh", axes, f"needs {needed} devices, there are {len(devices)}")
+        devices = devices[:needed]
     shape = config.shape(len(devices))
     found = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     # Devices of a CPU have no slices; several are accepted there so that a layout can be tried.

@@ -12,6 +12,8 @@ from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Engine, Formats, Generation, Sampling, packed
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from sparsezoo_jax.data import Tokenizer
     from sparsezoo_jax.models import Decoder
 
@@ -27,6 +29,7 @@ class TextModel:
         tokenizer: Tokenizer,
         *,
         stop_ids: Sequence[int] = (),
+        mesh: Mesh | None = None,
     ):
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
         vocab = model.config.vocab_size
@@ -34,7 +37,7 @@ class TextModel:
             require(0 <= token < vocab, "--stop-ids", token, f"must be a token, from 0 to {vocab - 1}")
         self.stop: tuple[int, ...] = (*stop_ids, *data.stop_ids(directory, tokenizer))
         """Tokens that end a text."""
-        self.engine = Engine(model)
+        self.engine = Engine(model, mesh)
 
     @classmethod
     def load(
@@ -45,17 +48,21 @@ class TextModel:
         base: str | Path | None = None,
         formats: Formats | None = None,
         stop_ids: Sequence[int] = (),
+        mesh: Mesh | None = None,
     ) -> TextModel:
         """Open a run, packed for decoding in these number formats; see `run_dir.load` for the other arguments.
+
+        Devices of a `mesh` share it.
 
         Raises:
           UserError: as `run_dir.load`; a run without a tokenizer.
           StorageError: files that can't be read.
         """
-        model, config, tokenizer = run_dir.load(directory, step=step, base=base)
+        model, config, tokenizer = run_dir.load(directory, step=step, base=base, mesh=mesh)
         if tokenizer is None:
             raise UserError(f"{directory}: has no tokenizer, so no text can be read")
-        return cls(directory, packed(model, formats or Formats()), config, tokenizer, stop_ids=stop_ids)
+        laid_out = packed(model, formats or Formats())
+        return cls(directory, laid_out, config, tokenizer, stop_ids=stop_ids, mesh=mesh)
 
     @property
     def max_seq_len(self) -> int:

@@ -19,6 +19,7 @@ from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.errors import SparsezooWarning, UserError, require
 from sparsezoo_jax.inference import Sampling, packed
 from sparsezoo_jax.inference.generation import Step, next_token
+from sparsezoo_jax.inference.placement import cache_shardings, state_shardings
 from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin, flops_per_token
 from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, narrow_columns, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
@@ -127,29 +128,19 @@ def _inference(config: RunConfig, mesh: Mesh, new: int, context: int) -> tuple[A
     def spec(shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place(axes, shape))
 
-    def of_variable(variable: Any) -> Any:
-        value = variable.get_value()
-        axes = variable.get_metadata().get("axes") or (None,) * value.ndim
-        return variable.replace(spec(value.shape, value.dtype, tuple(axes)))
+    def placed(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
-    flat = [(path, of_variable(variable)) for path, variable in nnx.to_flat_state(state)]
-    state = nnx.from_flat_state(flat)
+    state = placed(state, state_shardings(state, mesh))
     model = nnx.merge(graphdef, state)
     cache: Any = jax.eval_shape(lambda: model.init_cache(batch, context))
-
-    def placed_cache(cache: Any) -> Any:
-        layers = [jax.tree.map(lambda x, axes=each.axes: spec(x.shape, x.dtype, axes), each) for each in cache.layers]
-        positions, end = (spec(x.shape, x.dtype, ("batch", None)[: x.ndim]) for x in (cache.positions_BS, cache.end))
-        router = None if cache.pre_gate is None else placed_cache(cache.pre_gate)
-        return type(cache)(tuple(layers), positions, end, router)
-
-    cache = placed_cache(cache)
+    shardings = cache_shardings(cache, mesh)
+    cache = placed(cache, shardings)
     ints = spec((batch, new), jnp.int32, ("batch", None))
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = spec((), jnp.int32, ())
-    cache_shardings = jax.tree.map(lambda x: x.sharding, cache)
-    placed: tuple[Any, Any, Any] = (place(("batch",), (batch,)), cache_shardings, place((), ()))
-    function = jax.jit(partial(next_token, Sampling(), graphdef), donate_argnums=1, out_shardings=Step(*placed))
+    out: tuple[Any, Any, Any] = (place(("batch",), (batch,)), shardings, place((), ()))
+    function = jax.jit(partial(next_token, Sampling(), graphdef), donate_argnums=1, out_shardings=Step(*out))
     arguments = (state, cache, ints, ints, scalar, jax.ShapeDtypeStruct((), key.dtype, sharding=place((), ())))
     return function, arguments, {"parameters": state, "cache": cache, "batch": ints}
 

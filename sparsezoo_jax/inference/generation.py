@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsezoo_jax.errors import NumericsError, UserError, require
+from sparsezoo_jax.inference.placement import cache_shardings, state_shardings
 from sparsezoo_jax.inference.prompt_lookup import PromptLookup
 from sparsezoo_jax.inference.sampling import NO_TOKEN, Sampling, likeliest, sample
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.cache import DecoderCache
+from sparsezoo_jax.sharding import use_mesh
 
 
 class Step(NamedTuple):
@@ -77,11 +80,17 @@ class Engine:
     before is looked at. Programs are compiled for caches rounded up to powers of two, and for prompts rounded up (see
     `padded_length`), so prompts of similar length share them, and so do all temperatures and probabilities of a
     sampling (not its top k).
+
+    On a `mesh` its devices share the weights, the cache and, where they divide them, the rows of a call.
     """
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, mesh: Mesh | None = None):
         self.model = model.unstacked()
         self.graphdef, self.state = nnx.split(self.model)
+        self.mesh = None if mesh is None or mesh.size == 1 else mesh
+        if self.mesh is not None:
+            self.state = jax.device_put(self.state, state_shardings(self.state, self.mesh))
+            self.model = nnx.merge(self.graphdef, self.state)
         self._programs: dict[Any, Any] = {}
 
     def generate(
@@ -136,9 +145,23 @@ class Engine:
         if key in self._programs:
             return self._programs[key], 0.0
         started = time.perf_counter()
-        jitted = jax.jit(partial(function, self.graphdef), donate_argnums=1)
-        self._programs[key] = jitted.lower(self.state, *arguments).compile()
+        out: Any = None
+        if self.mesh is not None:
+            # What one call returns is what the next one takes, so the compiler must not choose where it lies.
+            everywhere: Any = NamedSharding(self.mesh, PartitionSpec())
+            out = Step(everywhere, cache_shardings(arguments[0], self.mesh), everywhere)
+        jitted = jax.jit(partial(function, self.graphdef), donate_argnums=1, out_shardings=out)
+        with use_mesh(self.mesh):
+            self._programs[key] = jitted.lower(self.state, *arguments).compile()
         return self._programs[key], time.perf_counter() - started
+
+    def empty_cache(self, rows: int, length: int) -> DecoderCache:
+        """The model's cache of so many rows and slots, with nothing in it."""
+        if self.mesh is None:
+            return self.model.init_cache(rows, length)
+        abstract = jax.eval_shape(lambda: self.model.init_cache(rows, length))
+        made = jax.jit(lambda: self.model.init_cache(rows, length), out_shardings=cache_shardings(abstract, self.mesh))
+        return made()
 
 
 class Generation:
@@ -169,7 +192,7 @@ class Generation:
 
     def _prefill(self) -> tuple[Step, int]:
         """The call that reads the prompts, and the slots of the cache that they take."""
-        model, limit = self.engine.model, self.engine.model.config.max_seq_len
+        limit = self.engine.model.config.max_seq_len
         rows, longest = len(self.prompts), max(map(len, self.prompts))
         padded = min(limit, padded_length(longest, jax.default_backend()))
         # A chunk of drafts may reach over the last token; its slots are taken back, but must be there.
@@ -182,7 +205,7 @@ class Generation:
         for i, prompt in enumerate(self.prompts):
             tokens[i, padded - len(prompt) :] = prompt
             real[i, padded - len(prompt) :] = 1
-        cache = model.init_cache(rows, cache_length)
+        cache = self.engine.empty_cache(rows, cache_length)
         arguments = (cache, tokens, real, jnp.int32(padded - 1), self._key(0), self.sampling.numbers())
         program, seconds = self.engine.program(partial(first_token, self.sampling.form()), *arguments)
         self.stats.compile_seconds += seconds

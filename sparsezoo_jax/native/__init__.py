@@ -125,9 +125,9 @@ def advise_huge_pages(array: jax.Array) -> bool:
     """Ask Linux to put a CPU array's memory into pages of 2 MiB now, in place; whether it did.
 
     Rows that are read here and there then miss the address translation less. Worth it for weights that stay; what
-    can't be done (another system, a small array, no free pages) changes nothing.
+    can't be done (another system, an array on several devices, a small one, no free pages) changes nothing.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or len(array.sharding.device_set) > 1:
         return False
     size = 2 << 20
     start = array.unsafe_buffer_pointer()
