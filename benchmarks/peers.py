@@ -32,7 +32,7 @@ from benchmarks.timing import interleaved_by, ratios
 from sparsezoo_jax import native
 from sparsezoo_jax.inference import Sampling, packed
 from sparsezoo_jax.inference.generation import first_token, next_token
-from sparsezoo_jax.models import DecoderConfig
+from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.pallas_kernels import without_kernels
@@ -70,8 +70,12 @@ def config_of(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> DecoderCon
 
 
 def ours(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> Callable[[int, int], Callable[[], None]]:
+    """`calls_of` our decoder of this shape."""
+    return calls_of(packed(drawn(config_of(shape, dtype))))
+
+
+def calls_of(model: Decoder) -> Callable[[int, int], Callable[[], None]]:
     """From rows and tokens of each (1: decode after a context) to a call that computes them and waits."""
-    model = packed(drawn(config_of(shape, dtype)))
     graphdef, state = nnx.split(model)
     sampling, key = Sampling(temperature=0), jax.random.key(0)
 

@@ -1,7 +1,7 @@
 """Feed-forward networks laid out for decoding: neurons by rows.
 
-A few tokens read the weights of active neurons only; a prompt goes through the training form, with the products of
-`gemm` where that has no others.
+A few tokens read the weights of active neurons only. A prompt's go through products of all weights; of layers with few
+active neurons the maps behind the gate meet each token by its own rows (`token_rows`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens, many_sequences
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN
-from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
+from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN, density
 from sparsezoo_jax.models.spark import SparkFFN
 from sparsezoo_jax.models.sparselm import SparseLMFFN
 from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
-from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.relu_ffn.rows import relu_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn import select_neurons
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
+from sparsezoo_jax.pallas_kernels.token_rows import token_rows
 
 #: Logical axes of weights by rows of neurons.
 NEURONS = ("ffn", "embed")
@@ -158,10 +158,14 @@ class PackedPlainFFN(PlainFFN, DecodingLayout):
         """The map back to the stream, [B, T, D]."""
         rows = few_tokens(hidden_BTF)
         if rows is None:
-            y_BTD = self.down.combination(hidden_BTF)
+            y_BTD = token_rows(None, _flat(hidden_BTF), *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
         else:
             y_BTD = active_rows(rows, *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
         return _biased(y_BTD, self.down_bias)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -202,7 +206,8 @@ class PackedSparkFFN(FFN, DecodingLayout):
             r = self.k1.first
             scores_BTF = self.k1.product(x_BTD[..., :r])
             gate = jax.nn.gelu(select_neurons(scores_BTF, rule.pop("top_k"), **rule), approximate=True)
-            y = self.rest.second_combination(gate * self.rest.first_product(x_BTD[..., r:]))
+            share = config.top_k / config.d_ff
+            y = token_rows(_flat(x_BTD[..., r:]), _flat(gate), *self.rest.arrays, density=share)
             density_BT = jnp.mean(gate != 0, axis=-1, dtype=jnp.float32)
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
 
@@ -218,19 +223,17 @@ class PackedSparseLMFFN(FFN, DecodingLayout):
         rest = down[...] if gate is None else (up[...].T, down[...])
         self.rest = Rows(rest, form, source.dtype, NEURONS)
 
-    def _maps(self) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-        """Maps of gate, up and down as `SparseLMFFN.weights` gives them."""
-        first_DF = self.first.restored().T
-        if not self.config.gated:
-            return None, first_DF, self.rest.restored()
-        up_FD, down_FD = self.rest.parts()
-        return first_DF, up_FD.T, down_FD
-
     def restore(self, source: SparseLMFFN) -> None:
         """Put the weights back into `source`."""
-        for target, value in zip((source.gate_DF, source.up_DF, source.down_FD), self._maps(), strict=True):
-            if target is not None and value is not None:
-                assign(target, value)
+        first_DF = self.first.restored().T
+        if source.gate_DF is None:
+            assign(source.up_DF, first_DF)
+            assign(source.down_FD, self.rest.restored())
+            return
+        up_FD, down_FD = self.rest.parts()
+        assign(source.gate_DF, first_DF)
+        assign(source.up_DF, up_FD.T)
+        assign(source.down_FD, down_FD)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads with this share of the neurons active."""
@@ -243,8 +246,9 @@ class PackedSparseLMFFN(FFN, DecodingLayout):
             y, active_M = relu_ffn_rows(rows, first, rest, scales=(s1, s2))
             active_BT = active_M.reshape(x_BTD.shape[:2])
         else:
-            found = relu_ffn(x_BTD, *self._maps(), ctx.valid_BT)
-            y, active_BT = found.y, found.active
+            gate = jax.nn.relu(self.first.product(x_BTD))
+            y = token_rows(_flat(x_BTD) if self.config.gated else None, _flat(gate), *self.rest.arrays)
+            active_BT = jnp.sum(gate != 0, axis=-1, dtype=jnp.float32)
         density = ctx.mean_over_tokens(active_BT) / self.config.d_ff
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
 
@@ -274,13 +278,18 @@ class PackedReGLUFFN(GatedFFN, DecodingLayout):
         return self.gate.nbytes + density * self.rest.nbytes
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
-        rows = few_tokens(x_BTD)
-        if rows is None or ctx.record:
+        rows, threshold = few_tokens(x_BTD), self.config.threshold
+        if ctx.record:
             return super().__call__(x_BTD, ctx)
+        if rows is None:
+            gate = jax.nn.relu(self.gate.product(x_BTD))
+            gate = jnp.where(gate >= threshold, gate, 0)
+            y = token_rows(_flat(x_BTD), _flat(gate), *self.rest.arrays)
+            return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density(gate, ctx)})
         (gate, s1), (rest, s2) = self.gate.arrays, self.rest.arrays
-        y, active_M = relu_ffn_rows(rows, gate, rest, scales=(s1, s2), threshold=self.config.threshold)
-        density = ctx.mean_over_tokens(active_M.reshape(x_BTD.shape[:2])) / self.config.d_ff
-        return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
+        y, active_M = relu_ffn_rows(rows, gate, rest, scales=(s1, s2), threshold=threshold)
+        share = ctx.mean_over_tokens(active_M.reshape(x_BTD.shape[:2])) / self.config.d_ff
+        return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": share})
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""

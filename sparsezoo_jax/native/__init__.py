@@ -31,6 +31,7 @@ OPERATIONS = (
     "relu_ffn_forward",
     "relu_ffn_backward",
     "active_rows",
+    "token_rows",
     "block_ffn",
     "deco_ffn",
     "attention",

@@ -1,7 +1,7 @@
 """One folder per operation: its definition in plain JAX, and the kernels that must agree with it.
 
 Operations that end in `_rows`, and `linear`, are for decoding: a few tokens, with weights laid out for
-inference (`rows.py`); `gemm` takes many tokens to the same weights.
+inference (`rows.py`); `gemm` and `token_rows` take many tokens to the same weights.
 """
 
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
@@ -20,6 +20,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.rows import spark_attention_ro
 from sparsezoo_jax.pallas_kernels.spark_ffn import spark_ffn
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.statistical_topk import statistical_topk
+from sparsezoo_jax.pallas_kernels.token_rows import token_rows
 
 __all__ = [
     "active_rows",
@@ -40,5 +41,6 @@ __all__ = [
     "spark_ffn_rows",
     "statistical_topk",
     "to_blocks_rows",
+    "token_rows",
     "without_kernels",
 ]

@@ -108,6 +108,15 @@ ffi::Error ActiveRows(ffi::ThreadPool threads, Array hidden, Array w, Array scal
   return ffi::Error::Success();
 }
 
+// `x` has no elements where nothing is gated.
+ffi::Error TokenRows(ffi::ThreadPool threads, Array x, Array gates, Array rows, Array scale, Result y) {
+  const bool gated = x.element_count() > 0;
+  const Matrix up = matrix(rows, scale, 0, gated ? 2 : 1);
+  token_rows(pool_of(threads), tokens(x), tokens(gates), up, gated ? matrix(rows, scale, width_of(x), 2) : up, gated,
+             tokens(*y));
+  return ffi::Error::Success();
+}
+
 ffi::Error BlockFfn(ffi::ThreadPool threads, Array x, Array scores, Array gate, Array up, Array down, Array gate_scale,
                     Array up_scale, Array down_scale, Result y, Result active, int64_t activation) {
   Matrix gates = matrix(gate, gate_scale);
@@ -278,6 +287,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_active_rows, ActiveRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_token_rows, TokenRows,
+                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_block_ffn, BlockFfn,
                               BIND.Arg<Array>()

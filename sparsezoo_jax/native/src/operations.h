@@ -207,6 +207,11 @@ void relu_ffn_backward(const Pool& pool, const ReluLayer& layer, const float* ot
 // y = hidden w for hidden [M, F]; rows of units that are 0 in all tokens are not read.
 void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const Tokens& y);
 
+// y = (gates * (x up^T)) down, or y = gates down where nothing is gated, for many tokens; a neuron's rows are multiplied
+// with those tokens only whose gate [M, F] is not 0. `up` and `down` are the two parts of the same rows.
+void token_rows(const Pool& pool, const Tokens& x, const Tokens& gates, const Matrix& up, const Matrix& down, bool gated,
+                const Tokens& y);
+
 // `scores` [M, E]; `gate.data` may be null; `active` [M] counts the hidden units of a token's experts that are not 0.
 void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active);
