@@ -1,15 +1,16 @@
 """Prompts through sparse models and their dense twins on a CPU: `python -m benchmarks.prefill`.
 
-Decoders of the 2B Spark and the 1B ProSparse shape with a few layers, random weights and a small vocabulary read a
-prompt as `generate` does: by the rows of each token's active neurons, with all rows for all tokens, and the dense twin
-of equal parameters. Spark selects its share of random scores; ProSparse's threshold keeps the paper's share of gates.
+Decoders of `benchmarks.decode`'s shapes (Spark 2B, ProSparse 1B, BlockFFN 2.8B, DECO 0.1B, a mixture of 1.2B) with a
+few layers, random weights and a small vocabulary read a prompt as `generate` does: by the rows of each token's active
+neurons or experts, with all rows for all tokens (of a mixture: expert by expert in plain JAX), and the dense twin of
+equal parameters. Spark selects its share of random scores; thresholds and routers keep the share of their papers.
 
 Then the operation alone, `token_rows`, on the Spark shape, by the share of active neurons.
 
 Sides take turns. Ratios, medians and quartiles over the rounds, are of the process's CPU time and of wall time; those
 of models are to the dense twin, those of the operation to the products of all rows.
 
-    python -m benchmarks.prefill [--models spark prosparse] [--prompts 256 1024] [--layers 4] [--dtype bfloat16]
+    python -m benchmarks.prefill [--models spark moe] [--prompts 256 1024] [--layers 4] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from benchmarks.peers import calls_of
 from benchmarks.timing import interleaved_by, ratios
 from sparsezoo_jax import native
 from sparsezoo_jax.configs import preset
-from sparsezoo_jax.inference import packed
+from sparsezoo_jax.inference import experts, packed
 from sparsezoo_jax.pallas_kernels.token_rows import token_rows
 
 CLOCKS = (time.process_time, time.perf_counter)
 DENSITIES = (0.005, 0.02, 0.08, 0.15, 0.2, 0.3)
 ALL_ROWS = "all rows"
+MODELS = ["spark", "prosparse", "blockffn", "deco", "moe"]
 #: By its name, for the function of this name hides the module in its package.
 OPERATION = importlib.import_module("sparsezoo_jax.pallas_kernels.token_rows")
 
@@ -47,7 +49,8 @@ def of_models(name: str, options: argparse.Namespace) -> None:
     keep_largest(models["by token"])
     for tokens in options.prompts:
         sides = {side: calls_of(model)(1, tokens) for side, model in models.items()}
-        with mock.patch.object(OPERATION, "most_density", return_value=-1.0):  # compiled here
+        neurons = mock.patch.object(OPERATION, "most_density", return_value=-1.0)
+        with neurons, mock.patch.object(experts, "MOST_EXPERTS", -1.0):  # compiled here
             sides[ALL_ROWS] = calls_of(models["by token"])(1, tokens)
         show(f"{name}, prompt of {tokens:,}", interleaved_by(sides, options.rounds, CLOCKS), "dense")
 
@@ -82,7 +85,7 @@ def show(case: str, times: list[dict[str, list[float]]], baseline: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", choices=["spark", "prosparse"], default=["spark", "prosparse"])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -92,7 +95,8 @@ def main() -> None:
     print("| case | side | ms (CPU) | ratio (quartiles) | ms (wall) | ratio (quartiles) |\n|---|---|---|---|---|---|")
     for name in options.models:
         of_models(name, options)
-    of_operation(options)
+    if not options.models or options.models == MODELS:
+        of_operation(options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Mixtures of experts laid out for decoding: experts [E, W, D], neurons by rows.
 
-A few tokens read the experts that they take only; a prompt goes through the training form on the same weights.
+A few tokens read the experts that they take only, and so does a prompt on a CPU where they are few; elsewhere it goes
+through the training form on the same weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ from flax import nnx
 
 from sparsezoo_jax.inference.ffn import PackedGatedFFN
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign, few_tokens
+from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign, few_tokens, flat
 from sparsezoo_jax.models.blockffn import BlockFFN
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import CallContext, LayerAux
@@ -26,8 +29,9 @@ from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.deco_ffn import deco_ffn
 from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
 from sparsezoo_jax.pallas_kernels.linear import linear
-from sparsezoo_jax.pallas_kernels.rows import dequantised
+from sparsezoo_jax.pallas_kernels.rows import dequantised, native_refusal
 
 #: Logical axes of experts' weights, rows of neurons.
 EXPERTS = ("experts", "ffn", "embed")
@@ -63,17 +67,23 @@ class PackedBlockFFN(BlockFFN, DecodingLayout):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         _, _, scores_BTE = self.route(x_BTD)
         aux = LayerAux(stats=activation_stats(scores_BTE != 0, ctx))
-        rows = few_tokens(x_BTD, self.config.experts)
-        if rows is not None:
+        # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
+        scores_BTE = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0)
+
+        def of_tokens(x_BTD: jax.Array, scores_BTE: jax.Array, implementation: str | None = None) -> jax.Array:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
             gate, g = (None, None) if self.gate is None else self.gate.arrays
-            # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
-            scores_ME = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0).reshape(len(rows), -1)
-            return block_ffn_rows(rows, scores_ME, up, down, gate, scales=(u, d, g)).reshape(x_BTD.shape), aux
-        gate_DF = None if self.gate is None else _neurons(self.gate).T
-        width = self.config.expert_width
-        y = block_ffn(x_BTD, scores_BTE, _neurons(self.up).T, _neurons(self.down), gate_DF, expert_width=width)
-        return y, aux
+            form: Any = {"scales": (u, d, g), "implementation": implementation}
+            return block_ffn_rows(flat(x_BTD), flat(scores_BTE), up, down, gate, **form).reshape(x_BTD.shape)
+
+        def whole(x_BTD: jax.Array, scores_BTE: jax.Array) -> jax.Array:
+            gate_DF = None if self.gate is None else _neurons(self.gate).T
+            width = self.config.expert_width
+            return block_ffn(x_BTD, scores_BTE, _neurons(self.up).T, _neurons(self.down), gate_DF, expert_width=width)
+
+        if few_tokens(x_BTD, self.config.experts) is not None:
+            return of_tokens(x_BTD, scores_BTE), aux
+        return of_prompt(whole, partial(of_tokens, implementation="native"), x_BTD, scores_BTE), aux
 
 
 class PackedMoEFFN(MoEFFN, DecodingLayout):
@@ -110,16 +120,23 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
-        rows = few_tokens(x_BTD, self.config.experts)
-        if rows is not None:
+
+        def of_tokens(x_BTD: jax.Array, weights_BTE: jax.Array, implementation: str | None = None) -> jax.Array:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
             gate, g = (None, None) if self.gate is None else self.gate.arrays
-            weights_ME = self.with_shared(routing.weights_BTE).reshape(len(rows), -1)
-            form = {"activation": self.config.activation, "scales": (u, d, g)}
-            return block_ffn_rows(rows, weights_ME, up, down, gate, **form).reshape(x_BTD.shape)
-        routed, shared = self._weights()
-        y_BTD = self.routed_experts(x_BTD, routing, routed)
-        return y_BTD + self.shared_expert(x_BTD, shared) if self.config.shared else y_BTD
+            form: Any = {"activation": self.config.activation, "scales": (u, d, g), "implementation": implementation}
+            return block_ffn_rows(flat(x_BTD), flat(weights_BTE), up, down, gate, **form).reshape(x_BTD.shape)
+
+        def whole(x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
+            del weights_BTE  # `routing` has them
+            routed, shared = self._weights()
+            y_BTD = self.routed_experts(x_BTD, routing, routed)
+            return y_BTD + self.shared_expert(x_BTD, shared) if self.config.shared else y_BTD
+
+        weights_BTE = self.with_shared(routing.weights_BTE)
+        if few_tokens(x_BTD, self.config.experts) is not None:
+            return of_tokens(x_BTD, weights_BTE)
+        return of_prompt(whole, partial(of_tokens, implementation="native"), x_BTD, weights_BTE)
 
     def _weights(self) -> tuple[Maps, Maps]:
         """The maps of the routed experts, and of the shared ones, as `MoEFFN` has them."""
@@ -164,14 +181,23 @@ class PackedMoEXFFN(MoEXFFN, DecodingLayout):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
-        rows = few_tokens(x_BTD, self.config.experts)
-        if rows is None:
-            return super().mixed(x_BTD, routing)
-        (up, u), (down, d) = self.up.arrays, self.down.arrays
-        weights_ME = routing.weights_BTE.reshape(len(rows), -1)
-        form = {"activation": self.config.activation, "scales": (u, d, None), "return_active": True}
-        y, active_M = block_ffn_rows(rows, weights_ME, up, down, **form)
-        return y.reshape(x_BTD.shape), active_M.reshape(x_BTD.shape[:2])
+
+        def of_tokens(x_BTD: jax.Array, weights_BTE: jax.Array, implementation: str | None = None) -> Any:
+            (up, u), (down, d) = self.up.arrays, self.down.arrays
+            form: Any = {"activation": self.config.activation, "scales": (u, d, None), "return_active": True}
+            y, active_M = block_ffn_rows(
+                flat(x_BTD), flat(weights_BTE), up, down, implementation=implementation, **form
+            )
+            return y.reshape(x_BTD.shape), active_M.reshape(x_BTD.shape[:2])
+
+        def whole(x_BTD: jax.Array, weights_BTE: jax.Array) -> Any:
+            del weights_BTE  # `routing` has them
+            y_BTD, active_BT = MoEXFFN.mixed(self, x_BTD, routing)
+            return y_BTD, active_BT.astype(jnp.int32)
+
+        if few_tokens(x_BTD, self.config.experts) is not None:
+            return of_tokens(x_BTD, routing.weights_BTE)
+        return of_prompt(whole, partial(of_tokens, implementation="native"), x_BTD, routing.weights_BTE)
 
 
 class PackedDECOFFN(DECOFFN, DecodingLayout):
@@ -211,15 +237,22 @@ class PackedDECOFFN(DECOFFN, DecodingLayout):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         positive_BTE, scores_BTE = self.route(x_BTD)
-        form, rows = self.form(), few_tokens(x_BTD)
-        if rows is None:
-            y_BTD = deco_ffn(x_BTD, scores_BTE, self.up.restored().T, self.down.restored(), **form)
-        else:
+        # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
+        scores_BTE = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0)
+
+        def of_tokens(x_BTD: jax.Array, scores_BTE: jax.Array, implementation: str | None = None) -> jax.Array:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
-            # Padding behind a chunk of drafts, or of rows that have ended, needs no experts.
-            scores_ME = jnp.where(ctx.valid_BT[..., None], scores_BTE, 0).reshape(len(rows), -1)
-            y = deco_ffn_rows(rows, scores_ME, up, down, self.mean_row_D[...], scales=(u, d), **form)
-            y_BTD = y.reshape(x_BTD.shape)
+            form: Any = {"scales": (u, d), "implementation": implementation, **self.form()}
+            y = deco_ffn_rows(flat(x_BTD), flat(scores_BTE), up, down, self.mean_row_D[...], **form)
+            return y.reshape(x_BTD.shape)
+
+        def whole(x_BTD: jax.Array, scores_BTE: jax.Array) -> jax.Array:
+            return deco_ffn(x_BTD, scores_BTE, self.up.restored().T, self.down.restored(), **self.form())
+
+        if few_tokens(x_BTD) is not None:
+            y_BTD = of_tokens(x_BTD, scores_BTE)
+        else:
+            y_BTD = of_prompt(whole, partial(of_tokens, implementation="native"), x_BTD, scores_BTE)
         return y_BTD + self.shared(x_BTD, ctx)[0], LayerAux(stats=statistics(positive_BTE, ctx))
 
 
@@ -248,15 +281,43 @@ class PackedReadMEFFN(ReadMEFFN, DecodingLayout):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """What each token's expert makes of it, [B, T, D]."""
-        rows = few_tokens(x_BTD, self.config.experts)
-        if rows is not None:
+
+        def of_tokens(x_BTD: jax.Array, weights_BTE: jax.Array, implementation: str | None = None) -> jax.Array:
             (gate, g), (up, u), (down, d) = self.gate.arrays, self.up.arrays, self.down.arrays
-            weights_ME = routing.weights_BTE.reshape(len(rows), -1)
-            form = {"activation": self.config.activation, "scales": (u, d, g)}
-            return block_ffn_rows(rows, weights_ME, up, down, gate, **form).reshape(x_BTD.shape)
-        return self.product(
-            x_BTD, routing, self.up.restored().swapaxes(1, 2), self.down.restored(), self.gate.restored().swapaxes(1, 2)
-        )
+            form: Any = {"activation": self.config.activation, "scales": (u, d, g), "implementation": implementation}
+            return block_ffn_rows(flat(x_BTD), flat(weights_BTE), up, down, gate, **form).reshape(x_BTD.shape)
+
+        def whole(x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
+            del weights_BTE  # `routing` has them
+            up_EDW, gate_EDW = (rows.restored().swapaxes(1, 2) for rows in (self.up, self.gate))
+            return self.product(x_BTD, routing, up_EDW, self.down.restored(), gate_EDW)
+
+        if few_tokens(x_BTD, self.config.experts) is not None:
+            return of_tokens(x_BTD, routing.weights_BTE)
+        return of_prompt(whole, partial(of_tokens, implementation="native"), x_BTD, routing.weights_BTE)
+
+
+#: Share of a token's experts up to which a prompt is read by expert on a CPU: both forms take the same time at 0.7.
+MOST_EXPERTS = 0.5
+
+
+def of_prompt(
+    whole: Callable[[jax.Array, jax.Array], Any],
+    by_expert: Callable[[jax.Array, jax.Array], Any],
+    x_BTD: jax.Array,
+    weights_BTE: jax.Array,
+) -> Any:
+    """What experts make of many tokens: `by_expert`, natively, on a CPU where few weights are not 0; else `whole`.
+
+    Each gets the tokens, and the weight of each expert for them.
+    """
+
+    def by_density(x_BTD: jax.Array, weights_BTE: jax.Array) -> Any:
+        taken = jnp.sum(weights_BTE != 0, dtype=jnp.float32)
+        return jax.lax.cond(taken <= MOST_EXPERTS * weights_BTE.size, by_expert, whole, x_BTD, weights_BTE)
+
+    implementations = [plain(whole), native_cpu(by_density, native_refusal(x=x_BTD))]
+    return dispatch("experts", None, implementations)(x_BTD, weights_BTE)
 
 
 def _neurons(rows: Rows) -> jax.Array:

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import InputMap, OutputMap, Rows, WeightFormat, assign, few_tokens, many_sequences
+from sparsezoo_jax.inference.matrices import (
+    InputMap,
+    OutputMap,
+    Rows,
+    WeightFormat,
+    assign,
+    few_tokens,
+    flat,
+    many_sequences,
+)
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN, density
@@ -158,14 +167,10 @@ class PackedPlainFFN(PlainFFN, DecodingLayout):
         """The map back to the stream, [B, T, D]."""
         rows = few_tokens(hidden_BTF)
         if rows is None:
-            y_BTD = token_rows(None, _flat(hidden_BTF), *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
+            y_BTD = token_rows(None, flat(hidden_BTF), *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
         else:
             y_BTD = active_rows(rows, *self.down.arrays).reshape(*hidden_BTF.shape[:2], -1)
         return _biased(y_BTD, self.down_bias)
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -207,7 +212,7 @@ class PackedSparkFFN(FFN, DecodingLayout):
             scores_BTF = self.k1.product(x_BTD[..., :r])
             gate = jax.nn.gelu(select_neurons(scores_BTF, rule.pop("top_k"), **rule), approximate=True)
             share = config.top_k / config.d_ff
-            y = token_rows(_flat(x_BTD[..., r:]), _flat(gate), *self.rest.arrays, density=share)
+            y = token_rows(flat(x_BTD[..., r:]), flat(gate), *self.rest.arrays, density=share)
             density_BT = jnp.mean(gate != 0, axis=-1, dtype=jnp.float32)
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": ctx.mean_over_tokens(density_BT)})
 
@@ -247,7 +252,7 @@ class PackedSparseLMFFN(FFN, DecodingLayout):
             active_BT = active_M.reshape(x_BTD.shape[:2])
         else:
             gate = jax.nn.relu(self.first.product(x_BTD))
-            y = token_rows(_flat(x_BTD) if self.config.gated else None, _flat(gate), *self.rest.arrays)
+            y = token_rows(flat(x_BTD) if self.config.gated else None, flat(gate), *self.rest.arrays)
             active_BT = jnp.sum(gate != 0, axis=-1, dtype=jnp.float32)
         density = ctx.mean_over_tokens(active_BT) / self.config.d_ff
         return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density})
@@ -284,7 +289,7 @@ class PackedReGLUFFN(GatedFFN, DecodingLayout):
         if rows is None:
             gate = jax.nn.relu(self.gate.product(x_BTD))
             gate = jnp.where(gate >= threshold, gate, 0)
-            y = token_rows(_flat(x_BTD), _flat(gate), *self.rest.arrays)
+            y = token_rows(flat(x_BTD), flat(gate), *self.rest.arrays)
             return y.reshape(x_BTD.shape), LayerAux(stats={"ffn_density": density(gate, ctx)})
         (gate, s1), (rest, s2) = self.gate.arrays, self.rest.arrays
         y, active_M = relu_ffn_rows(rows, gate, rest, scales=(s1, s2), threshold=threshold)

@@ -35,6 +35,11 @@ def few_tokens(x: jax.Array, experts: int = 0) -> jax.Array | None:
     return rows if on_device <= MOST_ROWS else None
 
 
+def flat(x: jax.Array) -> jax.Array:
+    """`x` [..., D] as rows [M, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
 #: Sequences of a batch from which on weights are multiplied as for a prompt, though each has one token only; the second
 #: where the processor has products of bfloat16. Below, reading a row of weights at a time is faster.
 MANY_SEQUENCES, MANY_SEQUENCES_BF16 = 13, 5

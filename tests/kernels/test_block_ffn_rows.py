@@ -50,6 +50,19 @@ def test_is_the_definition(apply, storage, gated, m, density):
     np.testing.assert_array_equal(y[-1], 0)
 
 
+def test_prompts_are_taken_in_slices():
+    """A token's result does not depend on its slice; 256 tokens are one."""
+    draw = Draw("float32")
+    x, scores = draw.tokens(300, 20), scores_of(draw, 300, 6, 0.3)
+    weights, _ = layer(draw, 6, 5, 20, gated=True)
+    form = compiled(block_ffn_rows, implementation("native"))
+    y, active = form(x, scores, *weights, return_active=True)
+    close(y, definition(x, scores, *weights)[0])
+    alone, counted = form(x[250:266], scores[250:266], *weights, return_active=True)
+    np.testing.assert_array_equal(y[250:266], alone)
+    np.testing.assert_array_equal(active[250:266], counted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("experts", "width", "d"), [(1, 1, 1), (3, 40, 16), (70, 2, 9)])
 def test_odd_sizes(apply, experts, width, d):

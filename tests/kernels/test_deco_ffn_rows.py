@@ -48,6 +48,15 @@ def test_is_the_form_that_is_trained(form, storage):
     np.testing.assert_array_equal(y[-1], 0)
 
 
+def test_prompts_are_taken_in_slices():
+    """A token's result does not depend on its slice; 256 tokens are one."""
+    (x, scores, *maps), _ = inputs(Draw("float32"), 300)
+    form = compiled("native")
+    y = form(x, scores, *maps)
+    close(y, trained((x, scores, *maps), (None, None), expert_width=W))
+    np.testing.assert_array_equal(y[250:266], form(x[250:266], scores[250:266], *maps))
+
+
 @pytest.mark.parametrize("activation", ["no_mean", "no_rms", "silu"])
 def test_parts_of_the_activation(activation):
     (*arrays, scale), scales = inputs(Draw("float32"), 2)

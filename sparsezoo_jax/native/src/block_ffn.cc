@@ -28,9 +28,7 @@ void add_active(const Matrix& down, long first, long n, long d, float* h, long l
   }
 }
 
-}  // namespace
-
-void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
+void block_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
                const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active) {
   const Type gate_type = gate.data ? gate.type : up.type;
   const Vectors to_up(x, up.type), to_gate(x, gate_type), factors(scores, kFloat32);
@@ -91,6 +89,16 @@ void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Ma
     active[j] = 0;
     for (long p = 0; p < parts; p++) active[j] += counts[p * x.count + j];
   }
+}
+
+}  // namespace
+
+void block_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& gate, const Matrix& up,
+               const Matrix& down, long expert_width, Activation activation, const Tokens& y, int* active) {
+  each_slice(x.count, [&](long first, long n) {
+    block_ffn_slice(pool, x.slice(first, n), scores.slice(first, n), gate, up, down, expert_width, activation,
+                    y.slice(first, n), active + first);
+  });
 }
 
 }  // namespace sparsezoo

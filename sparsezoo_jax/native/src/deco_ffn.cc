@@ -7,7 +7,9 @@
 
 namespace sparsezoo {
 
-void deco_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& up, const Matrix& down, long width,
+namespace {
+
+void deco_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& up, const Matrix& down, long width,
               const NormSilu& form, const Tokens& y) {
   const Vectors in(x, up.type), factors(scores, kFloat32);
   const long d = x.width;
@@ -63,6 +65,15 @@ void deco_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Mat
     }
   });
   sums.write(y, down.type);
+}
+
+}  // namespace
+
+void deco_ffn(const Pool& pool, const Tokens& x, const Tokens& scores, const Matrix& up, const Matrix& down, long width,
+              const NormSilu& form, const Tokens& y) {
+  each_slice(x.count, [&](long first, long n) {
+    deco_ffn_slice(pool, x.slice(first, n), scores.slice(first, n), up, down, width, form, y.slice(first, n));
+  });
 }
 
 }  // namespace sparsezoo

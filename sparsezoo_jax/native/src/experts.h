@@ -33,6 +33,13 @@ inline std::vector<Expert> active_experts(const Vectors& scores, long tokens, lo
   return active;
 }
 
+// f(first, n) for slices of a prompt's tokens: each expert is read once for a slice, whose sums stay in the caches.
+template <class F>
+void each_slice(long tokens, const F& f) {
+  constexpr long kSlice = 256;
+  for (long first = 0; first < tokens; first += kSlice) f(first, first + kSlice < tokens ? kSlice : tokens - first);
+}
+
 }  // namespace sparsezoo
 
 #endif  // SPARSEZOO_EXPERTS_H_

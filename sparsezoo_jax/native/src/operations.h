@@ -34,6 +34,11 @@ struct Tokens {
   void* data;
   Type type;
   long count, width;
+
+  // `n` of them.
+  Tokens slice(long first, long n) const {
+    return {static_cast<char*>(data) + first * width * size_of(type), type, n, width};
+  }
 };
 
 // How many rows of `bytes` each to prefetch ahead of the one that is being read: four, for so many are multiplied

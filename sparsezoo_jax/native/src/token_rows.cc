@@ -23,10 +23,7 @@ void token_rows(const Pool& pool, const Tokens& x, const Tokens& gates, const Ma
   Team team = pool.team(groups, m * neurons * size_of(gates.type) + neurons * row_bytes);
   team.run(groups, [&](long i) {
     const long first = i * group, n = first + group < m ? group : m - first;
-    const auto part = [&](const Tokens& t) {
-      return Tokens{static_cast<char*>(t.data) + first * t.width * size_of(t.type), t.type, n, t.width};
-    };
-    const Vectors in = gated ? Vectors(part(x), up.type) : Vectors(1, 1), out(n, d), wide(n, kNeurons);
+    const Vectors in = gated ? Vectors(x.slice(first, n), up.type) : Vectors(1, 1), out(n, d), wide(n, kNeurons);
     const Vectors used(kNeurons, n);  // gates of the tokens that use a neuron
     out.zero(0, n);
     std::vector<const float*> from(kNeurons * n);
@@ -57,7 +54,7 @@ void token_rows(const Pool& pool, const Tokens& x, const Tokens& gates, const Ma
         down.axpy(f + k, 1, d, h, 1, users[k], to.data() + k * n, down.row(next));
       }
     }
-    out.write(part(y), down.type);
+    out.write(y.slice(first, n), down.type);
   });
 }
 
