@@ -12,6 +12,34 @@ namespace sparsezoo {
 
 namespace {
 
+// The tokens that use a row, with their factors: others are not multiplied with it.
+class Users {
+ public:
+  explicit Users(long tokens) : tokens_(tokens), factors_(tokens), from_(tokens), to_(tokens) {}
+
+  // Finds those whose factor is not 0, and their vectors among those of all tokens; returns how many there are.
+  template <class F>
+  long find(const F& factor, const float* const* from, float* const* to) {
+    long count = 0;
+    for (long j = 0; j < tokens_; j++) {
+      factors_[count] = factor(j);
+      from_[count] = from[j];
+      to_[count] = to[j];
+      count += !(factors_[count] == 0);
+    }
+    return count;
+  }
+  float* factors() { return factors_.data(); }
+  const float* const* from() const { return from_.data(); }
+  float* const* to() const { return to_.data(); }
+
+ private:
+  long tokens_;
+  std::vector<float> factors_;
+  std::vector<const float*> from_;
+  std::vector<float*> to_;
+};
+
 // One-sided soft threshold, Huber-smoothed where delta is not 0.
 void shrink(const float* scores, const int* places, long n, float threshold, float delta, float* s) {
   for (long i = 0; i < n; i++) {
@@ -75,17 +103,19 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
     const long n = end - begin;
     const Vectors gates(m, n + 1);
     for (long j = 0; j < m; j++) gates_of(scores[j], begin, n, thresholds[j], gates[j]);
+    Users users(m);
     std::vector<float> hidden(m);
     // Rows lie far apart, where the processor does not foresee them: each is fetched while those before are used.
     const long ahead = rows_ahead(row_bytes);
     for (long i = 0; i < n; i++) {
       const long next = begin[i + ahead < n ? i + ahead : i];
-      if (valued.width)
-        k2.dot(begin[i], 1, valued.width, values.pointers(), m, hidden.data(), 1, k2.row(next));
-      else
-        std::fill(hidden.begin(), hidden.end(), 1.0f);
-      for (long j = 0; j < m; j++) hidden[j] *= gates[j][i];
-      v.axpy(begin[i], 1, d, hidden.data(), 1, m, out, v.row(next));
+      const long used = users.find([&](long j) { return gates[j][i]; }, values.pointers(), out);
+      float* const h = users.factors();
+      if (valued.width) {
+        k2.dot(begin[i], 1, valued.width, users.from(), used, hidden.data(), 1, k2.row(next));
+        for (long j = 0; j < used; j++) h[j] *= hidden[j];
+      }
+      v.axpy(begin[i], 1, d, h, 1, used, users.to(), v.row(next));
     }
   });
   sums.write(y, v.type);
@@ -166,11 +196,11 @@ void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const 
     float* const* out = sums.begin(p);
     const auto begin = std::lower_bound(places.begin(), places.end(), int(first_of(p, parts, neurons)));
     const long n = std::lower_bound(begin, places.end(), int(first_of(p + 1, parts, neurons))) - begin;
-    std::vector<float> weights(m);
+    Users users(m);
     const long ahead = rows_ahead(row_bytes);
     for (long i = 0; i < n; i++) {
-      for (long j = 0; j < m; j++) weights[j] = units[j][begin[i]];
-      w.axpy(begin[i], 1, d, weights.data(), 1, m, out, w.row(begin[i + ahead < n ? i + ahead : i]));
+      const long used = users.find([&](long j) { return units[j][begin[i]]; }, units.pointers(), out);
+      w.axpy(begin[i], 1, d, users.factors(), 1, used, users.to(), w.row(begin[i + ahead < n ? i + ahead : i]));
     }
   });
   sums.write(y, w.type);
