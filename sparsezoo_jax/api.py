@@ -91,7 +91,7 @@ class Run:
 
     def __init__(self, workdir: str | os.PathLike[str]):
         self.workdir = storage.path(workdir)
-        storage.require_place("workdir", self.workdir, schemes=storage.OBJECT_STORES)
+        storage.require_place("workdir", self.workdir, schemes=storage.RUN_STORES)
         self._text: tuple[int | None, TextModel] | None = None
 
     def __repr__(self) -> str:

@@ -202,7 +202,7 @@ def _of_source(args: Sequence[str], arch: str | None) -> RunConfig | None:
     if named[1] is None:
         return None
     for field, folder in zip(("--workdir", "train.init_from"), named, strict=True):
-        storage.require_place(field, folder, schemes=storage.OBJECT_STORES)
+        storage.require_place(field, folder, schemes=storage.RUN_STORES)
     files = (storage.path(folder) / "config.json" for folder in named if folder)
     path = next((file for file in files if file.is_file()), None)
     if path is None:

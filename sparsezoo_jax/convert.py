@@ -18,7 +18,7 @@ import tyro
 from sparsezoo_jax import cli, storage
 from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES, Stores
 from sparsezoo_jax.untrusted import printable
 
 
@@ -28,7 +28,7 @@ class FromHF:
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC"), Stores()]
     """Directory with config.json and model.safetensors or pytorch_model.bin."""
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory to make; empty or absent."""
     not_finite: bool = False
     """Take weights that are NaN or infinite, too."""
@@ -41,7 +41,7 @@ class FromHF:
 class ToHF:
     """Write a run's newest checkpoint as a Hugging Face checkpoint that transformers loads."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST"), Stores()]
     """Directory to make; empty or absent."""
@@ -58,11 +58,11 @@ class ToHF:
 class Merge:
     """Make a run of adapters and the parameters that they were trained for."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory of the adapters; the newest checkpoint is taken."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), Stores()]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), IN_RUN_STORES]
     """Run directory to make; empty or absent."""
-    base: Annotated[Path | None, Stores()] = None
+    base: Annotated[Path | None, IN_RUN_STORES] = None
     """Run that the adapters were trained for. Default: where their configuration says."""
 
 

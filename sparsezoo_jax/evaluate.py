@@ -30,7 +30,7 @@ from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation, print_tasks
 from sparsezoo_jax.mesh_flags import MeshFlags
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 class Evaluate(WeightFormats, CorpusFlags, MeshFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
     merge_last: int | None = None
     """Average this many newest checkpoints, weighted like a 1-sqrt decay (after a constant learning rate). None: the
     newest alone, or what a run with train.merge_last ends as."""
-    base: Annotated[Path | None, Stores()] = None
+    base: Annotated[Path | None, IN_RUN_STORES] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
     split: Literal["train", "validation"] = "validation"
     """Split of the run's corpus."""

@@ -16,7 +16,7 @@ import tyro
 from sparsezoo_jax import cli
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.mesh_flags import MeshFlags
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
 
@@ -25,7 +25,7 @@ from sparsezoo_jax.weight_formats import WeightFormats
 class Generate(WeightFormats, MeshFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory."""
     prompt: tuple[str, ...]
     """Text to continue, or several."""
@@ -56,7 +56,7 @@ class Generate(WeightFormats, MeshFlags):
     """Print on stderr how fast it went, what was read for each token, and how sparse the layers were."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
-    base: Annotated[Path | None, Stores()] = None
+    base: Annotated[Path | None, IN_RUN_STORES] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sparsezoo_jax import storage
-from sparsezoo_jax.storage import objects
+from sparsezoo_jax.storage import conditions
 from sparsezoo_jax.untrusted import MAX_CONFIG_BYTES, parse_json, read_json
 
 TOUCH_SECONDS = 10.0
@@ -63,7 +63,7 @@ class Lease:
         self._store = _ObjectStore(path) if storage.is_object(path) else _FileStore(path)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._seen: tuple[Owner, int | None, float] | None = None
+        self._seen: tuple[Owner, conditions.Generation | None, float] | None = None
 
     def try_acquire(self) -> Owner | None:
         """Take the lease if it is free or its owner is gone: None then, else who holds it. Does not wait.
@@ -87,7 +87,7 @@ class Lease:
         """Who holds the lease now."""
         return self._store.read()
 
-    def touched(self) -> int | None:
+    def touched(self) -> conditions.Generation | None:
         """Changes whenever the owner shows that it lives; None without a lease."""
         return self._store.touched()
 
@@ -197,12 +197,12 @@ class _ObjectStore:
 
     def __init__(self, path: Path):
         self._path = path
-        self._read: tuple[Owner | None, int] = (None, 0)  # what `replace` follows
-        self._own: tuple[bytes, int] | None = None
+        self._read: tuple[Owner | None, conditions.Generation] = (None, 0)  # what `replace` follows
+        self._own: tuple[bytes, conditions.Generation] | None = None
 
     def read(self) -> Owner | None:
         """The owner; None without a lease, or with one that says nothing."""
-        found = objects.read_versioned(self._path)
+        found = conditions.read_versioned(self._path)
         owner = None
         if found is not None:
             with contextlib.suppress(ValueError, TypeError):
@@ -220,23 +220,23 @@ class _ObjectStore:
         if self._own is not None:
             self._write(*self._own)
 
-    def _write(self, content: bytes, generation: int) -> bool:
-        made = objects.write_if(self._path, content, generation)
+    def _write(self, content: bytes, generation: conditions.Generation) -> bool:
+        made = conditions.write_if(self._path, content, generation)
         if made is None:
             # Somebody else's now; or ours, by an earlier attempt of the client whose answer it did not get.
-            found = objects.read_versioned(self._path)
+            found = conditions.read_versioned(self._path)
             made = found[1] if found is not None and found[0] == content else None
         self._own = None if made is None else (content, made)
         return made is not None
 
-    def touched(self) -> int | None:
+    def touched(self) -> conditions.Generation | None:
         """The generation."""
-        found = objects.read_versioned(self._path)
+        found = conditions.read_versioned(self._path)
         return None if found is None else found[1]
 
     def remove(self) -> None:
         if self._own is not None:
-            objects.remove_if(self._path, self._own[1])
+            conditions.remove_if(self._path, self._own[1])
 
 
 def _encoded(owner: Owner) -> bytes:

@@ -20,6 +20,8 @@ class Stores:
     schemes: tuple[str, ...] = storage.OBJECT_STORES
 
 
+#: Marks a flag whose path is what has checkpoints: the directory of a run or of an autoencoder.
+IN_RUN_STORES = Stores(storage.RUN_STORES)
 #: How `tyro.cli` makes paths.
 PATHS = ConstructorRegistry()
 

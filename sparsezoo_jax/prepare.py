@@ -41,8 +41,8 @@ class Prepare:
     splits: tuple[Literal["train", "validation"], ...] = ("train", "validation")
     """What to prepare."""
     out: Annotated[Path | None, Stores()] = None
-    """Directory for the records, with a folder for each split; of a mixture with a folder for each corpus. Default: the
-    cache."""
+    """Directory for the records, here or in a bucket (gs:// or s3://), with a folder for each split; of a mixture with
+    one for each corpus. Default: the cache."""
     workers: int | None = None
     """Processes of this machine that work. Default: one for each core."""
     shard: str | None = None

@@ -16,7 +16,7 @@ import tyro
 from sparsezoo_jax import cli
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES, Stores
 from sparsezoo_jax.storage import is_object
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Report(CorpusFlags):
     """Flags of the command."""
 
-    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directories; several are compared."""
     output: Annotated[Path | None, Stores()] = None
     """File to write. Default: report.html in the run directory, for several runs in the current directory."""

@@ -84,6 +84,7 @@ def load(
       StorageError: its checkpoints are damaged.
     """
     directory = storage.path(directory)
+    storage.require_place("directory", directory, schemes=storage.RUN_STORES)
     kinds.load_named(plugins)
     config = read_config(directory / CONFIG)
     if base is not None:

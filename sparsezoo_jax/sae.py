@@ -26,7 +26,7 @@ from sparsezoo_jax.autoencoders.config import (
 )
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.storage import write_atomic
 
 KINDS: dict[str, Any] = {
@@ -42,7 +42,7 @@ KINDS: dict[str, Any] = {
 class TrainSAE(CorpusFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory of the model."""
     kind: str = "topk"
     """standard, topk, batch_topk, feature_choice or gba: selects which flags --sae.* there are."""
@@ -52,7 +52,7 @@ class TrainSAE(CorpusFlags):
     """Layer, site, training."""
     step: int | None = None
     """Checkpoint of the model; none is the newest."""
-    workdir: Annotated[Path | None, Stores()] = None
+    workdir: Annotated[Path | None, IN_RUN_STORES] = None
     """Directory of the autoencoder, empty or new."""
     batches: int = 8
     """Batches of the validation split on which the result is measured."""

@@ -22,7 +22,7 @@ import tyro
 from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.mesh_flags import MeshFlags
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.untrusted import printable
 from sparsezoo_jax.weight_formats import WeightFormats
 
@@ -33,7 +33,7 @@ KEY = "SPARSEZOO_API_KEY"
 class Serve(WeightFormats, MeshFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory."""
     host: str = "127.0.0.1"
     """Address to listen at. Other machines reach others than this one: then set SPARSEZOO_API_KEY."""
@@ -57,7 +57,7 @@ class Serve(WeightFormats, MeshFlags):
     """Tokens that end the text, beside those that the tokenizer and generation_config.json name."""
     step: int | None = None
     """Checkpoint to load; none is the newest."""
-    base: Annotated[Path | None, Stores()] = None
+    base: Annotated[Path | None, IN_RUN_STORES] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
 
 

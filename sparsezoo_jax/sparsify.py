@@ -24,7 +24,7 @@ import tyro
 from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import DataError, UserError, require
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.sparsification.config import (
     AllocationConfig,
     CalibrationConfig,
@@ -44,9 +44,9 @@ EXPERTS = ("readme",)
 class Sparsify(CorpusFlags):
     """Flags of the command."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), Stores()]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), IN_RUN_STORES]
     """Run directory to read."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT"), Stores()]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT"), IN_RUN_STORES]
     """Run directory to make; empty or absent."""
     method: Literal[
         "cats",
@@ -101,7 +101,7 @@ class Sparsify(CorpusFlags):
     """Of readme."""
     step: int | None = None
     """Checkpoint of the run to take; none is the newest."""
-    base: Annotated[Path | None, Stores()] = None
+    base: Annotated[Path | None, IN_RUN_STORES] = None
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """The text that says what maps read."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from sparsezoo_jax import cli
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Theory(CorpusFlags):
     """Random patterns to try the first chance with."""
     seed: int = 0
     """Of the simulation, and of signatures with --run."""
-    run: Annotated[Path | None, Stores()] = None
+    run: Annotated[Path | None, IN_RUN_STORES] = None
     """Run directory of a model; its tokens' active neurons take the place of random patterns."""
     layer: int | None = None
     """Of --run, from 1. Default: at three quarters of the depth."""

@@ -26,7 +26,7 @@ from sparsezoo_jax.errors import (
     UserError,
     require,
 )
-from sparsezoo_jax.path_flags import Stores
+from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.sharding import (
     addressable_rows,
     build_mesh,
@@ -60,8 +60,9 @@ class Debug:
 class Train(RunConfig):
     """Flags of the command."""
 
-    workdir: Annotated[Path | None, Stores()] = None
-    """Run directory: gets configuration, tokenizer, checkpoints and metrics. Default: runs/ARCH-SIZE."""
+    workdir: Annotated[Path | None, IN_RUN_STORES] = None
+    """Run directory, here or in a bucket (gs://): gets configuration, tokenizer, checkpoints and metrics. Default:
+    runs/ARCH-SIZE."""
     fresh: bool = False
     """Refuse a workdir that is not empty instead of going on with the run there."""
     distributed: bool = False

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import pickle
 import typing
 from pathlib import Path
@@ -135,12 +136,21 @@ def test_what_is_needed_for_a_store_is_named(monkeypatch):
             prog="",
             description="",
         )
-    with pytest.raises(StorageError, match=r"s3://b/run/config\.json: stores of this kind are not supported"):
-        sparsezoo_jax.load("s3://b/run")
+    with pytest.raises(StorageError, match=r"ftp://b/run/config\.json: stores of this kind are not supported"):
+        storage.open_read("ftp://b/run/config.json")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'sparsezoo-jax\[gcs\]'"):
-        storage.require_place("--workdir", "gs://b/run", schemes=("gs",))
+    for scheme, extra in (("gs", "gcs"), ("s3", "s3")):
+        with pytest.raises(ConfigError, match=rf"pip install 'sparsezoo-jax\[{extra}\]'"):
+            storage.require_place("--out", f"{scheme}://b/corpus", schemes=storage.OBJECT_STORES)
     monkeypatch.undo()
+
+
+def test_one_corpus_is_in_one_store():
+    paths = [storage.path(name) for name in ("gs://bucket/a", "s3://bucket/b", "/a")]
+    for pair in itertools.permutations(paths, 2):
+        with pytest.raises(ValueError, match=r"can't be one corpus"):
+            storage.common(pair)
+    assert str(storage.common([paths[1], storage.path("s3://bucket/c/d")])) == "s3://bucket"
 
 
 def test_paths_keep_their_scheme():

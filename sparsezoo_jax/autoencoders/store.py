@@ -14,7 +14,7 @@ from sparsezoo_jax.autoencoders.config import SAEConfig, SAETrainConfig
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import STRICT, StorageError, UserError
 from sparsezoo_jax.overrides import as_python, faults
-from sparsezoo_jax.storage import path, write_atomic
+from sparsezoo_jax.storage import RUN_STORES, path, require_place, write_atomic
 from sparsezoo_jax.training.parameters import restore_params, save_params
 from sparsezoo_jax.untrusted import read_json
 
@@ -46,8 +46,9 @@ def save_sae(directory: Path, run: SAERun, autoencoder: SparseAutoencoder) -> No
     """Write an autoencoder.
 
     Raises:
-      StorageError: it can't be written.
+      ConfigError: a store that checkpoints can't be in. StorageError: it can't be written.
     """
+    require_place("directory", directory, schemes=RUN_STORES)
     arrays = {f"params/{name}": x for name, x in autoencoder.params.items()}
     arrays |= {f"state/{name}": x for name, x in autoencoder.state.items()}
     write_atomic(directory / CONFIG, TypeAdapter(SAERun).dump_json(run, indent=2) + b"\n")
@@ -62,6 +63,7 @@ def load_sae(directory: Path | str) -> LoadedSAE:
       StorageError: its arrays are damaged.
     """
     directory = path(directory)
+    require_place("directory", directory, schemes=RUN_STORES)
     try:
         run = TypeAdapter(SAERun).validate_python(as_python(read_json(directory / CONFIG, finite=True)))
     except FileNotFoundError:

@@ -81,10 +81,11 @@ class DataConfig:
 
     dataset: Annotated[str | None, Local(harmless=("sotu",))] = "sotu"
     """Corpus: 'sotu' (embedded), 'chess' (games that Stockfish plays), a TFDS name such as 'c4/en', a data set of
-    Hugging Face's hub as 'hf://owner/name[:config][/split]', or a path, directory or glob of local files, or several of
-    these with commas between them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the
-    ones of text also as .gz, .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the
-    configuration of somebody else's run whose corpus is not embedded: it has to be named here."""
+    Hugging Face's hub as 'hf://owner/name[:config][/split]', or a path, directory or glob of files, here or in a bucket
+    (gs:// or s3://), or several of these with commas between them (or as a JSON list). Files are .txt, .jsonl, .json,
+    .csv, .tsv, .parquet or .pgn, the ones of text also as .gz, .zst, .bz2 or .xz. Or a directory that the command
+    `prepare` made. None in the configuration of somebody else's run whose corpus is not embedded: it has to be named
+    here."""
 
     mixture: Annotated[tuple[Component, ...] | None, Local()] = None
     """Several corpora in place of `dataset`, as a JSON list: '[{"dataset": "c4/en", "weight": 0.7}, {"dataset":
@@ -147,7 +148,8 @@ class DataConfig:
     """Seed of the data order."""
 
     cache_dir: Annotated[str | None, Local()] = None
-    """Where prepared corpora and trained tokenizers are kept; None is $SPARSEZOO_CACHE or ~/.cache/sparsezoo_jax."""
+    """Where prepared corpora and trained tokenizers are kept, here or in a bucket; None is $SPARSEZOO_CACHE or
+    ~/.cache/sparsezoo_jax."""
 
     tfds_data_dir: Annotated[str | None, Local()] = None
     """Directory of prepared TFDS data sets; None is TFDS's own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""

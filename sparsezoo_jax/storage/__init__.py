@@ -5,7 +5,7 @@ the same things through the file systems of `etils.epath`. What differs is what 
 
 - whole or absent: a file that is synced and renamed, or an object, which appears when its last byte is there;
 - appending: objects can't, so a `Mirror` copies local files there now and then;
-- one writer: objects have generations, and a write can demand the one that was read (`objects.write_if`).
+- one writer: objects have generations, and a write can demand the one that was read (`conditions.write_if`).
 
 Every failure is an `OSError` with a `strerror` of one line. docs/storage.md says what is supported where.
 """
@@ -25,21 +25,23 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from sparsezoo_jax.errors import ConfigError, StorageError
-from sparsezoo_jax.storage.objects import calls, client, info, read_range
+from sparsezoo_jax.storage.objects import CLIENTS, calls, change, client, info, read_range
 
-#: Object stores that runs, corpora, caches, tokenizers and reports can be in.
-OBJECT_STORES = ("gs",)
+#: Object stores that corpora, caches, tokenizers, reports and checkpoints of Hugging Face's layout can be in.
+OBJECT_STORES = tuple(CLIENTS)
+#: Object stores that what has checkpoints can be in: runs and autoencoders.
+RUN_STORES = ("gs",)
 #: What a file object reads ahead, and so the memory of each.
 READ_AHEAD = 1 << 22
 _COPY_SECONDS = 30.0
 #: One slash, too: what is left of a name that went through `pathlib`. Drives of Windows have one letter.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_WHY_NOT = {"s3": "checkpoints can't be kept there, for Orbax takes no s3:// paths, so s3: is not supported yet"}
+_WHY_NOT = {"s3": "checkpoints can't be kept there, for Orbax takes no s3:// paths"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- Paths
@@ -94,7 +96,7 @@ class ObjectPath(PosixPath):
     def iterdir(self) -> Iterator[ObjectPath]:
         """What is directly below this name."""
         with calls(self):
-            found = {ObjectPath(f"{self.scheme}://{name}") for name in client().ls(str(self), detail=False)}
+            found = {ObjectPath(f"{self.scheme}://{name}") for name in client(self).ls(str(self), detail=False)}
         # The object that some tools make of an empty folder has the folder's own name.
         yield from sorted(found - {self})
 
@@ -109,13 +111,13 @@ class ObjectPath(PosixPath):
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes an object."""
         with contextlib.suppress(*(FileNotFoundError,) if missing_ok else ()), calls(self):
-            client().rm_file(str(self))
+            client(self).rm_file(str(self))
 
     def rename(self, target: str | os.PathLike[str]) -> ObjectPath:
         """Copies within the store, then removes; not atomic."""
         with calls(self):
-            client().copy(str(self), os.fspath(target), recursive=self.is_dir())
-            client().rm(str(self), recursive=True)
+            client(self).copy(str(self), os.fspath(target), recursive=self.is_dir())
+            client(self).rm(str(self), recursive=True)
         return ObjectPath(target)
 
     def open(self, mode: str = "r", *_: Any, **__: Any) -> Any:
@@ -145,8 +147,9 @@ def require_place(field: str, name: str | os.PathLike[str] | None, *, schemes: C
         why = f"{scheme}: is not supported here"
         why = _WHY_NOT.get(scheme, why) if schemes else why
         raise ConfigError(field, name, f"must be a path on this machine{also}; {why}")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(field, name, "must be a path on this machine without: pip install 'sparsezoo-jax[gcs]'")
+    module, extra = CLIENTS[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(field, name, f"must be a path on this machine without: pip install 'sparsezoo-jax[{extra}]'")
     if len(ObjectPath(cast(str, name)).parts) < 2:
         raise ConfigError(field, name, "must name a bucket")
 
@@ -165,8 +168,8 @@ def common(paths: Collection[str | os.PathLike[str]]) -> Path:
     """The folder that all of some absolute paths are in; raises `ValueError` if there is none."""
     if not any(map(is_object, paths)):
         return Path(os.path.commonpath(paths))
-    if not all(map(is_object, paths)):
-        raise ValueError("files of this machine and of a bucket can't be one corpus")
+    if len(set(map(scheme_of, paths))) > 1:
+        raise ValueError("files of this machine and of a bucket can't be one corpus, nor those of several stores")
     return ObjectPath(os.path.commonpath([re.sub(r":/+", ":/", os.fspath(path)) for path in paths]))
 
 
@@ -207,7 +210,7 @@ class Version(NamedTuple):
 
     size: int
     changed: int
-    """Nanoseconds of a file's time of change, or an object's generation."""
+    """Nanoseconds of a file's time of change, or a number for an object's version."""
 
 
 def version(path: Path) -> Version:
@@ -216,7 +219,7 @@ def version(path: Path) -> Version:
         found = info(path)
         if found is None or found["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return Version(int(found["size"]), int(found["generation"]))
+        return Version(int(found["size"]), change(found))
     stat = os.stat(path)
     return Version(stat.st_size, stat.st_mtime_ns)
 
@@ -225,7 +228,7 @@ def bytes_below(directory: Path) -> int:
     """Bytes of all files in a directory and the folders within it; raises `OSError`."""
     if is_object(directory):
         with calls(directory):
-            return sum(int(found["size"]) for found in client().find(str(directory), detail=True).values())
+            return sum(int(found["size"]) for found in client(directory).find(str(directory), detail=True).values())
     return sum(os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(directory) for name in names)
 
 
@@ -234,7 +237,7 @@ def files_below(directory: Path) -> list[Path]:
     if not is_object(directory):
         return [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
     with calls(directory):
-        return [ObjectPath(f"gs://{name}") for name in client().find(str(directory))]
+        return _named(directory, client(directory).find(str(directory)))
 
 
 def matching(pattern: Path) -> list[Path]:
@@ -242,7 +245,13 @@ def matching(pattern: Path) -> list[Path]:
     if not is_object(pattern):
         return sorted(found for found in map(Path, glob.glob(str(pattern), recursive=True)) if found.is_file())
     with calls(pattern):
-        return [ObjectPath(f"gs://{name}") for name in client().glob(str(pattern))]
+        return _named(pattern, client(pattern).glob(str(pattern)))
+
+
+def _named(path: Path, names: Iterable[str]) -> list[Path]:
+    """What the client of a path's store calls so; not the objects that stand for folders in a browser."""
+    scheme = scheme_of(path)
+    return [ObjectPath(f"{scheme}://{name}") for name in names if not name.endswith("/")]
 
 
 # -------------------------------------------------------------------------------------------------------------- Writing
@@ -252,7 +261,7 @@ def write_atomic(path: Path, content: bytes) -> Path:
     try:
         if is_object(path):
             with calls(path):
-                client().pipe_file(str(path), content)
+                client(path).pipe_file(str(path), content)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -336,7 +345,7 @@ def sync(path: Path) -> None:
 def upload(file: Path, path: Path) -> None:
     """Copies a file of this machine to an object, which appears when it is whole; raises `OSError`."""
     with calls(path):
-        client().put_file(str(file), str(path))
+        client(path).put_file(str(file), str(path))
 
 
 def open_append(path: Path) -> int:
@@ -374,7 +383,7 @@ def remove_tree(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         return
     with contextlib.suppress(OSError), calls(directory):
-        client().rm(str(directory), recursive=True)
+        client(directory).rm(str(directory), recursive=True)
 
 
 class Mirror:
@@ -402,7 +411,7 @@ class Mirror:
         """Copy a file, if there is one, to go on with it; raises `OSError`."""
         if self.is_remote and (self.directory / name).is_file():
             with calls(self.directory / name):
-                client().get_file(str(self.directory / name), str(self.local / name))
+                client(self.directory).get_file(str(self.directory / name), str(self.local / name))
             self._sent[name] = self._state(self.local / name)
 
     def send(self, *, now: bool = False) -> bool:

@@ -1,18 +1,24 @@
-"""The client of an object store: its file system, its errors, ranges, and writes that demand a generation."""
+"""The clients of object stores: their file systems, their errors, and ranges of bytes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import functools
-import json
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from sparsezoo_jax.errors import StorageError
+
+#: Object stores by scheme: the module that is their file system, and the extra that brings it.
+CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+#: To one store at the same time: botocore's own 10 are fewer than a reader of records has threads.
+_CONNECTIONS = 100
+_UNMET = ("PreconditionFailed", "ConditionalRequestConflict")
+_UNKNOWN = ("NotImplemented", "501")
 
 
 class StoreError(StorageError, OSError):
@@ -22,8 +28,20 @@ class StoreError(StorageError, OSError):
         return f"{self.filename}: {self.strerror}"
 
 
+def scheme(path: Path) -> str:
+    """What is before the `://` of an object's path."""
+    return str(path).partition("://")[0]
+
+
+def client(path: Path) -> Any:
+    """The file system of a path's store; raises `StoreError` for a store of another kind."""
+    if scheme(path) not in CLIENTS:
+        raise StoreError(errno.EPROTONOSUPPORT, "stores of this kind are not supported", str(path))
+    return _client(scheme(path))
+
+
 @functools.cache
-def client() -> Any:
+def _client(scheme: str) -> Any:
     """The file system of `etils.epath`, and so of Orbax; it asks the store each time, for others write there."""
     # With TensorFlow in the environment, epath would go through its client, which has no conditions.
     os.environ.setdefault("EPATH_USE_TF", "false")
@@ -31,35 +49,89 @@ def client() -> Any:
     from etils.epath import backend
 
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    return backend.fsspec_backend.fs("gs://")
+    options = fsspec.config.conf.setdefault("s3", {})
+    options.setdefault("use_listings_cache", False)
+    options.setdefault("config_kwargs", {"max_pool_connections": _CONNECTIONS})
+    return backend.fsspec_backend.fs(f"{scheme}://")
 
 
 def info(path: Path) -> dict[str, Any] | None:
+    """What a store says of an object or of what is below a name; None if there is nothing. Raises `OSError`."""
     try:
         with calls(path):
-            return client().info(str(path))
+            return client(path).info(str(path))
     except FileNotFoundError:
         return None
+
+
+def change(found: Mapping[str, Any]) -> int:
+    """A number that tells whether an object that `info` found is still the same: of Google its generation, else of
+    its ETag, which follows from what is in it.
+    """
+    if "generation" in found:
+        return int(found["generation"])
+    return int.from_bytes(hashlib.sha256(str(found["ETag"]).encode()).digest()[:7], "big")
 
 
 @contextlib.contextmanager
 def calls(path: Path) -> Iterator[None]:
     """What a store's client raises, of a dozen libraries, as `OSError` with one line in `strerror`."""
-    if not str(path).startswith("gs://"):
-        raise StoreError(errno.EPROTONOSUPPORT, "stores of this kind are not supported", str(path))
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
+        what = "no such bucket" if _code(error) == "NoSuchBucket" else os.strerror(errno.ENOENT)
+        raise FileNotFoundError(errno.ENOENT, what, str(path)) from None
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, "is not what it was", str(path)) from None
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # of this machine
+        code = _code(error)
+        if code in _UNMET:
+            raise FileExistsError(errno.EEXIST, "is not what it was", str(path)) from None
+        if code is None and isinstance(error, OSError) and error.strerror:  # of this machine
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        denied = lines[0].startswith("Forbidden") or getattr(error, "code", None) in (401, "401")
-        number, what = (errno.EACCES, "access denied") if denied else (errno.EIO, "the object store failed")
+        number, what = errno.EIO, "the object store failed"
+        if _is_denied(error, lines[0]):
+            number, what = errno.EACCES, "access denied"
+        elif _lacks_credentials(error):
+            number, what = errno.EACCES, "no credentials"
+        elif code in _UNKNOWN:
+            number = errno.ENOTSUP
         raise StoreError(number, f"{what} ({_shown(lines[-1])})", str(path)) from error
+
+
+def _code(error: BaseException) -> str | None:
+    """What S3 calls an error: s3fs makes exceptions of Python of those of botocore, which have the answer."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+    return None
+
+
+def _is_denied(error: Exception, first: str) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or first.startswith("Forbidden")
+        or getattr(error, "code", None) in (401, "401")
+    )
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    if not type(error).__module__.startswith("botocore."):
+        return False
+    from botocore import exceptions  # pyright: ignore[reportMissingImports]
+
+    kinds = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.ProfileNotFound,
+        exceptions.SSOError,
+    )
+    return isinstance(error, kinds)
 
 
 def _shown(text: str) -> str:
@@ -69,54 +141,4 @@ def _shown(text: str) -> str:
 def read_range(path: Path, start: int, end: int) -> bytes:
     """Bytes `start` to `end` of an object, in one request; raises `OSError`."""
     with calls(path):
-        return client().cat_file(str(path), start=start, end=end)
-
-
-def read_versioned(path: Path) -> tuple[bytes, int] | None:
-    """An object and its generation, None if there is none; raises `OSError`."""
-    try:
-        with calls(path):
-            headers, content = client().call("GET", _url(path), alt="media")
-            return content, int(headers["X-Goog-Generation"])
-    except FileNotFoundError:
-        return None
-
-
-def write_if(path: Path, content: bytes, generation: int) -> int | None:
-    """Write an object if its generation is still this one (0: if there is none); the new one, None if it is not.
-
-    Raises:
-      OSError: it can't be written.
-    """
-    bucket, name = path.parts[1], "/".join(path.parts[2:])
-    text = {"Content-Type": "multipart/related; boundary=part"}
-    meta = json.dumps({"name": name, "contentType": "application/json", "cacheControl": "no-store"})
-    head = (
-        f"--part\nContent-Type: application/json; charset=UTF-8\n\n{meta}\n--part\nContent-Type: application/json\n\n"
-    )
-    store = client()
-    try:
-        with calls(path):
-            made = store.call(
-                "POST",
-                f"{store._location}/upload/storage/v1/b/{quote(bucket)}/o",
-                headers=text,
-                data=head.encode() + content + b"\n--part--",
-                uploadType="multipart",
-                ifGenerationMatch=generation,
-                json_out=True,
-            )
-        return int(made["generation"])
-    except FileExistsError:
-        return None
-
-
-def remove_if(path: Path, generation: int) -> None:
-    """Remove an object if its generation is still this one; raises `OSError`."""
-    with contextlib.suppress(FileExistsError, FileNotFoundError), calls(path):
-        client().call("DELETE", _url(path), ifGenerationMatch=generation)
-
-
-def _url(path: Path) -> str:
-    name = quote("/".join(path.parts[2:]), safe="")
-    return f"{client()._location}/storage/v1/b/{quote(path.parts[1])}/o/{name}"
+        return client(path).cat_file(str(path), start=start, end=end)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
-from sparsezoo_jax.storage import OBJECT_STORES, require_place
+from sparsezoo_jax.storage import RUN_STORES, require_place
 from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
@@ -171,7 +171,7 @@ class TrainConfig:
             self.init_from is None or bool(self.init_from.strip()), "train.init_from", "''", "must name a run directory"
         )
         require_place("train.local_checkpoints", self.local_checkpoints)
-        require_place("train.init_from", self.init_from, schemes=OBJECT_STORES)
+        require_place("train.init_from", self.init_from, schemes=RUN_STORES)
         require(
             self.init_step is None or (self.init_from is not None and self.init_step >= 0),
             "train.init_step",

@@ -143,9 +143,10 @@ def save_params(
       step: number of the step.
 
     Raises:
-      StorageError: it can't be written.
+      ConfigError: a store that checkpoints can't be in. StorageError: it can't be written.
     """
     directory = storage.path(directory).absolute()
+    storage.require_place("directory", directory, schemes=storage.RUN_STORES)
     arrays: dict[str, list[Any]] = {}
     tree: dict[str, Any] = {}
     for part, values in (("params", params), ("model_state", model_state or {})):

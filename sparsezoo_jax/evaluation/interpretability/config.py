@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
-from sparsezoo_jax.storage import OBJECT_STORES, require_place
+from sparsezoo_jax.storage import RUN_STORES, require_place
 
 JudgeName = Literal["endpoint", "tokens", "ngrams", "similarity", "oracle", "constant", "coin", "noisy_oracle"]
 Task = Literal["detection", "fuzzing"]
@@ -48,7 +48,7 @@ class InterpretEvaluation:
     """Model that the endpoint is asked for."""
 
     def __post_init__(self):
-        require_place("interpret.sae", self.sae, schemes=OBJECT_STORES)
+        require_place("interpret.sae", self.sae, schemes=RUN_STORES)
         for name in ("features", "contexts", "window", "train_windows", "test_windows", "shown_at_once"):
             require(getattr(self, name) > 0, f"interpret.{name}", getattr(self, name), "must be above 0")
         require(self.layer is None or self.layer >= 1, "interpret.layer", self.layer, "must be at least 1")
