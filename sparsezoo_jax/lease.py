@@ -235,8 +235,10 @@ class _ObjectStore:
         return None if found is None else found[1]
 
     def remove(self) -> None:
-        if self._own is not None:
-            conditions.remove_if(self._path, self._own[1])
+        """Remove the own lease. Its generation is asked for: the answer to the last touch may have been lost."""
+        found = conditions.read_versioned(self._path)
+        if self._own is not None and found is not None and found[0] == self._own[0]:
+            conditions.remove_if(self._path, found[1])
 
 
 def _encoded(owner: Owner) -> bytes:

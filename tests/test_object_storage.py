@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import zstandard
+from etils.epath import backend
 
 from sparsezoo_jax import (
     autoencoders,
@@ -40,6 +43,7 @@ from sparsezoo_jax.data.chess import generation
 from sparsezoo_jax.errors import DataError, StorageError
 from sparsezoo_jax.evaluation.chess import games_for
 from sparsezoo_jax.huggingface.tensors import open_tensors
+from sparsezoo_jax.storage import conditions, objects
 from sparsezoo_jax.training import loop
 from sparsezoo_jax.training.writers import JsonlWriter
 from tests.object_store import BUCKET, DENIED, environment, object_store, s3_store
@@ -182,6 +186,40 @@ def test_a_lease_has_one_owner(store, monkeypatch):
     assert second.is_held()
     second.release()
     assert not path.exists()
+
+
+def test_a_lease_is_given_back_though_an_answer_was_lost(store, monkeypatch):
+    taken = lease.Lease(storage.path(f"{store.root}/lease/lost"))
+    assert taken.try_acquire() is None
+
+    def lost(path, content, generation, write=conditions.write_if):
+        write(path, content, generation)
+        raise objects.StoreError(errno.EIO, "the object store failed", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditions, "write_if", lost)
+        with pytest.raises(OSError, match="the object store failed"):
+            taken._store.touch()
+    assert taken.is_held()
+    taken.release()
+    assert "lease/lost" not in store.names()
+
+
+def test_lists_are_not_remembered(store):
+    """Nor by a client that another library made, and asked, before."""
+    folder = storage.path(f"{store.root}/lists")
+    one = storage.write_atomic(folder / "one", b"")
+    type(objects.client(folder)).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    objects._client.cache_clear()
+    epath = backend.fsspec_backend.fs(f"{folder.scheme}://")
+    assert len(epath.ls(str(folder))) == 1
+    other = fsspec.filesystem(folder.scheme, skip_instance_cache=True)
+    assert list(folder.iterdir()) == [one]
+    other.pipe_file(str(folder / "two"), b"")
+    assert objects.client(folder) is epath
+    assert (folder / "two").is_file()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_of_two_starters_one_gets_the_lease(store):

@@ -48,11 +48,13 @@ def _client(scheme: str) -> Any:
     import fsspec.config
     from etils.epath import backend
 
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     options = fsspec.config.conf.setdefault("s3", {})
-    options.setdefault("use_listings_cache", False)
     options.setdefault("config_kwargs", {"max_pool_connections": _CONNECTIONS})
-    return backend.fsspec_backend.fs(f"{scheme}://")
+    store = backend.fsspec_backend.fs(f"{scheme}://")
+    # Not by an option: a library that used `epath` before has made it already, with lists that it remembers.
+    store.dircache.use_listings_cache = False
+    store.invalidate_cache()
+    return store
 
 
 def info(path: Path) -> dict[str, Any] | None:
