@@ -1,6 +1,10 @@
 """What is S3's own: conditions that a store may lack, its errors, and that checkpoints can't be kept there."""
 
+import json
+import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,7 +35,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.storage import conditions, objects, s3
 from sparsezoo_jax.training.parameters import save_params
 from tests.object_store import BUCKET, DENIED, S3Store, forget_s3_client, s3_store
-from tests.test_commands import call
+from tests.test_commands import call, flags
 from tests.test_convert import CONFIGS, tensors_of, write
 
 ROOT = f"s3://{BUCKET}"
@@ -47,9 +51,11 @@ def running():
 
 @pytest.fixture
 def store(running: S3Store):
-    """The server, which denies and ignores nothing and has been asked nothing."""
+    """The server, which holds, denies and ignores nothing and has been asked nothing."""
     s3._deletions.clear()
     running.denies = running.ignores = lambda method, name: False
+    for name in running.names():
+        running.remove(name)
     running.requests.clear()
     yield running
     running.denies = running.ignores = lambda method, name: False
@@ -63,7 +69,7 @@ def test_a_store_without_conditions_is_refused(store, missing):
     wanted = missing.replace("-", "")
     with pytest.raises(objects.StoreError, match=rf"\.lease: the object store ignores {wanted} of conditional writes"):
         taken.try_acquire()
-    assert not any(name.startswith("none/") for name in store.names())
+    assert store.names() == []
 
 
 def test_a_lease_is_emptied_where_deletions_have_no_conditions(store):
@@ -72,11 +78,12 @@ def test_a_lease_is_emptied_where_deletions_have_no_conditions(store):
     first, second = lease.Lease(path), lease.Lease(path)
     assert first.try_acquire() is None
     assert second.try_acquire() is not None
+    _, old = conditions.read_versioned(path) or (b"", 0)
     first.release()
-    assert [name for name in store.names() if name.startswith("emptied/")] == ["emptied/.lease"]
+    assert store.names() == ["emptied/.lease"]
     assert first.owner() is None
     assert second.try_acquire() is None
-    first._store.remove()  # of a lease that is no longer its own
+    conditions.remove_if(path, old)
     assert second.is_held()
     second.release()
 
@@ -86,7 +93,7 @@ def test_whether_a_store_has_conditions_is_tried_once(store):
         assert conditions.write_if(storage.path(f"{ROOT}/once/{name}"), b"", 0)
     assert len({name for _, name in store.requests if name.startswith("once/a.")}) == 1
     assert not any(name.startswith("once/b.") for _, name in store.requests)
-    assert sorted(name for name in store.names() if name.startswith("once/")) == ["once/a", "once/b"]
+    assert store.names() == ["once/a", "once/b"]
 
 
 def test_each_write_is_another_generation(store):
@@ -191,7 +198,7 @@ def test_a_corpus_is_prepared_there(store, small_corpus, tmp_path, monkeypatch, 
     store.requests.clear()
     assert call(prepare, args, monkeypatch) == 0
     assert not {("PUT", name) for name in first} & set(store.requests)
-    assert not any(name.endswith(".lease") for name in store.names())
+    assert [name for name in store.names() if name.endswith(".lease")] == []
     here = ["--data.dataset", tmp_path / "*.txt", "--data.cache-dir", tmp_path / "cache", *shape]
     monkeypatch.setattr(workers, "can_be_sent", lambda job: False)
     assert call(prepare, [*here, "--out", tmp_path / "corpus"], monkeypatch) == 0
@@ -204,6 +211,34 @@ def test_a_corpus_is_prepared_there(store, small_corpus, tmp_path, monkeypatch, 
         np.testing.assert_array_equal(one.batch_at(n)["tokens"], other.batch_at(n)["tokens"])
     one.close()
     other.close()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_published_a_shard_goes_on(store, small_corpus, tmp_path, monkeypatch):
+    for file in small_corpus.iterdir():
+        storage.upload(file, storage.path(f"{ROOT}/text") / file.name)
+    args = [*flags(f"{ROOT}/text"), "--data.cache-dir", f"{ROOT}/cache", "--workdir", tmp_path / "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsezoo_jax.train", *map(str, args)], stderr=subprocess.PIPE, text=True
+    )
+
+    def kill(method, name):
+        """When the records are there, and what is known of them is to follow."""
+        is_result = method == "PUT" and "/shard-" in name and name.endswith(".json")
+        if is_result:
+            process.send_signal(signal.SIGKILL)
+        return is_result
+
+    store.denies = kill
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == -signal.SIGKILL, said
+    (left,) = (name for name in store.names() if name.endswith(".lease"))
+    assert left.replace("/.", "/").replace(".lease", ".array_record") in store.names()
+    store.denies = lambda method, name: False
+    assert call(train, args, monkeypatch) == 0
+    assert not any(name.endswith((".lease", "plan.json")) for name in store.names())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "split" not in row] == list(range(1, 9))
 
 
 def test_checkpoints_of_other_packages_are_read_and_written_there(store, tmp_path, monkeypatch):
