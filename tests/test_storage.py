@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 
 import sparsezoo_jax
-from sparsezoo_jax import chess, cli, convert, evaluate, generate, prepare, report, sae, serve, storage, train
+from sparsezoo_jax import (
+    chess,
+    cli,
+    convert,
+    evaluate,
+    generate,
+    prepare,
+    report,
+    sae,
+    serve,
+    sparsify,
+    storage,
+    theory,
+    train,
+)
 from sparsezoo_jax.data import Component
 from sparsezoo_jax.errors import ConfigError, StorageError
 from tests.test_commands import call
@@ -48,6 +62,12 @@ FIELDS = [
     *((evaluate, ["run", f"--{name}"], f"--{name}") for name in ("cache-dir", "tfds-data-dir", "stockfish")),
     (sae, [], "DIR"),
     (sae, ["run", "--workdir"], "--workdir"),
+    (sparsify, ["--method", "cats"], "RUN"),
+    (sparsify, ["--method", "cats", "run"], "OUT"),
+    (sparsify, ["run", "out", "--method", "cats", "--base"], "--base"),
+    (sparsify, ["run", "out", "--method", "cats", "--dataset"], "--dataset"),
+    (theory, ["--run"], "--run"),
+    (theory, ["--run", "run", "--dataset"], "--dataset"),
     (convert, ["from-hf"], "SRC"),
     (convert, ["from-hf", "source"], "DIR"),
     (convert, ["to-hf"], "DIR"),
@@ -61,6 +81,7 @@ REST = {
     ("from-hf",): ["directory"],
     ("to-hf",): ["destination"],
     ("merge",): ["destination"],
+    ("--method", "cats"): ["out"],
 }
 
 
@@ -91,6 +112,8 @@ def test_the_table_has_all_fields_that_are_paths():
         serve: [serve.Serve],
         report: [report.Report],
         sae: [sae.TrainSAE],
+        sparsify: [sparsify.Sparsify],
+        theory: [theory.Theory],
         convert: [convert.FromHF, convert.ToHF, convert.Merge],
     }
     for command, classes in commands.items():
