@@ -2,8 +2,9 @@
 
 Parts: scaling (one core and two, and the memory that less text takes), restart (time to the first step), kills
 (records bitwise as without), starters (several at once), reader (two billion records). The text is made of the embedded
-corpus. What a part printed is kept in --dir and not measured again there, so that a command that was cut off goes on
-with the part that it was in. On a machine that others use, look at CPU time rather than time.
+corpus; that of kills and starters is a tenth. What a part printed is kept in --dir and not measured again there, so
+that a command that was cut off goes on with the part that it was in, and kills with the next one. On a machine that
+others use, look at CPU time rather than time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ next(data.prepared_batches(data.prepare(config, "train", tokenizer), batch_size=
 print(time.process_time())
 """
 PREPARE = (sys.executable, "-m", "sparsezoo_jax.prepare")
-#: The command with smaller parts of files, so that a small text has many shards.
+#: The command that takes no two files of half a megabyte together, so that a small text has many shards.
 SMALL_PARTS = """
 from sparsezoo_jax import cli, prepare
 from sparsezoo_jax.data.local_files import documents
@@ -71,22 +72,22 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- The corpus
-def corpus(options: argparse.Namespace, megabytes: int) -> Path:
-    """A directory with JSON lines of so many megabytes in ten files: paragraphs of the embedded corpus, drawn."""
+def corpus(options: argparse.Namespace, megabytes: int, files: int = 10) -> Path:
+    """A directory with JSON lines of so many megabytes in some files: paragraphs of the embedded corpus, drawn."""
     from sparsezoo_jax.data.sotu import corpus_directory
 
-    folder = options.dir / f"text-{megabytes}"
+    folder = options.dir / (f"text-{megabytes}" if files == 10 else f"text-{megabytes}-{files}")
     if folder.exists():
         return folder
     speeches = sorted((corpus_directory() / "speeches").glob("*.txt"))
     paragraphs = [p for path in speeches for p in path.read_text(encoding="utf-8").split("\n") if len(p) > 40]
     draw = random.Random(megabytes)
-    partial = options.dir / f".text-{megabytes}"
+    partial = options.dir / f".{folder.name}"
     partial.mkdir(exist_ok=True)
-    for number in range(10):
+    for number in range(files):
         with open(partial / f"{number}.jsonl", "w", encoding="utf-8") as file:
-            while file.tell() < megabytes * 100_000:
-                texts = ["\n".join(draw.choices(paragraphs, k=draw.randint(1, 12))) for _ in range(100)]
+            while file.tell() < megabytes * 1_000_000 / files:
+                texts = ["\n".join(draw.choices(paragraphs, k=draw.randint(1, 12))) for _ in range(10)]
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
     partial.rename(folder)
     return folder
@@ -111,8 +112,9 @@ def command(options: argparse.Namespace, text: Path, out: Path, *more: object) -
 
 
 def in_small_parts(options: argparse.Namespace, megabytes: int, out: Path, workers: int) -> list[str]:
-    """The same with many shards of little text."""
-    words = command(options, corpus(options, megabytes), out, "--data.shard-bytes", 500_000, "--workers", workers)
+    """The same with many shards of little text: a file and a shard for each half of a megabyte."""
+    text = corpus(options, megabytes, 2 * megabytes)
+    words = command(options, text, out, "--data.shard-bytes", 500_000, "--workers", workers)
     return [sys.executable, "-c", SMALL_PARTS, *words[len(PREPARE) :]]
 
 
@@ -242,42 +244,62 @@ def restart(options: argparse.Namespace) -> Iterator[str]:
         yield f"| {name} | {seconds} s | {float(opened.stdout):.2f} s |"
 
 
+def undisturbed(options: argparse.Namespace, megabytes: int) -> Path:
+    """The small parts prepared without a fault; made once."""
+    out = options.dir / f"whole-{megabytes}"
+    subprocess.run(in_small_parts(options, megabytes, out, 2), check=True, capture_output=True)
+    return out
+
+
+def files_of_shards(out: Path) -> set[str]:
+    """Names of the files of records, begun ones too, of what is known of them, and of their leases."""
+    return {path.name for path in out.glob("train/*shard-*")}
+
+
 def kills(options: argparse.Namespace) -> Iterator[str]:
     """SIGKILL at random moments, until it is done; then again from the beginning."""
-    megabytes, draw = max(options.megabytes // 10, 10), random.Random(0)
-    whole, out = options.dir / "whole", options.dir / "killed"
-    for folder in (whole, out):
-        shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(in_small_parts(options, megabytes, whole, 2), check=True, capture_output=True)
+    megabytes = max(options.megabytes // 10, 10)
+    whole, out = undisturbed(options, megabytes), options.dir / f"killed-{megabytes}"
+    kept = options.dir / f"killed-{megabytes}.json"
+    if kept.exists():
+        found = json.loads(kept.read_text())
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        found = {"kills": 0, "working": 0, "rounds": 0, "same": 0, "most": 0}
     expected, shards = records(whole), len(manifest(whole)["shards"])
     words = in_small_parts(options, megabytes, out, 2)
-    done = rounds = same = most = 0
-    while done < options.kills:
+    while found["kills"] < options.kills:
+        before = files_of_shards(out)
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Every fifth at any moment, the others when shards were taken: on a busy machine it takes a while to start.
+        while found["kills"] % 5 and process.poll() is None and files_of_shards(out) <= before:
+            time.sleep(0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(3.0, 12.0))
+            process.wait(random.Random(found["kills"]).uniform(0.0, 9.0))
         if process.poll() is None:
             process.kill()
             process.wait()
-            done += 1
-            most = max(most, len(list((out / "train").glob(".shard-*.array_record.*"))))
-            continue
-        rounds += 1
-        same += records(out) == expected
-        shutil.rmtree(out)
+            found["kills"] += 1
+            found["working"] += files_of_shards(out) != before
+            found["most"] = max(found["most"], len(list(out.glob("train/.shard-*.array_record.*"))))
+        else:
+            found["rounds"] += 1
+            found["same"] += records(out) == expected
+            shutil.rmtree(out)
+        kept.write_text(json.dumps(found))
     subprocess.run(words, check=True, capture_output=True)
-    yield f"{megabytes} MB in {shards} shards, two workers: {done} kills in {rounds + 1} preparations"
-    yield f"records bitwise as without: {same + (records(out) == expected)} of {rounds + 1}"
-    yield f"shards begun and not finished after a kill: at most {most}, one for each worker"
+    rounds = found["rounds"] + 1
+    yield f"{megabytes:,} MB in {shards:,} shards, two workers: {found['kills']} kills in {rounds} preparations"
+    yield f"records bitwise as without: {found['same'] + (records(out) == expected)} of {rounds}"
+    yield f"kills when shards had been taken: {found['working']}; the others fell into the start of the command"
+    yield f"shards begun and not finished after a kill: at most {found['most']}, one for each worker"
 
 
 def starters(options: argparse.Namespace) -> Iterator[str]:
     """Several commands at once share the work."""
     megabytes = max(options.megabytes // 10, 10)
-    out, whole = options.dir / "together", options.dir / "whole"
+    out, whole = options.dir / "together", undisturbed(options, megabytes)
     shutil.rmtree(out, ignore_errors=True)
-    if not whole.exists():
-        subprocess.run(in_small_parts(options, megabytes, whole, 2), check=True, capture_output=True)
     words = in_small_parts(options, megabytes, out, 1)
     pipe = subprocess.PIPE
     processes = [subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) for _ in range(options.starters)]
