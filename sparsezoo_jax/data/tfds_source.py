@@ -20,14 +20,14 @@ from typing import Any
 from sparsezoo_jax import storage
 from sparsezoo_jax.data.config import DataConfig, local_cache
 from sparsezoo_jax.data.corpus import CORPORA
-from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, digest
+from sparsezoo_jax.data.documents import BadDocumentError, Document, InRanges, SourceFile, digest
 from sparsezoo_jax.data.record_file import open_reader
 from sparsezoo_jax.data.skipping import NOT_UTF8
 from sparsezoo_jax.errors import DataError, StorageError, UserError
 from sparsezoo_jax.untrusted import read_json
 
 #: The TFDS builders that this package brings along; `corpora` registers them as corpora.
-OWN = ("sotu", "chess")
+OWN = ("sotu", "chess", "pysource")
 #: Records that are fetched from an object store at once.
 _AHEAD = 64
 #: Where Hugging Face's hub has the same texts, ready to read.
@@ -89,11 +89,25 @@ class TfdsDocuments(InRanges):
 
     Args:
       path: names of the features that lead to the text, one within the other.
+      directory: where it is prepared.
+
+    Attributes:
+      files: what tells a change of the corpus, beside its fingerprint.
     """
 
-    def __init__(self, source: Any, name: str, path: Sequence[str], fingerprint: str, total_bytes: int = 0):
+    files: Sequence[SourceFile] = ()
+
+    def __init__(
+        self,
+        source: Any,
+        name: str,
+        path: Sequence[str],
+        fingerprint: str,
+        total_bytes: int = 0,
+        directory: str = "",
+    ):
         self._source, self._name, self._path = source, name, path
-        self.total_bytes = total_bytes
+        self.total_bytes, self.directory = total_bytes, directory
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -144,7 +158,7 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     except (KeyError, ValueError):
         sizes = (len(source),)  # a dataset that doesn't record its splits
     fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
-    return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0)
+    return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0, str(builder.data_dir))
 
 
 def is_ranged(builder: Any) -> bool:
@@ -196,6 +210,10 @@ def _builder(config: DataConfig, name: str) -> Any:
         from sparsezoo_jax.data.chess.builder import games_config
 
         arguments["config"] = games_config(config.chess, local_cache(config) / "chess")
+    if name == "pysource":
+        from sparsezoo_jax.data.pysource.builder import packages_config
+
+        arguments["config"] = packages_config(config.pysource)
     try:
         return tfds.builder(name, data_dir=tfds_directory(config, name), file_format="array_record", **arguments)
     except tfds.core.DatasetNotFoundError as error:
@@ -324,6 +342,6 @@ def tfds_directory(config: DataConfig, name: str) -> str | None:
 
         # Another release of the texts is another directory, so that it is never mistaken for the one prepared before.
         return str(local_cache(config) / "tfds" / corpus_digest()[:12])
-    if name == "chess":
+    if name in ("chess", "pysource"):
         return str(local_cache(config) / "tfds")
     return None

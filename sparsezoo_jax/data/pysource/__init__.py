@@ -1,0 +1,1 @@
+"""The corpus `pysource`: the Python source of installed PyPI packages."""
