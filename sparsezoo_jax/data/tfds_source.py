@@ -1,4 +1,4 @@
-"""Text datasets from the TFDS catalogue, read without TensorFlow."""
+"""Datasets from the TFDS catalogue, of texts and of others, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from sparsezoo_jax.untrusted import read_json
 
 #: The TFDS builders that this package brings along; `corpora` registers them as corpora.
 OWN = ("sotu", "chess", "pysource")
+#: TFDS's collections with text in them.
+_OF_TEXT = ("text", "summarization", "question_answering", "translate")
 #: Records that are fetched from an object store at once.
 _AHEAD = 64
 #: Where Hugging Face's hub has the same texts, ready to read.
@@ -136,13 +138,43 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     Raises `DataError` for an unknown name, split or text field, or a dataset that can't be prepared here;
     `StorageError` if writing fails.
     """
-    with _without_warnings():
-        builder = _builder(config, name)
-        _prepare(builder, name)
+    builder = prepared_builder(config, name)
     info = builder.info
     path = _path_to_text(info.features, config.text_field, name)
+    source = open_split(builder, name, split)
     try:
-        source = RangeSource(info, split) if is_ranged(builder) else builder.as_data_source(split)
+        sizes = (info.splits[split].num_examples, info.splits[split.split("[")[0]].num_bytes)
+    except (KeyError, ValueError):
+        sizes = (len(source),)  # a dataset that doesn't record its splits
+    fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
+    return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0, str(builder.data_dir))
+
+
+def prepared_builder(config: DataConfig, name: str, collections: Sequence[str] = _OF_TEXT) -> Any:
+    """TFDS's builder of a dataset, which is prepared (ArrayRecord) if the data directory does not hold it.
+
+    Args:
+      collections: modules of TFDS whose datasets are known beside those that are known already.
+
+    Raises:
+      DataError: an unknown name, or a dataset that can't be prepared here.
+      StorageError: writing fails.
+    """
+    with _without_warnings():
+        builder = _builder(config, name, collections)
+        _prepare(builder, name)
+    return builder
+
+
+def open_split(builder: Any, name: str, split: str) -> Any:
+    """The examples of a split of a prepared dataset, a sequence.
+
+    Raises:
+      DataError: there is no such split, or it has no random access.
+    """
+    info = builder.info
+    try:
+        return RangeSource(info, split) if is_ranged(builder) else builder.as_data_source(split)
     except NotImplementedError as error:
         raise DataError(
             f"data.dataset={name}: prepared in {builder.data_dir} as {info.file_format}, which has no random access; "
@@ -151,14 +183,13 @@ def open_tfds(config: DataConfig, name: str, split: str) -> TfdsDocuments:
     except (KeyError, ValueError) as error:
         splits = ", ".join(info.splits) or "none"
         raise DataError(
-            f"data.dataset={name}: no documents in split '{split}'; it has {splits}, and slices such as 'train[99%:]'"
+            f"data.dataset={name}: no {_contents(info)} in split '{split}'; it has {splits}, and slices such as "
+            "'train[99%:]'"
         ) from error
-    try:
-        sizes = (info.splits[split].num_examples, info.splits[split.split("[")[0]].num_bytes)
-    except (KeyError, ValueError):
-        sizes = (len(source),)  # a dataset that doesn't record its splits
-    fingerprint = digest("tfds", info.full_name, split, config.text_field, *sizes)
-    return TfdsDocuments(source, f"{name}:{split}", path, fingerprint, (*sizes, 0)[1] or 0, str(builder.data_dir))
+
+
+def _contents(info: Any) -> str:
+    return "documents" if "image" not in (info.features or {}) else "images"
 
 
 def is_ranged(builder: Any) -> bool:
@@ -191,16 +222,15 @@ def _fields(features: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _builder(config: DataConfig, name: str) -> Any:
+def _builder(config: DataConfig, name: str, collections: Sequence[str]) -> Any:
     import tensorflow_datasets as tfds
 
     if re.match(r"\w+:[A-Za-z_]", name):
         raise DataError(f"data.dataset={name}: datasets of a community are code from elsewhere, which is not run")
     _check_features(config, name)
     # TFDS imports its collections in a fixed order and stops at the first that lacks an optional dependency, which
-    # hides the text datasets (c4, wiki40b, ...) behind e.g. a missing pydub. So import the ones with text in them one
-    # by one.
-    for collection in ("text", "summarization", "question_answering", "translate"):
+    # hides the text datasets (c4, wiki40b, ...) behind e.g. a missing pydub. So import the wanted ones one by one.
+    for collection in collections:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{collection}")
     arguments = {}
