@@ -19,10 +19,13 @@ from sparsezoo_jax.autoencoders.config import (
     GBASAE,
     BatchTopKSAE,
     FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
     SAEConfig,
     SAETrainConfig,
     StandardSAE,
     TopKSAE,
+    check_pair,
 )
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
@@ -31,6 +34,8 @@ from sparsezoo_jax.storage import write_atomic
 
 KINDS: dict[str, Any] = {
     "standard": StandardSAE,
+    "gated": GatedSAE,
+    "jump_relu": JumpReLUSAE,
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
     "feature_choice": FeatureChoiceSAE,
@@ -45,7 +50,7 @@ class TrainSAE(CorpusFlags):
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
     """Run directory of the model."""
     kind: str = "topk"
-    """standard, topk, batch_topk, feature_choice or gba: selects which flags --sae.* there are."""
+    """standard, gated, jump_relu, topk, batch_topk, feature_choice or gba: selects which flags --sae.* there are."""
     sae: SAEConfig
     """The autoencoder."""
     train: SAETrainConfig
@@ -105,6 +110,7 @@ def train(command: TrainSAE) -> dict[str, Any]:
 
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
     settings = command.train
+    check_pair(command.sae, settings)
     model, config, tokenizer = run_dir.load(command.directory, step=command.step)
     layers = config.model.layers
     layer = default_layer(layers) if settings.layer is None else settings.layer

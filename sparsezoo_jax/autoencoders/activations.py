@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsezoo_jax.autoencoders.config import Site
+from sparsezoo_jax.autoencoders.config import TRANSCODER, Site
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.cross_entropy import token_loss
 from sparsezoo_jax.models.decoder import positions_within_segments
-from sparsezoo_jax.models.records import FFN_GATE
+from sparsezoo_jax.models.records import FFN_GATE, FFN_OUTPUT, SUBLAYER_INPUT
 
 Batch = Mapping[str, Any]
 _POOL = 8
@@ -26,20 +26,27 @@ _POOL = 8
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _activations(graphdef: nnx.GraphDef, site: str, layer: int, state: Any, batch: Batch) -> jax.Array:
+    """Activations [B, T, D] of a site; of a transcoder [B, T, 2 D], the FFN's inputs and outputs."""
+    transcodes = site == TRANSCODER
     # Unrolled, as an edit asks for, the compiler drops the other layers' records.
     out = nnx.merge(graphdef, state)(
         batch["tokens"],
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
         logits=False,
-        record=(site,),
+        record=(SUBLAYER_INPUT, FFN_OUTPUT) if transcodes else (site,),
         edit=lambda name, layer, x: x,
     )
+    if transcodes:
+        return jnp.concatenate([out.records[SUBLAYER_INPUT][layer][1], out.records[FFN_OUTPUT][layer]], axis=-1)
     return out.records[site][layer]
 
 
 def reader(model: nnx.Module, layer: int, site: Site) -> Callable[[Batch], jax.Array]:
-    """The function from a batch of tokens to the activations [B, T, D] of `site` in `layer`, from 1."""
+    """The function from a batch of tokens to the activations [B, T, D] of `site` in `layer`, from 1.
+
+    For a transcoder they are [B, T, 2 D]: what the layer's FFN reads and, behind it, what it returns.
+    """
     graphdef, state = nnx.split(model)
 
     def read(batch: Batch) -> jax.Array:
@@ -55,9 +62,14 @@ def sae_features(sae: SparseAutoencoder, model: nnx.Module, layer: int, site: Si
 
     def features(tokens_BT: Any, segment_ids_BT: Any) -> jax.Array:
         positions_BT = positions_within_segments(jnp.asarray(segment_ids_BT))
-        return sae.encode(read({"tokens": tokens_BT, "segment_ids": segment_ids_BT, "positions": positions_BT}))
+        read_BTD = read({"tokens": tokens_BT, "segment_ids": segment_ids_BT, "positions": positions_BT})
+        return sae.encode(_inputs(site, read_BTD))
 
     return features
+
+
+def _inputs(site: str, read_BTD: jax.Array) -> jax.Array:
+    return jnp.split(read_BTD, 2, axis=-1)[0] if site == TRANSCODER else read_BTD
 
 
 def stream(read: Callable[[Batch], jax.Array], batches: Iterable[Batch], size: int, seed: int) -> Iterator[np.ndarray]:
@@ -120,9 +132,11 @@ class Fidelity:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _compare(graphdef: nnx.GraphDef, site: str, layer: int, state: Any, sae: SparseAutoencoder, batch: Batch):
+    place = FFN_OUTPUT if site == TRANSCODER else site
+
     def loss(change: Callable[[jax.Array], jax.Array]) -> jax.Array:
         def edit(name: str, index: int, x: jax.Array) -> jax.Array:
-            return change(x) if (name, index) == (site, layer) else x
+            return change(x) if (name, index) == (place, layer) else x
 
         out = nnx.merge(graphdef, state)(
             batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], edit=edit
@@ -130,19 +144,27 @@ def _compare(graphdef: nnx.GraphDef, site: str, layer: int, state: Any, sae: Spa
         sums = token_loss(out.logits, batch["targets"], batch["mask"])
         return jnp.stack([sums.cross_entropy_sum, sums.count])
 
-    x_BTD = _activations(graphdef, site, layer, state, batch).astype(jnp.float32)
-    codes_BTF = sae.encode(x_BTD)
+    read_BTD = _activations(graphdef, site, layer, state, batch).astype(jnp.float32)
+    inputs_BTD = _inputs(site, read_BTD)
+    made_BTD = sae.reconstruct(inputs_BTD)
+    wanted_BTD = read_BTD[..., -made_BTD.shape[-1] :]
+    codes_BTF = sae.encode(inputs_BTD)
     real_BT1 = (batch["segment_ids"] > 0)[..., None]
     fires_BTF = (codes_BTF != 0) & real_BT1
     sums = {
         "tokens": jnp.sum(real_BT1),
         "fires_F": jnp.sum(fires_BTF, axis=(0, 1), dtype=jnp.int32),
-        "error": jnp.sum(jnp.where(real_BT1, jnp.square(x_BTD - sae.reconstruct(x_BTD)), 0)),
-        "sum_D": jnp.sum(jnp.where(real_BT1, x_BTD, 0), axis=(0, 1)),
-        "square": jnp.sum(jnp.where(real_BT1, jnp.square(x_BTD), 0)),
+        "error": jnp.sum(jnp.where(real_BT1, jnp.square(wanted_BTD - made_BTD), 0)),
+        "sum_D": jnp.sum(jnp.where(real_BT1, wanted_BTD, 0), axis=(0, 1)),
+        "square": jnp.sum(jnp.where(real_BT1, jnp.square(wanted_BTD), 0)),
     }
     if site != FFN_GATE:
-        sums |= {"loss": loss(lambda x: x), "reconstructed": loss(sae.reconstruct), "ablated": loss(jnp.zeros_like)}
+        # Nothing below the place changes, so what was read there is what the edited call reads.
+        sums |= {
+            "loss": loss(lambda x: x),
+            "reconstructed": loss(lambda x: made_BTD.astype(x.dtype)),
+            "ablated": loss(jnp.zeros_like),
+        }
     return sums
 
 

@@ -10,13 +10,21 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.records import FFN_GATE, FFN_OUTPUT, RESIDUAL
 
-Site = Literal["residual", "ffn_output", "ffn_gate"]
-SITES: tuple[str, ...] = (RESIDUAL, FFN_OUTPUT, FFN_GATE)
+Site = Literal["residual", "ffn_output", "ffn_gate", "transcoder"]
+TRANSCODER = "transcoder"
+SITES: tuple[str, ...] = (RESIDUAL, FFN_OUTPUT, FFN_GATE, TRANSCODER)
 Normalisation = Literal["mean", "token", "none"]
 
 
 def _check_width(features: int) -> None:
     require(features > 0, "sae.features", features, "must be above 0")
+
+
+def _check_penalty(config: StandardSAE | GatedSAE) -> None:
+    require(config.penalty >= 0, "sae.penalty", config.penalty, "must be at least 0")
+    start = config.anneal_start
+    require(start is None or start >= 0, "sae.anneal_start", start, "must be at least 0 or None")
+    require(0 < config.anneal_end <= 1, "sae.anneal_end", config.anneal_end, "must be above 0 and at most 1")
 
 
 def _check_k(config: TopKSAE | BatchTopKSAE | FeatureChoiceSAE) -> None:
@@ -45,10 +53,64 @@ class StandardSAE:
 
     def __post_init__(self):
         _check_width(self.features)
+        _check_penalty(self)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GatedSAE:
+    """A gate says which features fire, a magnitude how much (Rajamanoharan et al., arXiv 2404.16014).
+
+    The penalty is on the gate alone, so that it shrinks no code. Gate and magnitude share the encoder's directions:
+    `W_mag = exp(r) W_gate`, with a bias each.
+    """
+
+    kind: Literal["gated"] = "gated"
+    features: int = 4096
+    """Features."""
+    penalty: float = 0.5
+    """Weight of the penalty on the gate's ReLU'd pre-activations (lambda)."""
+    anneal_start: int | None = None
+    """Step from which the penalty's p falls from 1 to `anneal_end` in ten values over the rest of training. None: p
+    stays 1."""
+    anneal_end: float = 0.2
+    """Last p."""
+    normalisation: Normalisation = "mean"
+    """Inputs are divided by the root of their mean square (mean), each by its own norm (token), or left alone."""
+
+    def __post_init__(self):
+        _check_width(self.features)
+        _check_penalty(self)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class JumpReLUSAE:
+    """Each feature has a trained threshold, and the penalty counts features (Rajamanoharan et al., arXiv 2407.14435).
+
+    Thresholds learn by pseudo-derivatives: those of a step that is smoothed over `bandwidth`.
+    """
+
+    kind: Literal["jump_relu"] = "jump_relu"
+    features: int = 4096
+    """Features."""
+    penalty: float = 0.1
+    """Weight of the penalty (lambda): on the number of features that fire, or on `(that / target_l0 - 1)^2`."""
+    target_l0: float | None = None
+    """Features of a token, on average over a batch, that the penalty aims at. None: as few as it can get."""
+    bandwidth: float = 0.05
+    """Width of the kernel of the pseudo-derivatives (epsilon), for inputs whose entries have a mean square of 1. The
+    paper's 0.001 is for inputs of norm 1, so sqrt(D) times that here."""
+    threshold: float = 0.05
+    """Thresholds at the start, in the same units. Training keeps them at 0 or above."""
+    normalisation: Normalisation = "mean"
+    """Inputs are divided by the root of their mean square (mean), each by its own norm (token), or left alone."""
+
+    def __post_init__(self):
+        _check_width(self.features)
         require(self.penalty >= 0, "sae.penalty", self.penalty, "must be at least 0")
-        start = self.anneal_start
-        require(start is None or start >= 0, "sae.anneal_start", start, "must be at least 0 or None")
-        require(0 < self.anneal_end <= 1, "sae.anneal_end", self.anneal_end, "must be above 0 and at most 1")
+        target, allowed = self.target_l0, f"must be above 0 and at most {self.features} features, or None"
+        require(target is None or 0 < target <= self.features, "sae.target_l0", target, allowed)
+        require(self.bandwidth > 0, "sae.bandwidth", self.bandwidth, "must be above 0")
+        require(self.threshold >= 0, "sae.threshold", self.threshold, "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -175,7 +237,7 @@ class GBASAE:
 
 
 SAEConfig = Annotated[
-    StandardSAE | TopKSAE | BatchTopKSAE | FeatureChoiceSAE | GBASAE,
+    StandardSAE | GatedSAE | JumpReLUSAE | TopKSAE | BatchTopKSAE | FeatureChoiceSAE | GBASAE,
     Field(discriminator="kind"),
 ]
 
@@ -187,7 +249,10 @@ class SAETrainConfig:
     layer: int | None = None
     """Layer, from 1; none is the one at three quarters of the depth."""
     site: Site = "residual"
-    """residual: the stream after the layer. ffn_output: what its FFN adds. ffn_gate: the FFN's hidden units."""
+    """residual: the stream after the layer. ffn_output: what its FFN adds. ffn_gate: the FFN's hidden units.
+    transcoder: from what the FFN reads to what it returns (Dunefsky et al., arXiv 2406.11944)."""
+    skip: bool = False
+    """With site=transcoder: the output also has a linear map of the input (Paulo et al., arXiv 2501.18823)."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1024
@@ -209,3 +274,19 @@ class SAETrainConfig:
         for name in ("warmup_steps", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be at least 0")
         require(self.layer is None or self.layer >= 1, "train.layer", self.layer, "must be at least 1")
+        require(not self.skip or self.site == TRANSCODER, "train.skip", True, "is for train.site=transcoder only")
+
+
+def check_pair(sae: SAEConfig, train: SAETrainConfig) -> None:
+    """Check that a kind can be trained where it is to be.
+
+    Raises:
+      ConfigError: a transcoder whose encoder is its decoder, or whose outputs have no scale of their own.
+    """
+    if train.site != TRANSCODER:
+        return
+    tied = isinstance(sae, GBASAE) or (isinstance(sae, TopKSAE) and sae.tied)
+    allowed = "of a transcoder must have an encoder and a decoder of its own; choose another --kind or no sae.tied"
+    require(not tied, "sae.kind", sae.kind, allowed)
+    allowed = "must be mean or none with train.site=transcoder: the norm of an output is not known before it is made"
+    require(sae.normalisation != "token", "sae.normalisation", sae.normalisation, allowed)

@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsezoo_jax.autoencoders import model
+from sparsezoo_jax.autoencoders import jump, model
 from sparsezoo_jax.autoencoders.bias_adaptation import adapted_biases, assign_groups, target_frequencies
 from sparsezoo_jax.autoencoders.config import (
     GBASAE,
+    TRANSCODER,
     BatchTopKSAE,
     FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
     SAEConfig,
     SAETrainConfig,
     StandardSAE,
+    check_pair,
 )
 from sparsezoo_jax.autoencoders.model import Arrays, SparseAutoencoder
 from sparsezoo_jax.autoencoders.selection import whole_budgets, zipf_shares
@@ -31,16 +35,25 @@ EMA = 0.999
 
 
 class Trainer:
-    """Trains one autoencoder; `step` takes activations [N, D], N = `train.batch_size`."""
+    """Trains one autoencoder; `step` takes activations [N, D], N = `train.batch_size`.
+
+    Those of a transcoder are [N, 2 D]: what the FFN reads and, behind it, what it returns.
+    """
 
     def __init__(self, config: SAEConfig, train: SAETrainConfig, first_ND: jax.Array | np.ndarray):
-        """Initialise; `first_ND` are activations from which scale and centre of the inputs are taken."""
+        """Initialise; `first_ND` are activations from which scales and centre are taken.
+
+        Raises:
+          ConfigError: a kind that can't be trained at `train.site`.
+        """
+        check_pair(config, train)
         self.config, self.train, self.steps_made = config, train, 0
-        first_ND = jnp.asarray(first_ND, jnp.float32)
-        scale = jnp.sqrt(jnp.mean(jnp.square(first_ND)))
-        inputs, _ = model.normalised(config.normalisation, scale, first_ND)
-        self.params = model.initial_parameters(config, jax.random.key(train.seed), inputs)
-        self.state = _initial_state(config, train) | {"input_scale": scale}
+        x_ND, y_ND = _inputs_and_targets(train, jnp.asarray(first_ND, jnp.float32))
+        scales = {"input_scale": _scale(x_ND)} | ({} if y_ND is None else {"target_scale": _scale(y_ND)})
+        self.state = _initial_state(config, train) | scales
+        self.params = model.initial_parameters(
+            config, jax.random.key(train.seed), *_seen(config, self.state, x_ND, y_ND), skip=train.skip
+        )
         self.optimizer = _optimizer(train)
         self.opt_state = self.optimizer.init(self.params)
 
@@ -64,7 +77,7 @@ class Trainer:
     @property
     def autoencoder(self) -> SparseAutoencoder:
         """The autoencoder as trained so far."""
-        kept = ("input_scale", "threshold_F", "bias_F", "group_F")
+        kept = ("input_scale", "target_scale", "threshold_F", "bias_F", "group_F")
         return SparseAutoencoder(self.config, self.params, {k: v for k, v in self.state.items() if k in kept})
 
 
@@ -74,6 +87,26 @@ def _optimizer(train: SAETrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.grad_clip), optax.adam(rate, b1=0.9, b2=0.999))
 
 
+def _inputs_and_targets(train: SAETrainConfig, rows_ND: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """What is read, and what is to be made where that is something else."""
+    if train.site != TRANSCODER:
+        return rows_ND, None
+    x_ND, y_ND = jnp.split(rows_ND, 2, axis=-1)
+    return x_ND, y_ND
+
+
+def _scale(x_ND: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x_ND)))
+
+
+def _seen(
+    config: SAEConfig, state: Arrays, x_ND: jax.Array, y_ND: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Inputs and targets as the autoencoder sees them."""
+    x_ND, _ = model.normalised(config.normalisation, state["input_scale"], x_ND)
+    return x_ND, None if y_ND is None else model.normalised(config.normalisation, state["target_scale"], y_ND)[0]
+
+
 def _initial_state(config: SAEConfig, train: SAETrainConfig) -> Arrays:
     f = config.features
     state: dict[str, Any] = {
@@ -81,7 +114,7 @@ def _initial_state(config: SAEConfig, train: SAETrainConfig) -> Arrays:
         "silent_F": jnp.zeros(f),  # tokens since each feature fired
         "density_F": jnp.zeros(f),
     }
-    if isinstance(config, StandardSAE):
+    if isinstance(config, StandardSAE | GatedSAE):
         state |= {"penalty": jnp.float32(config.penalty), "p_index": jnp.int32(0)}
         state |= {"powers_2Q": jnp.zeros((2, ANNEAL_VALUES))}
     if isinstance(config, BatchTopKSAE | FeatureChoiceSAE):
@@ -94,7 +127,7 @@ def _initial_state(config: SAEConfig, train: SAETrainConfig) -> Arrays:
     return state
 
 
-def anneal_powers(config: StandardSAE) -> jax.Array:
+def anneal_powers(config: StandardSAE | GatedSAE) -> jax.Array:
     """The values that p takes one after another, [10] from 1 to `anneal_end`."""
     return jnp.linspace(1.0, config.anneal_end, ANNEAL_VALUES)
 
@@ -106,9 +139,10 @@ def matched_penalty(penalty: jax.Array, old_Q: jax.Array, new_Q: jax.Array) -> j
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _step(config: SAEConfig, train: SAETrainConfig, params: Arrays, opt_state: Any, state: Arrays, x_ND: jax.Array):
-    x_ND, _ = model.normalised(config.normalisation, state["input_scale"], x_ND.astype(jnp.float32))
+    x_ND, y_ND = _seen(config, state, *_inputs_and_targets(train, x_ND.astype(jnp.float32)))
     state = _before(config, train, state, len(x_ND))
-    gradients, (codes, metrics, powers) = jax.grad(partial(_loss, config, train), has_aux=True)(params, state, x_ND)
+    loss = partial(_loss, config, train)
+    gradients, (codes, metrics, powers) = jax.grad(loss, has_aux=True)(params, state, x_ND, y_ND)
     if not isinstance(config, GBASAE):
         # Growth along a row is undone by the normalisation below: only turning counts, for Adam's moments too.
         rows, g = params["w_dec_FD"], gradients["w_dec_FD"]
@@ -116,23 +150,33 @@ def _step(config: SAEConfig, train: SAETrainConfig, params: Arrays, opt_state: A
     updates, opt_state = _optimizer(train).update(gradients, opt_state, params)
     moved: Any = optax.apply_updates(params, updates)
     moved = moved | {"w_dec_FD": model.unit_rows(moved["w_dec_FD"])}
+    if isinstance(config, JumpReLUSAE):
+        moved["threshold_F"] = jnp.maximum(moved["threshold_F"], 0)
     state = _after(config, train, state, codes, powers, len(x_ND))
     return moved, opt_state, state, metrics | {"dead": jnp.sum(state["silent_F"] >= train.dead_after)}
 
 
-def _loss(config: SAEConfig, train: SAETrainConfig, params: Arrays, state: Arrays, x_ND: jax.Array):
+def _loss(
+    config: SAEConfig, train: SAETrainConfig, params: Arrays, state: Arrays, x_ND: jax.Array, y_ND: jax.Array | None
+):
+    wanted_ND = x_ND if y_ND is None else y_ND
     codes = model.training_codes(config, params, state, x_ND)
-    residual_ND = x_ND - model.decoded(config, params, codes.code_NF) - params["b_dec_D"]
+    residual_ND = wanted_ND - model.decoded(config, params, codes.code_NF, x_ND)
     squared = jnp.mean(jnp.sum(jnp.square(residual_ND), axis=-1))
     auxiliary, powers = jnp.float32(0), jnp.zeros(2)
+    warm = jnp.minimum(1.0, (state["step"] + 1) / max(train.warmup_steps, 1))
     if isinstance(config, GBASAE):
         squared = squared / 2
-    elif isinstance(config, StandardSAE):
+    elif isinstance(config, StandardSAE | GatedSAE):
         values = anneal_powers(config)
         now, following = (values[jnp.minimum(state["p_index"] + i, ANNEAL_VALUES - 1)] for i in (0, 1))
-        powers = jnp.stack([_power_sum(codes.code_NF, p) for p in (now, following)])
-        warm = jnp.minimum(1.0, (state["step"] + 1) / max(train.warmup_steps, 1))
+        penalised_NF = codes.pre_NF if isinstance(config, GatedSAE) else codes.code_NF
+        powers = jnp.stack([_power_sum(penalised_NF, p) for p in (now, following)])
         auxiliary = state["penalty"] * warm * powers[0]
+        if isinstance(config, GatedSAE):
+            auxiliary += model.gate_loss(params, codes.pre_NF, x_ND, wanted_ND)
+    elif isinstance(config, JumpReLUSAE):
+        auxiliary = config.penalty * warm * count_loss(codes.pre_NF, params["threshold_F"], config)
     else:
         aux_k = max(1, x_ND.shape[1] // 2) if config.aux_k is None else config.aux_k
         auxiliary = config.aux_weight * model.auxiliary_loss(
@@ -142,7 +186,7 @@ def _loss(config: SAEConfig, train: SAETrainConfig, params: Arrays, state: Array
             residual_ND,
             min(aux_k, config.features),
         )
-    spread = jnp.mean(jnp.sum(jnp.square(x_ND - jnp.mean(x_ND, axis=0)), axis=-1))
+    spread = jnp.mean(jnp.sum(jnp.square(wanted_ND - jnp.mean(wanted_ND, axis=0)), axis=-1))
     error = jnp.mean(jnp.sum(jnp.square(residual_ND), axis=-1))
     metrics = {
         "loss": squared + auxiliary,
@@ -151,6 +195,16 @@ def _loss(config: SAEConfig, train: SAETrainConfig, params: Arrays, state: Array
         "fvu": error / jnp.maximum(spread, 1e-20),
     }
     return squared + auxiliary, (codes, metrics, jax.lax.stop_gradient(powers))
+
+
+def count_loss(raw_NF: jax.Array, threshold_F: jax.Array, config: JumpReLUSAE) -> jax.Array:
+    """Features of a token, mean L0 over the batch, or with `target_l0` (L0 / target_l0 - 1)^2 (arXiv 2407.14435).
+
+    Args:
+      raw_NF: pre-activations.
+    """
+    l0 = jnp.mean(jnp.sum(jump.step(raw_NF, threshold_F, config.bandwidth), axis=-1))
+    return l0 if config.target_l0 is None else jnp.square(l0 / config.target_l0 - 1)
 
 
 def _power_sum(code_NF: jax.Array, p: jax.Array) -> jax.Array:
@@ -212,14 +266,14 @@ def _after(config: SAEConfig, train: SAETrainConfig, state: Arrays, codes: Any, 
             smallest_F = everywhere
         moved = state["threshold_F"] + weight * (smallest_F - state["threshold_F"])
         new["threshold_F"] = jnp.where(jnp.isfinite(smallest_F), moved, state["threshold_F"])
-    if isinstance(config, StandardSAE) and config.anneal_start is not None:
+    if isinstance(config, StandardSAE | GatedSAE) and config.anneal_start is not None:
         new |= _annealed(config, train, new, powers)
     if isinstance(config, GBASAE):
         new |= _adapted(config, new, codes.pre_NF, tokens)
     return new
 
 
-def _annealed(config: StandardSAE, train: SAETrainConfig, state: Arrays, powers: jax.Array) -> Arrays:
+def _annealed(config: StandardSAE | GatedSAE, train: SAETrainConfig, state: Arrays, powers: jax.Array) -> Arrays:
     start = config.anneal_start or 0
     queue = jnp.roll(state["powers_2Q"], 1, axis=1).at[:, 0].set(powers)
     interval = max((train.steps - start) // ANNEAL_VALUES, ANNEAL_VALUES)

@@ -14,6 +14,8 @@ from sparsezoo_jax.autoencoders import (
     GBASAE,
     BatchTopKSAE,
     FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
     SAERun,
     SAETrainConfig,
     SparseAutoencoder,
@@ -35,6 +37,8 @@ D, F, N = 12, 40, 96
 KINDS = [
     StandardSAE(features=F),
     StandardSAE(features=F, anneal_start=5),
+    GatedSAE(features=F),
+    JumpReLUSAE(features=F, target_l0=4, penalty=1.0),
     TopKSAE(features=F, k=4),
     TopKSAE(features=F, k=4, tied=True),
     BatchTopKSAE(features=F, k=4),
@@ -277,6 +281,36 @@ def test_fidelity(model, site):
         assert useless.loss_ablated == pytest.approx(np.log(61), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_transcoder_stands_for_the_ffn(model):
+    """Its output takes that of the FFN's place, made of what the FFN reads."""
+    rows = np.concatenate([np.asarray(reader(model, 2, "transcoder")(b))[:, :12] for b in token_batches()])
+    batch = next(token_batches())
+    np.testing.assert_allclose(rows[:4, :, 24:], np.asarray(reader(model, 2, "ffn_output")(batch))[:, :12], atol=1e-6)
+    train = SAETrainConfig(site="transcoder", skip=True)
+    transcoder = Trainer(TopKSAE(features=16, k=2), train, rows.reshape(-1, 48)).autoencoder
+    found = fidelity(transcoder, model, [batch], 2, "transcoder")
+    arrays = [jnp.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions")]
+    made_BTD = transcoder.reconstruct(reader(model, 2, "transcoder")(batch)[..., :24])
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def logits_of(state, tokens, segments, positions):
+        edit = lambda name, layer, y_BTD: made_BTD if (name, layer) == ("ffn_output", 1) else y_BTD  # noqa: E731
+        return nnx.merge(graphdef, state)(tokens, segment_ids=segments, positions=positions, edit=edit).logits
+
+    logits = logits_of(state, *arrays)
+    losses = jax.nn.logsumexp(logits, -1) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    assert found.loss_reconstructed == pytest.approx(float(np.mean(losses[batch["mask"]])), rel=1e-5)
+    assert found.loss_reconstructed != pytest.approx(found.loss, rel=1e-5)
+    made = np.asarray(transcoder.reconstruct(jnp.asarray(rows[:4, :, :24])))
+    x = rows[:4, :, 24:].reshape(-1, 24)
+    fvu = np.square(rows[:4, :, 24:] - made).sum() / np.square(x - x.mean(0)).sum()
+    assert found.fvu == pytest.approx(fvu, rel=1e-4)
+    features = sae_features(transcoder, model, 2, "transcoder")(batch["tokens"], batch["segment_ids"])
+    np.testing.assert_allclose(features[:, :12], transcoder.encode(jnp.asarray(rows[:4, :, :24])), atol=1e-5)
+
+
 def test_hidden_units_have_no_loss_recovered(model):
     config = TopKSAE(features=16, k=2)
     read = reader(model, 1, "ffn_gate")
@@ -314,7 +348,9 @@ def test_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     assert "loss recovered" in capsys.readouterr().out
     for bad, message in (
         (args, "is not empty; name another"),
-        ([run, "--kind", "tok"], "--kind=tok: must be one of standard, topk, batch_topk, feature_choice, gba"),
+        ([run, "--kind", "tok"], "--kind=tok: must be one of standard, gated, jump_relu, topk, batch_topk"),
+        ([run, "--train.skip"], "train.skip=True: is for train.site=transcoder only"),
+        ([run, "--kind", "gba", "--train.site", "transcoder"], "sae.kind=gba: of a transcoder must have"),
         ([run, "--train.layer", 3], "train.layer=3: must be from 1 to 2"),
         ([run, "--sae.k", 0], "sae.k=0: must be from 1 to 4096 features"),
         ([run, "--kind", "gba", "--sae.k", 3], "--sae.k"),
