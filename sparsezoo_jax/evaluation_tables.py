@@ -162,14 +162,23 @@ def print_chess(directory: Path, figures: dict[str, Any]) -> None:
     cli.print_table(", ".join(parts), (*header, "reconstruction", "at", "per board", "by vote"), rows)
 
 
+def zipf_text(law: dict[str, Any] | None) -> str:
+    """A fit of `evaluation.zipf` in words; "-" for none."""
+    if law is None:
+        return "-"
+    return (
+        f"(rank + {law['offset']:.3g})^-{law['exponent']:.3f}, R^2 {law['r_squared']:.3f} over {law['ranks']:,} ranks"
+    )
+
+
 def print_interpretation(directory: Path, figures: dict[str, Any]) -> None:
     """Print accuracy overall and by activation, and the figures of experts."""
 
     def cell(value: dict[str, Any]) -> str:
         if value["mean"] is None:
             return "-"
-        width = value["half_width"]
-        return f"{value['mean']:.3f}" + ("" if width is None else f" ± {width:.3f}")
+        low, high = value["low"], value["high"]
+        return f"{value['mean']:.3f}" + ("" if low is None else f" ({low:.3f} .. {high:.3f})")
 
     rows = [
         (name, *(cell(figures["by_bucket"][task][i]) for task in figures["by_bucket"]))
@@ -183,6 +192,7 @@ def print_interpretation(directory: Path, figures: dict[str, Any]) -> None:
     )
     cli.print_table(title, ("windows", *figures["accuracy"]), rows)
     print(f"{figures['l0']:,.1f} features of a token; {figures['dead']:.2%} of the features never active")
+    print(f"Zipf law of densities: {zipf_text(figures['zipf'])}")
     experts = figures.get("experts")
     if experts is None:
         return

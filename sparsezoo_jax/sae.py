@@ -29,6 +29,7 @@ from sparsezoo_jax.autoencoders.config import (
 )
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import UserError, require
+from sparsezoo_jax.evaluation_tables import zipf_text
 from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.storage import write_atomic
 
@@ -86,6 +87,7 @@ def main(args: Sequence[str]) -> None:
         ("features that never fired", f"{figures['dead']:,} of {figures['features']:,}"),
         ("loss recovered", shown("loss_recovered", ".2%")),
         ("loss: model, reconstructed, ablated", ", ".join(shown(n, ".4f") for n in _LOSSES)),
+        ("Zipf law of densities", zipf_text(figures["zipf"])),
         ("tokens", f"{figures['tokens']:,}"),
     ]
     cli.print_table(f"{figures['workdir']}: {kind}, {figures['site']} of layer {figures['layer']}", _HEAD, rows)

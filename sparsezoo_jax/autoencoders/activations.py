@@ -16,6 +16,7 @@ from sparsezoo_jax.autoencoders.config import TRANSCODER, Site
 from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.cross_entropy import token_loss
+from sparsezoo_jax.evaluation.zipf import ZipfFit, zipf_fit
 from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.records import FFN_GATE, FFN_OUTPUT, SUBLAYER_INPUT
 
@@ -112,6 +113,8 @@ class Fidelity:
     """With reconstructions in the activations' place."""
     loss_ablated: float | None
     """With zeros in their place."""
+    zipf: ZipfFit | None = None
+    """The law of the features' densities; None for too few features that fire."""
 
     @property
     def explained_variance(self) -> float:
@@ -193,4 +196,5 @@ def fidelity(sae: SparseAutoencoder, model: nnx.Module, batches: Iterable[Batch]
         float(totals["error"] / max(variance, 1e-20)),
         int(np.sum(totals["fires_F"] == 0)),
         *losses,
+        zipf=zipf_fit(totals["fires_F"] / n),
     )

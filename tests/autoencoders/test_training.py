@@ -338,14 +338,17 @@ def test_the_command(small_corpus, tmp_path, monkeypatch, capsys):
     figures = json.loads(capsys.readouterr().out)
     directory = run / "sae" / "batch_topk-residual-1"
     assert json.loads((directory / "evaluation.json").read_text()) == figures
-    assert {"l0", "fvu", "dead", "loss_recovered", "explained_variance", "kind", "layer"} <= set(figures)
+    assert {"l0", "fvu", "dead", "loss_recovered", "explained_variance", "zipf", "kind", "layer"} <= set(figures)
+    assert {"exponent", "offset", "r_squared", "ranks"} <= set(figures["zipf"])
     autoencoder, stored = load_sae(directory)
     assert (stored.train.layer, stored.sae.k, stored.source) == (1, 3, str(run))
     assert autoencoder.encode(jnp.ones((2, 32))).shape == (2, 32)
     assert (
         call(command, [run, "--kind", "gba", *small, "--sae.groups", 4, "--workdir", tmp_path / "g"], monkeypatch) == 0
     )
-    assert "loss recovered" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "loss recovered" in shown
+    assert "Zipf law of densities" in shown
     for bad, message in (
         (args, "is not empty; name another"),
         ([run, "--kind", "tok"], "--kind=tok: must be one of standard, gated, jump_relu, topk, batch_topk"),

@@ -24,6 +24,7 @@ from sparsezoo_jax.evaluation.interpretability import (
 from sparsezoo_jax.evaluation.interpretability.contexts import token_figures
 from sparsezoo_jax.evaluation.interpretability.detection import BUCKETS, estimate, judged
 from sparsezoo_jax.evaluation.interpretability.endpoint import parsed_answer
+from sparsezoo_jax.evaluation.interpretability.intervals import balanced, bootstrap, wilson
 from sparsezoo_jax.evaluation.interpretability.windows import samples_of, windows_of
 from sparsezoo_jax.models import Decoder
 from tests.models.conftest import CONFIGS
@@ -114,7 +115,10 @@ def test_stub_judges():
     assert abs(coin.accuracy["detection"].mean - 0.5) <= 0.0633
     noisy = interpreted("noisy_oracle").accuracy["detection"]
     assert abs(noisy.mean - 0.8) < 0.06
-    assert 0 < noisy.half_width < 0.15
+    assert 0.65 < noisy.low < noisy.mean < noisy.high < 0.95
+    for score in oracle.features:
+        low, high = score.tasks["detection"].interval
+        assert 0.9 < low < high == 1, "40 of 40 right, twice, are no proof of 1"
     assert oracle.judge_kind == "stub"
     assert [score.feature for score in oracle.features] == [0, 1, 4], "neither features that never nor always fire"
     assert oracle.failed == {"detection": 0, "fuzzing": 0}
@@ -166,14 +170,37 @@ def test_estimates():
     values = [0.2, 0.4, None, 0.9]
     found = estimate(values)
     assert found.mean == pytest.approx(0.5)
-    assert found.half_width == pytest.approx(1.96 * np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5)
-    assert estimate([0.3]).half_width is None
+    # Of 27 equally likely means of three the lowest, 0.2, and the highest, 0.9, have a share of 3.7 % each.
+    assert (found.low, found.high) == (pytest.approx(0.2), pytest.approx(0.9))
+    assert (estimate([0.3]).mean, estimate([0.3]).low) == (0.3, None)
+
+
+def test_intervals_of_shares():
+    """Wilson's formula as the roots of |p - share| = z sqrt(p (1 - p) / n), and what they come to of two shares."""
+    for right, count in ((0, 10), (7, 10), (40, 40), (81, 263)):
+        low, high = wilson(right, count)
+        share, z2 = right / count, 1.959964**2
+        roots = np.sort(np.roots([1 + z2 / count, -2 * share - z2 / count, share**2]).real)
+        np.testing.assert_allclose([low, high], roots, atol=1e-6)
+    (a, b), (c, d) = wilson(30, 40), wilson(8, 10)
+    low, high = balanced([30, 8], [40, 10])
+    assert low == pytest.approx(0.775 - np.hypot(0.75 - a, 0.8 - c) / 2)
+    assert high == pytest.approx(0.775 + np.hypot(b - 0.75, d - 0.8) / 2)
+    assert balanced([5, 5], [5, 5])[1] == 1
+
+
+def test_bootstrapped_intervals():
+    values = np.random.default_rng(0).normal(0.7, 0.1, 400)
+    half = 1.96 * values.std() / 20
+    np.testing.assert_allclose(bootstrap(values), [values.mean() - half, values.mean() + half], atol=5e-4)
+    assert bootstrap(values) == bootstrap(values)
 
 
 def test_figures_without_a_judge():
     result = interpreted("oracle")
     assert result.dead == pytest.approx(1 / 5)
     assert sum(result.density_histogram.values()) == 5
+    assert result.zipf is None, "four features fire, no law goes through so few"
     first = result.features[0]
     assert first.token_entropy == pytest.approx(np.log(2), abs=0.02)
     assert first.top_token_share == pytest.approx(0.5, abs=0.1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 from sparsezoo_jax.evaluation.features import Features
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation.interpretability.contexts import Batch, read_contexts, token_figures
+from sparsezoo_jax.evaluation.interpretability.intervals import balanced, bootstrap
 from sparsezoo_jax.evaluation.interpretability.judges import Judge
 from sparsezoo_jax.evaluation.interpretability.windows import DECILES, Window, samples_of, windows_of
+from sparsezoo_jax.evaluation.zipf import ZipfFit, zipf_fit
 
 BUCKETS = ("Not", *(f"Q{i}" for i in range(1, DECILES + 1)))
 """Windows where the feature is not active, then tenths of its activation, the largest last."""
@@ -29,6 +30,8 @@ class TaskScore:
 
     accuracy: float | None
     """Balanced: mean of the shares of right answers on active and on other windows; None without both."""
+    interval: tuple[float, float] | None
+    """Its 95 % interval over windows."""
     by_bucket: tuple[float | None, ...]
     """Share of right answers, for each of `BUCKETS`."""
     answered: int
@@ -53,10 +56,12 @@ class FeatureScore:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over features with its 95 % confidence interval (normal); None where there is nothing to average."""
+    """A mean over features with its 95 % interval by bootstrap; None where there is nothing to average."""
 
     mean: float | None
-    half_width: float | None
+    low: float | None
+    high: float | None
+    """Bounds of the interval; None for fewer than two features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Interpretation:
     """Share of features that no token activated."""
     density_histogram: dict[str, int]
     """Features by order of magnitude of their density."""
+    zipf: ZipfFit | None
+    """The law that densities follow over features' ranks; None for too few features that fire."""
     tokens: int
     accuracy: dict[str, Estimate]
     by_bucket: dict[str, tuple[Estimate, ...]]
@@ -97,18 +104,19 @@ def judged(judge: Judge, explanation: Any, windows: Sequence[Window], at_once: i
         for window, answer in zip(shown, answers, strict=True):
             right[window.bucket].append(answer == window.active)
     active = [answer for bucket in right[1:] for answer in bucket]
-    accuracy = (float(np.mean(right[0])) + float(np.mean(active))) / 2 if right[0] and active else None
+    both = (right[0], active)
+    accuracy = (float(np.mean(right[0])) + float(np.mean(active))) / 2 if all(both) else None
+    interval = balanced([sum(answers) for answers in both], [len(answers) for answers in both]) if all(both) else None
     by_bucket = tuple(float(np.mean(bucket)) if bucket else None for bucket in right)
-    return TaskScore(accuracy, by_bucket, sum(map(len, right)), failed)
+    return TaskScore(accuracy, interval, by_bucket, sum(map(len, right)), failed)
 
 
 def estimate(values: Iterable[float | None]) -> Estimate:
     """Mean and 95 % interval over the values that are not None."""
     found = [value for value in values if value is not None]
     if not found:
-        return Estimate(None, None)
-    spread = float(np.std(found, ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else None
-    return Estimate(float(np.mean(found)), None if spread is None else 1.96 * spread)
+        return Estimate(None, None, None)
+    return Estimate(float(np.mean(found)), *(bootstrap(found) if len(found) > 1 else (None, None)))
 
 
 def interpret(
@@ -168,6 +176,7 @@ def interpret(
         l0=contexts.l0,
         dead=float(np.mean(contexts.density_F == 0)),
         density_histogram=_histogram(contexts.density_F),
+        zipf=zipf_fit(contexts.density_F),
         tokens=contexts.tokens_CT.size,
         accuracy={task: over_features(task, lambda s: s.accuracy) for task in config.tasks},
         by_bucket={
