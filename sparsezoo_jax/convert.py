@@ -3,7 +3,8 @@
 SRC and DST are directories in Hugging Face's layout (config.json, model.safetensors, tokenizer; SRC may hold
 pytorch_model.bin instead), DIR and RUN are run directories. docs/huggingface.md lists the families that are read and
 how transformers loads what is written; `to-hf DIR DST --push OWNER/NAME` uploads it.
-`merge` makes a run of adapters and the parameters that they were trained for.
+`merge` makes a run of adapters and the parameters that they were trained for. `from-saelens SRC DIR` and
+`to-saelens DIR DST` convert autoencoders from and to the layout of SAELens (docs/sae.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsezoo_jax import cli, storage
+from sparsezoo_jax.autoencoders.config import Site
 from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.path_flags import IN_RUN_STORES, Stores
@@ -66,10 +68,36 @@ class Merge:
     """Run that the adapters were trained for. Default: where their configuration says."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromSAELens:
+    """Make an autoencoder directory of one in SAELens' layout."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC"), Stores()]
+    """Directory with cfg.json and sae_weights.safetensors."""
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
+    """Directory to make; empty or absent."""
+    layer: int | None = None
+    """Layer, from 1, whose activations it reads. Default: as its hook_name says."""
+    site: Site | None = None
+    """What it reads there. Default: as its hook_name says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToSAELens:
+    """Write an autoencoder in SAELens' layout."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), IN_RUN_STORES]
+    """Directory of an autoencoder."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST"), Stores()]
+    """Directory to make; empty or absent."""
+
+
 Convert: Any = (
     Annotated[FromHF, tyro.conf.subcommand("from-hf")]
     | Annotated[ToHF, tyro.conf.subcommand("to-hf")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[FromSAELens, tyro.conf.subcommand("from-saelens")]
+    | Annotated[ToSAELens, tyro.conf.subcommand("to-saelens")]
 )
 
 
@@ -86,6 +114,18 @@ def main(args: Sequence[str]) -> None:
             reason = "a bottleneck has a non-linearity, which no matrix can take in"
             print(f"note: {reason}: the adapters of model.adapter.width={width} stay layers of their own")
         print(f"{command.destination}: adapters of step {step} merged into their base")
+        return
+    if isinstance(command, FromSAELens | ToSAELens):
+        from sparsezoo_jax.huggingface.saelens import from_saelens, to_saelens
+
+        if isinstance(command, FromSAELens):
+            require(command.layer is None or command.layer >= 1, "--layer", command.layer, "must be at least 1")
+            place = command.directory
+            converted = from_saelens(command.source, place, layer=command.layer, site=command.site)
+        else:
+            place = command.destination
+            converted = to_saelens(command.directory, place)
+        print(f"{place}: {converted.kind}, {converted.features:,} features of width {converted.width:,}")
         return
     from sparsezoo_jax import huggingface
     from sparsezoo_jax.huggingface import hub

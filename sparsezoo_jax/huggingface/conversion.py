@@ -102,8 +102,8 @@ def from_hf(
         raise UserError(
             f"{source}: no such directory; download the checkpoint first (hf download NAME --local-dir DIR)"
         )
-    _require_empty(directory)
-    values = _read_json(source / "config.json")
+    require_empty(directory)
+    values = read_object(source / "config.json")
     quantized = values.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
@@ -181,7 +181,7 @@ def to_hf(
       StorageError: reading or writing failed.
     """
     library()
-    _require_empty(destination)
+    require_empty(destination)
     config = read_config(directory / CONFIG)
     model = config.model
     layout, values = (write_model if released else written_for_transformers)(model, directory)
@@ -461,7 +461,12 @@ def _check_vocabulary(source: Path, tokenizer: Tokenizer | None, model: DecoderC
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file.
+
+    Raises:
+      UserError: there is none, or it holds something else. StorageError: it can't be read.
+    """
     try:
         values = read_json(path, finite=True)
     except FileNotFoundError:
@@ -475,7 +480,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _require_empty(directory: Path) -> None:
+def require_empty(directory: Path) -> None:
+    """Raise `UserError` unless `directory` is empty or absent."""
     try:
         entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
     except StorageError:  # of a store

@@ -101,7 +101,7 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
       UserError: there is none, files of the index are missing, or a library is not installed.
       StorageError: a file is damaged, or can't be read.
     """
-    safetensors = library()
+    library()
     index, paths = _files(directory)
     with contextlib.ExitStack() as stack:
         try:
@@ -113,14 +113,41 @@ def open_tensors(directory: Path) -> Iterator[TensorFiles]:
             return
         handles: dict[str, Any] = {}
         for path, file in zip(paths, files, strict=True):
-            _check_header(file, path)
-            try:
-                handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
-            except Exception as error:  # SafetensorError, OSError
-                raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
+            handle = _opened(stack, path, file)
             handles.update(dict.fromkeys(handle.keys(), handle))
             check_count(path, len(handles))
         yield _unwrapped(SafetensorFiles(handles))
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[TensorFiles]:
+    """Open one safetensors file, whatever it is called.
+
+    Raises:
+      UserError: there is none, or the library is not installed.
+      StorageError: it is damaged, or can't be read.
+    """
+    library()
+    if not path.is_file():
+        raise UserError(f"{path.parent}: {path.name} is missing")
+    with contextlib.ExitStack() as stack:
+        try:
+            (file,) = stack.enter_context(storage.fetched([path]))
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror or error}") from error
+        handle = _opened(stack, path, file)
+        names = handle.keys()
+        check_count(path, len(names))
+        yield SafetensorFiles(dict.fromkeys(names, handle))
+
+
+def _opened(stack: contextlib.ExitStack, path: Path, file: Path) -> Any:
+    """The library's handle of a file; `path` is what it is called in errors."""
+    _check_header(file, path)
+    try:
+        return stack.enter_context(library().safe_open(file, framework="np"))
+    except Exception as error:  # SafetensorError, OSError
+        raise StorageError(f"{path}: not a safetensors file, or damaged: {error}") from error
 
 
 def _unwrapped(files: TensorFiles) -> TensorFiles:
@@ -191,6 +218,8 @@ def write_tensors(
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     value_of: Callable[[str], np.ndarray],
     max_bytes: int,
+    *,
+    single: str = SINGLE,
 ) -> None:
     """Write tensors in safetensors files of at most `max_bytes` (or one tensor); one tensor at a time is in memory.
 
@@ -201,6 +230,7 @@ def write_tensors(
       tensors: shape and type of every tensor, in order.
       value_of: the values of a tensor.
       max_bytes: limit on a file.
+      single: name of the file where one is enough.
 
     Raises:
       StorageError: writing failed.
@@ -211,7 +241,7 @@ def write_tensors(
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    files = [single] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     try:
         for file, names in zip(files, shards, strict=True):
             with storage.staged(directory / file) as staged, staged.open("wb") as out:

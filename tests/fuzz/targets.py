@@ -32,8 +32,9 @@ from sparsezoo_jax.evaluation.history import read_history
 from sparsezoo_jax.evaluation.meters import Meters
 from sparsezoo_jax.evaluation.report import RunFigures, render
 from sparsezoo_jax.evaluation.report.figures import _final_figures
-from sparsezoo_jax.huggingface.conversion import _read_json, _shapes
+from sparsezoo_jax.huggingface.conversion import _shapes, read_object
 from sparsezoo_jax.huggingface.layouts import read_model
+from sparsezoo_jax.huggingface.saelens import described
 from sparsezoo_jax.huggingface.tensors import open_tensors
 from sparsezoo_jax.untrusted import printable
 from tests.fuzz.inputs import damaged, json_bytes
@@ -90,6 +91,17 @@ def _flags(folder: Path, args: list[str]) -> None:
 
 
 _SAE = [{"source": "x", "step": None, "sae": {"kind": "topk", "features": 8, "k": 2}, "train": {"layer": 1}}]
+
+_SAELENS = [
+    {
+        **{"architecture": "topk", "d_in": 6, "d_sae": 10, "k": 3, "normalize_activations": "none"},
+        "metadata": {"sae_lens_version": "6.1.0", "model_name": "m", "hook_name": "blocks.1.hook_resid_post"},
+    },
+    {
+        **{"d_in": 6, "d_sae": 10, "hook_point": "blocks.1.hook_resid_pre", "activation_fn_str": "topk"},
+        **{"activation_fn_kwargs": {"k": 2}, "normalize_activations": True, "sae_lens_version": "3.0.0"},
+    },
+]
 
 # --------------------------------------------------------------------------------- Checkpoints in Hugging Face's layout
 
@@ -150,7 +162,7 @@ _INDEX = [{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetens
 
 def _hf_config(folder: Path, content: bytes) -> None:
     path = _file(folder, "config.json", content)
-    _shapes(read_model(_read_json(path), path)[1])
+    _shapes(read_model(read_object(path), path)[1])
 
 
 def _tensors(folder: Path) -> None:
@@ -384,6 +396,7 @@ TARGETS = {
     "config": Target(json_bytes(_CONFIGS), lambda f, x: read_config(_file(f, "config.json", x)), 400),
     "flags": Target(st.lists(st.sampled_from([*_FLAGS, *_WORDS]) | st.text(max_size=8), max_size=6), _flags, 40),
     "sae": Target(json_bytes(_SAE), lambda f, x: load_sae(_file(f, "sae.json", x).parent), 150),
+    "saelens": Target(json_bytes(_SAELENS), lambda f, x: described(_file(f, "cfg.json", x)), 150),
     "hf_config": Target(json_bytes(_HF), _hf_config, 60),
     "safetensors": Target(damaged(_TENSORS, often=0), _safetensors, 300),
     **({"bin": Target(damaged(_TORCH_FILE, often=0), _bin, 300)} if _TORCH_FILE else {}),
