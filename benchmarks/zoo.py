@@ -19,12 +19,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import decode
 from benchmarks.run_text import validation_text
@@ -39,8 +40,12 @@ from sparsezoo_jax.inference import Formats
 from sparsezoo_jax.models import dense_twin, flops_per_token
 
 BASELINE = "dense"
+RECORD = Path("benchmarks/results/zoo.json")
+STEPS, SEEDS = 300, (0, 1, 2)
 #: Learning rates that are tried, as multiples of the preset's.
 FACTORS = (0.5, 1.0, 2.0)
+#: Further ones at most, while the best is the outermost.
+FURTHER = 3
 CONTEXT = 128
 
 
@@ -89,7 +94,7 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
     return Trained(best, [figures["loss"] for figures in found], found[0], folder(best, options.seeds[0]))
 
 
-def searched(rates: list[float], loss: Callable[[float], float], further: int = 3) -> float:
+def searched(rates: list[float], loss: Callable[[float], float], further: int = FURTHER) -> float:
     """The rate of the lowest loss: `rates`, and where the best is the outermost, up to `further` halves or doubles."""
     found = {rate: loss(rate) for rate in rates}
     for _ in range(further):
@@ -99,6 +104,43 @@ def searched(rates: list[float], loss: Callable[[float], float], further: int = 
         beyond = best / 2 if best == min(found) else best * 2
         found[beyond] = loss(beyond)
     return min(found, key=found.__getitem__)
+
+
+class BestRuns(NamedTuple):
+    """What the record holds of an architecture at its best learning rate."""
+
+    first: str
+    """Name of the first seed's run."""
+    figures: dict[str, Any]
+    """Its figures."""
+    losses: list[float]
+    """Validation losses of all seeds, the first one's first."""
+    searched: bool
+    """Whether rates on both sides of the best were tried, or as many as `searched` goes to."""
+
+
+def best_runs(kept: Mapping[str, dict[str, Any]], steps: int) -> dict[str, BestRuns]:
+    """Of each architecture in a record the runs at the rate of the first seed's lowest loss, as `train` finds it."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name in kept:
+        match = re.fullmatch(r"(.+)-lr(.+)-seed(\d+)-steps(\d+)", name)
+        if match is not None and int(match[4]) == steps:
+            found.setdefault(match[1], {}).setdefault(match[2], {})[int(match[3])] = name
+    best = {}
+    for arch, rates in found.items():
+        first = min(seed for seeds in rates.values() for seed in seeds)
+        seeds = min((s for s in rates.values() if first in s), key=lambda s: kept[s[first]]["loss"])
+        losses = [kept[seeds[seed]]["loss"] for seed in sorted(seeds)]
+        tried = sorted(float(rate) for rate, s in rates.items() if first in s)
+        rate = next(float(rate) for rate, s in rates.items() if s is seeds)
+        searched = tried[0] < rate < tried[-1] or len(tried) >= len(FACTORS) + FURTHER
+        best[arch] = BestRuns(seeds[first], kept[seeds[first]], losses, searched)
+    return best
+
+
+def command(arch: str, steps: int) -> str:
+    """The command that trains an architecture as far as that has not been done."""
+    return f"python -m benchmarks.zoo --archs {arch} --steps {steps} --only-train"
 
 
 def recorded(record: Path, name: str, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -190,12 +232,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--archs", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS))
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS), help="of the preset's learning rate")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only-train", action="store_true", help="make the runs and print nothing")
     parser.add_argument("--batches", type=int, default=8, help="batches of validation text that FLOPs are measured on")
     parser.add_argument("--rounds", type=int, default=15, help="of the times, which take turns; 0: no times")
-    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/zoo.json"), help="figures of all runs")
+    parser.add_argument("--record", type=Path, default=RECORD, help="figures of all runs")
     options = parser.parse_args()
     archs = [BASELINE, *(arch for arch in options.archs if arch != BASELINE)]
 

@@ -60,19 +60,24 @@ def render(runs: Sequence[RunFigures]) -> str:
     title = f"{len(runs)} runs" if several else runs[0].name
     parts = [f"<h1>{escape(title)}</h1>"]
     if several:
-        parts += [_headlines(runs), _plots(comparison_plots(runs)), _differences(runs)]
+        parts += [_headlines(runs), plot_grid(comparison_plots(runs)), _differences(runs)]
     for run in runs:
         parts.append(f"<section><h2>{escape(run.name)}</h2>" if several else "<section>")
         parts += [] if several else [_headlines([run])]
-        parts += [_note(run), _plots(run_plots(run)), _layers(run), _configuration(run), "</section>"]
-    figures = json.dumps([_finite(run.as_dict()) for run in runs], allow_nan=False)
-    figures = figures.replace("<", "\\u003c").replace("&", "\\u0026")  # neither ends the element nor needs escapes
-    body = "\n".join(part for part in parts if part)
+        parts += [_note(run), plot_grid(run_plots(run)), _layers(run), _configuration(run), "</section>"]
+    return document(title, (part for part in parts if part), [run.as_dict() for run in runs])
+
+
+def document(title: str, parts: Iterable[str], figures: Any) -> str:
+    """An HTML document of parts in HTML, without external ones; `figures` are in it as JSON, too."""
+    text = json.dumps(_finite(figures), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("&", "\\u0026")  # neither ends the element nor needs escapes
+    body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n"
-        f'<script type="application/json" id="figures">{figures}</script>\n</body></html>\n'
+        f'<script type="application/json" id="figures">{text}</script>\n</body></html>\n'
     )
 
 
@@ -90,7 +95,7 @@ def _headlines(runs: Sequence[RunFigures]) -> str:
     names = list(dict.fromkeys(name for headline in headlines for name in headline))
     rows = [[name, *(headline.get(name, "–") for headline in headlines)] for name in names]
     rows = [row for row in rows if set(row[1:]) != {"–"}]
-    return _table(["", *(run.name for run in runs)], rows)
+    return table(["", *(run.name for run in runs)], rows)
 
 
 def _differences(runs: Sequence[RunFigures]) -> str:
@@ -102,7 +107,7 @@ def _differences(runs: Sequence[RunFigures]) -> str:
         if any(value != values[0] for value in values):
             rows.append([name, *("–" if value is absent else str(value) for value in values)])
     return (
-        "<h2>Differences of configuration</h2>" + _table(["", *(run.name for run in runs)], rows, values=True)
+        "<h2>Differences of configuration</h2>" + table(["", *(run.name for run in runs)], rows, values=True)
         if rows
         else ""
     )
@@ -117,7 +122,8 @@ def _note(run: RunFigures) -> str:
     return f'<p class="note">{" ".join(notes)}</p>'
 
 
-def _plots(figures: Sequence[str]) -> str:
+def plot_grid(figures: Sequence[str]) -> str:
+    """Plots of `svg` beside each other, as many as the page is wide for."""
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
@@ -155,14 +161,14 @@ def _layers(run: RunFigures) -> str:
     parts = []
     if ffn:
         parts.append("<h3>Active neurons by layer</h3>")
-        parts.append(_table(("layer", "density", "target", *spread, "dead", *shape), ffn))
+        parts.append(table(("layer", "density", "target", *spread, "dead", *shape), ffn))
     if attention:
         parts.append("<h3>Attended keys by layer</h3>")
-        parts.append(_table(("layer", *spread, "target", "beyond target", *shape), attention))
+        parts.append(table(("layer", *spread, "target", "beyond target", *shape), attention))
     if flow:
         names = ("layer", "flow", "dims of 50 %", "dims of 90 %", "width", "shared", "specialised", "run", "Jaccard")
         parts.append("<h3>Activation flow by layer</h3>")
-        parts.append(_table(names, flow))
+        parts.append(table(names, flow))
     return "".join([*parts, _experts(run)])
 
 
@@ -195,9 +201,9 @@ def _experts(run: RunFigures) -> str:
     spread = ("mean", "std", *(f"{p} %" for p in pooled.active.percentiles))
     return (
         "<h3>Experts: token- and chunk-level sparsity by layer</h3>"
-        + _table(("layer", *header), sparsity)
+        + table(("layer", *header), sparsity)
         + "<h3>Active experts of a token by layer</h3>"
-        + _table(("layer", *spread, "reuse", "dead", "max / mean load"), active)
+        + table(("layer", *spread, "reuse", "dead", "max / mean load"), active)
     )
 
 
@@ -215,10 +221,10 @@ def _shape(scores: Any) -> list[str]:
 
 def _configuration(run: RunFigures) -> str:
     rows = [[name, str(value)] for name, value in run.configuration.items()]
-    return f"<details><summary>Configuration</summary>{_table(('field', 'value'), rows, values=True)}</details>"
+    return f"<details><summary>Configuration</summary>{table(('field', 'value'), rows, values=True)}</details>"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, values: bool = False) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, values: bool = False) -> str:
     """A table; of `values` of a configuration, which may be long, rather than of numbers."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
