@@ -83,10 +83,10 @@ class DataConfig:
     dataset: Annotated[str | None, Local(harmless=("sotu",))] = "sotu"
     """Corpus: 'sotu' (embedded), 'pysource' (Python source of installed packages), 'chess' (games that Stockfish
     plays), a TFDS name such as 'c4/en', a data set of Hugging Face's hub as 'hf://owner/name[:config][/split]', or a
-    path, directory or glob of files, here or in a bucket (gs:// or s3://), or several of these with commas between them
-    (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the ones of text also as .gz,
-    .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the configuration of somebody else's run whose
-    corpus is not embedded: it has to be named here."""
+    path, directory or glob of files, here or in a bucket (gs:// or s3://), or several of these with commas between
+    them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the ones of text also as
+    .gz, .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the configuration of somebody
+    else's run whose corpus is not embedded: it has to be named here."""
 
     mixture: Annotated[tuple[Component, ...] | None, Local()] = None
     """Several corpora in place of `dataset`, as a JSON list: '[{"dataset": "c4/en", "weight": 0.7}, {"dataset":
