@@ -78,6 +78,13 @@ class RunConfig:
             self.train.loss_chunk,
             f"must divide data.seq_len={self.data.seq_len}",
         )
+        self.train.lemo.check(
+            self.model,
+            self.data.seq_len,
+            context=self.mesh.context,
+            prepared=self.data.mode == "prepared",
+            adapts=self.train.lora.active,
+        )
 
 
 #: Fields that may change when a run goes on: they alter neither the parameters' path nor the data's order.

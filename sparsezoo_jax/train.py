@@ -153,11 +153,14 @@ def train(
     from sparsezoo_jax.evaluation import corpora, evaluate_corpora, measure
     from sparsezoo_jax.evaluation.report import run_figures, write_report
     from sparsezoo_jax.models import Decoder, train_flops_per_token
+    from sparsezoo_jax.training import lemo
     from sparsezoo_jax.training.interrupts import Requests
+    from sparsezoo_jax.training.lemo_fitting import fitted_for_run
     from sparsezoo_jax.training.loop import EvaluationInterrupted, fit
     from sparsezoo_jax.training.parameters import saved_steps
     from sparsezoo_jax.training.peers import Peers
     from sparsezoo_jax.training.phases import Phases, Watchdog
+    from sparsezoo_jax.training.state import first_device
     from sparsezoo_jax.training.usual_writers import check_writers
 
     started = time.monotonic() if started is None else started
@@ -202,6 +205,21 @@ def train(
     if config.data.mixture is not None and is_main:
         print_mixture(config, prepared)
     validation = data.prepare(config.data, "validation", tokenizer)
+    fitted = None
+    if config.train.lemo.fits:
+        assert warm_start is not None
+        assert prepared is not None
+        with use_mesh(mesh):
+            fitted = fitted_for_run(
+                config.train.lemo,
+                config.model,
+                workdir,
+                lambda count: data.evaluation_batches(prepared, config.data.batch_size, count),
+                warm_start,
+                place or first_device,
+                seed=config.train.seed,
+                has_steps=has_steps,
+            )
 
     def evaluate(model, max_batches: int | None, between: Callable[[], None]):
         def shown(split: data.PreparedSplit) -> Iterator[data.Batch]:
@@ -233,6 +251,8 @@ def train(
             tokenizer.save(workdir)
             if template_of is not None:
                 data.copy_template(template_of, workdir)
+            if fitted is not None and not (workdir / lemo.FILE).exists():
+                fitted.save(workdir / lemo.FILE)
         except OSError as error:
             raise StorageError(f"{workdir}: the tokenizer can't be saved: {error.strerror}") from None
 
@@ -259,6 +279,7 @@ def train(
                 phases=phases,
                 flops_per_token={"mfu_dense": counted.dense, "mfu_sparse": counted.sparse},
                 tokens_by_corpus=batches.tokens_by_corpus if config.data.mixture is not None else None,
+                fitted=fitted,
             )
         finally:
             batches.close()

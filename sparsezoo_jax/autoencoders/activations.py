@@ -17,7 +17,7 @@ from sparsezoo_jax.autoencoders.model import SparseAutoencoder
 from sparsezoo_jax.errors import DataError
 from sparsezoo_jax.evaluation.cross_entropy import token_loss
 from sparsezoo_jax.evaluation.zipf import ZipfFit, zipf_fit
-from sparsezoo_jax.models.decoder import positions_within_segments
+from sparsezoo_jax.models.common import positions_within_segments
 from sparsezoo_jax.models.records import FFN_GATE, FFN_OUTPUT, SUBLAYER_INPUT
 
 Batch = Mapping[str, Any]

@@ -16,8 +16,7 @@ import numpy as np
 
 from sparsezoo_jax.evaluation.counts import Count, count_of, tally
 from sparsezoo_jax.models.chunks import has_predecessor
-from sparsezoo_jax.models.common import CallContext
-from sparsezoo_jax.models.decoder import positions_within_segments
+from sparsezoo_jax.models.common import CallContext, positions_within_segments
 
 CHUNKS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens in a chunk: each length twice the one before."""

@@ -34,6 +34,7 @@ class GQAConfig(AttentionKind):
 
     partial_width: ClassVar[bool] = True
     shares_keys: ClassVar[bool] = True
+    scores_blocks: ClassVar[bool] = True
 
     kind: Literal["gqa"] = "gqa"
     heads: int
@@ -249,12 +250,20 @@ class GQA(Attention):
         q, k, v = self.projections.qkv(x_BTD, ctx.width)
         if config.value_norm:
             v = unit_rms(v, config.qk_norm_eps)
-        if config.rope is not None:
-            rope = config.rope.of(self.layer_type)
-            q, k = apply_rope(q, ctx.positions_BT, *rope), apply_rope(k, ctx.positions_BT, *rope)
+        q, k = self._rotated(q, k, ctx)
         cache = None if cache is None else cache.updated(k, v, ctx.cache_end)
         out_BTD, aux = self._mixed(q, (k, v) if cache is None else cache, ctx)
         return out_BTD, aux, LayerCache(k, v) if cache is None and self.keys == "kept" else cache
+
+    def queries_keys(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, jax.Array]:
+        q, k, _ = self.projections.qkv(x_BTD, ctx.width)
+        return self._rotated(q, k, ctx)
+
+    def _rotated(self, q: jax.Array, k: jax.Array, ctx: CallContext) -> tuple[jax.Array, jax.Array]:
+        if self.config.rope is None:
+            return q, k
+        rope = self.config.rope.of(self.layer_type)
+        return apply_rope(q, ctx.positions_BT, *rope), apply_rope(k, ctx.positions_BT, *rope)
 
     def _mixed(self, q: jax.Array, keys_values: Any, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         """The output [B, T, D] of rotated queries."""

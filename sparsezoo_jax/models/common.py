@@ -156,8 +156,10 @@ class CallContext:
     """Changes the residual stream or an FFN's output; see `Decoder.__call__`."""
     keep: Any = None
     """Says which hidden units an FFN's output keeps; see `Decoder.__call__`."""
-    layer: int = 0
-    """The layer, or the first of several, where something is edited or kept."""
+    elimination: Any = None
+    """`elimination.Elimination` of blocks of tokens; None: layers compute all tokens."""
+    layer: Any = 0
+    """The layer, or the first of several, where something is edited, kept or eliminated; traced in a scan."""
     rng: jax.Array | None = None
     """Key of the layer's random numbers while it trains; None where the layer must be deterministic."""
     density_eps: jax.Array | None = None
@@ -178,9 +180,10 @@ class CallContext:
         """The same with other random numbers for every `index`."""
         return self if self.rng is None else replace(self, rng=jax.random.fold_in(self.rng, index))
 
-    def of_layer(self, layer: int) -> CallContext:
-        """The same for layer `layer`; only calls that edit or keep something know which one it is."""
-        return self if self.edit is None and self.keep is None else replace(self, layer=layer)
+    def of_layer(self, layer: Any) -> CallContext:
+        """The same for layer `layer`; only calls that edit, keep or eliminate something know which one it is."""
+        asked = (self.edit, self.keep, self.elimination)
+        return self if all(x is None for x in asked) else replace(self, layer=layer)
 
     def edited(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """What the caller makes of this layer's array called `name`."""
@@ -194,6 +197,14 @@ class CallContext:
         """Average of a per-token quantity over real tokens, float32."""
         weights = self.valid_BT.astype(jnp.float32)
         return jnp.sum(x_BT.astype(jnp.float32) * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def positions_within_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """Position of each token counted from the first token of its run of equal segment ids, int32 [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
+    previous = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids_BT != previous, index, 0), axis=1)
+    return index - start
 
 
 def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -106,6 +106,15 @@ class Attention(Part):
         """
         raise NotImplementedError
 
+    @property
+    def scale(self) -> float:
+        """Factor on the scores of `queries_keys`."""
+        raise NotImplementedError
+
+    def queries_keys(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, N, H] and keys [B, T, K, H] as they are scored, where `AttentionKind.scores_blocks`."""
+        raise NotImplementedError
+
     def empty_cache(self, batch: int, length: int) -> Any:
         """A cache for `length` tokens of each of `batch` sequences. Default: one array for each of `cache_shapes`.
 
@@ -166,6 +175,9 @@ class FFNKind(Kind):
     """Neurons."""
     partial_width: ClassVar[bool] = False
     """Whether all maps from and to the residual stream are made by `CallContext.width`, so that it can be routed."""
+    records_hidden: ClassVar[bool] = False
+    """Whether the module records `records.FFN_HIDDEN`, by which blocks of tokens are scored (`models.elimination`), and
+    treats each token apart from the others."""
 
     def check(self, d_model: int) -> None:
         """Raise `ConfigError` for a width that this can't be built into."""
@@ -252,6 +264,9 @@ class AttentionKind(Kind):
 
     shares_keys: ClassVar[bool] = False
     """Whether layers may attend to keys and values of others: `build` looks at `BuildContext.keys`."""
+
+    scores_blocks: ClassVar[bool] = False
+    """Whether the module has `queries_keys`, by which blocks of tokens are scored (`models.elimination`)."""
 
     heads: int
     """Query heads."""

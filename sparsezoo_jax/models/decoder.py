@@ -12,9 +12,10 @@ from flax import nnx
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.models.attention import KEYS
 from sparsezoo_jax.models.cache import DecoderCache, LayerCache
-from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
+from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType, positions_within_segments
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.contract import Observed, PreGateConfig
+from sparsezoo_jax.models.elimination import Elimination
 from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
 from sparsezoo_jax.models.layers import STREAM, Passed, Segment
 from sparsezoo_jax.models.mtp import Ahead, MTPModule, same_document, shifted
@@ -106,6 +107,7 @@ class Decoder(nnx.Module):
         edit: Edit | None = None,
         keep: Keep | None = None,
         density_eps: jax.Array | None = None,
+        eliminate: Elimination | None = None,
     ) -> Output:
         """Logits of every next token.
 
@@ -127,11 +129,13 @@ class Decoder(nnx.Module):
             is one and `record` names "ffn_hidden"; returns bool [B, T, F]. Hidden units where it is false are 0 in the
             FFN's output and in the records. Not for a residual stream whose width is routed. Layers run unrolled then.
           density_eps: positive scalar; gated and plain FFNs return the loss "smooth_density" for it (see `models.ffn`).
+          eliminate: blocks of tokens that layers leave out (see `models.elimination`), for training without a cache. If
+            layers keep different numbers of them, they run unrolled.
         """
         config = self.config
         ctx = call_context(config, tokens_BT, segment_ids, positions, cache)
         ctx.record, ctx.summarise, ctx.edit, ctx.keep = checked(record), summarise, edit, keep
-        ctx.density_eps = density_eps
+        ctx.density_eps, ctx.elimination = density_eps, eliminate
         ctx.rng = None if self.deterministic or self.noise is None else self.noise()
         routers_cache = None
         if self.pre_gate is not None:
@@ -146,6 +150,7 @@ class Decoder(nnx.Module):
         caches: list[Any] = []
         # Caches and edits are told apart by layer, which the scanned form can't do.
         scan = config.scan_layers and cache is None and edit is None and keep is None
+        scan = scan and (eliminate is None or eliminate.uniform)
         if scan and config.kv_shared_layers:
             passed = passed._replace(kept=self._nothing_kept(tokens_BT))
         for i, segment in enumerate(self.segments):
@@ -388,11 +393,3 @@ def _collect(auxes: list[LayerAux], others: list[LayerAux]) -> tuple[dict[str, j
 def _records(auxes: list[LayerAux]) -> dict[str, tuple[jax.Array | None, ...]]:
     names = sorted({name for aux in auxes for name in aux.records})
     return {name: tuple(aux.records.get(name) for aux in auxes) for name in names}
-
-
-def positions_within_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Position of each token counted from the first token of its run of equal segment ids, int32 [B, T]."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32), segment_ids_BT.shape)
-    previous = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    start = jax.lax.cummax(jnp.where(segment_ids_BT != previous, index, 0), axis=1)
-    return index - start

@@ -43,6 +43,7 @@ class GatedFFNConfig(FFNKind):
     """`W_down (act(W_gate x) * (W_up x))`."""
 
     partial_width: ClassVar[bool] = True
+    records_hidden: ClassVar[bool] = True
 
     kind: Literal["gated"] = "gated"
     d_ff: int
@@ -205,6 +206,7 @@ class PlainFFNConfig(FFNKind):
     """`W_down act(W_up x)`, or of the activated units only a token's k largest."""
 
     partial_width: ClassVar[bool] = True
+    records_hidden: ClassVar[bool] = True
 
     kind: Literal["plain"] = "plain"
     d_ff: int

@@ -14,6 +14,7 @@ from sparsezoo_jax.models.adapter import adapted
 from sparsezoo_jax.models.altup import STREAMS
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.contract import FFN, Attention, Observed, Sublayer
+from sparsezoo_jax.models.elimination import AttentionBlocks, FFNBlocks, observed_blocks
 from sparsezoo_jax.models.records import FFN_HIDDEN, FFN_OUTPUT, RESIDUAL, SUBLAYER_INPUT
 from sparsezoo_jax.models.remat import Remat, rematerialised
 from sparsezoo_jax.sharding import constrain
@@ -145,10 +146,13 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerAux, Any]:
         """The stream after attention and feed-forward network."""
         attention = adapted(watch.attention(self.attention, cache), self.attention_adapter)
-        attended = self.attention_residual(x_BTD, ctx, attention)
-        x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
         ffn = adapted(watch.ffn(self.ffn), self.ffn_adapter)
-        fed = self.ffn_residual(x_BTD, replace(ctx, routing=attended.routing), ffn)
+        blocks = (AttentionBlocks(self.attention_residual, self.attention), FFNBlocks(self.ffn_residual, self.ffn))
+        attended = blocks[0].connected(x_BTD, ctx, attention)
+        if ctx.elimination is not None and ctx.elimination.observes:
+            watch.records |= observed_blocks(blocks, (x_BTD, attended.stream_BTD), ctx)
+        x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
+        fed = blocks[1].connected(x_BTD, replace(ctx, routing=attended.routing), ffn)
         x_BTD, ffn_aux = constrain(fed.stream_BTD, STREAM), fed.extra
         aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
         parts = {
@@ -230,7 +234,8 @@ class Segment(nnx.Module):
 
         def body(passed, inputs):
             state, i, vectors = inputs
-            passed, auxes, _ = nnx.merge(graphdef, state)._period(passed, ctx.folded(i), None, vectors)
+            placed = ctx.folded(i).of_layer(ctx.layer + i * len(self.spec.period))
+            passed, auxes, _ = nnx.merge(graphdef, state)._period(passed, placed, None, vectors)
             return passed, auxes
 
         repeats = self.spec.repeats

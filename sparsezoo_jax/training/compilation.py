@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
+from sparsezoo_jax.models.elimination import Predictors
 from sparsezoo_jax.training.config import TrainConfig
+from sparsezoo_jax.training.lemo import Fitted
 from sparsezoo_jax.training.lora import Adapters, adapters_of
 from sparsezoo_jax.training.objectives import call_arguments, check_objectives
 from sparsezoo_jax.training.optimizer import build_optimizer
@@ -28,7 +30,7 @@ from sparsezoo_jax.training.state import (
     nested,
     state_shardings,
 )
-from sparsezoo_jax.training.step import Batch, build_train_step
+from sparsezoo_jax.training.step import Batch, Metrics, build_train_step
 
 #: Arrays [B, T] of a batch.
 BATCH_DTYPES = {
@@ -62,6 +64,17 @@ class PreparedStep:
     """What is trained in place of the model's parameters, if anything is."""
     merge: Any = None
     """Jitted (params, frozen) -> the model's parameters; None without adapters."""
+    predictors: Predictors | None = None
+    """What `step` and `details` give to the jitted functions: networks that choose blocks of tokens; None without."""
+
+    def step(self, *args: Any) -> tuple[TrainState, Metrics]:
+        """`train_step` of (state, batch) or (state, batch, loss_limit), with `predictors`."""
+        return self.train_step(*args) if self.predictors is None else self.train_step(*args, predictors=self.predictors)
+
+    def details(self, *args: Any) -> Metrics:
+        """`detailed_step` in the same way."""
+        more = {} if self.predictors is None else {"predictors": self.predictors}
+        return self.detailed_step(*args, **more)
 
     def first_state(self, key: jax.Array) -> TrainState:
         """The state before the first step; what is frozen is left out, to come from `with_base`."""
@@ -89,7 +102,13 @@ class PreparedStep:
 
 
 def prepare_step(
-    config: TrainConfig, build: Build, batch_shape: tuple[int, int], place: Placement, *, by_layer: bool = False
+    config: TrainConfig,
+    build: Build,
+    batch_shape: tuple[int, int],
+    place: Placement,
+    *,
+    by_layer: bool = False,
+    fitted: Fitted | None = None,
 ) -> PreparedStep:
     """Trace the model and place its state; the mesh, if any, has to be active when the step itself is traced.
 
@@ -97,6 +116,7 @@ def prepare_step(
       batch_shape: (B, T) of a global batch.
       place: from the logical axes and shape of an array to its sharding.
       by_layer: also prepare `detailed_step`.
+      fitted: what `config.lemo` was fitted to, where it needs that.
 
     Raises:
       ConfigError: an objective for a loss, or a group for parameters, that the model does not have; an accumulation
@@ -116,17 +136,37 @@ def prepare_step(
     batch = {
         name: jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding) for name, dtype in BATCH_DTYPES.items()
     }
+    allowed = "needs what is fitted before the first step; only a run of its own has that"
+    require(fitted is not None or not config.lemo.fits, "train.lemo.scores", config.lemo.scores, allowed)
+    elimination = config.lemo.elimination(batch_shape[1], fitted)
     train_step = jax.jit(
-        build_train_step(config, template, optimizer), donate_argnums=0, out_shardings=(shardings, place((), ()))
+        build_train_step(config, template, optimizer, elimination=elimination),
+        donate_argnums=0,
+        out_shardings=(shardings, place((), ())),
     )
     detailed_step = None
     if by_layer:
-        detailed = build_train_step(config, template, optimizer, by_layer=True)
-        detailed_step = jax.jit(lambda *args: detailed(*args)[1], out_shardings=place((), ()))
+        detailed = build_train_step(config, template, optimizer, by_layer=True, elimination=elimination)
+        detailed_step = jax.jit(lambda *args, **more: detailed(*args, **more)[1], out_shardings=place((), ()))
     merge = None
     if adapters is not None:
         merge = jax.jit(adapters.merged, out_shardings=adapters.undivided(shardings.params, shardings.frozen))
-    return PreparedStep(template, initialise, abstract, shardings, batch, train_step, detailed_step, adapters, merge)
+    predictors = None if fitted is None or fitted.predictors is None else _everywhere(fitted.predictors, place)
+    return PreparedStep(
+        template, initialise, abstract, shardings, batch, train_step, detailed_step, adapters, merge, predictors
+    )
+
+
+def _everywhere(tree: Any, place: Placement) -> Any:
+    """Arrays, or shapes of some, that every device holds."""
+
+    def placed(x: Any) -> Any:
+        sharding = place((None,) * len(x.shape), x.shape)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(placed, tree)
 
 
 def _check(

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, ConfigError, require
 from sparsezoo_jax.storage import RUN_STORES, require_place
+from sparsezoo_jax.training.lemo import LeMoConfig
 from sparsezoo_jax.training.lora import LoRAConfig
 from sparsezoo_jax.training.objectives import ObjectiveConfig
 from sparsezoo_jax.training.optimizers import AdamW, OptimizerConfig
@@ -108,6 +109,8 @@ class TrainConfig:
     """Relative standard deviation of noise on the experts that are copies of a dense FFN; without it, all are equal."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters, or some parameters, of the run that init_from names, whose others stay as they are."""
+    lemo: LeMoConfig = LeMoConfig()
+    """Leave out blocks of tokens while adapters are trained (LeMo), to save memory on long sequences."""
     accumulation: int = 1
     """Micro-batches per step; they divide data.batch_size, and change memory, not results."""
     loss_chunk: int | None = None

@@ -26,6 +26,7 @@ from sparsezoo_jax.training.goodput import Account
 from sparsezoo_jax.training.guards import SpikeGuard, stop_if_diverging, stop_if_rewound_too_often
 from sparsezoo_jax.training.interrupts import Requests
 from sparsezoo_jax.training.lease import Lease
+from sparsezoo_jax.training.lemo import Fitted
 from sparsezoo_jax.training.local_checkpoints import LocalCheckpoints, newest, run_id
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import restore_params
@@ -98,6 +99,7 @@ def fit(
     phases: Phases | None = None,
     flops_per_token: Mapping[str, float] | None = None,
     tokens_by_corpus: Callable[[], Mapping[str, int]] | None = None,
+    fitted: Fitted | None = None,
 ) -> FitResult:
     """Train a model until `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -121,6 +123,7 @@ def fit(
         devices' peak, where that is known.
       tokens_by_corpus: target tokens of each corpus of a mixture in the batch that `data` gave last, of this process's
         rows; their shares are logged.
+      fitted: what was measured for `config.lemo`, where it needs that.
 
     Raises:
       ConfigError: an objective for a loss, or a group or adapters for parameters, that the model does not have;
@@ -137,8 +140,8 @@ def fit(
 
     # ---------------------------------------------------------------------------------------------------------- Build
     place = first_device if place is None else place
-    prepared = prepare_step(config, build, batch_shape, place)
-    shardings, train_step = prepared.shardings, prepared.train_step
+    prepared = prepare_step(config, build, batch_shape, place, fitted=fitted)
+    shardings, train_step = prepared.shardings, prepared.step
     adapts = prepared.adapters is not None
     allowed = "needs train.init_from, the run whose parameters get adapters"
     require(not adapts or warm_start is not None, *config.lora.asked, allowed)

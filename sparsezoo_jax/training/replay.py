@@ -18,6 +18,7 @@ from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.guards import SpikeGuard
+from sparsezoo_jax.training.lemo import FILE, read_fitted
 from sparsezoo_jax.training.phases import Phases
 from sparsezoo_jax.training.state import Build, Placement
 from sparsezoo_jax.training.warm_start import WarmStart
@@ -81,7 +82,8 @@ def replay(
     """
     first, last = window
     phases = Phases() if phases is None else phases
-    prepared = prepare_step(config, build, batch_shape, place, by_layer=True)
+    fitted = read_fitted(workdir / FILE) if config.lemo.fits else None
+    prepared = prepare_step(config, build, batch_shape, place, by_layer=True, fitted=fitted)
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         steps = [step for step in checkpointer.steps() if step < first]
         if not steps:
@@ -104,8 +106,8 @@ def replay(
         with phases("compilation" if step in (steps[-1] + 1, first) else "step"):
             limit = (jnp.float32(guard.limit(step)),) if config.spike.mode == "skip" else ()
             # The program of the run itself makes the steps; norms come from another one, so that no bit changes.
-            details = prepared.detailed_step(state, batch, *limit) if step >= first else {}
-            state, metrics = prepared.train_step(state, batch, *limit)
+            details = prepared.details(state, batch, *limit) if step >= first else {}
+            state, metrics = prepared.step(state, batch, *limit)
             values = {name: x if x.ndim else float(x) for name, x in jax.device_get({**details, **metrics}).items()}
         guard.is_spike(step, values["loss"])
         if step < first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsezoo_jax.evaluation.cross_entropy import count_further_targets, model_loss
+from sparsezoo_jax.models.elimination import Elimination, Predictors
 from sparsezoo_jax.training.config import TrainConfig
 from sparsezoo_jax.training.lora import adapters_of
 from sparsezoo_jax.training.norms import norm_metrics, norms_by_layer
@@ -46,8 +48,11 @@ def build_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     by_layer: bool = False,
+    elimination: Elimination | None = None,
 ) -> TrainStep:
-    """The function (state, batch, loss_limit=None) -> (state, metrics); pure, meant to be jitted, the state donated.
+    """The function (state, batch, loss_limit=None, predictors=None) -> (state, metrics); pure.
+
+    It is meant to be jitted, with the state donated.
 
     The batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int) and mask (bool); B is a multiple
     of `config.accumulation`. Gradients are those of
@@ -68,6 +73,8 @@ def build_train_step(
 
     With `config.lora` the parameters of the state are adapters, and gradients, updates and norms are theirs; parameters
     that do not train themselves, `after_step` does not change either.
+
+    With `elimination` layers leave out blocks of tokens, by `predictors` where these are given (`training.lemo`).
 
     If loss or gradient norm is not finite, or the loss above `loss_limit` (a scalar), parameters, optimizer, objectives
     and model state stay as they are and the step is counted in `skipped`.
@@ -94,12 +101,14 @@ def build_train_step(
         coefficients: dict[str, jax.Array],
         arguments: dict[str, jax.Array],
         whole: Totals,
+        predictors: Predictors | None,
     ):
         model = model_of(params, frozen, model_state)
         model.train()
         share = real_tokens(batch) / whole.tokens
         further = whole.further_targets * share
-        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss, arguments, further)
+        rule: Any = {} if elimination is None else {"eliminate": replace(elimination, predictors=predictors)}
+        trained, sums, out = model_loss(model, batch, config.loss_chunk, config.z_loss, {**arguments, **rule}, further)
         # Weights of micro-batches add up to the target tokens, by which everything is divided in the end.
         weight = whole.targets * share
         auxiliary = sum((coefficients[name] * out.losses[name] for name in coefficients), jnp.float32(0.0))
@@ -115,7 +124,11 @@ def build_train_step(
     gradient = jax.grad(objective_sum, has_aux=True)
 
     def accumulated(
-        state: TrainState, batch: Batch, coefficients: dict[str, jax.Array], arguments: dict[str, jax.Array]
+        state: TrainState,
+        batch: Batch,
+        coefficients: dict[str, jax.Array],
+        arguments: dict[str, jax.Array],
+        predictors: Predictors | None,
     ):
         """Gradient, target tokens, (metrics, observed), each summed over micro-batches; and the last model state."""
         params, frozen, model_state = state.params, state.frozen, state.model_state
@@ -127,7 +140,7 @@ def build_train_step(
         )
         if count == 1:
             grads, (model_state, tokens, metrics) = gradient(
-                params, frozen, model_state, batch, coefficients, arguments, whole
+                params, frozen, model_state, batch, coefficients, arguments, whole, predictors
             )
             return grads, model_state, tokens, metrics
         # Row i goes to micro-batch i % count: a batch sharded over devices stays sharded, without communication.
@@ -136,7 +149,7 @@ def build_train_step(
         def body(carry: Any, batch: Batch):
             grads, model_state, tokens, metrics = carry
             new_grads, (model_state, new_tokens, new_metrics) = gradient(
-                params, frozen, model_state, batch, coefficients, arguments, whole
+                params, frozen, model_state, batch, coefficients, arguments, whole, predictors
             )
             # Sums are float32 also for bfloat16 parameters.
             sums = jax.tree.map(
@@ -145,20 +158,27 @@ def build_train_step(
             return (sums[0], model_state, sums[1], sums[2]), None
 
         first = {name: x[0] for name, x in micro.items()}
-        shapes = jax.eval_shape(gradient, params, frozen, model_state, first, coefficients, arguments, whole)
+        shapes = jax.eval_shape(
+            gradient, params, frozen, model_state, first, coefficients, arguments, whole, predictors
+        )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[1][1], shapes[1][2]))
         (grads, model_state, tokens, metrics), _ = jax.lax.scan(
             body, (zeros[0], model_state, zeros[1], zeros[2]), micro
         )
         return grads, model_state, tokens, metrics
 
-    def train_step(state: TrainState, batch: Batch, loss_limit: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState,
+        batch: Batch,
+        loss_limit: jax.Array | None = None,
+        predictors: Predictors | None = None,
+    ) -> tuple[TrainState, Metrics]:
         coefficients = {
             objective.loss: objective.coefficient(objective_state, state.step)
             for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
         }
         arguments = call_arguments(config.objectives, state.step)
-        grads, model_state, tokens, sums = accumulated(state, batch, coefficients, arguments)
+        grads, model_state, tokens, sums = accumulated(state, batch, coefficients, arguments, predictors)
         total = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
         metrics, observed = jax.tree.map(lambda value: value / total, sums)

@@ -11,8 +11,8 @@ from flax import nnx
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQA, GQAConfig
+from sparsezoo_jax.models.common import positions_within_segments
 from sparsezoo_jax.models.contract import ATTENTION_KINDS, FFN_KINDS, RESIDUAL_KINDS
-from sparsezoo_jax.models.decoder import positions_within_segments
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.residual import PreNormConfig
 from tests.models.conftest import BASE, CONFIGS, build, forward, with_weights_of

@@ -14,6 +14,7 @@ import numpy as np
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.altup import AltUpConfig
+from sparsezoo_jax.models.elimination import Elimination
 from sparsezoo_jax.models.laurel import LaurelConfig
 from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.readme import ReadMEFFNConfig
@@ -50,6 +51,7 @@ COVERED = {
     "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
     "adapters": ("data 2, expert 2, tensor 2",),
+    "lemo": ("data 2, expert 2, tensor 2",),
     "readme": ("data 2, expert 2, tensor 2",),
     "altup": ("fsdp 2, context 2, tensor 2",),
 }
@@ -62,7 +64,9 @@ ACCUMULATION = {("sparselm", "fsdp 2, context 2, tensor 2"): 4}
 #: Where the initial state is made on the mesh as well: together on all axes.
 INITIALISED = {("spark", "fsdp 2, context 2, tensor 2"), ("moe", "data 2, expert 2, tensor 2")}
 WHOLE = LoRAConfig()
-LORA = {"adapters": LoRAConfig(rank=8, whole=("scale$",))}
+LORA = {"adapters": LoRAConfig(rank=8, whole=("scale$",)), "lemo": LoRAConfig(rank=8)}
+#: Blocks of tokens that layers keep.
+ELIMINATION = {"lemo": Elimination(block=8, kept={"attention": (2,), "ffn": (3,)})}
 SHAPE = (8, 32)
 
 
@@ -90,6 +94,14 @@ def models():
         dataclasses.replace(
             model, vocab_size=512, d_model=64, attention=attention, ffn=ffn, scan_layers=True, remat="full"
         ),
+    )
+
+    model = preset("dense", "tiny").model
+    gqa = dataclasses.replace(model.attention, window=16, heads=8, kv_heads=4, head_dim=16)
+    ffn = dataclasses.replace(model.ffn, d_ff=64)
+    yield (
+        "lemo",
+        dataclasses.replace(model, vocab_size=512, d_model=64, layers=2, attention=gqa, ffn=ffn, scan_layers=True),
     )
 
     model = preset("moe", "tiny").model
@@ -221,7 +233,7 @@ def batches():
 class Run:
     """Training of a model: what does not depend on the mesh is made once."""
 
-    def __init__(self, config, objectives=(), lora=WHOLE):
+    def __init__(self, config, objectives=(), lora=WHOLE, elimination=None):
         self.settings = TrainConfig(
             steps=3,
             schedule=Constant(learning_rate=1e-2),
@@ -234,7 +246,7 @@ class Run:
         def build(rngs):
             return Decoder(config, rngs=rngs)
 
-        self.template = ModelTemplate(build)
+        self.template, self.elimination = ModelTemplate(build), elimination
         self.adapters = adapters_of(lora, self.template.parameters)
         self.trained = self.template.parameters if self.adapters is None else self.adapters.parameters
         self.optimizer = build_optimizer(self.settings, self.trained)
@@ -268,7 +280,7 @@ class Run:
         with use_mesh(mesh):
             state = jax.device_put(self.initial, shardings)
             step = jax.jit(
-                build_train_step(settings, self.template, self.optimizer),
+                build_train_step(settings, self.template, self.optimizer, elimination=self.elimination),
                 out_shardings=(shardings, place((), ())),
                 donate_argnums=0,
             )
@@ -312,7 +324,7 @@ def main():
     for arch, config in models():
         if wanted and arch not in wanted:
             continue
-        run = Run(config, OBJECTIVES.get(arch, ()), LORA.get(arch, WHOLE))
+        run = Run(config, OBJECTIVES.get(arch, ()), LORA.get(arch, WHOLE), ELIMINATION.get(arch))
         rows, gradients, parameters, _ = run.train(build_mesh(MeshConfig(), jax.devices()[:1]))
         report[arch] = {}
         for name in COVERED[arch]:
