@@ -27,16 +27,18 @@ from sparsezoo_jax.config import (
 from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
+from sparsezoo_jax.evaluation.sparsified import RECORD
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.sharding import named_sharding
 from sparsezoo_jax.storage import write_atomic
 from sparsezoo_jax.training.lease import LEASE
-from sparsezoo_jax.training.lora import Adapters, LoRAConfig
+from sparsezoo_jax.training.lora import Adapters, LoRAConfig, proportional_ranks
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import read_params, restore_params, save_params, saved_metadata, saved_steps
 from sparsezoo_jax.training.state import ModelTemplate, PureDict, flatten, map_with_path
 from sparsezoo_jax.training.warm_start import WarmStart, open_warm_start
+from sparsezoo_jax.untrusted import read_json
 
 ShardingOf = Callable[[str, tuple[int, ...]], Sharding]
 CONFIG = "config.json"
@@ -267,6 +269,53 @@ def with_absolute_base(config: RunConfig) -> RunConfig:
     if not config.train.lora.active or base is None:
         return config
     return with_values(config, {"train.init_from": str(storage.path(base).absolute())})
+
+
+def with_layer_ranks(config: RunConfig, workdir: Path) -> RunConfig:
+    """`config` with the ranks of layers that `train.lora.ranks=importance` asks for: those of the run in `workdir`, or
+    for a new one those that the importance of layers in the base's record gives.
+
+    Raises:
+      ConfigError: no base, or one whose layers have no known importance.
+      StorageError: a file can't be read.
+    """
+    lora = config.train.lora
+    if lora.ranks == "uniform" or lora.layer_ranks:
+        return config
+    if (workdir / CONFIG).is_file():
+        stored = stored_config(workdir / CONFIG).train.lora
+        if (stored.ranks, stored.rank) == (lora.ranks, lora.rank):
+            return with_values(config, {"train.lora.layer_ranks": stored.layer_ranks})
+    allowed = "needs train.init_from, the run whose parameters get adapters"
+    require(config.train.init_from is not None, *lora.asked, allowed)
+    directory = storage.path(config.train.init_from or "")
+    importance = importance_of_layers(directory)
+    layers = config.model.layers
+    allowed = (
+        f"needs the importance of {layers} layers; {directory} has {len(importance) or 'none'} in {RECORD}, which "
+        "sparsify --method cfsp writes"
+    )
+    require(len(importance) == layers, "train.lora.ranks", lora.ranks, allowed)
+    assert lora.rank is not None
+    return with_values(config, {"train.lora.layer_ranks": proportional_ranks(importance, lora.rank)})
+
+
+def importance_of_layers(directory: Path) -> list[float]:
+    """What `sparsify` noted of the layers of a run that it made, positive numbers; none if it noted nothing.
+
+    Raises:
+      StorageError: the record can't be read.
+    """
+    path = directory / RECORD
+    if not path.is_file():
+        return []
+    try:
+        found = read_json(path, finite=True)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: can't be read ({error})") from None
+    values = found.get("importance") if isinstance(found, dict) else None
+    numbers = values if isinstance(values, list) else []
+    return [float(x) for x in numbers if isinstance(x, int | float) and x > 0]
 
 
 def merge_adapters(directory: Path, destination: Path, base: Path | None = None) -> int:

@@ -100,7 +100,8 @@ class Shrunk(NamedTuple):
     widths: list[int]
     """Neurons of each layer; the model's d_ff is the largest, and what a layer lacks of it is zeros."""
     importance: list[float] | None
-    """CFSP's Z of each layer; None for other methods, and where all layers have one width."""
+    """CFSP's Z of each layer, of the whole model, or where all layers have one width above layers that are pruned; None
+    for other methods."""
 
 
 def check_neurons(config: DecoderConfig, *, bias: bool) -> GatedFFNConfig | PlainFFNConfig:
@@ -162,7 +163,10 @@ def shrink(
     made = {path: np.zeros(v.shape, jnp.dtype(target.param_dtype)) for path, v in template.parameters.items()}
     shrunk = {path: array for path, array in made.items() if path not in flat}
 
+    angles: list[float] = []
+
     def visit(place: Place, block: Block, inputs: LayerInputs) -> bool:
+        angles.append(inputs.angle)
         scores_F = neuron_scores(method, _matrices(block), inputs, released=released)
         kept = np.sort(np.argsort(-scores_F, kind="stable")[: width_L[place.layer]])
         gone = np.setdiff1d(np.arange(neurons), kept)
@@ -183,6 +187,8 @@ def shrink(
         return True
 
     walk(model, batches, visit)
+    if method == "cfsp" and importance is None:
+        importance = [float(z) for z in layer_importance(np.array(angles), spread)]
     smaller = template.merge(nested({**flat, **shrunk}), variables)
     return Shrunk(smaller, [int(w) for w in width_L], importance)
 

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparsezoo_jax import evaluate, run_dir, sparsify
+from sparsezoo_jax import evaluate, run_dir, sparsify, train
+from sparsezoo_jax.config import read_config, with_changes
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.sparsification import neurons
 from sparsezoo_jax.sparsification.config import CalibrationConfig, NeuronConfig
 from sparsezoo_jax.sparsification.layers import LayerInputs, MapInputs
+from sparsezoo_jax.training.lora import proportional_ranks
 from tests.models.conftest import CONFIGS
 from tests.sparsification.test_pruning import called
 
@@ -164,6 +166,41 @@ def test_a_smaller_run_is_filled_up_to_its_widest_layer(smaller, capsys):
     shown = capsys.readouterr().out
     assert "neurons" in shown
     assert f"{figures['loss']:.4f} at this sparsity" in shown
+
+
+@pytest.mark.slow
+def test_adapters_have_ranks_by_the_importance_of_layers(smaller, tmp_path):
+    """Also when the run goes on, and merged they need no other run."""
+    run, figures = smaller
+    asked = {
+        "train.init_from": str(run),
+        "train.lora.rank": 4,
+        "train.lora.ranks": "importance",
+        "train.steps": 2,
+        "train.stop_at": 1,
+        "train.schedule.warmup_steps": 0,
+        "eval.report": False,
+        "eval.final_batches": 1,
+    }
+    config = with_changes(read_config(run / "config.json"), asked)
+    train.train(config, tmp_path / "adapters")
+    ranks = read_config(tmp_path / "adapters" / "config.json").train.lora.layer_ranks
+    assert ranks == proportional_ranks(figures["importance"], 4)
+    assert ranks[0] != ranks[1]
+    assert sum(ranks) == 8
+    train.train(with_changes(config, {"train.stop_at": None}), tmp_path / "adapters")
+    run_dir.merge_adapters(tmp_path / "adapters", tmp_path / "whole")
+    models = (run_dir.load(place).model for place in (run, tmp_path / "whole"))
+    before, after = (np.asarray(model.segments[0].blocks[0].ffn.gate_DF[...]) for model in models)
+    found = [np.linalg.matrix_rank(x, tol=1e-6) for x in after - before]
+    assert all(0 < rank <= allowed for rank, allowed in zip(found, ranks, strict=True))
+
+
+def test_importance_is_known_of_layers_of_one_width(dense, batches):
+    shrunk = neurons.shrink(dense, "cfsp", 0.0, batches)
+    whole = neurons.shrink(dense, "cfsp", 0.0, batches, per_layer=True)
+    np.testing.assert_allclose(shrunk.importance, whole.importance)
+    assert neurons.shrink(dense, "wanda-sp", 0.0, batches).importance is None
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from flax import nnx
 
 import sparsezoo_jax
 from sparsezoo_jax import convert, evaluate, generate, huggingface, run_dir, train
-from sparsezoo_jax.config import read_config
+from sparsezoo_jax.config import read_config, with_changes
+from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.training.compilation import prepare_step
 from sparsezoo_jax.training.loop import fit
-from sparsezoo_jax.training.lora import Adapters, LoRAConfig
+from sparsezoo_jax.training.lora import Adapters, LoRAConfig, proportional_ranks
 from sparsezoo_jax.training.optimizers import AdamW
 from sparsezoo_jax.training.parameters import restore_params, saved_metadata
 from sparsezoo_jax.training.state import ModelTemplate, first_device, flatten, nested
@@ -101,12 +102,83 @@ def test_new_adapters_leave_every_architecture_as_it_is(name):
         ({"rank": 2, "targets": ("(",)}, r"train.lora.targets=\(: is no regular expression"),
         ({"rank": 2, "whole": ("bias",)}, r"train.lora.whole=bias: finds no parameter; paths are embedding_VD"),
         ({"rank": 2, "whole": ("ffn/up",)}, r"train.lora.whole=\S*/up_DF: has adapters by train.lora.targets, too"),
+        ({"rank": 2, "ranks": "importance"}, r"train.lora.ranks=importance: is known when a run begins"),
+        ({"ranks": "importance"}, r"train.lora.ranks=importance: works together with train.lora.rank only"),
+        ({"rank": 2, "layer_ranks": (1, 0, 2)}, r"train.lora.layer_ranks=.*: must all be at least 1"),
+        ({"rank": 2, "layer_ranks": (1, 2)}, r"train.lora.layer_ranks=\(1, 2\): must be one for each of the 3 layers"),
+        ({"rank": 2, "layer_ranks": (1, 2, 9)}, r"train.lora.layer_ranks=9: must be at most \d, the smaller side of"),
         ({"targets": ("ffn/",)}, r"train.lora.targets=\('ffn/',\): works together with train.lora.rank only"),
     ],
 )
 def test_what_can_not_be_adapted(changes, message):
     with pytest.raises(ConfigError, match=message):
         Adapters(LoRAConfig(**changes), parameters_of("moe"))
+
+
+@pytest.mark.parametrize(
+    ("importance", "mean", "expected"),
+    [
+        ([0.5, 0.5, 0.5], 4, (4, 4, 4)),
+        ([3, 1, 2], 4, (6, 2, 4)),
+        ([1, 1, 1.1], 3, (3, 3, 3)),
+        ([1.0, 2.2, 2.8], 2, (1, 2, 3)),
+        ([1e-6, 1.0, 1.0], 1, (1, 1, 1)),
+        ([1e-6, 5.0, 1.0, 1.0], 2, (1, 5, 1, 1)),
+    ],
+)
+def test_ranks_are_proportional_and_have_the_same_sum(importance, mean, expected):
+    found = proportional_ranks(importance, mean)
+    assert found == expected
+    assert sum(found) == mean * len(importance)
+
+
+def test_layers_have_ranks_of_their_own():
+    """Layers 0, 2 and 1, 3 are stacked by the pattern's two types, layer 4 is by itself."""
+    targets = ("ffn/up", "embed")
+    settings = LoRAConfig(rank=3, ranks="importance", layer_ranks=(1, 5, 2, 4, 3), targets=targets)
+    adapters = Adapters(settings, parameters_of("gemma2"))
+    made = flatten(adapters.create(jax.random.key(0)))
+    ranks = {"segments/0/blocks/0": [1, 2], "segments/0/blocks/1": [5, 4], "segments/1/blocks/0": [3]}
+    for block, own in ranks.items():
+        a, b = (made[f"{block}/ffn/up_DF/{name}"] for name in ("lora_a", "lora_b"))
+        assert a.shape[-1] == b.shape[1] == max(own)
+        np.testing.assert_array_equal((a != 0).all(axis=1).sum(-1), own)
+        np.testing.assert_array_equal((a != 0).any(axis=1).sum(-1), own)
+    assert made["embedding_VD/lora_a"].shape[-1] == 3
+    assert (made["embedding_VD/lora_a"] != 0).all()
+
+
+def test_a_lower_rank_stays_so_in_training():
+    lora = LoRAConfig(rank=2, layer_ranks=(1, 3), targets=("ffn/up",))
+    settings = config(lora=lora, optimizer=AdamW(weight_decay=0.1))
+    build = lambda rngs: Decoder(CONFIGS["llama"], rngs=rngs)  # noqa: E731
+    prepared = prepare_step(settings, build, (BATCH, LENGTH), first_device)
+    state = jax.jit(prepared.initialise)(jax.random.key(0))
+    for n in range(2):
+        state, _ = prepared.train_step(state, batch_number(n))
+    a, b = (np.asarray(flatten(state.params)[f"{LAYER}/ffn/up_DF/{name}"]) for name in ("lora_a", "lora_b"))
+    np.testing.assert_array_equal(np.any(a != 0, axis=1).sum(-1), [1, 3])
+    np.testing.assert_array_equal(np.any(b != 0, axis=2).sum(-1), [1, 3])
+
+
+def test_ranks_come_from_the_record_of_the_base_and_stay_with_the_run(tmp_path):
+    run = preset("dense", "tiny")
+    layers, base, workdir = run.model.layers, tmp_path / "base", tmp_path / "run"
+    changes = {"train.init_from": str(base), "train.lora.rank": 4, "train.lora.ranks": "importance"}
+    asked = with_changes(run, changes)
+    base.mkdir()
+    with pytest.raises(ConfigError, match=rf"train.lora.ranks=importance: needs the importance of {layers} layers"):
+        run_dir.with_layer_ranks(asked, workdir)
+    importance = [1.0, 3.0] * (layers // 2) + [2.0] * (layers % 2)
+    (base / "sparsify.json").write_text(json.dumps({"method": "cfsp", "importance": importance}))
+    found = run_dir.with_layer_ranks(asked, workdir)
+    assert found.train.lora.layer_ranks == tuple(int(2 * x) for x in importance)
+    workdir.mkdir()
+    run_dir.write_config(workdir, found)
+    (base / "sparsify.json").unlink()
+    assert run_dir.with_layer_ranks(asked, workdir) == found
+    plain = with_changes(run, {"train.lora.rank": 4})
+    assert run_dir.with_layer_ranks(plain, workdir) == plain
 
 
 def test_gradients_reach_adapters_alone():
