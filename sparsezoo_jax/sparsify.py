@@ -71,8 +71,8 @@ class Sparsify(CorpusFlags):
     sparsity: float | None = None
     """Share of the channels, neurons or weights that goes, in [0, 1). None: 0.5, or what --pattern says."""
     maps: tuple[str, ...] | None = None
-    """Maps that leave channels out, or whose weights are pruned, of q, k, v, o, gate, up, down, neurons; none: those of
-    the method."""
+    """Maps that leave channels out, or whose weights are pruned, of q, q_up, k, v, o, gate, up, down, neurons; none:
+    those of the method."""
     gate: Literal["threshold", "top_k"] | None = None
     """Of cats, teal, wina: threshold: one for a map and layer, from the calibration; top_k: a token's largest. None:
     that of the method."""

@@ -184,7 +184,7 @@ class PackedMLA(MLA, DecodingLayout):
         """A cache of `length` slots."""
         return LatentCache.empty(batch, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim, self.dtype)
 
-    def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def down_projected(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
         q_BTF, joint_BTC = jnp.split(self.down.product(x_BTD), [self._query_width], axis=-1)
         if self.q_up is not None and self.q_a_norm is not None:
@@ -221,7 +221,7 @@ class PackedMLA(MLA, DecodingLayout):
         mixed_BNC = attention_rows(q_BTNC[:, 0], rows_B1SC, rows_B1SC, visible.mask[:, 0], scale=scale)
         return mixed_BNC[:, None, :, :width]
 
-    def output(self, y_BTNH: jax.Array) -> jax.Array:
+    def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
         return self.output_rows.product(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
 

@@ -78,13 +78,7 @@ class GQAConfig(AttentionKind):
 
     def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
         """The four projections."""
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q": MapSize(d_model, width, d_model),
-            "k": MapSize(d_model, kv_width, d_model),
-            "v": MapSize(d_model, kv_width, d_model),
-            "o": MapSize(width, d_model, width),
-        }
+        return projection_maps(d_model, self.heads, self.kv_heads, self.head_dim)
 
     def projection_flops(self, d_model: int) -> int:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
@@ -130,6 +124,17 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, window: int | None, ro
     if rope is not None:
         rope.check(head_dim, f"{field}.head_dim")
     require(window is None or window > 0, f"{field}.window", window, "must be above 0")
+
+
+def projection_maps(d_model: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, MapSize]:
+    """`AttentionKind.linear_maps` of query, key, value and output projections."""
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    return {
+        "q": MapSize(d_model, width, d_model),
+        "k": MapSize(d_model, kv_width, d_model),
+        "v": MapSize(d_model, kv_width, d_model),
+        "o": MapSize(width, d_model, width),
+    }
 
 
 def projection_flops(d_model: int, heads: int, kv_heads: int, head_dim: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,11 +13,11 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
-from sparsezoo_jax.models.contract import Attention, AttentionKind, register_attention
+from sparsezoo_jax.models.contract import Attention, AttentionKind, MapSize, register_attention
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.records import ATTENTION_VISIBLE
 from sparsezoo_jax.models.rope import RopeConfig, apply_rope
-from sparsezoo_jax.models.width import WHOLE
+from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.attention import flash_attention
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
@@ -87,6 +88,19 @@ class MLAConfig(AttentionKind):
         """
         return 2 * self.heads * (self.qk_head_dim + self.v_head_dim) * keys
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """Those from the stream to queries (or their latent, and from that on to queries: "q_up") and to the latent of
+        keys and values ("k"), and that back to the stream.
+
+        That from the latent to keys and values is not among them: decoding moves it onto queries and results.
+        """
+        wide, mixed = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        latent, joint = self.q_lora_rank, self.kv_lora_rank + self.qk_rope_head_dim
+        queries = {"q": MapSize(d_model, wide if latent is None else latent, d_model)}
+        if latent is not None:
+            queries["q_up"] = MapSize(latent, wide, latent)
+        return {**queries, "k": MapSize(d_model, joint, d_model), "o": MapSize(mixed, d_model, mixed)}
+
     def projection_weights(self, d_model: int) -> int:
         """Weights of the five maps (four without a query latent); every token needs all."""
         wide = self.heads * self.qk_head_dim
@@ -129,7 +143,7 @@ class MLA(Attention):
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
         config, visible = self.config, ctx.visible[self.layer_type]
         nope, scale = config.qk_nope_head_dim, config.qk_head_dim**-0.5
-        q_BTNH, joint_BTC = self.down_projected(x_BTD)
+        q_BTNH, joint_BTC = self.down_projected(x_BTD, ctx.width)
         q_BTNH = constrain(q_BTNH, ("batch", "length", "heads", "head_dim"))
         latent_BTC = self.kv_a_norm(joint_BTC[..., : config.kv_lora_rank])
         q_nope, q_rope = q_BTNH[..., :nope], self._rotated(q_BTNH[..., nope:], ctx)
@@ -149,19 +163,30 @@ class MLA(Attention):
             cache = cache.updated(latent_BTC[..., None, :], k_rope_BS1P, ctx.cache_end)
             q_BTNC = jnp.concatenate([self.to_latent(q_nope), q_rope], axis=-1)
             y_BTNH = self.from_latent(self.mixed_latents(q_BTNC, cache, visible, scale))
-        y_BTD = self.output(y_BTNH)
+        y_BTD = self.output(y_BTNH, ctx.width)
         records = ctx.recorded({ATTENTION_VISIBLE: lambda: visible.mask})
         aux = LayerAux(stats={"attended_keys": ctx.keys_seen[self.layer_type]}, records=records)
         return y_BTD, aux, cache
 
-    def down_projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def matrices(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Paths of the maps' matrices."""
+        queries = {"q": "q_DNH"} if self.config.q_lora_rank is None else {"q": "q_a_DR", "q_up": "q_b_RNH"}
+        return {**queries, "k": "kv_a_DC", "o": "o_NHD"}
+
+    def down_projected(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, N, H], not rotated yet, and the latent before its norm with the rotated part [B, T, C + P]."""
-        joint_BTC = from_stream(x_BTD, self.kv_a_DC[...].astype(self.dtype))
+
+        def mapped(name: str, x: jax.Array, weight: nnx.Param, product: Callable[..., jax.Array]) -> jax.Array:
+            matrix = weight[...].astype(self.dtype)
+            return stream.added(name, product(stream.channels(name, x, lambda: matrix), matrix))
+
+        joint_BTC = mapped("k", x_BTD, self.kv_a_DC, from_stream)
         if self.q_a_DR is None or self.q_a_norm is None or self.q_b_RNH is None:
             assert self.q_DNH is not None
-            return self._per_head(x_BTD, self.q_DNH[...].astype(self.dtype)), joint_BTC
-        q_BTR = self.q_a_norm(from_stream(x_BTD, self.q_a_DR[...].astype(self.dtype)))
-        return self._per_head(q_BTR, self.q_b_RNH[...].astype(self.dtype)), joint_BTC
+            return mapped("q", x_BTD, self.q_DNH, self._per_head), joint_BTC
+        q_BTR = self.q_a_norm(mapped("q", x_BTD, self.q_a_DR, from_stream))
+        return mapped("q_up", q_BTR, self.q_b_RNH, self._per_head), joint_BTC
 
     def kv_up_weight(self) -> jax.Array:
         """The map from the latent to all heads' keys and values, [C, N, H] in the activations' dtype."""
@@ -185,9 +210,10 @@ class MLA(Attention):
         """The mixed latents [B, T, N, C] of queries of latent and rotated key."""
         return self.attend(q_BTNC, jnp.concatenate(cache, axis=-1), cache[0], visible, scale)
 
-    def output(self, y_BTNH: jax.Array) -> jax.Array:
+    def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return WHOLE.write(y_BTNH, self.o_NHD[...].astype(self.dtype))
+        o_NHD = self.o_NHD[...].astype(self.dtype)
+        return stream.added("o", stream.write(stream.channels("o", y_BTNH, lambda: o_NHD), o_NHD))
 
     def _per_head(self, x_BTC: jax.Array, weight_CNH: jax.Array) -> jax.Array:
         latent, heads, width = weight_CNH.shape

@@ -23,7 +23,7 @@ ATTENTION_VISIBLE = "attention_visible"
 SUBLAYER_INPUT = "sublayer_input"
 
 #: Names of the maps that `Width.channels` may be called with.
-MAPS = ("q", "k", "v", "o", "gate", "up", "neurons", "down")
+MAPS = ("q", "q_up", "k", "v", "o", "gate", "up", "neurons", "down")
 
 
 def input_of(name: str) -> str:

@@ -6,6 +6,7 @@ The predictor is part of the function, not an approximation of one: nothing else
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -15,16 +16,26 @@ from pydantic.dataclasses import dataclass
 
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.attention import (
+    GQA,
     GQAConfig,
     NormOver,
     Projections,
     check_heads,
     projection_flops,
+    projection_maps,
     projection_weights,
 )
 from sparsezoo_jax.models.cache import LayerCache
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
-from sparsezoo_jax.models.contract import FFN, Attention, AttentionKind, FFNKind, register_attention, register_ffn
+from sparsezoo_jax.models.contract import (
+    FFN,
+    Attention,
+    AttentionKind,
+    FFNKind,
+    MapSize,
+    register_attention,
+    register_ffn,
+)
 from sparsezoo_jax.models.ffn import GatedFFNConfig, density, or_target
 from sparsezoo_jax.models.records import (
     ATTENTION_SCORES,
@@ -202,6 +213,10 @@ class SparkAttentionConfig(AttentionKind):
         )
         require(self.ddof in (0, 1), f"{field}.ddof", self.ddof, "must be 0 or 1")
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The four projections."""
+        return projection_maps(d_model, self.heads, self.kv_heads, self.head_dim)
+
     def projection_flops(self, d_model: int) -> int:
         """FLOPs per token of the four projections (a multiply-add counts 2)."""
         return projection_flops(d_model, self.heads, self.kv_heads, self.head_dim)
@@ -273,6 +288,8 @@ def apply_split_rope(
 class SparkAttention(Attention):
     """Attention over about `top_k` selected keys; see `SparkAttentionConfig`."""
 
+    matrices: ClassVar[Mapping[str, str]] = GQA.matrices
+
     def __init__(self, config: SparkAttentionConfig, ctx: BuildContext, rngs: nnx.Rngs):
         super().__init__(config, ctx)
         self.projections = Projections(config, ctx, rngs)
@@ -281,7 +298,7 @@ class SparkAttention(Attention):
         self, x_BTD: jax.Array, ctx: CallContext, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerAux, LayerCache | None]:
         config = self.config
-        q, k, v = self.projections.qkv(x_BTD)
+        q, k, v = self.projections.qkv(x_BTD, ctx.width)
         if config.rope is not None:
             rope = (config.r, *config.rope.of(self.layer_type))
             q = apply_split_rope(q, ctx.positions_BT, *rope)
@@ -292,7 +309,7 @@ class SparkAttention(Attention):
         y, attended_BTN = self.attend(q, keys_values, visible)
         attended = ctx.mean_over_tokens(jnp.mean(attended_BTN, axis=-1))
         aux = LayerAux(stats={"attended_keys": attended}, records=self._records(q, keys_values, visible, ctx))
-        return self.projections.output(y), aux, cache
+        return self.projections.output(y, ctx.width), aux, cache
 
     @property
     def form(self) -> dict[str, Any]:

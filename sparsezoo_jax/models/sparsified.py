@@ -49,7 +49,8 @@ class ActivationSparsity:
     """Which channels the maps of a layer read: score, then gate, then the product with what is left."""
 
     maps: tuple[str, ...] = Field(min_length=1)
-    """Maps that leave channels out: q, k, v, o, gate, up, down, or neurons (both up and down, by the gate's output)."""
+    """Maps that leave channels out: q, q_up (from a latent of queries), k, v, o, gate, up, down, or neurons (both up
+    and down, by the gate's output)."""
     target: float
     """Share of channels that is to be left out; accounting counts with it."""
     gate: Literal["threshold", "top_k"] = "threshold"

@@ -22,7 +22,7 @@ from sparsezoo_jax.models.sparsified import (
 from sparsezoo_jax.sparsification.methods import without_absent
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
-_ATTENTION = ("q", "k", "v", "o")
+_ATTENTION = ("q", "q_up", "k", "v", "o")
 _LAYER = re.compile(r"/(attention|ffn)/")
 
 

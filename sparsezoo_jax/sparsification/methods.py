@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from sparsezoo_jax.models.sparsified import NEURONS, ActivationSparsity
 
 Quantile = Literal["magnitude", "symmetric", "grid"]
-LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEAR_MAPS = ("q", "q_up", "k", "v", "o", "gate", "up", "down")
 
 
 class Method(NamedTuple):
