@@ -51,7 +51,8 @@ def shapes_of_predictors(config: LeMoConfig, model: DecoderConfig) -> dict[str, 
 
     def network(outputs: int) -> Network:
         shapes = ((model.d_model, inner), (inner, outer), (outer, outputs))
-        return Network(*(jax.ShapeDtypeStruct((model.layers, *shape), jnp.float32) for shape in shapes))
+        made: Any = (jax.ShapeDtypeStruct((model.layers, *shape), jnp.float32) for shape in shapes)
+        return Network(*made)
 
     return {"attention": {"query": network(rank), "key": network(rank)}, "ffn": network(1)}
 
