@@ -278,5 +278,5 @@ def test_a_run(small_corpus, tmp_path, monkeypatch, capsys):
     assert out.count("  as logged") == 1  # the log has a row every ten steps and at the end
 
     (run / "lemo.npz").unlink()
-    assert call(train, args, monkeypatch) == 2
+    assert call(train, args, monkeypatch) == 1
     assert "lemo.npz: can't be read" in capsys.readouterr().err
