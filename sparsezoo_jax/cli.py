@@ -300,7 +300,8 @@ def print_layers(figures: Mapping[str, Any]) -> None:
     kinds = (("ffn_density", "active neurons", ".2%"), ("attended_keys", "attended keys", ".1f"))
     if not all(figures.get(name) for name, _, _ in kinds):
         return
-    routed = (("routed_density", "active routed experts", ".2%"), ("width_density", "active width", ".2%"))
+    routed = (("mixing_density", "active in mixing", ".2%"), ("routed_density", "active routed experts", ".2%"))
+    routed += (("width_density", "active width", ".2%"),)
     kinds += tuple(kind for kind in routed if figures.get(kind[0]))
     columns = []
     for name, _, form in kinds:

@@ -49,6 +49,8 @@ class RunConfig:
     """Modules that register kinds of yours (docs/kinds.md); they are imported before anything else is read."""
 
     def __post_init__(self):
+        if self.model.images.patch is not None:
+            self._check_images()
         require(
             self.data.seq_len <= self.model.max_seq_len,
             "data.seq_len",
@@ -59,7 +61,8 @@ class RunConfig:
         require(
             modules < self.data.seq_len, "model.mtp_layers", modules, f"must be below data.seq_len={self.data.seq_len}"
         )
-        trains_tokenizer = bool(self.data.names) and self.data.tokenizer_name is None
+        reads_text = self.model.images.patch is None
+        trains_tokenizer = reads_text and bool(self.data.names) and self.data.tokenizer_name is None
         require(
             not trains_tokenizer or self.data.bpe_vocab_size <= self.model.vocab_size,
             "data.bpe_vocab_size",
@@ -85,6 +88,27 @@ class RunConfig:
             prepared=self.data.mode == "prepared",
             adapts=self.train.lora.active,
         )
+
+    def _check_images(self) -> None:
+        patches, data = self.model.images.patches, self.data
+        allowed = f"must be {patches}: the patches of an image are its tokens"
+        require(data.seq_len == patches, "data.seq_len", data.seq_len, allowed)
+        for name, value in (
+            ("data.mixture", data.mixture),
+            ("data.tokenizer", data.tokenizer),
+            ("data.validation_dataset", data.validation_dataset),
+            ("train.loss_chunk", self.train.loss_chunk),
+        ):
+            require(value is None, name, value, "must be none for a model of images")
+        require(data.mode == "prepared", "data.mode", data.mode, "must be prepared for a model of images")
+        context = self.mesh.context
+        require(context == 1, "mesh.context", context, "must be 1 for a model of images: all patches see each other")
+
+
+def require_text(config: RunConfig, directory: Path) -> None:
+    """Raise `UserError` for a run whose model reads images."""
+    if config.model.images.patch is not None:
+        raise UserError(f"{directory}: a model of images, which reads and writes no text")
 
 
 #: Fields that may change when a run goes on: they alter neither the parameters' path nor the data's order.

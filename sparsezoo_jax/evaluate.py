@@ -34,6 +34,7 @@ from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
+    from sparsezoo_jax.config import RunConfig
     from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity
     from sparsezoo_jax.run_dir import Loaded
 
@@ -192,6 +193,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     require(merges is None or merges > 0, "--merge-last", command.merge_last, "must be above 0")
     check_cett(command)
     model, config, tokenizer = command.load()
+    if config.model.images.patch is not None:
+        return evaluate_images(command, model, config)
     if tokenizer is None:
         raise UserError(f"{command.directory}: has no tokenizer, so no text can be read")
     prepared = data.prepare(command.corpus(config.data), command.split, tokenizer)
@@ -233,6 +236,44 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
     costs = cost_table(config.model, command.contexts, meters.sparsity(config.model))
+    counts = parameter_counts(config.model, meters.sparsity(config.model))
+    return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs), "parameters": counts}
+
+
+def evaluate_images(command: Evaluate, model: Any, config: RunConfig) -> dict[str, Any]:
+    """As `evaluate`, of a model of images: of a classifier also "accuracy" and "ece"; "unit" says what the loss is of.
+
+    Raises:
+      UserError: flags that are for models of words, or an image set that can't be used.
+    """
+    from sparsezoo_jax import training_inputs
+    from sparsezoo_jax.data.images.batches import images_once
+    from sparsezoo_jax.evaluation import as_rows, calibrate, contexts, cost_table, measure
+
+    allowed = f"can't be given for {command.directory}, a model of images"
+    require(not command.chosen, "--weights, --predictor, --head", command.formats, allowed)
+    require(command.cett is None, "--cett", command.cett, allowed)
+    images = config.model.images
+    require(not (command.calibration and images.reconstructs), "--calibration", True, "needs a model of classes")
+    config = dataclasses.replace(config, data=command.corpus(config.data))
+    read = training_inputs.evaluation_images(config, command.split)
+    batch_size = command.batch_size or config.data.batch_size
+
+    def shown(most: int | None = command.batches) -> Any:
+        return images_once(read, batch_size, most)
+
+    result, further = training_inputs.evaluate_images(model, config, shown)
+    if not math.isfinite(result.loss):
+        raise NumericsError(f"{command.directory}: the loss is {result.loss}: a run that diverged")
+    averages = {name: value for name, value in result.as_dict().items() if name not in ("perplexity", "tokens")}
+    unit = "hidden patch" if images.reconstructs else "image"
+    figures = {"split": command.split, **averages, "count": result.tokens, "unit": unit, **further}
+    if command.calibration:
+        figures["calibration"] = calibrate(model, shown()).as_dict()
+    if not command.meters:
+        return figures
+    meters = measure(model, config.model, shown(command.meter_batches))
+    costs = cost_table(config.model, contexts(config.model), meters.sparsity(config.model))
     counts = parameter_counts(config.model, meters.sparsity(config.model))
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs), "parameters": counts}
 

@@ -12,19 +12,23 @@ from sparsezoo_jax import cli
 
 def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     """Print the loss, and with meters the sparsity, the experts, the parameters and the cost of a token."""
-    rows = [
-        ("loss", f"{figures['loss']:.4f} nats/token"),
-        ("perplexity", f"{figures['perplexity']:.2f}"),
-        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
-        ("tokens", f"{figures['tokens']:,}"),
-        *cli.corpus_rows(figures),
-    ]
+    if "unit" in figures:
+        rows = _rows_of_images(figures)
+    else:
+        rows = [
+            ("loss", f"{figures['loss']:.4f} nats/token"),
+            ("perplexity", f"{figures['perplexity']:.2f}"),
+            ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
+            ("tokens", f"{figures['tokens']:,}"),
+            *cli.corpus_rows(figures),
+        ]
     if "packed" in figures:
         stored = figures["packed"]
         rows.append((f"loss, {stored['formats']}", f"{stored['loss']:.4f} nats/token ({stored['change']:+.4f})"))
     if "calibration" in figures:
         found = figures["calibration"]
-        rows.append(("accuracy", f"{found['accuracy']:.2%}"))
+        if "accuracy" not in figures:
+            rows.append(("accuracy", f"{found['accuracy']:.2%}"))
         rows.append(("mean confidence", f"{found['confidence']:.2%}"))
         rows.append((f"calibration error, {len(found['bins'])} bins", f"{found['ece']:.4f}"))
     cli.print_table(f"{directory}, {figures['split']} split", ("figure", "value"), rows)
@@ -44,6 +48,15 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     print_flow(figures["meters"]["layers"])
     print_parameters(figures["parameters"])
     print_costs(figures["costs"])
+
+
+def _rows_of_images(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Loss of a model of images, and of a classifier accuracy and calibration error."""
+    unit = figures["unit"]
+    rows = [("loss", f"{figures['loss']:.4f} {'nats/image' if unit == 'image' else 'a hidden patch'}")]
+    if "accuracy" in figures:
+        rows += [("accuracy", f"{figures['accuracy']:.2%}"), ("calibration error", f"{figures['ece']:.4f}")]
+    return [*rows, ("images" if unit == "image" else "hidden patches", f"{figures['count']:,}")]
 
 
 def print_sparsified(figures: dict[str, Any]) -> None:

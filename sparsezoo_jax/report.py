@@ -5,11 +5,12 @@ Writes one HTML file with plots and tables: the course of training, and the mete
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -89,24 +90,32 @@ def figures(directory: Path, name: str, command: Report) -> RunFigures:
     """
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.config import flatten
+    from sparsezoo_jax.data.images.batches import images_once
+    from sparsezoo_jax.evaluation import contexts
     from sparsezoo_jax.evaluation.cett import course, parse_share
     from sparsezoo_jax.evaluation.report import run_figures
     from sparsezoo_jax.training.parameters import saved_steps
+    from sparsezoo_jax.training_inputs import evaluation_images
 
     model, config, tokenizer = run_dir.load(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory}: has no tokenizer, so no text can be read")
-    prepared = data.prepare(command.corpus(config.data), "validation", tokenizer)
-
-    def shown() -> Any:
-        return data.evaluation_batches(prepared, config.data.batch_size, command.batches)
+    config = dataclasses.replace(config, data=command.corpus(config.data))
+    lengths = command.contexts
+    if config.model.images.patch is not None:
+        require(command.cett is None, "--cett", command.cett, f"can't be given for {directory}, a model of images")
+        images, lengths = evaluation_images(config, "validation"), contexts(config.model)
+        shown = partial(images_once, images, config.data.batch_size, command.batches)
+    else:
+        if tokenizer is None:
+            raise UserError(f"{directory}: has no tokenizer, so no text can be read")
+        prepared = data.prepare(config.data, "validation", tokenizer)
+        shown = partial(data.evaluation_batches, prepared, config.data.batch_size, command.batches)
 
     found = None
     if command.cett is not None:
         steps = saved_steps(directory / run_dir.CHECKPOINTS)
         checkpoints = {step: partial(_model, directory, step) for step in steps}
         found = course(checkpoints, shown, parse_share(command.cett))
-    return run_figures(directory, name, flatten(config), config.model, model, shown(), command.contexts, found)
+    return run_figures(directory, name, flatten(config), config.model, model, shown(), lengths, found)
 
 
 def _model(directory: Path, step: int) -> Decoder:

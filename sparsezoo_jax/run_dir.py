@@ -28,7 +28,7 @@ from sparsezoo_jax.config import flatten as flatten_config
 from sparsezoo_jax.data import Tokenizer, find_tokenizer
 from sparsezoo_jax.errors import ConfigError, SparsezooWarning, StorageError, UserError, require
 from sparsezoo_jax.evaluation.sparsified import RECORD
-from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models import Decoder, DecoderConfig, build_model
 from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.sharding import named_sharding
 from sparsezoo_jax.storage import write_atomic
@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
     """What `load` returns: unpacks as `model, config, tokenizer`."""
 
     model: Decoder
+    """Of a run on images an `Encoder`, which is called alike."""
     config: RunConfig
     tokenizer: Tokenizer | None
 
@@ -96,7 +97,7 @@ def load(
     if tokenizer is not None:
         allowed = f"must be at least the tokenizer's {tokenizer.vocab_size}"
         require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, allowed)
-    template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
+    template = ModelTemplate(lambda rngs: build_model(config.model, rngs))
     if merge_last is not None and merge_last > 1 and step is not None:
         raise UserError(f"step={step} and merge_last={merge_last}: give one of both")
     sharding_of = None if mesh is None or mesh.size == 1 else _sharding_of(template, mesh)
@@ -220,7 +221,7 @@ def _check_new_adapters(source: DecoderConfig, config: RunConfig, directory: Pat
     lora, width = config.train.lora, config.model.adapter.width
     if not lora.active or width is None or source.adapter.width is not None:
         return
-    template = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs))
+    template = ModelTemplate(lambda rngs: build_model(config.model, rngs))
     left = template.parameters.keys() - Adapters(lora, template.parameters).parameters.keys()
     trains = not any("_adapter/" in path for path in left)
     require(
@@ -255,7 +256,7 @@ def stored_parameters(
     if not config.train.lora.active and not _merged_steps(directory, config):
         yield from read_params(directory / CHECKPOINTS, state=state)
         return
-    params, others = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(load(directory).model)
+    params, others = ModelTemplate(lambda rngs: build_model(config.model, rngs)).split(load(directory).model)
     for path, array in flatten(params).items():
         yield path, np.asarray(array)
     for path, array in flatten(others).items():
@@ -334,7 +335,7 @@ def merge_adapters(directory: Path, destination: Path, base: Path | None = None)
         raise UserError(f"{destination}: is not empty; name another directory")
     model, config, tokenizer = load(directory, base=base)
     require(config.train.lora.active, "DIR", directory, "holds no adapters to merge")
-    params, model_state = ModelTemplate(lambda rngs: Decoder(config.model, rngs=rngs)).split(model)
+    params, model_state = ModelTemplate(lambda rngs: build_model(config.model, rngs)).split(model)
     step = saved_steps(directory / CHECKPOINTS)[-1]
     save_params(destination / CHECKPOINTS, flatten(params), step=step, model_state=flatten(model_state))
     if tokenizer is not None:

@@ -437,7 +437,10 @@ def addressable_rows(sharding: Sharding, shape: Sequence[int]) -> range:
 def device_put(
     batch: Mapping[str, np.ndarray], sharding: Sharding, shape: Sequence[int], first_row: int = 0
 ) -> dict[str, Any]:
-    """Global arrays of this shape on the devices, made from the rows of them, `first_row` on, that this process has."""
+    """Global arrays of this shape on the devices, made from the rows of them, `first_row` on, that this process has.
+
+    Arrays of more dimensions have the shape in their front.
+    """
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
 
@@ -447,7 +450,9 @@ def device_put(
 
     shape = tuple(shape)
     return {
-        name: jax.make_array_from_callback(shape, sharding, lambda index, x=x: rows(x, index))
+        name: jax.make_array_from_callback(
+            (*shape, *x.shape[len(shape) :]), sharding, lambda index, x=x: rows(x, index)
+        )
         for name, x in batch.items()
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsezoo_jax import data, run_dir
-from sparsezoo_jax.config import RunConfig
+from sparsezoo_jax.config import RunConfig, read_config, require_text
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.inference import Engine, Formats, Generation, Sampling, packed
 
@@ -58,6 +58,7 @@ class TextModel:
           UserError: as `run_dir.load`; a run without a tokenizer.
           StorageError: files that can't be read.
         """
+        require_text(read_config(directory / run_dir.CONFIG), directory)
         model, config, tokenizer = run_dir.load(directory, step=step, base=base, mesh=mesh)
         if tokenizer is None:
             raise UserError(f"{directory}: has no tokenizer, so no text can be read")

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,6 @@ from sparsezoo_jax.sharding import (
     use_mesh,
 )
 from sparsezoo_jax.storage import write_atomic
-from sparsezoo_jax.training_tables import print_figures, print_mixture, print_sample, show_text
 
 if TYPE_CHECKING:
     from sparsezoo_jax.training.writers import MetricWriter
@@ -149,10 +148,10 @@ def train(
     """
     import jax
 
-    from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.evaluation import corpora, evaluate_corpora, measure
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.evaluation import contexts, measure
     from sparsezoo_jax.evaluation.report import run_figures, write_report
-    from sparsezoo_jax.models import Decoder, train_flops_per_token
+    from sparsezoo_jax.models import build_model, train_flops_per_token
     from sparsezoo_jax.training import lemo
     from sparsezoo_jax.training.interrupts import Requests
     from sparsezoo_jax.training.lemo_fitting import fitted_for_run
@@ -162,6 +161,7 @@ def train(
     from sparsezoo_jax.training.phases import Phases, Watchdog
     from sparsezoo_jax.training.state import first_device
     from sparsezoo_jax.training.usual_writers import check_writers
+    from sparsezoo_jax.training_inputs import open_inputs
 
     started = time.monotonic() if started is None else started
     check_writers(config.train.writers)
@@ -170,7 +170,7 @@ def train(
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
-    check_division(Decoder, config, mesh)
+    check_division(build_model, config, mesh)
     place = named_sharding(mesh) if mesh.size > 1 else None
     batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
     rows = addressable_rows(batch_sharding, batch_shape)
@@ -186,75 +186,42 @@ def train(
     has_steps = resumes and bool(saved_steps(workdir / run_dir.CHECKPOINTS))
     adapts = config.train.lora.active
     warm_start = None if has_steps and not adapts else run_dir.open_source(config, workdir if has_steps else None)
-    tokenizer = data.find_tokenizer(workdir) if resumes else None
-    template_of = None
-    if tokenizer is None and config.train.init_from is not None and config.data.tokenizer is None:
-        template_of = config.train.init_from
-        tokenizer = data.find_tokenizer(template_of)  # what embeddings mean is the other run's
-    if tokenizer is None:
-        tokenizer = data.open_tokenizer(config.data)
-    require(
-        tokenizer.vocab_size <= config.model.vocab_size,
-        "model.vocab_size",
-        config.model.vocab_size,
-        f"must be at least the tokenizer's {tokenizer.vocab_size}",
-    )
-    # First of all, for a run whose corpus changed is refused here, before anything is prepared.
     trained_on = saved_position(workdir).get("fingerprint") if has_steps else None
-    prepared, batches = training_batches(config, tokenizer, rows, trained_on)
-    if config.data.mixture is not None and is_main:
-        print_mixture(config, prepared)
-    validation = data.prepare(config.data, "validation", tokenizer)
+    inputs = open_inputs(config, workdir, rows, resumes=resumes, trained_on=trained_on)
     fitted = None
     if config.train.lemo.fits:
         assert warm_start is not None
-        assert prepared is not None
         with use_mesh(mesh):
             fitted = fitted_for_run(
                 config.train.lemo,
                 config.model,
                 workdir,
-                lambda count: data.evaluation_batches(prepared, config.data.batch_size, count),
+                inputs.training_sample,
                 warm_start,
                 place or first_device,
                 seed=config.train.seed,
                 has_steps=has_steps,
             )
 
-    def evaluate(model, max_batches: int | None, between: Callable[[], None]):
-        def shown(split: data.PreparedSplit) -> Iterator[data.Batch]:
-            for batch in data.evaluation_batches(split, config.data.batch_size, max_batches):
-                yield batch
-                between()
-
-        return evaluate_corpora(
-            model,
-            validation,
-            shown,
-            loss_chunk=config.train.loss_chunk,
-            to_device=lambda batch: device_put(batch, batch_sharding, batch_shape),
+    def evaluate(model: Any, max_batches: int | None, between: Callable[[], None]):
+        return inputs.evaluate(
+            model, max_batches, between, lambda batch: device_put(batch, batch_sharding, batch_shape)
         )
 
     def evaluate_in_training(model: Any, between: Callable[[], None]) -> dict[str, Any]:
-        found, each = evaluate(model, config.eval.batches, between)
-        figures = {**found.as_arrays(), **corpora.by_name(each)}
+        found, further = evaluate(model, config.eval.batches, between)
+        figures = {**found.as_arrays(), **further}
         if config.eval.meter_batches == 0:
             return figures
-        shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.meter_batches)
-        return {**figures, **measure(model, config.model, shown).dead()}
+        return {**figures, **measure(model, config.model, inputs.shown(config.eval.meter_batches)).dead()}
 
     def write_run_files() -> None:
         if not resumes:  # another process may have begun a run meanwhile
             run_dir.open_for_training(workdir, config, fresh=fresh)
         run_dir.write_config(workdir, config)
-        try:
-            tokenizer.save(workdir)
-            if template_of is not None:
-                data.copy_template(template_of, workdir)
-            if fitted is not None and not (workdir / lemo.FILE).exists():
-                fitted.save(workdir / lemo.FILE)
-        except OSError as error:
-            raise StorageError(f"{workdir}: the tokenizer can't be saved: {error.strerror}") from None
+        inputs.save(workdir)
+        if fitted is not None and not (workdir / lemo.FILE).exists():
+            fitted.save(workdir / lemo.FILE)
 
     # --------------------------------------------------------------------------------------------------------- Train
     counted = train_flops_per_token(config.model, config.data.seq_len)
@@ -265,8 +232,8 @@ def train(
         try:
             result = fit(
                 config.train,
-                build=lambda rngs: Decoder(config.model, rngs=rngs),
-                data=batches,
+                build=lambda rngs: build_model(config.model, rngs),
+                data=inputs.batches,
                 batch_shape=batch_shape,
                 workdir=workdir,
                 evaluate=evaluate_in_training,
@@ -278,11 +245,11 @@ def train(
                 histograms=parameter_histograms if shows else None,
                 phases=phases,
                 flops_per_token={"mfu_dense": counted.dense, "mfu_sparse": counted.sparse},
-                tokens_by_corpus=batches.tokens_by_corpus if config.data.mixture is not None else None,
+                tokens_by_corpus=inputs.tokens_by_corpus,
                 fitted=fitted,
             )
         finally:
-            batches.close()
+            inputs.batches.close()
         if not result.finished:
             return {}
         # Without an evaluation before it, this one is mostly compilation until its first batch is done.
@@ -294,7 +261,7 @@ def train(
                     raise EvaluationInterrupted
 
             try:
-                final, each = evaluate(result.model, config.eval.final_batches, between_batches)
+                final, further = evaluate(result.model, config.eval.final_batches, between_batches)
             except EvaluationInterrupted:
                 if is_main:
                     print(f"stopped in the final evaluation; the same command on {workdir} repeats it", file=sys.stderr)
@@ -309,28 +276,16 @@ def train(
         "seconds_to_first_step": round(result.time_to_first_step + setup_seconds, 1),
         "train_tokens_per_second": round(result.tokens_per_second, 1),
     }
-    if each:
-        figures["corpora"] = corpora.as_figures(validation, each)
-    size = tokenizer.vocab_size
-    figures["bigram_entropy"] = data.weighted(validation, lambda split: data.bigram_entropy(split, size).entropy)
-    if prepared is not None:
-        pairs = zip(data.components_of(prepared), data.components_of(validation), strict=True)
-        entropies = ((held.weight, data.unigram_entropy(read.split, held.split, size)) for read, held in pairs)
-        figures["unigram_entropy"] = sum(weight * found.entropy for weight, found in entropies)
+    figures |= inputs.final_figures(further)
     if is_main:
         _write_json(workdir / "evaluation.json", figures)
-        print_figures(figures, workdir)
+        inputs.show(figures, workdir)
     if jax.process_count() > 1:
-        if is_main:
-            commands = [f"generate {workdir} --prompt ...", f"report {workdir}"]
-            print("\nFor a sample and the report: python -m sparsezoo_jax." + " and ".join(commands))
         return figures
-    sample = print_sample(result.model, tokenizer, data.stop_ids(workdir, tokenizer))
-    if sample is not None and "tensorboard" in config.train.writers:
-        show_text(workdir, result.step, "sample", sample)
+    inputs.show_sample(result.model, result.step, workdir)
     if config.eval.report:
-        shown = data.evaluation_batches(validation, config.data.batch_size, config.eval.batches)
-        run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown)
+        shown, lengths = inputs.shown(config.eval.batches), contexts(config.model)
+        run = run_figures(workdir, workdir.name, flatten(config), config.model, result.model, shown, lengths)
         write_report(workdir / "report.html", [run])
         print(f"\nReport: {workdir / 'report.html'}")
     return figures
@@ -343,11 +298,13 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
       UserError: no such steps, or a directory without a run of this configuration.
       StorageError: reading or writing failed.
     """
-    from sparsezoo_jax import data, run_dir
-    from sparsezoo_jax.models import Decoder
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.data import find_tokenizer
+    from sparsezoo_jax.models import build_model
     from sparsezoo_jax.training import replay as replaying
     from sparsezoo_jax.training.checkpoint_format import DamagedCheckpointError
     from sparsezoo_jax.training.state import first_device
+    from sparsezoo_jax.training_inputs import open_inputs
 
     steps = replaying.parse_window(window)
     config = run_dir.with_layer_ranks(run_dir.with_absolute_base(restorable(config)), workdir)
@@ -355,13 +312,13 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
     check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
-    check_division(Decoder, config, mesh)
+    check_division(build_model, config, mesh)
     place = named_sharding(mesh) if mesh.size > 1 else first_device
     batch_sharding = named_sharding(mesh)(("batch", "length"), batch_shape)
-    tokenizer = data.find_tokenizer(workdir)
-    require(tokenizer is not None, "--workdir", workdir, "has no tokenizer")
+    has_text = config.model.images.patch is None
+    require(not has_text or find_tokenizer(workdir) is not None, "--workdir", workdir, "has no tokenizer")
     rows = addressable_rows(batch_sharding, batch_shape)
-    _, batches = training_batches(config, tokenizer, rows)
+    batches = open_inputs(config, workdir, rows, resumes=True, trained_on=None).batches
 
     def report(found: replaying.Replayed) -> None:
         verdict = {True: "as logged", False: f"NOT as logged: {found.logged}", None: "not in the log"}[found.is_same]
@@ -373,7 +330,7 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
             path = replaying.replay(
                 config.train,
                 steps,
-                build=lambda rngs: Decoder(config.model, rngs=rngs),
+                build=lambda rngs: build_model(config.model, rngs),
                 data=batches,
                 batch_shape=batch_shape,
                 workdir=workdir,
@@ -400,37 +357,11 @@ def saved_position(workdir: Path) -> dict[str, Any]:
         return {}
 
 
-def training_batches(config: RunConfig, tokenizer: Any, rows: range, trained_on: str | None = None) -> tuple[Any, Any]:
-    """The prepared training split (None when streaming), and batches: the rows of each that this process feeds.
-
-    `trained_on` is the fingerprint of the split that a run was trained on (of a mixture: those of all corpora): another
-    one is refused before it is prepared.
-
-    Raises:
-      ConfigError: all corpora of a mixture end before the run.
-    """
-    from sparsezoo_jax import data
-
-    # One of several equal parts of a batch.
-    part, parts = rows.start // len(rows), config.data.batch_size // len(rows)
-    if config.data.mode == "prepared":
-        prepared = data.prepare(config.data, "train", tokenizer, expected=trained_on)
-        batches = data.prepared_batches(
-            prepared, batch_size=config.data.batch_size, seed=config.data.seed, process_index=part, process_count=parts
-        )
-        if config.train.steps > batches.num_batches:
-            batches.close()
-            allowed = f"all corpora of data.mixture have ended after {batches.num_batches} batches, by their epochs"
-            raise ConfigError("train.steps", config.train.steps, allowed)
-        return prepared, batches
-    return None, data.streaming_batches(config.data, "train", tokenizer, process_index=part, process_count=parts)
-
-
 #: What to do about a dimension that a mesh axis does not divide.
 REMEDIES = {"vocab": "; --model.vocab-multiple pads the vocabulary"}
 
 
-def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
+def check_division(build: Any, config: RunConfig, mesh: Any) -> None:
     """Warn of matrices that a mesh axis should split but does not divide, so that each of its devices holds them whole,
     and on TPUs of those that it cuts into narrow pieces.
 
@@ -441,7 +372,7 @@ def check_division(decoder: Any, config: RunConfig, mesh: Any) -> None:
 
     if mesh.size == 1:
         return
-    parameters = ModelTemplate(lambda rngs: decoder(config.model, rngs=rngs)).parameters
+    parameters = ModelTemplate(lambda rngs: build(config.model, rngs)).parameters
     check_neurons(parameters, mesh)
     if mesh.devices.flat[0].platform == "tpu" and (narrow := narrow_columns(parameters, mesh)) is not None:
         warnings.warn(narrow, SparsezooWarning, stacklevel=2)

@@ -53,6 +53,24 @@ def print_figures(figures: dict[str, Any], workdir: Path) -> None:
     cli.print_layers(figures)
 
 
+def print_image_figures(figures: dict[str, Any], workdir: Path) -> None:
+    """Print what a run on images came to: loss, of a classifier accuracy and calibration, sparsity of each layer."""
+    classifies = "accuracy" in figures
+    rows = [
+        ("validation loss", f"{figures['loss']:.4f} {'nats/image' if classifies else 'a hidden patch'}"),
+        *([("accuracy", f"{figures['accuracy']:.2%}")] if classifies else []),
+        *([("calibration error", f"{figures['ece']:.4f}")] if classifies else []),
+        ("first step after", f"{figures['seconds_to_first_step']:.1f} s"),
+        (
+            "whole run",
+            f"{figures['seconds']:.1f} s, {figures['train_tokens_per_second']:,.0f} "
+            f"{'images' if classifies else 'hidden patches'}/s",
+        ),
+    ]
+    cli.print_table(f"{workdir}: step {figures['step']}", ("figure", "value"), rows)
+    cli.print_layers(figures)
+
+
 def print_sample(
     model: Any, tokenizer: Any, stop: Sequence[int], prompt: str = "The state of the Union is", tokens: int = 60
 ) -> str | None:

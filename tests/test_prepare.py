@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sparsezoo_jax import data, prepare, train
+from sparsezoo_jax import data, prepare, training_inputs
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.errors import ConfigError, DataError, SparsezooWarning, UserError
 
@@ -75,7 +75,7 @@ def test_training_needs_no_text(made):
     fields = {"dataset": str(out), "seq_len": 32, "batch_size": 4, "bpe_vocab_size": 300}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
     tokenizer = data.open_tokenizer(config.data)
-    prepared, batches = train.training_batches(config, tokenizer, range(0, 4))
+    prepared, batches = training_inputs.training_batches(config, tokenizer, range(0, 4))
     assert prepared.split == "train"
     batch = next(batches)
     assert batch["tokens"].shape == (4, 32)

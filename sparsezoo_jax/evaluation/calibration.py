@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,13 +105,20 @@ def _step(graphdef: nnx.GraphDef, bins: int, state: Any, batch: Mapping[str, jax
     return bin_sums(out.logits, batch["targets"], batch["mask"], bins)
 
 
-def calibrate(model: nnx.Module, batches: Iterable[Mapping[str, Any]], bins: int = BINS) -> Calibration:
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Mapping[str, Any]],
+    bins: int = BINS,
+    *,
+    to_device: Callable[[Mapping[str, Any]], Any] = dict,
+) -> Calibration:
     """Loss, accuracy and expected calibration error of next-token prediction over `batches` of a data pipeline.
 
     Args:
       model: called as `model(tokens, segment_ids=, positions=)`, returns logits.
       batches: dicts of [B, T] arrays tokens, targets, segment_ids, positions, mask, all of one shape.
       bins: of equal width.
+      to_device: puts a batch where the model's devices expect it.
 
     Raises:
       DataError: the batches hold no target token.
@@ -120,5 +127,5 @@ def calibrate(model: nnx.Module, batches: Iterable[Mapping[str, Any]], bins: int
     graphdef, state = nnx.split(model)
     total = BinSums(*(np.zeros(shape) for shape in ((), bins, bins, bins)))
     for batch in batches:
-        total = jax.tree.map(np.add, total, jax.device_get(_step(graphdef, bins, state, dict(batch))))
+        total = jax.tree.map(np.add, total, jax.device_get(_step(graphdef, bins, state, to_device(batch))))
     return Calibration.of(total)

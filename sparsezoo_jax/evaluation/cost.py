@@ -28,6 +28,11 @@ class Cost:
     """Bytes of weights and key/value cache that decoding that token reads at batch size 1."""
 
 
+def contexts(config: DecoderConfig) -> tuple[int, ...]:
+    """Context lengths at which the cost of a model is of interest: of images the patches that are seen at once."""
+    return CONTEXTS if config.images.patch is None else (config.images.visible,)
+
+
 def cost_table(
     config: DecoderConfig, contexts: Sequence[int] = CONTEXTS, measured: Sparsity | None = None
 ) -> list[Cost]:

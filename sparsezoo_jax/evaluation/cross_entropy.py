@@ -192,7 +192,8 @@ def model_loss(
 ) -> tuple[jax.Array, TokenLoss, ModelOutput]:
     """A model's objective on a batch (`objective`), the sums that it is made of, and what the model returned.
 
-    Only the objective and what the model returned have gradients.
+    Only the objective and what the model returned have gradients. A model with a method `loss_sums` of its output and
+    the batch may have a loss of its own in place of the cross-entropy: its sum over targets, and their number.
 
     Args:
       batch: arrays [B, T]: tokens, targets, segment_ids, positions (int) and mask (bool).
@@ -208,7 +209,11 @@ def model_loss(
     ahead = predicts_ahead(model)
     if chunk is None and not ahead:
         out = call_model(model, batch, **arguments)
-        sums = token_loss(out.logits, batch["targets"], batch["mask"])
+        own = model.loss_sums(out, batch) if hasattr(model, "loss_sums") else None
+        if own is None:
+            sums = token_loss(out.logits, batch["targets"], batch["mask"])
+        else:
+            sums = TokenLoss(cross_entropy_sum=own[0], z_sum=jnp.float32(0.0), count=own[1])
         return objective(sums, z_loss), jax.lax.stop_gradient(sums), out
     out: Any = call_model(model, batch, logits=False, **arguments)
     logits_of = partial(model.logits_of, tables=out.tables)

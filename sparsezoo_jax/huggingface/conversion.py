@@ -184,6 +184,8 @@ def to_hf(
     require_empty(destination)
     config = read_config(directory / CONFIG)
     model = config.model
+    if model.images.patch is not None:
+        raise UserError(f"{directory}: a model of images, for which there is no layout")
     layout, values = (write_model if released else written_for_transformers)(model, directory)
     own = layout.model_type == SPARSEZOO.model_type
     code = remote_files(model, directory) if own else {}

@@ -13,6 +13,7 @@ from sparsezoo_jax.models.accounting import (
     flops_per_token,
     train_flops_per_token,
 )
+from sparsezoo_jax.models.building import build_model
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
 from sparsezoo_jax.models.config import DecoderConfig
 from sparsezoo_jax.models.contract import (
@@ -31,6 +32,7 @@ from sparsezoo_jax.models.contract import (
     register_residual,
 )
 from sparsezoo_jax.models.decoder import Decoder, Output
+from sparsezoo_jax.models.encoder import Encoder
 
 __all__ = [
     "ATTENTION_KINDS",
@@ -44,6 +46,7 @@ __all__ = [
     "CallContext",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
     "FFNKind",
     "Head",
     "LayerAux",
@@ -54,6 +57,7 @@ __all__ = [
     "Sparsity",
     "TrainFlops",
     "activated_parameters",
+    "build_model",
     "bytes_per_token",
     "count_parameters",
     "dense_twin",

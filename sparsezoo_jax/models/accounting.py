@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsezoo_jax.models.building import build_model
 from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.decoder import Decoder
+from sparsezoo_jax.models.encoder import reconstruction_config
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,29 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
 
 
 def count_parameters(config: DecoderConfig) -> ParameterCount:
-    """Count the parameters of `config`'s decoder by its abstract form, without what pads its vocabulary."""
-    model = abstract_decoder(dataclasses.replace(config, vocab_multiple=1))
+    """Count the parameters of `config`'s model by its abstract form, without what pads its vocabulary.
+
+    Of a masked autoencoder those of both parts.
+    """
 
     def size(tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
+    idle = sum(spec.ffn.idle_parameters(config.d_model) for spec in config.layer_specs())
+    if config.images.patch is not None:
+        encoder = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+        total = size(nnx.state(encoder, nnx.Param))
+        head = None if encoder.classes is None else encoder.classes.output_DV
+        tables = (encoder.patches_PD, encoder.positions_TD, head)
+        embedding = sum(math.prod(table.shape) for table in tables if table is not None)
+        return ParameterCount(total, embedding, total - idle)
+    model = abstract_decoder(dataclasses.replace(config, vocab_multiple=1))
     per_layer = None if model.per_layer is None else model.per_layer.table_VP
     router = None if model.pre_gate is None else model.pre_gate.decoder.embedding_VD
     tables = (model.embedding_VD, model.positions_PD, model.output_DV, per_layer, router)
     embedding = sum(math.prod(table.shape) for table in tables if table is not None)
     mtp = size(nnx.state(model.mtp, nnx.Param))
     total = size(nnx.state(model, nnx.Param)) - mtp
-    idle = sum(spec.ffn.idle_parameters(config.d_model) for spec in config.layer_specs())
     return ParameterCount(total, embedding, total - idle, mtp)
 
 
@@ -95,13 +107,15 @@ def flops_per_token(
 
     Args:
       context: tokens of the sequence.
-      position: "last" is the token that sees all of them, "mean" the average over all positions.
+      position: "last" is the token that sees all of them, "mean" the average over all positions. In a model of images
+        all tokens see all of them.
       logits: count the output projection too.
       sparsity: of each layer, as measured; None is the sparsity that the configuration aims at.
 
     Source: Spark Transformer (arXiv 2506.06644), sections 2 and 3 (FLOPs per token).
     """
     total = 0.0
+    position = "last" if config.images.patch is not None else position
     for spec, active, attended in _layers(config, sparsity):
         mixing = _over_positions(partial(spec.attention.mixing_flops, target=attended), spec, context, position)
         total += _layer_flops(config, spec, mixing, active)
@@ -127,9 +141,14 @@ class TrainFlops(NamedTuple):
 
 
 def train_flops_per_token(config: DecoderConfig, length: int) -> TrainFlops:
-    """Of sequences of `length` tokens; where there is no `dense_twin`, `dense` is the same as `sparse`."""
+    """Of sequences of `length` tokens; where there is no `dense_twin`, `dense` is the same as `sparse`.
+
+    Of images for each target: an image whose class is predicted, or a hidden patch.
+    """
 
     def forward(config: DecoderConfig) -> float:
+        if config.images.patch is not None:
+            return _forward_of_image(config)
         flops = flops_per_token(config, length, logits=True)
         if config.mtp_layers:
             # A module is the last layer once more, a matrix [2 D, D] and the output projection.
@@ -141,6 +160,21 @@ def train_flops_per_token(config: DecoderConfig, length: int) -> TrainFlops:
 
     dense, sparse = (3 * forward(each) for each in (dense_twin(config) or config, config))
     return TrainFlops(dense, sparse)
+
+
+def _forward_of_image(config: DecoderConfig) -> float:
+    """FLOPs of a forward pass for each target of an image."""
+    images = config.images
+    total = images.visible * flops_per_token(config, images.visible)
+    total += 2 * (images.patches - images.visible) * images.pixels * config.d_model  # all patches are embedded
+    if not images.reconstructs:
+        return total + 2 * _head_weights(config)
+    decoder = reconstruction_config(config)
+    attention, ffn, width = decoder.attention, decoder.ffn, decoder.d_model
+    layer = attention.projection_flops(width) + attention.mixing_flops(images.patches) + ffn.flops(width)
+    total += images.patches * (decoder.layers * layer + 2 * width * images.pixels)
+    total += 2 * images.visible * config.d_model * width
+    return total / (images.patches - images.visible)
 
 
 def bytes_per_token(
@@ -257,7 +291,8 @@ def end_weights(config: DecoderConfig) -> float:
     if gate is not None:
         router = sum(_layer_weights(gate.decoder, spec, None) for spec in gate.decoder.layer_specs())
         router += gate.decoder.d_model * gate.experts
-    return config.altup.end_weights(config.d_model) + projection + router
+    patches = config.images.pixels * config.d_model
+    return config.altup.end_weights(config.d_model) + projection + router + patches
 
 
 def _router_layers(config: DecoderConfig) -> tuple[LayerSpec, ...]:

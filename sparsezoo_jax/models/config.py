@@ -13,6 +13,7 @@ from sparsezoo_jax.models.adapter import AdapterConfig
 from sparsezoo_jax.models.altup import AltUpConfig
 from sparsezoo_jax.models.common import BuildContext, DType, InitConfig, KeysOf, LayerType
 from sparsezoo_jax.models.contract import AttentionConfig, FFNConfig, FFNKind, ResidualConfig
+from sparsezoo_jax.models.images import ImagesConfig
 from sparsezoo_jax.models.norms import NormConfig
 from sparsezoo_jax.models.per_layer import PerLayerConfig
 from sparsezoo_jax.models.remat import Remat
@@ -68,6 +69,8 @@ class DecoderConfig:
     """A residual stream wider than the layers."""
     per_layer: PerLayerConfig = PerLayerConfig()
     """Embeddings that each layer adds."""
+    images: ImagesConfig = ImagesConfig()
+    """Patches of images in place of words: the model is an `Encoder` then."""
     kv_shared_layers: int = 0
     """Layers at the top that have no keys and values: each attends to those of the last layer of its type below them
     (Gemma 3n; "Reducing Transformer Key-Value Cache Size with Cross-Layer Attention", arXiv 2405.12981)."""
@@ -136,6 +139,7 @@ class DecoderConfig:
         require(not self.mtp_layers or self.ffn.pre_gate(self) is None, "model.mtp_layers", self.mtp_layers, allowed)
         for ffn in (self.ffn, *([] if below is None else [below])):
             self.residual.check(self.d_model, self.attention, ffn)
+        self.images.check(self)
         self.segments()  # a pattern of the wrong length is an error of the configuration, not of the first build
 
     def _check_keys(self) -> None:

@@ -283,6 +283,14 @@ class AttentionKind(Kind):
         return {}
 
     @property
+    def fixed_length(self) -> int | None:
+        """Tokens of every sequence, where they are mixed by their places and in both directions, which is for images.
+
+        Default: None, any number.
+        """
+        return None
+
+    @property
     @abc.abstractmethod
     def score_heads(self) -> int:
         """Heads by which tensor parallelism can split the scores."""

@@ -17,7 +17,7 @@ from sparsezoo_jax.models.config import DecoderConfig, LayerSpec
 from sparsezoo_jax.models.contract import Observed, PreGateConfig
 from sparsezoo_jax.models.elimination import Elimination
 from sparsezoo_jax.models.embedding import Tables, lookup, lookup_in_copies, project_on_copies
-from sparsezoo_jax.models.layers import STREAM, Passed, Segment
+from sparsezoo_jax.models.layers import STREAM, Passed, Segment, run_segments, update_segments
 from sparsezoo_jax.models.mtp import Ahead, MTPModule, same_document, shifted
 from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.models.routers import Routing, top_1
@@ -146,30 +146,22 @@ class Decoder(nnx.Module):
         vectors_LBTP = None if self.per_layer is None else self.per_layer(tokens_BT, x_BTD)
         passed = Passed(x_BTD if self.altup is None else self.altup.spread(x_BTD))
 
-        auxes: list[LayerAux] = []
-        caches: list[Any] = []
         # Caches and edits are told apart by layer, which the scanned form can't do.
         scan = config.scan_layers and cache is None and edit is None and keep is None
         scan = scan and (eliminate is None or eliminate.uniform)
         if scan and config.kv_shared_layers:
             passed = passed._replace(kept=self._nothing_kept(tokens_BT))
-        for i, segment in enumerate(self.segments):
-            first = len(auxes)
-            own = slice(first, first + segment.layers)
-            held = None if cache is None else cache.layers[own]
-            vectors = None if vectors_LBTP is None else vectors_LBTP[own]
-            placed = ctx.folded(i).of_layer(first)
-            passed, segment_auxes, updated = segment(passed, placed, held, vectors, scan=scan, remat=config.remat)
-            auxes.extend(segment_auxes)
-            caches.extend(updated)
-
+        held = None if cache is None else cache.layers
+        passed, auxes, caches = run_segments(
+            self.segments, passed, ctx, held, vectors_LBTP, scan=scan, remat=config.remat
+        )
         x_BTD = passed.x if self.altup is None else self.altup.join(passed.x)
         hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
         ahead, extra, head_auxes = (), [], [head_aux]
         if tables is not None and not self.deterministic:
             ahead, tables, extra, further = self._predict_ahead(tokens_BT, hidden_BTD, ctx, tables)
             head_auxes += further
-        losses, stats = _collect(auxes, [*extra, *head_auxes])
+        losses, stats = collected(auxes, [*extra, *head_auxes])
         if cache is not None:
             assert ctx.cache_end is not None
             cache = cache.advanced(ctx.positions_BT, ctx.valid_BT)
@@ -182,7 +174,7 @@ class Decoder(nnx.Module):
         )
         observed = (*(aux.observed for aux in auxes), *modules, *([head_aux.observed] if head_aux.observed else []))
         unused = None if logits else tables
-        return Output(made, hidden_BTD, losses, stats, cache, _records(auxes), observed, unused, ahead)
+        return Output(made, hidden_BTD, losses, stats, cache, records_of(auxes), observed, unused, ahead)
 
     def _nothing_kept(self, tokens_BT: jax.Array) -> dict[LayerType, LayerCache]:
         """What a scan begins with in place of the keys and values that its layers keep."""
@@ -239,10 +231,7 @@ class Decoder(nnx.Module):
             something have a method `after_step` that gets theirs, stacked as their variables are.
           key: of the random numbers of this step's updates.
         """
-        rest = list(observed)
-        for i, segment in enumerate(self.segments):
-            own, rest = rest[: segment.layers], rest[segment.layers :]
-            segment.after_step(own, jax.random.fold_in(key, i))
+        rest = update_segments(self.segments, list(observed), key)
         for depth, module in enumerate(self.mtp, 1):
             module.after_step(rest.pop(0), jax.random.fold_in(key, len(self.segments) + depth))
         if rest:
@@ -377,7 +366,7 @@ def _limit(config: DecoderConfig) -> str:
     return f"must be at most model.max_seq_len={config.max_seq_len}"
 
 
-def _collect(auxes: list[LayerAux], others: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def collected(auxes: list[LayerAux], others: list[LayerAux]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Losses averaged over the layers, and the others, that have them; statistics as one array over all layers."""
     having = [*auxes, *others]
     loss_names = sorted({name for aux in having for name in aux.losses})
@@ -390,6 +379,7 @@ def _collect(auxes: list[LayerAux], others: list[LayerAux]) -> tuple[dict[str, j
     return losses, stats
 
 
-def _records(auxes: list[LayerAux]) -> dict[str, tuple[jax.Array | None, ...]]:
+def records_of(auxes: list[LayerAux]) -> dict[str, tuple[jax.Array | None, ...]]:
+    """What layers recorded: name to one array per layer, None where a layer has no such array."""
     names = sorted({name for aux in auxes for name in aux.records})
     return {name: tuple(aux.records.get(name) for aux in auxes) for name in names}

@@ -297,3 +297,36 @@ class Segment(nnx.Module):
                 single.ffn.prepare()
                 singles.append(Segment([single], self.spec._replace(period=(spec,), repeats=1), stacked=False))
         return singles
+
+
+def run_segments(
+    segments: Sequence[Segment],
+    passed: Passed,
+    ctx: CallContext,
+    caches: Sequence[Any] | None = None,
+    vectors: jax.Array | None = None,
+    *,
+    scan: bool,
+    remat: Remat,
+) -> tuple[Passed, list[LayerAux], list[Any]]:
+    """What all layers leave, and the auxiliary results and caches of each; arguments as of `Segment.__call__`."""
+    auxes: list[LayerAux] = []
+    updated: list[Any] = []
+    for i, segment in enumerate(segments):
+        first = len(auxes)
+        own = slice(first, first + segment.layers)
+        held = None if caches is None else caches[own]
+        vectors_i = None if vectors is None else vectors[own]
+        placed = ctx.folded(i).of_layer(first)
+        passed, segment_auxes, after = segment(passed, placed, held, vectors_i, scan=scan, remat=remat)
+        auxes.extend(segment_auxes)
+        updated.extend(after)
+    return passed, auxes, updated
+
+
+def update_segments(segments: Sequence[Segment], observed: list[Observed], key: jax.Array) -> list[Observed]:
+    """Let all layers move their variables by what each observed; returns what others observed, which comes last."""
+    for i, segment in enumerate(segments):
+        own, observed = observed[: segment.layers], observed[segment.layers :]
+        segment.after_step(own, jax.random.fold_in(key, i))
+    return observed

@@ -32,9 +32,8 @@ from sparsezoo_jax.training.state import (
 )
 from sparsezoo_jax.training.step import Batch, Metrics, build_train_step
 
-#: Arrays [B, T] of a batch.
+#: Arrays [B, T] of a batch beside the tokens, which may be more than a number each.
 BATCH_DTYPES = {
-    "tokens": jnp.int32,
     "targets": jnp.int32,
     "segment_ids": jnp.int32,
     "positions": jnp.int32,
@@ -132,10 +131,7 @@ def prepare_step(
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
     )
-    batch_sharding = place(("batch", "length"), batch_shape)
-    batch = {
-        name: jax.ShapeDtypeStruct(batch_shape, dtype, sharding=batch_sharding) for name, dtype in BATCH_DTYPES.items()
-    }
+    batch = abstract_batch(template, batch_shape, place(("batch", "length"), batch_shape))
     allowed = "needs what is fitted before the first step; only a run of its own has that"
     require(fitted is not None or not config.lemo.fits, "train.lemo.scores", config.lemo.scores, allowed)
     elimination = config.lemo.elimination(batch_shape[1], fitted)
@@ -169,6 +165,15 @@ def _everywhere(tree: Any, place: Placement) -> Any:
     return jax.tree.map(placed, tree)
 
 
+def abstract_batch(
+    template: ModelTemplate, shape: tuple[int, int], sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch of this shape (B, T), as the model reads them."""
+    arrays = {"tokens": ((*shape, *template.token_shape), template.token_dtype)}
+    arrays |= {name: (shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+    return {name: jax.ShapeDtypeStruct(of, dtype, sharding=sharding) for name, (of, dtype) in arrays.items()}
+
+
 def _check(
     config: TrainConfig,
     template: ModelTemplate,
@@ -180,7 +185,7 @@ def _check(
     batch_size, count = batch_shape[0], config.accumulation
     require(batch_size % count == 0, "train.accumulation", count, f"must divide data.batch_size={batch_size}")
     shape = (batch_size // count, batch_shape[1])
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+    batch = abstract_batch(template, shape)
 
     def returned(state: TrainState, batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         params = state.params if adapters is None else adapters.undivided(state.params, state.frozen)

@@ -138,6 +138,7 @@ class LeMoConfig:
         if not self.active:
             return
         asked = ("train.lemo.profile", True) if self.profile else ("train.lemo.capacity", self.capacity)
+        require(model.images.patch is None, *asked, "is for sequences of tokens, not for models of images")
         require(adapts, *asked, "needs adapters to train, by train.lora.rank")
         for name in ("capacity", "ffn_capacity"):
             shares = getattr(self, name)

@@ -442,7 +442,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _to_device(batch: Any, shape: tuple[int, int], sharding: jax.sharding.Sharding, rows: range) -> Batch:
-    local, found = (len(rows), shape[1]), batch["tokens"].shape
+    local, found = (len(rows), shape[1]), batch["targets"].shape
     if found != local:
         raise ValueError(f"a batch of this process has shape {found}, not {local}")
     return device_put(batch, sharding, shape, rows.start)

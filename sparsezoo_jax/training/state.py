@@ -106,6 +106,9 @@ class ModelTemplate:
     def __init__(self, build: Build):
         """Trace `build` without allocating anything."""
         model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        # Of a model of words a token is one number.
+        self.token_shape: tuple[int, ...] = getattr(model, "token_shape", ())
+        self.token_dtype = jnp.dtype(getattr(model, "token_dtype", jnp.int32))
         self.graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         self._params, self._rest = nnx.to_flat_state(params), nnx.to_flat_state(rest)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
-from sparsezoo_jax.models import Decoder, DecoderConfig, FFNKind
+from sparsezoo_jax.models import DecoderConfig, FFNKind, build_model
 from sparsezoo_jax.training.parameters import restore_params, saved_metadata, saved_steps
 from sparsezoo_jax.training.state import (
     ModelTemplate,
@@ -154,12 +154,12 @@ def open_warm_start(
 
 
 def _template(config: DecoderConfig) -> ModelTemplate:
-    return ModelTemplate(lambda rngs: Decoder(config, rngs=rngs))
+    return ModelTemplate(lambda rngs: build_model(config, rngs))
 
 
 def _abstract(config: DecoderConfig) -> PureDict:
     template = _template(config)
-    return jax.eval_shape(lambda: template.split(Decoder(config, rngs=nnx.Rngs(0)))[0])
+    return jax.eval_shape(lambda: template.split(build_model(config, nnx.Rngs(0)))[0])
 
 
 def _converted(

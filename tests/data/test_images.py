@@ -4,7 +4,10 @@ import sys
 import numpy as np
 import pytest
 
+from sparsezoo_jax.data import DataConfig
 from sparsezoo_jax.data.images import IMAGE_SETS, open_images, register_images
+from sparsezoo_jax.data.images.batches import Patching, ReadImages, image_batches, images_once, replaced
+from sparsezoo_jax.data.images.config import ImageDataConfig
 from sparsezoo_jax.data.images.drawing import OUTLINES, shape
 from sparsezoo_jax.errors import ConfigError, DataError
 
@@ -139,3 +142,82 @@ def test_generated_sets_need_no_other_package():
         "print([name for name in ('sklearn', 'PIL', 'tensorflow_datasets', 'jax') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def read(split="train", visible=16, **fields):
+    config = DataConfig(dataset="digits", batch_size=4, images=ImageDataConfig(**fields))
+    return ReadImages(config, split, Patching(8, 1, 2, visible, 10)), config
+
+
+def test_a_batch_is_a_function_of_its_number_and_a_process_has_its_rows():
+    images, config = read(train_count=40)
+    whole = image_batches(images, config, 0, 1)
+    batches = [next(whole) for _ in range(12)]
+    state = whole.get_state()
+    later = next(whole)
+    whole.set_state(state)
+    np.testing.assert_array_equal(next(whole)["tokens"], later["tokens"])
+    half = image_batches(images, config, 1, 2)
+    for batch in batches[:3]:
+        own = next(half)
+        for name in batch:
+            np.testing.assert_array_equal(own[name], batch[name][2:])
+    seen = np.concatenate([batch["tokens"] for batch in batches[:10]])  # an epoch
+    assert len({image.tobytes() for image in seen}) == 40
+    first = batches[0]
+    assert first["tokens"].shape == (4, 16, 4)
+    assert first["tokens"].dtype == np.uint8
+    np.testing.assert_array_equal(first["mask"].sum(1), 1)
+    for image, label in zip(first["tokens"], first["targets"][:, 0], strict=True):
+        restored = image.reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8, 1)
+        (found,) = np.flatnonzero((images.images == restored).all((1, 2, 3)))
+        assert images.labels[found] == label
+    whole.close()
+    half.close()
+    other, _ = read(train_count=41)
+    moved = image_batches(other, config, 0, 1)
+    with pytest.raises(DataError, match="saved with fingerprint"):
+        moved.set_state(state)
+    moved.close()
+
+
+def test_hidden_patches_are_the_targets_and_are_drawn_anew_in_training_only():
+    images, config = read(visible=4, train_count=40, validation_count=10)
+    batches = image_batches(images, config, 0, 1)
+    draws = [next(batches)["mask"] for _ in range(11)]
+    batches.close()
+    for mask in draws:
+        np.testing.assert_array_equal(mask.sum(1), 12)
+    assert not np.array_equal(draws[0], draws[10])
+    share = np.mean(np.concatenate(draws), 0)
+    assert (share > 0.5).all()
+    assert (share < 0.95).all()
+    validation, _ = read("validation", visible=4, validation_count=10)
+    once, again = (list(images_once(validation, 4)) for _ in range(2))
+    assert len(once) == 3
+    np.testing.assert_array_equal(once[1]["mask"], again[1]["mask"])
+    np.testing.assert_array_equal(once[1]["segment_ids"] == 0, once[1]["mask"])
+    last = once[-1]  # two images and two rows of nothing
+    np.testing.assert_array_equal(last["mask"].sum(1), [12, 12, 0, 0])
+    assert not last["segment_ids"][2:].any()
+
+
+def test_a_share_of_the_labels_is_drawn_anew():
+    labels = np.arange(5000, dtype=np.int32) % 10
+    noisy = replaced(labels, 0.5, 10, seed=0)
+    assert np.mean(noisy != labels) == pytest.approx(0.45, abs=0.02)  # a tenth of the drawn ones is the same
+    assert abs(np.corrcoef(replaced(labels, 1.0, 10, seed=0), labels)[0, 1]) < 0.05
+    assert (read(label_noise=1.0)[0].labels != read()[0].labels).mean() > 0.8
+    np.testing.assert_array_equal(read("validation", label_noise=1.0)[0].labels, read("validation")[0].labels)
+
+
+@pytest.mark.parametrize(
+    ("patching", "message"),
+    [
+        (Patching(8, 3, 2, 16, 10), "has images of 8x8x1, and the model reads 8x8x3"),
+        (Patching(8, 1, 2, 16, 9), "has 10 classes, and the model tells 9 apart"),
+    ],
+)
+def test_images_that_the_model_cannot_read_are_refused(patching, message):
+    with pytest.raises(DataError, match=message):
+        ReadImages(DataConfig(dataset="digits"), "train", patching)

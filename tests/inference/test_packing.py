@@ -185,7 +185,7 @@ def test_every_kind_has_a_sample():
     for registry, part in ((FFN_KINDS, "ffn"), (ATTENTION_KINDS, "attention")):
         sampled = {getattr(KINDS[name], part).kind for name in LAID_OUT}
         own = {name for name, kind in registry.members().items() if kind.__module__.startswith("sparsezoo_jax")}
-        assert sampled == own
+        assert sampled == own - {"mixer"}  # which is for images, and never decoded
 
 
 def test_a_kind_without_a_layout_is_named(tokens):

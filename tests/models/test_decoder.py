@@ -23,7 +23,8 @@ from tests.models.conftest import BASE, CONFIGS, build, forward, with_weights_of
 )
 def test_every_kind_has_a_sample(registry, part):
     sampled = {getattr(config, part).kind for config in CONFIGS.values()}
-    assert sampled == {name for name, kind in registry.members().items() if kind.__module__.startswith("sparsezoo_jax")}
+    own = {name for name, kind in registry.members().items() if kind.__module__.startswith("sparsezoo_jax")}
+    assert sampled == own - {"mixer"}  # which is for images: tests/models/test_encoder.py
 
 
 @pytest.mark.slow
