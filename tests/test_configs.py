@@ -90,6 +90,16 @@ PARAMETERS = {
     ("sparselm", "1_5b"): (1_438_763_008, 1_539_426_304),
     ("sparselm", "1_5b_plain"): (1_409_402_880, 1_510_066_176),
     ("sparselm", "2b"): (1_952_606_208, 2_053_269_504),
+    ("mixer", "tiny"): (331_942, 343_270),
+    ("mixer", "b16"): (58_522_648, 60_031_000),
+    ("vit", "tiny"): (447_654, 458_982),
+    ("vit", "tiny_topk"): (447_654, 458_982),
+    ("vit", "digits"): (447_658, 450_538),
+    ("vit", "b16"): (85_057_768, 86_566_120),
+    ("vit", "b16_topk"): (85_057_768, 86_566_120),
+    ("vit_mae", "tiny"): (482_832, 487_440),
+    ("vit_mae", "digits"): (480_676, 481_060),
+    ("vit_mae", "b16"): (111_048_192, 111_638_016),
 }
 
 
@@ -177,7 +187,7 @@ def test_blockffn_scalings():
 def test_unknown_presets():
     with pytest.raises(
         ConfigError,
-        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, sparselm \(did you mean spark\?\)",
+        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, vit_mae \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

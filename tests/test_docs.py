@@ -81,6 +81,7 @@ TESTED = {
     "docs/quickstart.md": "tests/test_commands.py",
     "docs/serve.md": "tests/serving/test_server.py",
     "docs/sparsing-law.md": "tests/test_docs.py",
+    "docs/vision.md": "tests/test_docs.py",
 }
 
 
@@ -101,6 +102,11 @@ def test_the_python_of_evaluation(capsys):
     values_of("docs/evaluation.md")
     lines = capsys.readouterr().out.splitlines()
     assert any(re.fullmatch(r" +8192 \w+ +1\.909 GF mean, 2\.046 GF last, .* GB", line) for line in lines), lines
+
+
+def test_the_python_of_images(capsys):
+    assert len(values_of("docs/vision.md")["found"].labels) == 8
+    assert "'star'" in capsys.readouterr().out
 
 
 def test_the_python_of_the_sparsing_law():

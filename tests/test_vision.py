@@ -106,8 +106,8 @@ def test_what_is_for_words_is_refused_in_one_line(run, tmp_path):
 def test_a_masked_autoencoder_trains_with_any_ffn_and_on_a_mesh(tmp_path):
     """Four devices, which split batch and parameters, come to what one does; the FFN is Spark's."""
     code = (
-        "import sys; from pathlib import Path; from sparsezoo_jax.train import train; from tests.test_vision import SPARK;"
-        "from sparsezoo_jax.overrides import with_values;"
+        "import sys; from pathlib import Path; from sparsezoo_jax.train import train;"
+        "from sparsezoo_jax.overrides import with_values; from tests.test_vision import SPARK;"
         "train(with_values(SPARK, {'mesh.data': 2, 'mesh.fsdp': 2}), Path(sys.argv[1]))"
     )
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
