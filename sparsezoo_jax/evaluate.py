@@ -249,6 +249,7 @@ def evaluate_images(command: Evaluate, model: Any, config: RunConfig) -> dict[st
     from sparsezoo_jax import training_inputs
     from sparsezoo_jax.data.images.batches import images_once
     from sparsezoo_jax.evaluation import as_rows, calibrate, contexts, cost_table, measure
+    from sparsezoo_jax.sharding import check_batch, device_put, named_sharding
 
     allowed = f"can't be given for {command.directory}, a model of images"
     require(not command.chosen, "--weights, --predictor, --head", command.formats, allowed)
@@ -262,17 +263,21 @@ def evaluate_images(command: Evaluate, model: Any, config: RunConfig) -> dict[st
     def shown(most: int | None = command.batches) -> Any:
         return images_once(read, batch_size, most)
 
-    result, further = training_inputs.evaluate_images(model, config, shown)
+    mesh, shape = command.build_mesh(), (batch_size, config.data.seq_len)
+    check_batch(shape, mesh)
+    placed = named_sharding(mesh)(("batch", "length"), shape)
+    to_device = partial(device_put, sharding=placed, shape=shape) if mesh.size > 1 else dict
+    result, further = training_inputs.evaluate_images(model, config, shown, to_device=to_device)
     if not math.isfinite(result.loss):
         raise NumericsError(f"{command.directory}: the loss is {result.loss}: a run that diverged")
     averages = {name: value for name, value in result.as_dict().items() if name not in ("perplexity", "tokens")}
     unit = "hidden patch" if images.reconstructs else "image"
     figures = {"split": command.split, **averages, "count": result.tokens, "unit": unit, **further}
     if command.calibration:
-        figures["calibration"] = calibrate(model, shown()).as_dict()
+        figures["calibration"] = calibrate(model, shown(), to_device=to_device).as_dict()
     if not command.meters:
         return figures
-    meters = measure(model, config.model, shown(command.meter_batches))
+    meters = measure(model, config.model, map(to_device, shown(command.meter_batches)))
     costs = cost_table(config.model, contexts(config.model), meters.sparsity(config.model))
     counts = parameter_counts(config.model, meters.sparsity(config.model))
     return {**figures, "meters": meters.as_dict(), "costs": as_rows(costs), "parameters": counts}
