@@ -74,6 +74,7 @@ def values_of(name, changes=(), block=None, **given):
 TESTED = {
     "README.md": "tests/test_api.py",
     "docs/chess.md": "tests/evaluation/test_chess.py",
+    "docs/continual.md": "tests/continual/test_learner.py",
     "docs/decode.md": "tests/test_docs.py",
     "docs/evaluation.md": "tests/test_docs.py",
     "docs/kinds.md": "tests/test_plugins.py",
