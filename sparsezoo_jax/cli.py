@@ -296,12 +296,17 @@ def without_nan(figures: Any) -> Any:
 
 
 def print_layers(figures: Mapping[str, Any]) -> None:
-    """Print per-layer statistics: FFN density, attended keys and, where there are, routed experts and active width."""
+    """Print statistics by layer: FFN density, attended keys and, where there are, experts, width and what changes."""
     kinds = (("ffn_density", "active neurons", ".2%"), ("attended_keys", "attended keys", ".1f"))
     if not all(figures.get(name) for name, _, _ in kinds):
         return
-    routed = (("mixing_density", "active in mixing", ".2%"), ("routed_density", "active routed experts", ".2%"))
-    routed += (("width_density", "active width", ".2%"),)
+    routed = (
+        ("mixing_density", "active in mixing", ".2%"),
+        ("routed_density", "active routed experts", ".2%"),
+        ("width_density", "active width", ".2%"),
+        ("temporal_density", "neurons that change", ".2%"),
+        ("input_temporal_density", "inputs that change", ".2%"),
+    )
     kinds += tuple(kind for kind in routed if figures.get(kind[0]))
     columns = []
     for name, _, form in kinds:

@@ -27,6 +27,7 @@ from sparsezoo_jax.models.adapter import AdapterConfig
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.deco import DECOConfig
+from sparsezoo_jax.models.delta_ffn import DeltaFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
@@ -133,6 +134,8 @@ MODELS = {
     "blockffn_sum": decoder(
         GQA, BlockFFNConfig(experts=6, expert_width=4, gated=True, norm_after_router="sum", norm_scale=0.5)
     ),
+    "delta": decoder(GQA, DeltaFFNConfig(d_ff=40, gated=True, rounded="both")),
+    "delta_layer": decoder(GQA, DeltaFFNConfig(d_ff=40, activation="gelu", step_per="layer")),
     "deco": decoder(
         GQA,
         DECOConfig(experts=6, expert_width=4, shared_width=5),

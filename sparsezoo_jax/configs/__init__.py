@@ -10,6 +10,7 @@ from sparsezoo_jax.config import RunConfig
 from sparsezoo_jax.configs import (
     blockffn,
     deco,
+    delta,
     dense,
     lazy,
     ling,
@@ -29,6 +30,7 @@ from sparsezoo_jax.errors import ConfigError
 PRESETS: dict[str, dict[str, RunConfig]] = {
     "blockffn": blockffn.PRESETS,
     "deco": deco.PRESETS,
+    "delta": delta.PRESETS,
     "dense": dense.PRESETS,
     "lazy": lazy.PRESETS,
     "ling": ling.PRESETS,

@@ -55,6 +55,9 @@ class Activity:
     dynamic_dead: float = 0.0
     """Share of the neurons that are 0 for a token though not for all tokens, mean over tokens: the dynamic dead neuron
     rate (Activate-while-Pruning, arXiv 2212.06145). With the dead ones and the active ones it makes 1."""
+    temporal_sparsity: float | None = None
+    """Share of the neurons that are as for the token before, of the same document, mean over tokens: what decoding by
+    changes leaves out (Delta Activation Layer, arXiv 2107.07305). None where no token has one before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +238,7 @@ def _activity(total: dict[str, np.ndarray], target: float | None) -> Activity:
             if blocks
         },
         dynamic_dead=float(np.mean(by_neuron > 0) - active.mean / neurons),
+        temporal_sparsity=float(total["ffn_unchanged"] / total["ffn_pairs"]) if total["ffn_pairs"] else None,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from sparsezoo_jax.evaluation import flow
 from sparsezoo_jax.evaluation.counts import tally
 from sparsezoo_jax.evaluation.expert_meters import summarise_experts
+from sparsezoo_jax.models.chunks import has_predecessor
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.config import LayerSpec
 from sparsezoo_jax.models.records import (
@@ -57,7 +58,7 @@ def summarise_layer(records: dict[str, jax.Array], spec: LayerSpec, ctx: CallCon
     """
     summary: Summary = {}
     if FFN_GATE in records:
-        summary |= _activity(records[FFN_GATE] != 0, ctx.valid_BT)
+        summary |= _activity(records[FFN_GATE] != 0, ctx.valid_BT) | _changes(records[FFN_GATE], ctx)
     if FFN_SCORES in records and FFN_GATE in records:
         width = records[FFN_SCORES].shape[-1]
         scores, active, valid = (
@@ -83,6 +84,17 @@ def _activity(active_BTF: jax.Array, valid_BT: jax.Array) -> Summary:
         "ffn_tokens_by_count": tally(count_BT, valid_BT, active_BTF.shape[-1] + 1),
         "ffn_tokens_by_neuron": jnp.sum(active_BTF, axis=(0, 1), dtype=jnp.int32),
         **_unions(_rows(active_BTF)),
+    }
+
+
+def _changes(gate_BTF: jax.Array, ctx: CallContext) -> Summary:
+    """Tokens with a predecessor in their document, and of these the sum of the shares of neurons that are the same."""
+    pairs_BT = has_predecessor(ctx)
+    # Not by a difference, which a compiler may take before both sides are rounded.
+    same_BT = jnp.mean(gate_BTF[:, 1:] == gate_BTF[:, :-1], axis=-1, dtype=jnp.float32)
+    return {
+        "ffn_pairs": jnp.sum(pairs_BT, dtype=jnp.int32),
+        "ffn_unchanged": jnp.sum(jnp.where(pairs_BT[:, 1:], same_BT, 0)),
     }
 
 

@@ -45,11 +45,12 @@ def bytes_read(model: Decoder, context: int, stats: Mapping[str, Any]) -> float:
     beside = config.altup.weights(config.d_model) + config.per_layer.weights(config.d_model)
     total += (end_weights(config) + config.layers * beside) * size
     blocks = [block for segment in model.segments for block in segment.blocks]
-    for block, share, active, spec in zip(blocks, density, sparsity.active_neurons, specs, strict=True):
+    for layer, (block, active, spec) in enumerate(zip(blocks, sparsity.active_neurons, specs, strict=True)):
         ffn, attention = block.ffn, block.attention
+        own = {name: float(values[layer]) for name, values in stats.items() if not np.isnan(values[layer])}
         # Layers without a layout of their own read what they read as trained.
         if isinstance(ffn, DecodingLayout):
-            total += ffn.bytes_read(share)
+            total += ffn.bytes_of(own)
         else:
             total += spec.ffn.weights(config.d_model, active) * size
         if isinstance(attention, DecodingLayout):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
@@ -39,6 +39,10 @@ class DecodingLayout(abc.ABC):
     @abc.abstractmethod
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads with this share of the neurons (or experts) active."""
+
+    def bytes_of(self, stats: Mapping[str, float]) -> float:
+        """Bytes of weights that a token with these statistics of the layer read. Default: by its `ffn_density`."""
+        return self.bytes_read(stats["ffn_density"])
 
 
 Layer = TypeVar("Layer", bound=nnx.Module)

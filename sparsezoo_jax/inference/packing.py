@@ -15,6 +15,7 @@ from flax import nnx
 from sparsezoo_jax.errors import SparsezooWarning
 from sparsezoo_jax.inference import (  # noqa: F401  # register the layouts of the package's kinds
     attention,
+    delta,
     experts,
     ffn,
     sparsified,

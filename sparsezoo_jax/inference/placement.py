@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from sparsezoo_jax.models.cache import SublayerCaches
 from sparsezoo_jax.sharding import named_sharding
 
 
@@ -26,7 +27,13 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     """The same of the arrays of a `DecoderCache`, in its structure."""
     place = named_sharding(mesh)
-    layers = [jax.tree.map(lambda x, axes=each.axes: place(axes, x.shape), each) for each in cache.layers]
+
+    def of_layer(held: Any) -> Any:
+        if isinstance(held, SublayerCaches):
+            return SublayerCaches(*map(of_layer, held))
+        return jax.tree.map(lambda x: place(held.axes, x.shape), held)
+
+    layers = map(of_layer, cache.layers)
     positions, end = (place(("batch", None)[: x.ndim], x.shape) for x in (cache.positions_BS, cache.end))
     router = None if cache.pre_gate is None else cache_shardings(cache.pre_gate, mesh)
     return type(cache)(tuple(layers), positions, end, router)

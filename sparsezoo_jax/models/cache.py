@@ -29,6 +29,13 @@ class LayerCache(NamedTuple):
         return LayerCache(*(put_slots(kept, new, slot, axis=1, implementation="xla") for kept, new in pairs))
 
 
+class SublayerCaches(NamedTuple):
+    """The cache of a layer whose feed-forward network keeps something of earlier tokens, too (`FFN.empty_cache`)."""
+
+    attention: Any
+    ffn: Any
+
+
 class DecoderCache(NamedTuple):
     """The caches of all layers, and where each slot's token stands.
 
@@ -36,7 +43,8 @@ class DecoderCache(NamedTuple):
     same for all rows.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]
+    """Of each layer what its attention keeps, a `LayerCache` or what takes its place, or `SublayerCaches`."""
     positions_BS: jax.Array
     end: jax.Array
     pre_gate: Any = None
@@ -50,7 +58,10 @@ class DecoderCache(NamedTuple):
         return self._replace(positions_BS=positions_BS, end=self.end + positions_BT.shape[1])
 
     def truncated(self, end: jax.Array) -> DecoderCache:
-        """The cache with the tokens of its first `end` slots only; the next ones go to where the others were."""
+        """The cache with the tokens of its first `end` slots only; the next ones go to where the others were.
+
+        What feed-forward networks keep stays.
+        """
         kept_BS = jnp.where(jnp.arange(self.positions_BS.shape[1]) < end, self.positions_BS, -1)
         router = None if self.pre_gate is None else self.pre_gate.truncated(end)
         return self._replace(positions_BS=kept_BS, end=jnp.asarray(end, jnp.int32), pre_gate=router)

@@ -91,6 +91,18 @@ class FFN(Part):
     def prepare(self) -> None:
         """Derive what depends on the weights alone, once, before decoding. Default: nothing."""
 
+    def empty_cache(self, batch: int) -> Any:
+        """What decoding `batch` sequences keeps of earlier tokens, a tuple of arrays with an attribute `axes`, the
+        logical axes of all of them. Outputs must not depend on which tokens these were: rejected drafts stay in it.
+
+        Default: None, nothing.
+        """
+        return None
+
+    def decode(self, x_BTD: jax.Array, ctx: CallContext, cache: Any) -> tuple[jax.Array, LayerAux, Any]:
+        """As the call, over what was kept of earlier tokens, and what is kept now."""
+        raise NotImplementedError(f"{type(self).__name__} has an empty_cache and defines no decode")
+
 
 class Attention(Part):
     """The attention of one layer."""

@@ -12,6 +12,7 @@ from flax import nnx
 
 from sparsezoo_jax.models.adapter import adapted
 from sparsezoo_jax.models.altup import STREAMS
+from sparsezoo_jax.models.cache import SublayerCaches
 from sparsezoo_jax.models.common import CallContext, LayerAux, LayerType
 from sparsezoo_jax.models.contract import FFN, Attention, Observed, Sublayer
 from sparsezoo_jax.models.elimination import AttentionBlocks, FFNBlocks, observed_blocks
@@ -52,15 +53,15 @@ class LayerWatch:
 
         return watched
 
-    def ffn(self, ffn: FFN) -> Sublayer[LayerAux]:
-        """`ffn` as a residual connection calls it."""
+    def ffn(self, ffn: FFN, cache: Any) -> Sublayer[tuple[LayerAux, Any]]:
+        """`ffn`, over `cache` if it keeps one, as a residual connection calls it."""
 
-        def watched(h_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        def watched(h_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, tuple[LayerAux, Any]]:
             self.inputs.append(h_BTD)
-            y_BTD, aux = ffn(h_BTD, ctx)
+            y_BTD, aux, updated = (*ffn(h_BTD, ctx), None) if cache is None else ffn.decode(h_BTD, ctx, cache)
             if self.ctx.keep is not None:
                 y_BTD, aux = self._with_kept_units(y_BTD, aux, ffn.dictionary)
-            return self._seen(FFN_OUTPUT, self.ctx.edited(FFN_OUTPUT, y_BTD)), aux
+            return self._seen(FFN_OUTPUT, self.ctx.edited(FFN_OUTPUT, y_BTD)), (aux, updated)
 
         return watched
 
@@ -122,7 +123,8 @@ class Block(nnx.Module):
         if passed.kept:
             ctx = replace(ctx, kept=passed.kept)
         predicted = passed.x if self.altup is None else self.altup.predict(passed.x)
-        x_BTD, aux, cache = self._sublayers(predicted if self.altup is None else predicted[0], ctx, cache, watch)
+        held = cache if isinstance(cache, SublayerCaches) else SublayerCaches(cache, None)
+        x_BTD, aux, held = self._sublayers(predicted if self.altup is None else predicted[0], ctx, held, watch)
         if self.altup is None:
             x = watch.residual(constrain(self._with_vectors(x_BTD, x_BTD, vectors_BTP), STREAM))
         else:
@@ -131,8 +133,13 @@ class Block(nnx.Module):
             x = constrain(jnp.concatenate([watch.residual(first_BTD)[None], others]), STREAMS)
         kept = dict(passed.kept)
         if self.spec.keys == "kept":
-            kept[self.spec.layer_type] = cache
-        return Passed(x, kept), watch.recorded(aux, self.spec), cache
+            kept[self.spec.layer_type] = held.attention
+        return Passed(x, kept), watch.recorded(aux, self.spec), held.attention if held.ffn is None else held
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """A cache for `length` tokens of each of `batch` sequences."""
+        attention, ffn = self.attention.empty_cache(batch, length), self.ffn.empty_cache(batch)
+        return attention if ffn is None else SublayerCaches(attention, ffn)
 
     def _with_vectors(self, x: jax.Array, read_BTD: jax.Array, vectors_BTP: jax.Array | None) -> jax.Array:
         """`x` with what the per-layer embeddings add, whose gate reads `read_BTD`."""
@@ -142,18 +149,18 @@ class Block(nnx.Module):
         return x + self.per_layer(read_BTD, vectors_BTP)
 
     def _sublayers(
-        self, x_BTD: jax.Array, ctx: CallContext, cache: Any, watch: LayerWatch
-    ) -> tuple[jax.Array, LayerAux, Any]:
+        self, x_BTD: jax.Array, ctx: CallContext, held: SublayerCaches, watch: LayerWatch
+    ) -> tuple[jax.Array, LayerAux, SublayerCaches]:
         """The stream after attention and feed-forward network."""
-        attention = adapted(watch.attention(self.attention, cache), self.attention_adapter)
-        ffn = adapted(watch.ffn(self.ffn), self.ffn_adapter)
+        attention = adapted(watch.attention(self.attention, held.attention), self.attention_adapter)
+        ffn = adapted(watch.ffn(self.ffn, held.ffn), self.ffn_adapter)
         blocks = (AttentionBlocks(self.attention_residual, self.attention), FFNBlocks(self.ffn_residual, self.ffn))
         attended = blocks[0].connected(x_BTD, ctx, attention)
         if ctx.elimination is not None and ctx.elimination.observes:
             watch.records |= observed_blocks(blocks, (x_BTD, attended.stream_BTD), ctx)
         x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
         fed = blocks[1].connected(x_BTD, replace(ctx, routing=attended.routing), ffn)
-        x_BTD, ffn_aux = constrain(fed.stream_BTD, STREAM), fed.extra
+        x_BTD, (ffn_aux, ffn_cache) = constrain(fed.stream_BTD, STREAM), fed.extra
         aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
         parts = {
             "attention_residual": attended.aux,
@@ -162,7 +169,7 @@ class Block(nnx.Module):
             "ffn": ffn_aux,
         }
         observed = {name: part.observed for name, part in parts.items() if part.observed}
-        return x_BTD, aux._replace(observed=observed), cache
+        return x_BTD, aux._replace(observed=observed), SublayerCaches(cache, ffn_cache)
 
     def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Let the parts that observed something move their variables; values are stacked as these are."""
@@ -277,7 +284,7 @@ class Segment(nnx.Module):
 
     def empty_caches(self, batch: int, length: int) -> list[Any]:
         """An empty cache for each layer."""
-        return [block.attention.empty_cache(batch, length) for _ in range(self.spec.repeats) for block in self.blocks]
+        return [block.empty_cache(batch, length) for _ in range(self.spec.repeats) for block in self.blocks]
 
     def after_step(self, observed: Sequence[Observed], key: jax.Array) -> None:
         """Let the layers move their variables by what each of them observed."""

@@ -87,6 +87,18 @@ def test_activity_counts_real_tokens_only():
     assert list(layer.ffn.unions) == ["8", "16", "32", "64", "128"], "a batch has no block of 256"
 
 
+def test_what_stays_from_token_to_token():
+    """Of tokens that follow another one of their document; documents are not told apart by what they hold."""
+    tokens = np.repeat(TOKENS[..., :16], 2, axis=-1)  # every other token is as the one before
+    gates = np.asarray(Given(NORMAL).gate_VF[...])[tokens]
+    same = gates[:, :, 1:] == gates[:, :, :-1]
+    assert 0.5 < same.mean() < 1
+    assert measured(Given(NORMAL), tokens).ffn.temporal_sparsity == pytest.approx(same.mean())
+    kept = measured(Given(NORMAL), tokens, padding=5).ffn.temporal_sparsity
+    assert kept == pytest.approx(same[:, :, : 32 - 5 - 1].mean())
+    assert measured(Given(NORMAL), TOKENS[..., :1]).ffn.temporal_sparsity is None
+
+
 def test_dead_neurons():
     scores = NORMAL.copy()
     scores[:, [3, 40]] = -2  # below every threshold

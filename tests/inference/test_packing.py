@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import ConfigError, SparsezooWarning
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed, restore
 from sparsezoo_jax.inference.attention import PackedGQA, PackedMLA, PackedSparkAttention
 from sparsezoo_jax.inference.cost import bytes_read
+from sparsezoo_jax.inference.delta import PackedDeltaFFN
 from sparsezoo_jax.inference.experts import (
     PackedBlockFFN,
     PackedDECOFFN,
@@ -51,7 +52,7 @@ KINDS = {
     **{kind: dataclasses.replace(CONFIGS[kind], layers=2) for kind in ("gemma2", "spark")},
     **{
         kind: dataclasses.replace(CONFIGS[kind], layers=1)
-        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy", "sparsified", "readme")
+        for kind in ("llama", "gpt2", "blockffn", "moex", "mohd", "sparselm", "lazy", "delta", "sparsified", "readme")
     },
     "deco": dataclasses.replace(CONFIGS["deco"], layers=1, first_layers=0, first_ffn=None),
     "gemma3n": dataclasses.replace(
@@ -102,6 +103,7 @@ LAID_OUT = {
     "blockffn": (PackedMLA, PackedBlockFFN),
     "plm": (PackedMLA, PackedPlainFFN),
     "lazy": (PackedGQA, PackedPlainFFN),
+    "delta": (PackedGQA, PackedDeltaFFN),
     "deco": (PackedGQA, PackedDECOFFN),
     "moex": (PackedGQA, PackedMoEXFFN),
     "mohd": (PackedGQA, MappedGatedFFN),

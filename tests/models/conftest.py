@@ -13,6 +13,7 @@ from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import InitConfig
 from sparsezoo_jax.models.deco import DECOConfig
+from sparsezoo_jax.models.delta_ffn import DeltaFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.laurel import LaurelConfig
 from sparsezoo_jax.models.mla import MLAConfig
@@ -94,6 +95,11 @@ CONFIGS = {
         **TWO,
         attention=GQAConfig(heads=2, kv_heads=2, head_dim=8),
         ffn=PlainFFNConfig(d_ff=32, activation="relu", top_k=9),
+    ),
+    "delta": DecoderConfig(
+        **TWO,
+        attention=GQAConfig(heads=2, kv_heads=2, head_dim=8),
+        ffn=DeltaFFNConfig(d_ff=32, gated=True, rounded="both", step_init=0.3),
     ),
     "moe": DecoderConfig(
         **{**BASE, "layers": 3},

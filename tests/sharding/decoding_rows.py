@@ -103,7 +103,7 @@ def gradients_apart(operation: Callable, *arrays: jax.Array) -> float:
 def main() -> None:
     """Compare each implementation on each mesh with plain JAX on one device."""
     report = {}
-    for name in ("spark", "blockffn", "moe", "lazy"):
+    for name in ("spark", "blockffn", "moe", "lazy", "delta"):
         found, expected = steps(CONFIGS[name], (build_mesh(MeshConfig(expert=4, tensor=2)), None))
         report[f"a step of {name}"] = {
             "distance": float(np.max(np.abs(found[0] - expected[0]))),

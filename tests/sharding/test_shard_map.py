@@ -84,7 +84,7 @@ def decoding_rows(on_eight_devices):
 )
 def test_decoding_on_meshes(decoding_rows, operation):
     found = {name: case for name, case in decoding_rows.items() if name.startswith(operation)}
-    count = {"active_rows": 5, "block_ffn_union": 4, "gradient of": 1, "a step of": 4}.get(operation, 7)
+    count = {"active_rows": 5, "block_ffn_union": 4, "gradient of": 1, "a step of": 5}.get(operation, 7)
     assert len(found) == count
     for name, case in found.items():
         assert case["distance"] < 1e-5, name

@@ -38,11 +38,11 @@ def test_a_state_made_on_a_mesh_is_that_of_one_device(differences, arch, mesh):
 
 
 @pytest.mark.parametrize(("arch", "mesh"), CASES)
-def test_only_norm_scales_and_routers_are_repeated_within_a_model_copy(differences, arch, mesh):
+def test_only_vectors_and_routers_are_repeated_within_a_model_copy(differences, arch, mesh):
     """Each device routes its own tokens over all experts, so that columns of a mixture's router are not split.
 
     One side of an adapter is a rank, which is not split either, and coefficients of AltUp are few.
     """
     repeated = ("/scale", "/norm_scale_W", "/router_DE", "/router_scale_E", "/lora_a", "/lora_b")
-    repeated += ("/router_DS", "/prediction_SC", "/correction_SS")
+    repeated += ("/router_DS", "/prediction_SC", "/correction_SS", "/input_step", "/hidden_step")
     assert all(name.endswith(repeated) for name in differences[arch][mesh]["held"])

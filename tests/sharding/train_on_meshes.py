@@ -50,6 +50,7 @@ COVERED = {
     "ling": ("data 2, expert 2, tensor 2",),
     "prosparse": ("fsdp 4, tensor 2",),
     "sparselm": ("fsdp 2, context 2, tensor 2",),
+    "delta": ("fsdp 2, context 2, tensor 2",),
     "adapters": ("data 2, expert 2, tensor 2",),
     "lemo": ("data 2, expert 2, tensor 2",),
     "readme": ("data 2, expert 2, tensor 2",),
@@ -59,6 +60,7 @@ COVERED = {
 OBJECTIVES = {
     "prosparse": (FixedObjective(loss="mean_l1", weight=0.1),),
     "sparselm": (FixedObjective(loss="l1", weight=0.01),),
+    "delta": (FixedObjective(loss="delta_spikes", weight=0.001),),
 }
 ACCUMULATION = {("sparselm", "fsdp 2, context 2, tensor 2"): 4}
 #: Where the initial state is made on the mesh as well: together on all axes.
@@ -182,6 +184,17 @@ def models():
     ffn = dataclasses.replace(model.ffn, d_ff=64)
     yield (
         "prosparse",
+        dataclasses.replace(
+            model, vocab_size=512, d_model=64, layers=1, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
+        ),
+    )
+
+    model = preset("delta", "tiny").model
+    attention = dataclasses.replace(model.attention, heads=8, kv_heads=8, head_dim=16)
+    # Units of a few long steps, so that rounding on another mesh turns few of them into the next one.
+    ffn = dataclasses.replace(model.ffn, d_ff=64, gated=True, rounded="both", step_init=0.5)
+    yield (
+        "delta",
         dataclasses.replace(
             model, vocab_size=512, d_model=64, layers=1, attention=attention, ffn=ffn, scan_layers=True, remat="dots"
         ),

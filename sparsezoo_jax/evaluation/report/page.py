@@ -137,7 +137,8 @@ def _layers(run: RunFigures) -> str:
             ffn.append(
                 [str(index), f"{a.density:.2%}", "–" if target is None else f"{target / a.neurons:.2%}", *spread]
             )
-            ffn[-1] += [f"{a.dead:,}", *_quality(layer.ffn_selection), *_shape(layer.ffn_scores)]
+            same = "–" if a.temporal_sparsity is None else f"{a.temporal_sparsity:.2%}"
+            ffn[-1] += [f"{a.dead:,}", same, *_quality(layer.ffn_selection), *_shape(layer.ffn_scores)]
         if layer.attention is not None:
             keys = layer.attention
             spread = [str(v) for v in keys.attended.percentiles.values()]
@@ -161,7 +162,7 @@ def _layers(run: RunFigures) -> str:
     parts = []
     if ffn:
         parts.append("<h3>Active neurons by layer</h3>")
-        parts.append(table(("layer", "density", "target", *spread, "dead", *shape), ffn))
+        parts.append(table(("layer", "density", "target", *spread, "dead", "unchanged", *shape), ffn))
     if attention:
         parts.append("<h3>Attended keys by layer</h3>")
         parts.append(table(("layer", *spread, "target", "beyond target", *shape), attention))

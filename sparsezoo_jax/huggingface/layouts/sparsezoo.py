@@ -103,6 +103,8 @@ _ENTRIES = (
         *(("expert_up_proj", "expert_up_DF"), ("expert_down_proj", "expert_down_FD")),
     ),
     *(_whole(f"ffn.{name}", f"ffn/{name}_{axes}") for name, axes in (("gate", "EDW"), ("up", "EDW"), ("down", "EWD"))),
+    vector(f"{_LAYER}.ffn.input_step", "ffn/input_step"),
+    vector(f"{_LAYER}.ffn.hidden_step", "ffn/hidden_step"),
     vector(f"{_LAYER}.ffn.router_bias", "ffn/bias_E"),
     vector(f"{_LAYER}.ffn.router_scale", "ffn/router_norm/scale"),
     vector(f"{_LAYER}.ffn.router_scale", "ffn/router_scale_E"),
