@@ -188,7 +188,7 @@ def test_blockffn_scalings():
 def test_unknown_presets():
     with pytest.raises(
         ConfigError,
-        match=r"--arch=sparc: must be one of blockffn, deco, dense, .*, vit_mae \(did you mean spark\?\)",
+        match=r"--arch=sparc: must be one of blockffn, deco, delta, dense, .*, vit_mae \(did you mean spark\?\)",
     ):
         preset("sparc")
     with pytest.raises(ConfigError, match=r"--size=3b: for --arch spark it must be one of tiny, small, 2b, 9b"):

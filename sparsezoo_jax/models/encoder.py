@@ -195,7 +195,7 @@ class Reconstruction(nnx.Module):
         self.hidden_E = ctx.weight(rngs, (width,), (None,), width, std=0.02)
         self.segments = nnx.List([Segment.build(self.config, segment, rngs) for segment in self.config.segments()])
         self.final_norm = self.config.norm.build(ctx)
-        self.pixels_EP = ctx.weight(rngs, (width, config.images.pixels), (None, None), width)
+        self.pixels_EP = ctx.weight(rngs, (width, config.images.pixels), ("embed", None), width)
         self.pixels_bias = ctx.constant(0.0, (config.images.pixels,), (None,))
 
     def __call__(self, seen_BUD: jax.Array, order_BU: jax.Array | None, length: int) -> jax.Array:

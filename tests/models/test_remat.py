@@ -61,6 +61,7 @@ PRODUCTS = {
     "gpt2": ([24, 24, 24, 24], [32]),
     "lazy": ([16, 16, 16, 24], [32]),
     "blockffn": ([16, 12 + 4, 3 * 12, 3 * 14, 24], [8, 48]),
+    "delta": ([16, 16, 16, 24], [32, 32]),  # products of rounded numbers
     "deco": ([16, 16, 16, 24], [8, 48, 12, 12]),
     # The experts' hidden units are computed again whatever the policy.
     "moe": ([16, 8, 8, 24], [6, 8, 8]),

@@ -17,7 +17,8 @@ CASES = [(arch, mesh) for arch, meshes in COVERED.items() for mesh in meshes]
 
 
 def test_every_architecture_trains_on_a_mesh():
-    assert set(COVERED) - {"adapters", "altup", "lemo", "readme"} == set(PRESETS)
+    of_images = {arch for arch, sizes in PRESETS.items() if sizes["tiny"].model.images.patch is not None}
+    assert set(COVERED) - {"adapters", "altup", "lemo", "readme"} == set(PRESETS) - of_images  # see test_vision
 
 
 # Sums over devices are taken in another order, so float32 results differ by rounding, 6e-8 an operation. Distances are
