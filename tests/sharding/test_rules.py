@@ -102,8 +102,8 @@ def test_no_large_parameter_is_repeated_within_a_model_copy(parameters_of, arch,
     allowed |= {"positions_PD"} if model.max_seq_len % tensor != 0 else set()
     # A tensor axis splits no scores of a router, which are few, but its weights are many with 256 experts.
     allowed |= {name for name in repeated if name.endswith("ffn/router_DE") and tensor > 1}
-    # Nor has it a use for the pixels of a patch.
-    allowed |= {name for name in repeated if name.endswith(("patches_PD", "pixels_EP")) and tensor > 1}
+    # Nor pixels of a patch, and the step to a narrower decoder of images.
+    allowed |= {name for name in repeated if name.endswith(("patches_PD", "pixels_EP", "enter_DE")) and tensor > 1}
     # The smallest models of images have no large ones.
     assert repeated or (model.images.patch is not None and model.d_model < 128)
     assert {name for name, count in repeated.items() if count > 1} <= allowed
