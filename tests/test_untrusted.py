@@ -37,6 +37,7 @@ NAMES = {
     *(f"model.{layer}.of.implementation" for layer in ("attention", "ffn", "first_ffn")),
     *(f"model.{layer}.sparsity.{of}" for layer in ("attention", "ffn", "first_ffn") for of in ("maps", "weighted")),
     "data.text_field",
+    "data.pysource.fingerprint",  # of texts
     "data.train_split",
     "data.validation_split",
     "train.groups.pattern",

@@ -276,7 +276,7 @@ def test_what_is_sparsified_is_not_again():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"maps": ("q", "x")}, r"sparsity.maps=x: must be one of q, k, v"),
+        ({"maps": ("q", "x")}, r"sparsity.maps=x: must be one of q, q_up, k, v"),
         ({"maps": ("q", "q")}, r"sparsity.maps=q,q: must name each map once"),
         ({"maps": ("neurons", "down")}, r"can't have neurons beside up or down"),
         ({"maps": ("q",), "weighted": ("k",)}, r"sparsity.weighted=k: must be among the maps"),

@@ -248,7 +248,7 @@ def test_pruning_flags_that_do_not_go_together(fields, message):
         ({"pruning": PruningConfig(activate=0.6, since=1)}, r"--pruning.activate=0.6: must be at most --sparsity 0.5"),
         ({"pruning": PruningConfig(activate=0.1, since=1), "pattern": "2:4"}, r"--pruning.activate=0.1: is for unst"),
         ({"pruning": PruningConfig(activate=0.1, since=1)}, r"no step 1"),
-        ({"maps": ("neurons",)}, r"--maps=neurons: must be one of q, k, v, o, gate, up, down"),
+        ({"maps": ("neurons",)}, r"--maps=neurons: must be one of q, q_up, k, v, o, gate, up, down"),
         ({"sparsity": 1.0}, r"--sparsity=1.0: must be in \[0, 1\)"),
         ({"gate": "top_k"}, r"--gate=top_k: is for --method cats, teal, wina"),
         ({"dense_tokens": 1}, r"--dense-tokens=1: is for --method cats, teal, wina"),
