@@ -80,7 +80,9 @@ def test_every_text_field_is_a_name_or_marked_as_local():
     local = {"data.mixture" if path.startswith("data.mixture.") else path for path, local in found if local}
     assert {"data.dataset", "data.cache_dir", "data.tfds_data_dir", "data.chess.stockfish", "train.init_from"} < local
     places = local - {"data.mixture", "data.dataset", "data.validation_dataset"}
-    config = with_values(preset("spark"), {"data.dataset": None, **dict.fromkeys(sorted(places), "x")})
+    values = dict.fromkeys(sorted(places), "x")
+    values |= {"data.pysource.packages": ("x",), "data.pysource.validation": ("y",)}
+    config = with_values(preset("spark"), {"data.dataset": None, **values})
     assert local_fields(config).keys() == places
     one = with_values(config, {"data.dataset": "x", "data.validation_dataset": "x"})
     several = with_values(config, {"data.mixture": (Component(dataset="x", weight=1.0),)})
