@@ -109,6 +109,15 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
     const long ahead = rows_ahead(row_bytes);
     for (long i = 0; i < n; i++) {
       const long next = begin[i + ahead < n ? i + ahead : i];
+      if (m == 1) {  // all of these rows are the one token's
+        float h = gates[0][i];
+        if (valued.width) {
+          k2.dot(begin[i], 1, valued.width, values.pointers(), 1, hidden.data(), 1, k2.row(next));
+          h *= hidden[0];
+        }
+        v.axpy(begin[i], 1, d, &h, 1, 1, out, v.row(next));
+        continue;
+      }
       const long used = users.find([&](long j) { return gates[j][i]; }, values.pointers(), out);
       float* const h = users.factors();
       if (valued.width) {
