@@ -1,7 +1,8 @@
 """Delta activations (arXiv 2107.07305) over tokens: a plain ReLU layer whose units come in learned steps.
 
 The paper has clips for data; as a language model this is ours. `tiny` is the tiny size of Lazy Neuron with rounded
-units: without rounding it is that run. The weight of the loss is the paper's rate.
+units: without rounding it is that run. The weight of the loss is the paper's rate; its value is from smaller runs
+(docs/delta.md).
 """
 
 from sparsezoo_jax.config import RunConfig

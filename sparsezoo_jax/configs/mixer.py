@@ -1,6 +1,6 @@
 """MLP-Mixer (arXiv 2105.01601) with ReLU, which classifies images: patches are mixed by a feed-forward network, too.
 
-`tiny` tells generated shapes apart, in about two minutes on two CPU cores.
+`tiny` is for generated shapes; `b16` needs a set that fits into memory.
 """
 
 from sparsezoo_jax.config import RunConfig

@@ -1,6 +1,6 @@
 """Vision transformers (arXiv 2010.11929) with ReLU, which classify images; Lazy Neuron's vision half.
 
-`tiny` tells generated shapes apart, in about three minutes on two CPU cores; `digits` those of scikit-learn. Images are
+`tiny` is for generated shapes, `digits` for those of scikit-learn; `b16` needs a set that fits into memory. Images are
 pooled by the mean over their patches, which is a choice. In sizes with `_topk` a patch keeps its k largest hidden units
 (Lazy Neuron, arXiv 2210.06313; k is a choice).
 """
@@ -49,7 +49,7 @@ TINY_TOPK = dataclasses.replace(
     model=dataclasses.replace(TINY.model, ffn=PlainFFNConfig(d_ff=384, activation="relu", bias=True, top_k=32)),
 )
 
-# ViT-B/16 of images of 224 pixels, of whose hidden units 6.3 % are not 0 in the paper: 86,415,592 parameters.
+# ViT-B/16 of images of 224 pixels, of whose hidden units 6.3 % are not 0 in the paper: 86,566,120 parameters.
 B16 = RunConfig(
     arch="vit",
     size="b16",

@@ -1,6 +1,6 @@
 """Masked autoencoders (arXiv 2111.06377): a vision transformer sees a quarter of the patches, a small one makes others.
 
-`tiny` reads generated shapes, in about two minutes on two CPU cores; `digits` those of scikit-learn.
+`tiny` is for generated shapes, `digits` for those of scikit-learn; `b16` needs a set that fits into memory.
 """
 
 import dataclasses
