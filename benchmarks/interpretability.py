@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from benchmarks import zoo
+from benchmarks import records, zoo
 from sparsezoo_jax import cli, evaluate, platforms, sae
 from sparsezoo_jax.autoencoders import SAETrainConfig, TopKSAE
 from sparsezoo_jax.errors import UserError
@@ -94,9 +94,9 @@ def main(args: list[str] | None = None) -> None:
     for arch in options.archs:
         own, autoencoder = names(arch, options.steps, options.judge)
         run = run_of(arch, options)
-        figures = zoo.recorded(options.record, own, lambda run=run: explained(run, options))
+        figures = records.recorded(options.record, own, lambda run=run: explained(run, options))
         place = autoencoder_at(figures["l0"], dense, arch, options)
-        beside = zoo.recorded(options.record, autoencoder, lambda place=place: explained(dense, options, place))
+        beside = records.recorded(options.record, autoencoder, lambda place=place: explained(dense, options, place))
         for label, found in ((arch, figures), (f"dense, topk at {arch}'s L0", beside)):
             scores = " | ".join(scored(found["accuracy"].get(task)) for task in ("detection", "fuzzing"))
             print(f"| {label} | {found['l0']:.1f} | {scores} |", flush=True)

@@ -15,19 +15,14 @@ little of large ones: `benchmarks.decode` has those.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import json
 import re
 import statistics
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import decode
+from benchmarks import decode, records
 from benchmarks.run_text import validation_text
 from benchmarks.timing import interleaved, ratios
 from benchmarks.train_step import compiled_step, random_batch
@@ -80,7 +75,7 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
             kept = {"loss": found["loss"], "density": density(found), "seconds": found["seconds"]}
             return {**kept, **measured(own, options.batches)}
 
-        return recorded(options.record, own.name, figures)
+        return records.recorded(options.record, own.name, figures)
 
     tried: dict[float, dict[str, Any]] = {}
 
@@ -141,38 +136,6 @@ def best_runs(kept: Mapping[str, dict[str, Any]], steps: int) -> dict[str, BestR
 def command(arch: str, steps: int) -> str:
     """The command that trains an architecture as far as that has not been done."""
     return f"python -m benchmarks.zoo --archs {arch} --steps {steps} --only-train"
-
-
-def recorded(record: Path, name: str, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a run in the record, where they are added if it has none."""
-    kept = json.loads(record.read_text()) if record.exists() else {}
-    if name not in kept:
-        found = {**figures(), "commit": commit(), "jax": version("jax")}
-        with locked(record):  # another process may have added its own
-            kept = json.loads(record.read_text()) if record.exists() else {}
-            kept[name] = found
-            partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-            partial.replace(record)
-    return kept[name]
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this runs in, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-@contextlib.contextmanager
-def locked(record: Path) -> Iterator[None]:
-    """Other processes that write the record wait meanwhile."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with open(record.parent / f".{record.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def measured(run: Path, batches: int) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """A bounded part of `python -m benchmarks.survive`: the rest runs for hours."""
 
+import json
+
 import pytest
 
 from benchmarks.survive import FAULTS, compare, main
@@ -8,11 +10,19 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_survives_kills_and_damage(tmp_path, capsys):
-    flags = ["--stages", "1", "--steps", "12", "--directory", str(tmp_path)]
-    assert main(["--faults", "3", *flags, "--only", "kill-in-save", "damage-checkpoint", "damage-log"]) == 0
-    assert "3 of 3 faults survived" in capsys.readouterr().out
-    # It goes on where it was: nothing is left to do.
+    flags = ["--stages", "1", "--steps", "12", "--directory", str(tmp_path), "--record", str(tmp_path / "record.json")]
+    flags += ["--only", "kill-in-save", "damage-checkpoint", "damage-log"]
     assert main(["--faults", "3", *flags]) == 0
+    assert "3 of 3 faults survived" in capsys.readouterr().out
+    # It goes on where the record is: nothing is left to do, and sums are of all seeds.
+    record = json.loads((tmp_path / "record.json").read_text())
+    ((name, found),) = record.items()
+    other = {name.replace("seed0", "seed1"): {**found, "failed": ["fault 3: lost"]}}
+    (tmp_path / "record.json").write_text(json.dumps({**record, **other}))
+    assert main(["--faults", "3", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "6 of 6 faults survived in 2 runs of 12 steps" in out
+    assert "-seed1: fault 3: lost" in out
     assert main(["--only", "flood"]) == 2
     assert f"must be one of {', '.join(FAULTS)}" in capsys.readouterr().err
 

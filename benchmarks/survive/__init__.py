@@ -7,7 +7,9 @@ process of two lost. Every round must end with the loss and the gradient norm of
 to the last bit, each step logged once. A stage has one mesh, because sums over another number of devices round
 differently; a round goes through all of them.
 
-Cut off, the command goes on where it was. Ends with status 1 if a fault was not survived.
+Whole rounds are counted in `--record`, and the command goes on after those that its seed has there, on this machine or
+another: several processes with seeds and directories of their own share the work. Prints the sums of all seeds, and
+ends with status 1 if a fault was not survived.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks import records
 from benchmarks.survive.faults import FAULTS
 from benchmarks.survive.session import NotSurvivedError, Session, Survive, expect, rows
 
@@ -113,11 +116,8 @@ def main(args: list[str]) -> int:
             return 2
     command.directory.mkdir(parents=True, exist_ok=True)
     write_corpus(command.directory / "corpus")
-    kept = command.directory / "state.json"
-    state: dict[str, Any] = dict.fromkeys(("rounds", "tried", "survived", "steps", "again", "seconds"), 0)
-    state |= {"by_name": {}, "failed": []}
-    if kept.exists():
-        state = json.loads(kept.read_text())
+    name = f"{kind_of(command)}-seed{command.seed}"
+    state = {**nothing_yet(), **records.read(command.record).get(name, {})}
     wanted, seconds = reference(command)
     compare(wanted, [(step, loss, norm) for step, (_, loss, norm) in enumerate(wanted, 1)])
     while state["survived"] < command.faults and not state["failed"]:
@@ -129,15 +129,39 @@ def main(args: list[str]) -> int:
         except NotSurvivedError as error:
             attempt["failed"] = [*state["failed"], f"fault {attempt['tried']}: {error}"]
         attempt["rounds"] += 1
-        attempt["seconds"] += time.monotonic() - started
+        passed = time.monotonic() - started
+        attempt["seconds"] += passed
+        attempt["lost"] += max(passed - seconds * (attempt["steps"] - state["steps"]) / max(len(wanted), 1), 0.0)
         state = attempt
-        kept.write_text(json.dumps(state))
-    lost = state["seconds"] - seconds * state["steps"] / max(len(wanted), 1)
-    tried, runs = f"{state['survived']:,} of {state['tried']:,} faults", f"{state['rounds']:,} runs"
-    print(f"{tried} survived in {runs} of {len(wanted)} steps")
-    again = f"{state['again']:,} of {state['steps']:,} steps"
-    print(f"{again} made again; {lost:,.0f} s lost, of {state['seconds']:,.0f} s")
-    print(", ".join(f"{name} {count}" for name, count in sorted(state["by_name"].items())))
-    for failure in state["failed"]:
+        records.write(command.record, name, state)
+    return summary(command)
+
+
+def nothing_yet() -> dict[str, Any]:
+    """The sums before the first round."""
+    sums: dict[str, Any] = dict.fromkeys(("rounds", "tried", "survived", "steps", "again", "seconds", "lost"), 0)
+    return {**sums, "by_name": {}, "failed": []}
+
+
+def kind_of(command: Survive) -> str:
+    """What rounds must share to be added up, as the record calls it."""
+    return "-".join((f"stages{command.stages}", f"steps{command.steps}", *sorted(command.only)))
+
+
+def summary(command: Survive) -> int:
+    """Print the sums of all seeds with rounds like the command's; returns the exit status."""
+    kind = f"{kind_of(command)}-seed"
+    kept = {name: found for name, found in records.read(command.record).items() if name.startswith(kind)}
+    total, by_name = nothing_yet(), Counter[str]()
+    for found in kept.values():
+        total |= {field: total[field] + found[field] for field in total if isinstance(total[field], int | float)}
+        by_name.update(found["by_name"])
+    tried, runs = f"{total['survived']:,} of {total['tried']:,} faults", f"{total['rounds']:,} runs"
+    print(f"{tried} survived in {runs} of {command.stages * command.steps} steps")
+    again = f"{total['again']:,} of {total['steps']:,} steps"
+    print(f"{again} made again; {total['lost']:,.0f} s lost, of {total['seconds']:,.0f} s")
+    print(", ".join(f"{name} {count}" for name, count in sorted(by_name.items())))
+    failed = [f"{name}: {failure}" for name, found in kept.items() for failure in found["failed"]]
+    for failure in failed:
         print(f"not survived: {failure}")
-    return 1 if state["failed"] else 0
+    return 1 if failed else 0

@@ -58,7 +58,9 @@ class Survive:
     stages: int = len(STAGES)
     """Stages of a run."""
     directory: Path = Path("runs/survive")
-    """Where runs, their reference and the state of this command are kept."""
+    """Where runs and their reference are kept."""
+    record: Path = Path("benchmarks/results/survive.json")
+    """Where the rounds of each seed are counted; the command goes on after them."""
     seed: int = 0
     """Seed of the faults."""
     only: tuple[str, ...] = ()

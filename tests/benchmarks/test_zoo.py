@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import zoo
+from benchmarks import records, zoo
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_one_rate_is_not_searched():
 
 def test_recorded_runs_are_not_repeated(tmp_path):
     record = tmp_path / "zoo.json"
-    zoo.recorded(record, "a", lambda: {"loss": 1.0})
-    zoo.recorded(record, "b", lambda: {"loss": 2.0})
-    assert zoo.recorded(record, "a", lambda: pytest.fail("repeated"))["loss"] == 1.0
+    records.recorded(record, "a", lambda: {"loss": 1.0})
+    records.recorded(record, "b", lambda: {"loss": 2.0})
+    assert records.recorded(record, "a", lambda: pytest.fail("repeated"))["loss"] == 1.0
     assert sorted(json.loads(record.read_text())) == ["a", "b"]
