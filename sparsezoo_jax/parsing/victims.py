@@ -19,7 +19,7 @@ from flax import nnx
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.training.state import ModelTemplate, flatten, map_with_path
 
-#: What the paper's victims differ in (arXiv 2303.07474, section 3).
+#: What the paper's victims differ in (arXiv 2303.07474).
 KERNEL_SIZES = (3, 5, 7)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": jax.nn.relu, "tanh": jnp.tanh, "elu": jax.nn.elu}
 SPARSITIES = (0.0, 0.375, 0.625)
