@@ -70,7 +70,7 @@ def projected(changes_NHWC: jax.Array, images_NHWC: jax.Array, config: AttackCon
     if config.norm == "linf":
         changes_NHWC = jnp.clip(changes_NHWC, -config.radius, config.radius)
     else:
-        changes_NHWC = changes_NHWC * jnp.minimum(1, config.radius / jnp.maximum(lengths(changes_NHWC), config.radius))
+        changes_NHWC = changes_NHWC * (config.radius / jnp.maximum(lengths(changes_NHWC), config.radius))
     return jnp.clip(images_NHWC + changes_NHWC, 0, 1) - images_NHWC
 
 
