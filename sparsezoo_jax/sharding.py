@@ -204,6 +204,12 @@ def _active_mesh() -> Any:
     return mesh if usable and mesh.size > 1 else None
 
 
+def devices_in_use() -> Mesh | None:
+    """The mesh of `use_mesh` with its devices, outside of traced functions; None where there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def partitioned_by_compiler() -> bool:
     """Whether the compiler splits what is traced now over devices: not without a mesh, nor within a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -8,14 +8,21 @@ feed-forward networks are gone (magnitude-sp, wanda-sp, cfsp, flap), and the mod
 by domain, of which one router for all layers gives each token one (readme); that alone trains. It is evaluated,
 continued, decoded and reported like every other. docs/sparsify.md has the formulas and what the released code does
 otherwise.
+
+What was found of finished layers is kept in OUT.partial until OUT is whole: the same command goes on there if it was
+cut off (but for readme, which begins anew). With --mesh.* flags devices share the model, the sequences and their
+streams.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +31,7 @@ import tyro
 from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
 from sparsezoo_jax.errors import DataError, UserError, require
+from sparsezoo_jax.mesh_flags import MeshFlags
 from sparsezoo_jax.path_flags import IN_RUN_STORES
 from sparsezoo_jax.sparsification.config import (
     AllocationConfig,
@@ -38,10 +46,14 @@ ACTIVATIONS = ("cats", "teal", "wina", "rsparse")
 WEIGHTS = ("magnitude", "wanda", "gblm")
 NEURONS = ("magnitude-sp", "wanda-sp", "cfsp", "flap")
 EXPERTS = ("readme",)
+#: Methods that are not kept unfinished: what trains, and what reads no text.
+WITHOUT_PROGRESS = (*EXPERTS, "magnitude")
+#: Name under which is kept that OUT is being written.
+_WRITING = "writing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsify(CorpusFlags):
+class Sparsify(CorpusFlags, MeshFlags):
     """Flags of the command."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN"), IN_RUN_STORES]
@@ -105,6 +117,8 @@ class Sparsify(CorpusFlags):
     """Of a run of adapters: the run that they were trained for. None: where its configuration says."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """The text that says what maps read."""
+    batch_size: int | None = None
+    """Sequences in a batch, of the calibration and of the validation split; none is the run's."""
     batches: int = 16
     """Batches of the validation split on which the loss is measured, before and after."""
     json: bool = False
@@ -150,19 +164,35 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
         not empty, or too little text; nothing has been written then.
       StorageError: reading or writing failed.
     """
+    from sparsezoo_jax.sharding import use_mesh
+
+    with use_mesh(command.build_mesh()):
+        return made_run(command)
+
+
+def made_run(command: Sparsify) -> dict[str, Any]:
+    """As `sparsify`, on the mesh that is in use."""
     from sparsezoo_jax import data, run_dir
     from sparsezoo_jax.evaluation import evaluate_corpora
     from sparsezoo_jax.evaluation.sparsified import RECORD
     from sparsezoo_jax.overrides import with_values
+    from sparsezoo_jax.sharding import RULES, check_batch
     from sparsezoo_jax.sparsification import is_sparsified, making
-    from sparsezoo_jax.storage import write_atomic
+    from sparsezoo_jax.sparsification.placement import batch_on_devices
+    from sparsezoo_jax.sparsification.progress import Progress
+    from sparsezoo_jax.storage import remove_tree, write_atomic
     from sparsezoo_jax.training.lora import LoRAConfig
     from sparsezoo_jax.training.parameters import save_params, saved_steps
     from sparsezoo_jax.training.state import ModelTemplate, flatten
+    from sparsezoo_jax.untrusted import read_json
 
-    plan = planned(command)
+    plan, mesh, unfinished = planned(command), command.build_mesh(), partial_of(command.out)
     require(command.batches > 0, "--batches", command.batches, "must be above 0")
-    if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
+    require(command.batch_size is None or command.batch_size > 0, "--batch-size", command.batch_size, "must be above 0")
+    one_device = mesh.size == 1 or command.method not in EXPERTS
+    require(one_device, "--method", command.method, f"runs on one device, not on a mesh of {mesh.size}")
+    occupied = command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir()))
+    if occupied and not unfinished.is_dir():
         raise UserError(f"{command.out}: is not empty; name another directory")
     model, config, tokenizer = loaded(command, command.step)
     if is_sparsified(config.model):
@@ -176,19 +206,34 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
     corpora = plan.corpora(flags.corpus(config.data)) if by_domain else flags.corpus(config.data)
     read = data.prepare(corpora, command.calibration.split, tokenizer)
     validation = data.prepare(command.corpus(config.data), "validation", tokenizer)
-    reader: Any = making.Domains if by_domain else making.Text
-    text = reader(read, config.data.batch_size, command.calibration)
+    batch_size = command.batch_size or config.data.batch_size
+    check_batch((batch_size, read.seq_len), mesh)
+    rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    reader: Any = making.Domains if by_domain else partial(making.Text, rows=rows)
+    text = reader(read, batch_size, command.calibration)
     if text.first_tokens() < read.seq_len:
         found = f"{text.first_tokens()} tokens, less than a sequence of {read.seq_len}"
         raise DataError(f"the text to calibrate on has {found}")
 
-    def shown(split: data.PreparedSplit) -> Any:
-        return data.evaluation_batches(split, config.data.batch_size, command.batches)
+    progress = Progress()
+    if command.method not in WITHOUT_PROGRESS:
+        progress = Progress.open(unfinished, identity_of(command, model, config, read.fingerprint))
+    if occupied:
+        # Only what this command began to write may be written anew.
+        if progress.value(_WRITING) is None:
+            raise UserError(f"{command.out}: is not empty; name another directory")
+        if (command.out / run_dir.CONFIG).is_file():
+            progress.remove()
+            return read_json(command.out / RECORD)
+        remove_tree(command.out / run_dir.CHECKPOINTS)
 
-    dense, _ = evaluate_corpora(model, validation, shown)
-    made = plan.make(model, text)
+    def shown(split: data.PreparedSplit) -> Any:
+        return data.evaluation_batches(split, batch_size, command.batches)
+
+    dense, _ = evaluate_corpora(model, validation, shown, to_device=batch_on_devices)
+    made = plan.make(model, text, progress)
     target = made.model.config
-    found, _ = evaluate_corpora(made.model, validation, shown)
+    found, _ = evaluate_corpora(made.model, validation, shown, to_device=batch_on_devices)
 
     steps = saved_steps(command.directory / run_dir.CHECKPOINTS)
     figures = {
@@ -204,6 +249,7 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
         **plan.figures(made, found.stats),
     }
     params, variables = ModelTemplate(lambda rngs: type(model)(target, rngs=rngs)).split(made.model)
+    progress.set_value(_WRITING, {})
     save_params(command.out / run_dir.CHECKPOINTS, flatten(params), flatten(variables), step=figures["step"])
     tokenizer.save(command.out)
     if made.calibration is not None:
@@ -214,14 +260,64 @@ def sparsify(command: Sparsify) -> dict[str, Any]:
     changes = {"model": target, "train.lora": LoRAConfig(), "train.merge_last": 1}
     changes |= {"train.init_step": None, "train.init_from": None}
     run_dir.write_config(command.out, with_values(config, changes))  # last: what is interrupted leaves no run behind
+    progress.remove()
     return figures
+
+
+def partial_of(out: Path) -> Path:
+    """Where what is found for the run `out` is kept until that is whole."""
+    from sparsezoo_jax import storage
+
+    out = storage.absolute(out)
+    return out.with_name(f"{out.name}.partial")
+
+
+def identity_of(command: Sparsify, model: Any, config: Any, text: Any) -> dict[str, Any]:
+    """All that what is made depends on, by the names of flags and of other things.
+
+    Args:
+      command: its flags, but for where things are and what is only measured.
+      model: that of the run.
+      config: of the run.
+      text: fingerprints of the corpora that are calibrated on.
+    """
+    import jax
+
+    from sparsezoo_jax.models import build_model
+    from sparsezoo_jax.training.checkpoint_format import describe
+    from sparsezoo_jax.training.state import ModelTemplate
+
+    names = ("directory", "out", "step", "base", "batches", "json", "batch_size", "mesh")
+    own = {field.name for field in dataclasses.fields(CorpusFlags)}
+    flags = {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name not in {*names, *own}}
+    params, variables = ModelTemplate(lambda rngs: build_model(config.model, rngs)).split(model)
+    arrays = json.dumps(describe({"params": params, "state": variables}), sort_keys=True)
+    mesh = command.build_mesh()
+    return {
+        **_flat("-", flags),
+        "--batch-size": command.batch_size or config.data.batch_size,
+        "run": hashlib.sha256(f"{config.model!r} {arrays}".encode()).hexdigest(),
+        "calibration text": text,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "device": jax.devices()[0].device_kind,
+        "version of jax": jax.__version__,
+    }
+
+
+def _flat(prefix: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags of configurations as they are given, by name."""
+    found = {}
+    for name, value in flags.items():
+        flag = f"{prefix}{'-' if prefix == '-' else '.'}{name.replace('_', '-')}"
+        found |= _flat(flag, vars(value)) if dataclasses.is_dataclass(value) else {flag: value}
+    return found
 
 
 def loaded(command: Sparsify, step: int | None) -> Any:
     """A checkpoint of the run, as `run_dir.load` gives it."""
     from sparsezoo_jax import run_dir
 
-    return run_dir.load(command.directory, step=step, base=command.base)
+    return run_dir.load(command.directory, step=step, base=command.base, mesh=command.build_mesh())
 
 
 def planned(command: Sparsify) -> Any:

@@ -206,6 +206,7 @@ OPENERS = {
     "data.local_files.unpacked": "a scratch file of this machine that is locked while it is made",
     "data.chess.generation": "a file of this machine that grows by a game at a time",
     "evaluation.chess.positions": "a scratch file of this machine in the format of numpy",
+    "sparsification.progress": "the format of numpy in memory, and in what storage.open_read gives",
     "evaluation.interpretability.endpoint": "an address of the web",
 }
 _METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "touch"}

@@ -18,7 +18,8 @@ from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.sparsified import Masks
 from sparsezoo_jax.sparsification.calibration import Calibration
 from sparsezoo_jax.sparsification.config import AllocationConfig
-from sparsezoo_jax.sparsification.layers import layers_of, streams_below
+from sparsezoo_jax.sparsification.layers import Place, layer_by_layer
+from sparsezoo_jax.sparsification.progress import Arrays, Stage
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -92,6 +93,7 @@ def greedy(
     target: float,
     config: AllocationConfig,
     threshold: Callable[[np.ndarray, float], float] | None,
+    stage: Stage | None = None,
 ) -> dict[str, np.ndarray]:
     """Shares of the channels that maps leave out, by map [L]; NaN where a layer does not have the map.
 
@@ -104,29 +106,38 @@ def greedy(
       target: the share of each layer's weights.
       config: step, and which tokens count.
       threshold: of a histogram and a share; None: the shares are what cuts are (top_k).
+      stage: where what is found is kept (`layers.layer_by_layer`).
     """
-    held, streams = streams_below(model, batches)
-    found = {name: np.full(model.config.layers, math.nan) for name in calibration.maps}
-    for place, block in layers_of(model):
+
+    def visit(
+        place: Place, block: Block, streams: list[jax.Array], held: list[dict[str, jax.Array]]
+    ) -> tuple[list[jax.Array], Arrays]:
         graphdef, state = nnx.split(block)
-        outputs = [_output(model.config, graphdef, state, x, batch) for x, batch in zip(streams, held, strict=True)]
+        outputs = []
+        for x_BTD, batch in zip(streams, held, strict=True):
+            outputs.append(jax.block_until_ready(_output(model.config, graphdef, state, x_BTD, batch)))
         counts = {
             name: map.counts[map.layers.index(place.layer)]
             for name, map in calibration.maps.items()
             if place.layer in map.layers
         }
 
-        def error(shares: dict[str, float], block=block, counts=counts, streams=streams, outputs=outputs) -> float:
+        def error(shares: dict[str, float]) -> float:
             cuts = shares if threshold is None else {name: threshold(counts[name], s) for name, s in shares.items()}
             set_cuts(block, cuts)
             graphdef, state = nnx.split(block)
             distance = 0.0
-            for x, dense, batch in zip(streams, outputs, held, strict=True):
-                sparse = _output(model.config, graphdef, state, x, batch)
-                distance += float(_distance(config.last, dense, sparse, batch["segment_ids"]))
+            for x_BTD, dense_BTD, batch in zip(streams, outputs, held, strict=True):
+                sparse_BTD = _output(model.config, graphdef, state, x_BTD, batch)
+                distance += float(_distance(config.last, dense_BTD, sparse_BTD, batch["segment_ids"]))
             return distance
 
-        for name, share in greedy_shares(map_sizes(block, model.config.d_model), target, config.step, error).items():
-            found[name][place.layer] = share
-        streams = outputs
+        shares = greedy_shares(map_sizes(block, model.config.d_model), target, config.step, error)
+        return outputs, {name: np.asarray(share) for name, share in shares.items()}
+
+    layers = layer_by_layer(model, batches, visit, stage)
+    found = {name: np.full(model.config.layers, math.nan) for name in calibration.maps}
+    for layer, shares in enumerate(layers):
+        for name, share in shares.items():
+            found[name][layer] = float(share)
     return found

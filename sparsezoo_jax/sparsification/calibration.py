@@ -20,11 +20,15 @@ import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.errors import DataError
-from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.common import CallContext
 from sparsezoo_jax.models.config import LayerSpec
+from sparsezoo_jax.models.decoder import call_context
+from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.records import MAPS, input_of, scores_of
+from sparsezoo_jax.sparsification.layers import Place, layer_by_layer
 from sparsezoo_jax.sparsification.methods import Quantile
+from sparsezoo_jax.sparsification.progress import Arrays, Stage
 from sparsezoo_jax.storage import write_atomic
 
 _BITS = 9
@@ -101,59 +105,67 @@ def _statistics(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(graphdef: nnx.GraphDef, names: tuple[str, ...], dense_tokens: int, state: Any, batch: Mapping[str, Any]):
-    out = nnx.merge(graphdef, state)(
-        batch["tokens"],
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
-        logits=False,
-        record=names,
-        summarise=partial(_statistics, dense_tokens),
-    )
-    return out.records
+def _read(
+    config: DecoderConfig,
+    graphdef: Any,
+    dense_tokens: int,
+    state: Any,
+    x_BTD: jax.Array,
+    batch: Mapping[str, jax.Array],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The stream after a layer, and the statistics of the layer's maps."""
+    ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
+    ctx.record = frozenset(record(name) for name in MAPS for record in (input_of, scores_of))
+    ctx.summarise = partial(_statistics, dense_tokens)
+    passed, aux, _ = nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None)
+    return passed.x, aux.records
 
 
-def calibrate(model: Decoder, batches: Iterable[Mapping[str, Any]], dense_tokens: int = 0) -> Calibration:
+def calibrate(
+    model: Decoder, batches: Iterable[Mapping[str, Any]], dense_tokens: int = 0, stage: Stage | None = None
+) -> Calibration:
     """Statistics of the maps of a sparsified model that leave channels out, before their masks.
 
-    The arrays of one layer live at a time; what is kept of a layer and map is its histogram and two numbers a channel.
+    Layers are called one after another: the streams of all sequences are held, and of one layer at a time its arrays.
+    What is kept of a layer and map is its histogram and two numbers a channel.
 
     Args:
       model: a decoder of sparsified layers; with cuts of 0 it computes what the model that it is made of computes.
       batches: of a data pipeline: dicts of [B, T] arrays tokens, segment_ids, positions; padding has segment id 0.
       dense_tokens: first tokens of a document that are not counted.
+      stage: where what is found is kept (`layers.layer_by_layer`).
 
     Raises:
       DataError: the batches hold no token that counts.
     """
-    graphdef, state = nnx.split(model)
-    names = tuple(record(name) for name in MAPS for record in (input_of, scores_of))
-    totals: dict[str, dict[int, np.ndarray]] = {}
-    tokens = 0
-    for batch in batches:
-        arrays = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
-        found = jax.device_get(_read(graphdef, names, dense_tokens, state, arrays))
-        tokens += int(found.pop("tokens")[0])
-        for name, by_layer in found.items():
-            total = totals.setdefault(name, {})
-            for layer, value in enumerate(by_layer):
-                if value is not None:
-                    # Sums over many batches outgrow float32 and int32.
-                    wide = np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64)
-                    total[layer] = total.get(layer, 0) + wide
+
+    def visit(
+        place: Place, block: Block, streams: list[jax.Array], held: list[dict[str, jax.Array]]
+    ) -> tuple[list[jax.Array], Arrays]:
+        graphdef, state = nnx.split(block)
+        after: list[jax.Array] = []
+        total: Arrays = {}
+        for x_BTD, batch in zip(streams, held, strict=True):
+            y_BTD, found = _read(model.config, graphdef, dense_tokens, state, x_BTD, batch)
+            after.append(y_BTD)
+            for name, value in jax.device_get(found).items():
+                # Sums over many batches outgrow float32 and int32.
+                wide = np.asarray(value, np.float64 if value.dtype.kind == "f" else np.int64)
+                total[name] = total[name] + wide if name in total else wide
+        return after, total
+
+    layers = layer_by_layer(model, batches, visit, stage)
+    tokens = int(layers[0].get("tokens", 0))
     if tokens == 0:
         raise DataError("the text to calibrate on has no token")
-
-    def stacked(name: str, field: str) -> np.ndarray:
-        return np.stack(list(totals[f"{name}/{field}"].values()))
-
-    maps = {
-        name: MapStatistics(
-            tuple(totals[f"{name}/counts"]), *(stacked(name, field) for field in ("counts", "squares", "magnitudes"))
-        )
-        for name in MAPS
-        if f"{name}/counts" in totals
-    }
+    maps = {}
+    for name in MAPS:
+        there = tuple(layer for layer, found in enumerate(layers) if f"{name}/counts" in found)
+        if there:
+            fields = ("counts", "squares", "magnitudes")
+            maps[name] = MapStatistics(
+                there, *(np.stack([layers[layer][f"{name}/{field}"] for layer in there]) for field in fields)
+            )
     return Calibration(tokens, model.config.layers, maps)
 
 

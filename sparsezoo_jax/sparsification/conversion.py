@@ -20,6 +20,7 @@ from sparsezoo_jax.models.sparsified import (
     SparsifiedFFNConfig,
 )
 from sparsezoo_jax.sparsification.methods import without_absent
+from sparsezoo_jax.sparsification.placement import placed
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
 _ATTENTION = ("q", "q_up", "k", "v", "o")
@@ -136,7 +137,7 @@ def wrapped(model: Decoder, target: DecoderConfig) -> Decoder:
         for name, variable in template.variables.items()
         if name.endswith("/masks/cut_P")
     }
-    return template.merge(nested({**moved(params), **made}), nested({**moved(variables), **cuts}))
+    return placed(template.merge(nested({**moved(params), **made}), nested({**moved(variables), **cuts})))
 
 
 def with_cuts(model: Decoder, cuts: Mapping[str, np.ndarray]) -> None:

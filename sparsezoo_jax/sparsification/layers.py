@@ -20,6 +20,8 @@ from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.width import Weight, WholeWidth
+from sparsezoo_jax.sparsification.placement import batch_on_devices, placed, stream_on_devices
+from sparsezoo_jax.sparsification.progress import Arrays, Stage
 
 
 class Place(NamedTuple):
@@ -67,16 +69,23 @@ class _Watch(WholeWidth):
         return x
 
 
-def layers_of(model: Decoder) -> Iterator[tuple[Place, Block]]:
-    """The layers in order, each as a block of its own with a copy of its parameters."""
-    first = 0
+def places_of(model: Decoder) -> list[Place]:
+    """Where the parameters of each layer are, in order."""
+    found = []
     for i, segment in enumerate(model.segments):
         for repeat in range(segment.spec.repeats):
-            for place, block in enumerate(segment.blocks):
-                graphdef, state = nnx.split(block)
-                single = nnx.merge(graphdef, jax.tree.map(lambda leaf, r=repeat: leaf[r], state))
-                yield Place(first, f"segments/{i}/blocks/{place}", repeat), single
-                first += 1
+            for block in range(len(segment.blocks)):
+                found.append(Place(len(found), f"segments/{i}/blocks/{block}", repeat))
+    return found
+
+
+def layers_of(model: Decoder, first: int = 0) -> Iterator[tuple[Place, Block]]:
+    """The layers in order, from the one numbered `first` on, each as a block with a copy of its parameters."""
+    for place in places_of(model)[first:]:
+        _, segment, _, block = place.path.split("/")
+        graphdef, state = nnx.split(model.segments[int(segment)].blocks[int(block)])
+        single = nnx.merge(graphdef, jax.tree.map(lambda leaf, r=place.index: leaf[r], state))
+        yield place, placed(single)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -111,39 +120,78 @@ def streams_below(
     model: Decoder, batches: Iterable[Mapping[str, Any]]
 ) -> tuple[list[dict[str, jax.Array]], list[jax.Array]]:
     """What layers are called with of each batch, and the streams below the first of them."""
-    fields = ("tokens", "segment_ids", "positions")
-    held = [{name: jnp.asarray(batch[name]) for name in fields} for batch in batches]
+    held, streams = _held(batches), []
     graphdef, state = nnx.split(model)
-    return held, [_embedded(graphdef, state, batch) for batch in held]
+    for batch in held:
+        # One after another: the devices of a CPU wait for each other for ever where several programs are under way.
+        streams.append(jax.block_until_ready(_embedded(graphdef, state, batch)))
+    return held, streams
+
+
+def _held(batches: Iterable[Mapping[str, Any]]) -> list[dict[str, jax.Array]]:
+    fields = ("tokens", "segment_ids", "positions")
+    return [batch_on_devices({name: batch[name] for name in fields}) for batch in batches]
+
+
+def layer_by_layer(
+    model: Decoder,
+    batches: Iterable[Mapping[str, Any]],
+    visit: Callable[[Place, Block, list[jax.Array], list[dict[str, jax.Array]]], tuple[list[jax.Array], Arrays]],
+    stage: Stage | None = None,
+) -> list[Arrays]:
+    """What `visit` finds of each layer, called in order with the layer's place, the layer, its streams and the batches.
+
+    Args:
+      model: a decoder whose layers are called with a stream of the whole width.
+      batches: dicts of [B, T] arrays tokens, segment_ids, positions; padding has segment id 0.
+      visit: returns the streams after the layer, which is a copy that it may change, and what it found.
+      stage: what was kept of the same pass, to go on with it, and where it is kept further. None: nowhere.
+    """
+    stage = Stage() if stage is None else stage
+    finished, layers = stage.finished(), model.config.layers
+    if len(finished) == layers:
+        return finished
+    kept = stage.streams()
+    held, streams = streams_below(model, batches) if kept is None else (_held(batches), [])
+    streams = streams if kept is None else [stream_on_devices(x_BTD) for x_BTD in kept]
+    for place, block in layers_of(model, len(finished)):
+        streams, found = visit(place, block, streams, held)
+        stage.keep(place.layer, found, streams if place.layer + 1 < layers else ())
+        finished.append(found)
+    return finished
 
 
 def walk(
     model: Decoder,
     batches: Iterable[Mapping[str, Any]],
-    visit: Callable[[Place, Block, LayerInputs], bool],
-) -> None:
-    """Call `visit` for each layer in order, with what it reads of the text.
+    visit: Callable[[Place, Block, LayerInputs], tuple[bool, Arrays]],
+    stage: Stage | None = None,
+) -> list[Arrays]:
+    """Call `visit` for each layer in order, with what it reads of the text; returns what it found of each.
 
     Args:
-      model: a decoder whose layers are called with a stream of the whole width.
-      batches: dicts of [B, T] arrays tokens, segment_ids, positions; padding has segment id 0.
+      model: as for `layer_by_layer`, and so are `batches` and `stage`.
       visit: gets the layer's place, the layer and what it reads and makes. It may change the layer, which is a copy,
         and then returns True: the next layer reads what the changed one makes of the same stream.
 
     Raises:
       DataError: the batches hold no token.
     """
-    held, streams = streams_below(model, batches)
-    tokens = sum(int(jnp.sum(batch["segment_ids"] > 0)) for batch in held)
+    batches = list(batches)
+    tokens = sum(int(np.sum(batch["segment_ids"] > 0)) for batch in batches)
     if tokens == 0:
         raise DataError("the text to calibrate on has no token")
-    sequences = sum(int(jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))) for batch in held)
-    for place, block in layers_of(model):
+    sequences = sum(int(np.sum(np.any(batch["segment_ids"] > 0, axis=-1))) for batch in batches)
+
+    def called(
+        place: Place, block: Block, streams: list[jax.Array], held: list[dict[str, jax.Array]]
+    ) -> tuple[list[jax.Array], Arrays]:
         after, total = _over(model.config, block, streams, held)
         maps = {name: MapInputs(**sums) for name, sums in total["maps"].items()}
-        if visit(place, block, LayerInputs(tokens, sequences, maps, float(total["angle"]) / tokens)):
-            after, _ = _over(model.config, block, streams, held)
-        streams = after
+        changed, found = visit(place, block, LayerInputs(tokens, sequences, maps, float(total["angle"]) / tokens))
+        return (_over(model.config, block, streams, held)[0] if changed else after), found
+
+    return layer_by_layer(model, batches, called, stage)
 
 
 def _over(

@@ -31,16 +31,21 @@ from sparsezoo_jax.sparsification.config import (
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
 from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile, without_absent
+from sparsezoo_jax.sparsification.progress import Progress
 from sparsezoo_jax.sparsification.rotation import rotate
 from sparsezoo_jax.sparsification.rsparse import rsparse
+
+#: What keeps nothing.
+NOTHING = Progress()
 
 
 class Text:
     """The sequences that are calibrated on; reading them again gives the same batches."""
 
-    def __init__(self, prepared: Any, batch_size: int, config: CalibrationConfig):
-        self._prepared, self._config = prepared, config
-        self._size = min(batch_size, config.sequences)
+    def __init__(self, prepared: Any, batch_size: int, config: CalibrationConfig, rows: int = 1):
+        """`rows`: of these the sequences of a batch are a multiple, `batch_size` among them; devices share them."""
+        self._prepared, self._config, self._rows = prepared, config, rows
+        self._size = min(batch_size, -(-config.sequences // rows) * rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches of the sequences; further ones of the first and the last batch are padding."""
@@ -53,12 +58,14 @@ class Text:
                 yield {**batch, **hidden, "mask": hidden["mask"].astype(bool)}
 
     def first(self, sequences: int) -> list[dict[str, Any]]:
-        """Batches with the first of the sequences, the whole ones of a batch and no padding beyond."""
+        """Batches with the first of the sequences, the whole ones of a batch; padding fills what devices share."""
         batches, left = [], sequences
         for batch in self:
             rows = np.flatnonzero(np.any(batch["segment_ids"] > 0, axis=1))[:left]
             if len(rows):
-                batches.append({name: value[rows] for name, value in batch.items()})
+                lacking = -len(rows) % self._rows
+                filled = {name: np.pad(x[rows], ((0, lacking), (0, 0))) for name, x in batch.items()}
+                batches.append(filled)
             left -= len(rows)
             if left <= 0:
                 break
@@ -159,21 +166,20 @@ class ActivationPlan(NamedTuple):
         """Raise `UserError` for a decoder that this can't be done with."""
         self.target(config)
 
-    def make(self, model: Decoder, text: Text) -> Made:
+    def make(self, model: Decoder, text: Text, progress: Progress = NOTHING) -> Made:
         """The model with masks and their thresholds."""
         sparse = wrapped(model, self.target(model.config))
         if self.method.rotate:
             rotate(sparse)
-        calibration = calibrate(sparse, text, self.dense_tokens)
+        calibration = calibrate(sparse, text, self.dense_tokens, progress.stage("statistics"))
         shares = {name: np.full(model.config.layers, self.share) for name in calibration.maps}
         top_k = self.method.gate == "top_k"
         if self.allocation.kind == "greedy":
             of_share = None if top_k else partial(threshold, quantile=self.method.quantile)
-            shares = greedy(
-                sparse, calibration, text.first(self.allocation.sequences), self.share, self.allocation, of_share
-            )
+            first, stage = text.first(self.allocation.sequences), progress.stage("allocation")
+            shares = greedy(sparse, calibration, first, self.share, self.allocation, of_share, stage)
         if self.rsparse is not None:
-            return self._with_low_rank(model, calibration, text)
+            return self._with_low_rank(model, calibration, text, progress)
         cuts = shares if top_k else thresholds(calibration, shares, self.method.quantile)
         with_cuts(sparse, cuts)
         record = {
@@ -185,12 +191,12 @@ class ActivationPlan(NamedTuple):
         }
         return Made(sparse, calibration.tokens, record, calibration)
 
-    def _with_low_rank(self, model: Decoder, calibration: Calibration, text: Text) -> Made:
+    def _with_low_rank(self, model: Decoder, calibration: Calibration, text: Text, progress: Progress) -> Made:
         assert self.rsparse is not None
         batches = text.first(self.rsparse.sequences) if self.rsparse.alpha is None else []
         sparsity = self.method.sparsity(self.share, self.dense_tokens)
         sparsity = without_absent(sparsity, tuple(calibration.maps))
-        found = rsparse(model, sparsity, calibration, batches, self.rsparse)
+        found = rsparse(model, sparsity, calibration, batches, self.rsparse, progress)
         record = {
             "quantile": self.method.quantile,
             "alphas": {name: [float(x) for x in values] for name, values in found.alphas.items()},
@@ -250,12 +256,12 @@ class WeightPlan(NamedTuple):
         taken = maps_taken(config, self.maps, exact=self.exact)
         pruning.check_matrices(config, taken, pruning.parse_pattern(self.pattern))
 
-    def make(self, model: Decoder, text: Text) -> Made:
+    def make(self, model: Decoder, text: Text, progress: Progress = NOTHING) -> Made:
         """The model with weights that are 0."""
         gradients: dict[str, np.ndarray] = {}
         if self.method == "gblm":
             paths = pruning.matrix_paths(model, self.maps)
-            gradients = pruning.gradient_norms(model, text, paths, self.config.gradient_norm)
+            gradients = pruning.gradient_norms(model, text, paths, self.config.gradient_norm, progress)
 
         def score(path: str, place: Place, weight_IO: np.ndarray, norms_I: np.ndarray | None) -> np.ndarray:
             found = gradients.get(path)
@@ -267,7 +273,8 @@ class WeightPlan(NamedTuple):
         again = None if earlier is None else pruning.Earlier(earlier, self.config.activate, self.config.rewind)
         compare = self.config.compare or pruning.PRUNING[self.method]
         read = None if self.method == "magnitude" else text
-        pruned = pruning.prune(model, self.maps, self.share, score, compare, pattern, read, again)
+        stage = progress.stage("pruned")
+        pruned = pruning.prune(model, self.maps, self.share, score, compare, pattern, read, again, stage)
         record = {"pattern": self.pattern, "compare": compare if pattern is None else None}
         if again is not None:
             record |= {"since": self.config.since, "activate": self.config.activate, "rewind": self.config.rewind}
@@ -306,7 +313,7 @@ class NeuronPlan(NamedTuple):
         if top_k is not None and top_k > left:
             raise ConfigError("--sparsity", self.share, f"leaves {left} neurons, fewer than model.ffn.top_k={top_k}")
 
-    def make(self, model: Decoder, text: Text) -> Made:
+    def make(self, model: Decoder, text: Text, progress: Progress = NOTHING) -> Made:
         """The smaller model."""
         found = by_neurons.shrink(
             model,
@@ -318,6 +325,7 @@ class NeuronPlan(NamedTuple):
             bias=self.bias,
             spread=self.config.spread,
             released=self.released,
+            progress=progress,
         )
         record = {"neurons": model.config.ffn.d_ff, "widths": found.widths, "bias": self.bias}
         if found.importance is not None:
@@ -357,8 +365,8 @@ class ReadMEPlan(NamedTuple):
         require(len(parts) > 1, "--readme.domains", ", ".join(self.config.domains) or "none", allowed)
         return dataclasses.replace(config, dataset=None, validation_dataset=None, mixture=parts)
 
-    def make(self, model: Decoder, text: Domains) -> Made:
-        """The mixture."""
+    def make(self, model: Decoder, text: Domains, progress: Progress = NOTHING) -> Made:
+        """The mixture; nothing of it is kept before it is finished."""
         neurons = readme.check_decoder(model.config).d_ff
         kept = int(by_neurons.widths(np.array([1 - self.share]), neurons, self.multiple)[0])
         units = readme.DenseUnits(model)

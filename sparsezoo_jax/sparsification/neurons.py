@@ -21,7 +21,9 @@ from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.ffn import GatedFFN, GatedFFNConfig, PlainFFN, PlainFFNConfig
 from sparsezoo_jax.models.layers import Block
 from sparsezoo_jax.sparsification.conversion import check_layers
-from sparsezoo_jax.sparsification.layers import LayerInputs, Place, walk
+from sparsezoo_jax.sparsification.layers import LayerInputs, Place, places_of, walk
+from sparsezoo_jax.sparsification.placement import placed
+from sparsezoo_jax.sparsification.progress import Arrays, Progress, Stage
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
 NeuronMethod = Literal["cfsp", "magnitude-sp", "wanda-sp", "flap"]
@@ -131,6 +133,7 @@ def shrink(
     bias: bool = False,
     spread: float = 1.0,
     released: bool = False,
+    progress: Progress | None = None,
 ) -> Shrunk:
     """The model without a share of the neurons of its feed-forward networks, layer by layer.
 
@@ -147,14 +150,15 @@ def shrink(
       bias: put what removed neurons give on average into the bias of the output (FLAP).
       spread: of cfsp's importance over layers (the paper's a).
       released: as in `neuron_scores`.
+      progress: what was found before, and where it is kept. None: nowhere.
     """
-    batches = list(batches)
+    batches, progress = list(batches), Progress() if progress is None else progress
     ffn = check_neurons(model.config, bias=bias)
     model = _with_ffn(model, ffn)
     layers, neurons = model.config.layers, ffn.d_ff
     kept_L, importance = np.full(layers, 1 - share), None
     if per_layer:
-        kept_L, importance = _by_layer(model, method, share, batches, spread, released)
+        kept_L, importance = _by_layer(model, method, share, batches, spread, released, progress.stage("widths"))
     width_L = widths(kept_L, neurons, multiple)
     target = dataclasses.replace(model.config, ffn=dataclasses.replace(ffn, d_ff=int(width_L.max())))
     template = ModelTemplate(lambda rngs: Decoder(target, rngs=rngs))
@@ -163,10 +167,7 @@ def shrink(
     made = {path: np.zeros(v.shape, jnp.dtype(target.param_dtype)) for path, v in template.parameters.items()}
     shrunk = {path: array for path, array in made.items() if path not in flat}
 
-    angles: list[float] = []
-
-    def visit(place: Place, block: Block, inputs: LayerInputs) -> bool:
-        angles.append(inputs.angle)
+    def visit(place: Place, block: Block, inputs: LayerInputs) -> tuple[bool, Arrays]:
         scores_F = neuron_scores(method, _matrices(block), inputs, released=released)
         kept = np.sort(np.argsort(-scores_F, kind="stable")[: width_L[place.layer]])
         gone = np.setdiff1d(np.arange(neurons), kept)
@@ -176,20 +177,24 @@ def shrink(
             added_D = mean_F[gone] @ np.asarray(part.down_FD[...], np.float64)[gone]
             part.down_bias[...] = part.down_bias[...] + jnp.asarray(added_D, part.down_bias[...].dtype)
         part.down_FD[...] = part.down_FD[...].at[gone].set(0)
-        for path, array in shrunk.items():
+        found: Arrays = {"angle": np.asarray(inputs.angle)}
+        for path in shrunk:
             if not path.startswith(f"{place.path}/ffn/"):
                 continue
             value = np.asarray(getattr(part, path.rsplit("/", 1)[1])[...])
             axes = template.parameters[path].axes or ()
             for axis, name in enumerate(axes):
                 value = np.take(value, kept, axis=axis) if name == "ffn" else value
-            array[place.index][tuple(slice(0, n) for n in value.shape)] = value
-        return True
+            found[path] = value
+        return True, found
 
-    walk(model, batches, visit)
+    layers = walk(model, batches, visit, progress.stage("neurons"))
+    for place, found in zip(places_of(model), layers, strict=True):
+        for path in found.keys() - {"angle"}:
+            shrunk[path][place.index][tuple(slice(0, n) for n in found[path].shape)] = found[path]
     if method == "cfsp" and importance is None:
-        importance = [float(z) for z in layer_importance(np.array(angles), spread)]
-    smaller = template.merge(nested({**flat, **shrunk}), variables)
+        importance = [float(z) for z in layer_importance(np.array([found["angle"] for found in layers]), spread)]
+    smaller = placed(template.merge(nested({**flat, **shrunk}), variables))
     return Shrunk(smaller, [int(w) for w in width_L], importance)
 
 
@@ -200,23 +205,27 @@ def _matrices(block: Block) -> dict[str, np.ndarray]:
 
 
 def _by_layer(
-    model: Decoder, method: NeuronMethod, share: float, batches: list[Any], spread: float, released: bool
+    model: Decoder,
+    method: NeuronMethod,
+    share: float,
+    batches: list[Any],
+    spread: float,
+    released: bool,
+    stage: Stage,
 ) -> tuple[np.ndarray, list[float] | None]:
     """Shares of the neurons that layers keep, found from the whole model, and CFSP's importance of the layers."""
-    angles: list[float] = []
-    scores: list[np.ndarray] = []
 
-    def visit(place: Place, block: Block, inputs: LayerInputs) -> bool:
-        angles.append(inputs.angle)
+    def visit(place: Place, block: Block, inputs: LayerInputs) -> tuple[bool, Arrays]:
+        found: Arrays = {"angle": np.asarray(inputs.angle)}
         if method == "flap":
-            scores.append(neuron_scores(method, _matrices(block), inputs, released=released))
-        return False
+            found["scores"] = neuron_scores(method, _matrices(block), inputs, released=released)
+        return False, found
 
-    walk(model, batches, visit)
+    layers = walk(model, batches, visit, stage)
     if method == "cfsp":
-        importance_L = layer_importance(np.array(angles), spread)
+        importance_L = layer_importance(np.array([found["angle"] for found in layers]), spread)
         return kept_shares(importance_L, share), [float(z) for z in importance_L]
-    return standardised_shares(np.stack(scores), share), None
+    return standardised_shares(np.stack([found["scores"] for found in layers]), share), None
 
 
 def standardised_shares(scores_LF: np.ndarray, share: float) -> np.ndarray:
@@ -235,6 +244,7 @@ def _with_ffn(model: Decoder, ffn: GatedFFNConfig | PlainFFNConfig) -> Decoder:
         return model
     source, target = model.config, dataclasses.replace(model.config, ffn=ffn)
     params, variables = ModelTemplate(lambda rngs: Decoder(source, rngs=rngs)).split(model)
-    template = ModelTemplate(lambda rngs: Decoder(target, rngs=rngs))
-    zeros = {path: jnp.zeros(v.shape, jnp.dtype(target.param_dtype)) for path, v in template.parameters.items()}
-    return template.merge(nested({**zeros, **flatten(params)}), variables)
+    template, flat = ModelTemplate(lambda rngs: Decoder(target, rngs=rngs)), flatten(params)
+    new = {path: v for path, v in template.parameters.items() if path not in flat}
+    zeros = {path: jnp.zeros(v.shape, jnp.dtype(target.param_dtype)) for path, v in new.items()}
+    return placed(template.merge(nested({**zeros, **flat}), variables))

@@ -24,13 +24,18 @@ from sparsezoo_jax.evaluation.cross_entropy import call_model, token_loss
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.layers import Block
 from sparsezoo_jax.models.matrices import block_matrices
-from sparsezoo_jax.sparsification.layers import LayerInputs, Place, layers_of, walk
+from sparsezoo_jax.sharding import constrain
+from sparsezoo_jax.sparsification.layers import LayerInputs, Place, layers_of, places_of, walk
+from sparsezoo_jax.sparsification.placement import like, placed
+from sparsezoo_jax.sparsification.progress import Arrays, Progress, Stage
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
 
 Compare = Literal["row", "matrix"]
 GradientNorm = Literal["l1", "l2"]
 #: Methods, and what their weights are compared with as their authors do it.
 PRUNING: dict[str, Compare] = {"magnitude": "matrix", "wanda": "row", "gblm": "row"}
+#: Among what is kept of a layer, the share of zeros of a map: this and its name; all else are paths of matrices.
+_ZEROS = "zeros of "
 
 
 class Pattern(NamedTuple):
@@ -135,12 +140,27 @@ def _without_lowest(score: np.ndarray, count: int, axis: int) -> np.ndarray:
 
 
 def gradient_norms(
-    model: Decoder, batches: Iterable[Mapping[str, Any]], paths: Iterable[str], norm: GradientNorm
+    model: Decoder,
+    batches: Iterable[Mapping[str, Any]],
+    paths: Iterable[str],
+    norm: GradientNorm,
+    progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Of each parameter named, norms over sequences of the gradient of a sequence's mean loss, float32, its shape.
 
-    "l1": sum of magnitudes; "l2": root of the sum of squares. They grow with the number of sequences.
+    "l1": sum of magnitudes; "l2": root of the sum of squares. They grow with the number of sequences. All devices of a
+    mesh share one sequence after another, and the sums lie on them as the parameters do.
+
+    Args:
+      model: the decoder.
+      batches: dicts of [B, T] arrays with targets and mask.
+      paths: of the parameters, as `training.state.flatten` has them.
+      norm: see above.
+      progress: what was found before, and where it is kept when all batches are read. None: nowhere.
     """
+    progress = Progress() if progress is None else progress
+    if (kept := progress.value("gradients")) is not None:
+        return kept
     template = ModelTemplate(lambda rngs: Decoder(model.config, rngs=rngs))
     params, variables = template.split(model)
     flat, wanted = flatten(params), set(paths)
@@ -159,14 +179,17 @@ def gradient_norms(
             wide = jax.tree.map(lambda g: jnp.abs(g.astype(jnp.float32)), found)
             return jax.tree.map(lambda t, g: t + (g if norm == "l1" else jnp.square(g)), totals, wide), None
 
-        return jax.lax.scan(body, totals, batch)[0]
+        found, _ = jax.lax.scan(body, totals, batch)
+        return {path: constrain(total, template.parameters[path].full_axes) for path, total in found.items()}
 
-    totals = {path: jnp.zeros(x.shape, jnp.float32) for path, x in chosen.items()}
+    totals = {path: like(np.zeros(x.shape, np.float32), x, jnp.float32) for path, x in chosen.items()}
     for batch in batches:
         arrays = {name: batch[name] for name in ("tokens", "segment_ids", "positions", "targets", "mask")}
-        totals = added(totals, chosen, others, arrays)
+        totals = jax.block_until_ready(added(totals, chosen, others, arrays))
     found = {path: np.asarray(total) for path, total in totals.items()}
-    return found if norm == "l1" else {path: np.sqrt(total) for path, total in found.items()}
+    found = found if norm == "l1" else {path: np.sqrt(total) for path, total in found.items()}
+    progress.set_value("gradients", found)
+    return found
 
 
 class Pruned(NamedTuple):
@@ -229,6 +252,7 @@ def prune(
     pattern: Pattern | None,
     batches: Iterable[Mapping[str, Any]] | None,
     earlier: Earlier | None = None,
+    stage: Stage | None = None,
 ) -> Pruned:
     """The model with weights of these maps set to 0, layer by layer: each reads what the pruned ones below it make.
 
@@ -240,16 +264,16 @@ def prune(
         input's channels [I] (None without batches).
       batches: the text, as for `layers.walk`; None: the scores don't need any.
       earlier: see `Earlier`.
+      stage: where what is found is kept (`layers.layer_by_layer`).
     """
     template = ModelTemplate(lambda rngs: Decoder(model.config, rngs=rngs))
     params, variables = template.split(model)
     flat = flatten(params)
     before = None if earlier is None else flatten(template.split(earlier.model)[0])
     rewinding = earlier is not None and earlier.rewind
-    changed: dict[str, np.ndarray] = {}
-    zeros: dict[str, list[float]] = {name: [math.nan] * model.config.layers for name in maps}
 
-    def visit(place: Place, block: Block, inputs: LayerInputs | None) -> bool:
+    def visit(place: Place, block: Block, inputs: LayerInputs | None) -> tuple[bool, Arrays]:
+        found: Arrays = {}
         for name, sublayer, local, param in block_matrices(block, model.config.d_model):
             if name not in maps:
                 continue
@@ -266,20 +290,27 @@ def prune(
             else:
                 kept_IO = kept_weights(score_IO, share, compare, pattern)
             zero = np.zeros((), value.dtype)
-            param[...] = jnp.asarray(np.where(kept_IO, weight_IO, zero).reshape(value.shape))
+            param[...] = like(np.where(kept_IO, weight_IO, zero).reshape(value.shape), param[...])
             result_IO = before_IO if rewinding and before_IO is not None else weight_IO
             result_IO = np.where(kept_IO, result_IO, zero)
-            if path not in changed:
-                changed[path] = np.array(flat[path])
-            changed[path][place.index] = result_IO.reshape(value.shape)
-            zeros[name][place.layer] = float(np.mean(result_IO == 0))
-        return True
+            found[path] = result_IO.reshape(value.shape)
+            found[_ZEROS + name] = np.asarray(np.mean(result_IO == 0))
+        return True, found
 
     if batches is None:
-        for place, block in layers_of(model):
-            visit(place, block, None)
+        layers = [visit(place, block, None)[1] for place, block in layers_of(model)]
     else:
-        walk(model, batches, visit)
-    found = {name: shares for name, shares in zeros.items() if not all(map(math.isnan, shares))}
+        layers = walk(model, batches, visit, stage)
+    changed: dict[str, np.ndarray] = {}
+    zeros: dict[str, list[float]] = {name: [math.nan] * model.config.layers for name in maps}
+    for place, found in zip(places_of(model), layers, strict=True):
+        for path, value in found.items():
+            if path.startswith(_ZEROS):
+                zeros[path.removeprefix(_ZEROS)][place.layer] = float(value)
+                continue
+            if path not in changed:
+                changed[path] = np.array(flat[path])
+            changed[path][place.index] = value
+    zeros = {name: shares for name, shares in zeros.items() if not all(map(math.isnan, shares))}
     rest = before if rewinding and before is not None else flat
-    return Pruned(template.merge(nested({**rest, **changed}), variables), found)
+    return Pruned(placed(template.merge(nested({**rest, **changed}), variables)), zeros)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.models import Decoder
 from sparsezoo_jax.models.matrices import SUBLAYERS, find
 from sparsezoo_jax.models.sparsified import STREAM_MAPS
+from sparsezoo_jax.sparsification.placement import like
 
 _REFERENCES = ("k", "gate", "up")
 
@@ -60,6 +60,6 @@ def _rotate(part: Any, norm: Any, d_model: int) -> None:
         for name, weight in weights.items():
             own = back_DD @ weight[layer].reshape(d_model, -1).astype(np.float64)
             rotated[name][layer] = own.reshape(weight[layer].shape)
-    part.rotation.rotation_DD[...] = jnp.asarray(rotation, part.rotation.rotation_DD[...].dtype)
+    part.rotation.rotation_DD[...] = like(rotation, part.rotation.rotation_DD[...])
     for name, param in params.items():
-        param[...] = jnp.asarray(rotated[name])
+        param[...] = like(rotated[name], param[...])

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax.evaluation import evaluate_model
@@ -20,6 +19,8 @@ from sparsezoo_jax.models.sparsified import ActivationSparsity
 from sparsezoo_jax.sparsification.calibration import Calibration, threshold
 from sparsezoo_jax.sparsification.config import RSparseConfig
 from sparsezoo_jax.sparsification.conversion import sparsified_config, with_cuts, wrapped
+from sparsezoo_jax.sparsification.placement import batch_on_devices, like
+from sparsezoo_jax.sparsification.progress import Progress
 
 #: Of the search: chance that a map of a layer gets a new alpha, and what alphas are multiples of.
 MUTATION, GRID = 0.1, 0.05
@@ -64,6 +65,7 @@ def rsparse(
     calibration: Calibration,
     batches: Sequence[Mapping[str, Any]],
     config: RSparseConfig,
+    progress: Progress | None = None,
 ) -> Found:
     """The sparsified model of `dense`.
 
@@ -73,7 +75,9 @@ def rsparse(
       calibration: of the same maps and scores, without masks.
       batches: whose loss the search measures.
       config: one alpha for all, or how they are searched for.
+      progress: losses that the search measured before, and where they are kept. None: nowhere.
     """
+    progress = Progress() if progress is None else progress
     matrices = _matrices(dense, sparsity.maps)
     present = {
         name: np.array([layer in by_layer for layer in range(dense.config.layers)])
@@ -88,9 +92,18 @@ def rsparse(
     factors = {name: {} for name in matrices}
     largest = _built(dense, sparsity, calibration, matrices, everywhere(0.0), factors)
 
+    # The search draws the same settings again, so that the losses of those it had measured are all that it needs.
+    known = progress.value("search")
+    measured, seen = [] if known is None else [float(x) for x in known["losses"]], 0
+
     def loss(alphas: dict[str, np.ndarray]) -> float:
-        _set(largest.model, alphas, sparsity.target, calibration, factors)
-        return evaluate_model(largest.model, batches).loss
+        nonlocal seen
+        seen += 1
+        if seen > len(measured):
+            _set(largest.model, alphas, sparsity.target, calibration, factors)
+            measured.append(evaluate_model(largest.model, batches, to_device=batch_on_devices).loss)
+            progress.set_value("search", {"losses": np.array(measured)})
+        return measured[seen - 1]
 
     start = [everywhere(alpha) for alpha in (1.0, 0.95, 0.9, 0.8)]
     alphas = search(start, loss, config)
@@ -200,7 +213,7 @@ def _set(
                         if rank:
                             full_a, full_b = factors[name][layer]
                             a[index, :, :rank], b[index, :rank] = full_a[:, :rank], full_b[:rank]
-                    map.a_IR[...] = jnp.asarray(a, map.a_IR[...].dtype)
-                    map.b_RO[...] = jnp.asarray(b, map.b_RO[...].dtype)
+                    map.a_IR[...] = like(a, map.a_IR[...])
+                    map.b_RO[...] = like(b, map.b_RO[...])
         first += segment.layers
     return cuts

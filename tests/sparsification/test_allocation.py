@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsezoo_jax import run_dir, sparsify
-from sparsezoo_jax.sparsification import METHODS, allocation, calibrate, sparsified_config, wrapped
+from sparsezoo_jax.sparsification import METHODS, allocation, calibrate, layers, sparsified_config, wrapped
 from sparsezoo_jax.sparsification.calibration import threshold
 from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig
 
@@ -45,7 +45,7 @@ def sparse(dense, batches):
 
 
 def test_sizes_are_weights(sparse):
-    (_, block), _ = allocation.layers_of(sparse[0])
+    (_, block), _ = layers.layers_of(sparse[0])
     assert allocation.map_sizes(block, 32) == {
         **{"q": 1.0, "k": 0.5, "v": 0.5, "o": 1.0},
         **dict.fromkeys(("gate", "up", "down"), 1.5),
@@ -56,8 +56,8 @@ def test_a_layers_output_changes_no_more_than_with_equal_shares(sparse, batches)
     model, calibration = sparse
     config = AllocationConfig(step=0.3)
     shares = allocation.greedy(model, calibration, batches, 0.5, config, threshold)
-    held, streams = allocation.streams_below(model, batches)
-    for place, block in allocation.layers_of(model):
+    held, streams = layers.streams_below(model, batches)
+    for place, block in layers.layers_of(model):
         graphdef, state = nnx.split(block)
         outputs = [allocation._output(model.config, graphdef, state, x, b) for x, b in zip(streams, held, strict=True)]
         errors = []
