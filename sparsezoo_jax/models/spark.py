@@ -46,9 +46,11 @@ from sparsezoo_jax.models.records import (
     FFN_SCORES,
 )
 from sparsezoo_jax.models.rope import RopeConfig, RopeScaling, apply_rope
-from sparsezoo_jax.pallas_kernels.matmul import matmul
+from sparsezoo_jax.models.width import WHOLE
+from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, predicted_keys, spark_attention
-from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, spark_ffn
+from sparsezoo_jax.pallas_kernels.spark_ffn import Selection, select_neurons, spark_ffn
+from sparsezoo_jax.sharding import constrain
 
 
 @register_ffn
@@ -104,6 +106,16 @@ class SparkFFNConfig(FFNKind):
         """FLOPs per token with `active` neurons (None: the target): `2 (r F + (D - r) k + D k)` (paper, section 2)."""
         return 2 * self.weights(d_model, active)
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The predictor as "gate", the map of the other dimensions as "up", "down", and the selected neurons."""
+        f, rest, active = self.d_ff, d_model - self.r, or_target(active, self)
+        return {
+            "gate": MapSize(self.r, f, self.r),
+            "up": MapSize(rest, active, rest),
+            "neurons": MapSize(f, rest + d_model, active),
+            "down": MapSize(f, d_model, active),
+        }
+
     def dense_twin(self) -> GatedFFNConfig | None:
         """The gated layer of equal parameters, two thirds as wide; None where that is no whole number."""
         return GatedFFNConfig(d_ff=self.d_ff // 3 * 2) if self.d_ff % 3 == 0 else None
@@ -114,6 +126,8 @@ class SparkFFNConfig(FFNKind):
 
 class SparkFFN(FFN):
     """Feed-forward layer with a built-in predictor; see `SparkFFNConfig`."""
+
+    matrices: ClassVar[Mapping[str, str]] = {"gate": "k1_RF", "up": "k2_DF", "down": "v_FD"}
 
     def __init__(self, config: SparkFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
@@ -130,6 +144,8 @@ class SparkFFN(FFN):
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         config, k1_RF = self.config, self.k1_RF[...].astype(self.dtype)
+        if ctx.width is not WHOLE:
+            return self.by_maps(x_BTD, ctx)
         y, gate = spark_ffn(
             x_BTD,
             k1_RF,
@@ -150,6 +166,24 @@ class SparkFFN(FFN):
         }
         stats = {"ffn_density": density(jax.lax.stop_gradient(gate), ctx)}
         return y, LayerAux(stats=stats, records=ctx.recorded(records))
+
+    def by_maps(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        """The same by its definition, map by map, each of which reads the channels that `ctx.width` leaves it."""
+        config, width, neurons = self.config, ctx.width, ("batch", "length", "ffn")
+        k1_RF, k2_DF, v_FD = (matrix[...].astype(self.dtype) for matrix in (self.k1_RF, self.k2_DF, self.v_FD))
+        to_gate_BTR = width.channels("gate", x_BTD[..., : config.r], lambda: k1_RF)
+        to_up = width.channels("up", x_BTD[..., config.r :], lambda: k2_DF)
+        scores_BTF = constrain(width.added("gate", from_stream(to_gate_BTR, k1_RF)), neurons)
+        selected_BTF = select_neurons(
+            scores_BTF, config.top_k, config.selection, ddof=config.ddof, huber_delta=config.huber_delta
+        )
+        gate_BTF = width.channels("neurons", jax.nn.gelu(selected_BTF, approximate=True))
+        hidden_BTF = gate_BTF * constrain(width.added("up", from_stream(to_up, k2_DF)), neurons)
+        hidden_BTF = width.channels("down", hidden_BTF, lambda: v_FD)
+        y_BTD = width.added("down", to_stream(hidden_BTF, v_FD))
+        records = {FFN_SCORES: lambda: scores_BTF, FFN_GATE: lambda: gate_BTF, FFN_HIDDEN: lambda: hidden_BTF}
+        stats = {"ffn_density": density(jax.lax.stop_gradient(gate_BTF), ctx)}
+        return y_BTD, LayerAux(stats=stats, records=ctx.recorded(records))
 
 
 @register_attention

@@ -14,6 +14,7 @@ from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.models import AttentionKind, Decoder, DecoderConfig, FFNKind
 from sparsezoo_jax.models.contract import SublayerName
 from sparsezoo_jax.models.sparsified import (
+    STREAM_MAPS,
     ActivationSparsity,
     Masks,
     SparsifiedAttentionConfig,
@@ -101,6 +102,11 @@ def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, ex
     """The decoder whose layers leave out channels by `sparsity`; errors and `exact` as in `maps_taken`."""
     changes: dict[str, AttentionKind | FFNKind] = {}
     for field, names in maps_taken(config, sparsity.maps, exact=exact).items():
+        if sparsity.rotate:
+            there = getattr(config, field).linear_maps(config.d_model)
+            parts = [name for name in names if name in STREAM_MAPS and there[name].channels != config.d_model]
+            allowed = f"can't be rotated (--rotate): its maps {', '.join(parts)} read a part of the stream each"
+            require(not parts, f"model.{field}.kind", getattr(config, field).kind, allowed)
         wrapper = SparsifiedAttentionConfig if field == "attention" else SparsifiedFFNConfig
         changes[field] = wrapper(of=getattr(config, field), sparsity=without_absent(sparsity, names))
     return dataclasses.replace(config, **changes)
