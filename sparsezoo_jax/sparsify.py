@@ -83,8 +83,8 @@ class Sparsify(CorpusFlags, MeshFlags):
     sparsity: float | None = None
     """Share of the channels, neurons or weights that goes, in [0, 1). None: 0.5, or what --pattern says."""
     maps: tuple[str, ...] | None = None
-    """Maps that leave channels out, or whose weights are pruned, of q, q_up, k, v, o, gate, up, down, neurons; none:
-    those of the method."""
+    """Maps that leave channels out, or whose weights are pruned, of q, q_up, k, v, o, gate, up, down, neurons, and of
+    mixtures shared_gate, shared_up, shared_down; none: those of the method."""
     gate: Literal["threshold", "top_k"] | None = None
     """Of cats, teal, wina: threshold: one for a map and layer, from the calibration; top_k: a token's largest. None:
     that of the method."""
@@ -144,6 +144,9 @@ def main(args: Sequence[str]) -> None:
         rows.append((f"weights of the {whole} that a token needs", needed))
     for text, name in (("left out of", "left_out"), ("zeros in", "zeros")):
         rows += [(f"{text} {map}", f"{share:.2%}") for map, share in figures.get(name, {}).items()]
+    for map, found in figures.get("too_few_tokens", {}).items():
+        listed = ", ".join(f"{expert} of layer {layer}" for layer, expert in found)
+        rows.append((f"experts that got too few tokens, {map}", listed))
     if "widths" in figures:
         rows.append(("neurons of the layers", " ".join(map(str, figures["widths"]))))
     if "domains" in figures:

@@ -56,8 +56,10 @@ class Part(nnx.Module):
     """What all modules of a layer share."""
 
     matrices: ClassVar[Mapping[str, str]] = {}
-    """Path within the module of the matrix of each map that its configuration's `linear_maps` names, joined with '/';
+    """Path within the module of the matrix of each map that its configuration's `weight_maps` names, joined with '/';
     the matrix has the axes of the map's input in its front. "neurons" has none of its own. Default: none is known."""
+    expert_maps: ClassVar[frozenset[str]] = frozenset()
+    """Those of `matrices` that have one matrix for each expert, along an axis in front of the others."""
 
     def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Move variables that no gradient moves (a router's bias, dead neurons), after an optimizer step.
@@ -201,6 +203,10 @@ class FFNKind(Kind):
         """
         return {}
 
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """Maps whose weights can be pruned, by name: channels of their inputs. Default: those of `linear_maps`."""
+        return {name: size.channels for name, size in self.linear_maps(d_model).items()}
+
     def for_layer(self, layer: int, layers: int) -> Self:
         """The configuration of one layer, counted from 0. Default: all are alike."""
         return self
@@ -293,6 +299,10 @@ class AttentionKind(Kind):
     def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
         """Maps whose inputs pass through `Width.channels`, by name. Default: none."""
         return {}
+
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """Maps whose weights can be pruned, by name: channels of their inputs. Default: those of `linear_maps`."""
+        return {name: size.channels for name, size in self.linear_maps(d_model).items()}
 
     @property
     def fixed_length(self) -> int | None:

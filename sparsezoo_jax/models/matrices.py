@@ -1,4 +1,4 @@
-"""The matrices of a decoder's layers, by the names of the maps that they belong to (`linear_maps` of a kind)."""
+"""The matrices of a decoder's layers, by the names of the maps that they belong to (`weight_maps` of a kind)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def block_matrices(block: Block, d_model: int) -> Iterator[tuple[str, SublayerNa
     """Map, sublayer, path within the sublayer and matrix, for each map whose matrix the layer's modules name."""
     for sublayer in SUBLAYERS:
         part, kind = getattr(block, sublayer), getattr(block.spec, sublayer)
-        for name in kind.linear_maps(d_model):
+        for name in kind.weight_maps(d_model):
             if name in part.matrices:
                 yield name, sublayer, part.matrices[name], find(part, part.matrices[name])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
+from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, Moved, grouped_ffn, move_and_why, weighted_ffn
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.sharding import constrain
@@ -142,6 +144,13 @@ class MoEFFNConfig(FFNKind):
         """Neurons of all experts."""
         return self.experts * self.expert_width
 
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """The maps of the routed experts, and of those that all tokens take, which are fused."""
+        fused = self.shared * self.expert_width
+        maps = {"gate": d_model, "up": d_model, "down": self.expert_width}
+        maps |= {"shared_gate": d_model, "shared_up": d_model, "shared_down": fused} if fused else {}
+        return {name: size for name, size in maps.items() if self.gated or not name.endswith("gate")}
+
     @property
     def target_active(self) -> float | None:
         """Neurons of a token's experts; None for topp, which aims at no number."""
@@ -174,6 +183,16 @@ class MoEFFNConfig(FFNKind):
 class MoEFFN(FFN):
     """Mixture of experts; see `MoEFFNConfig`."""
 
+    matrices: ClassVar[Mapping[str, str]] = {
+        "gate": "gate_EDW",
+        "up": "up_EDW",
+        "down": "down_EWD",
+        "shared_gate": "shared_gate_DF",
+        "shared_up": "shared_up_DF",
+        "shared_down": "shared_down_FD",
+    }
+    expert_maps: ClassVar[frozenset[str]] = frozenset({"gate", "up", "down"})
+
     def __init__(self, config: MoEFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
         d, width, routed = ctx.d_model, config.expert_width, config.routed
@@ -203,6 +222,8 @@ class MoEFFN(FFN):
         scores_BTE = matmul(x_BTD, self.router_DE[...].astype(self.dtype), jnp.dtype(jnp.float32))
         routing = self._route(scores_BTE, ctx)
         y_BTD = self.mixed(x_BTD, routing)
+        if ctx.width is not WHOLE:
+            self._show(x_BTD, routing.active_BTE, ctx)
         active_BTE = self.with_shared(routing.active_BTE)
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(active_BTE, ctx)
@@ -229,6 +250,26 @@ class MoEFFN(FFN):
             form = (k, config.routed_scale, config.groups, config.kept_groups)
             return routers.biased_sigmoid(scores_BTE, self.bias_E[...], *form)
         return routers.top_k(scores_BTE, k)
+
+    def _show(self, x_BTD: jax.Array, active_BTE: jax.Array, ctx: CallContext) -> None:
+        """Tell `ctx.width` what the maps read."""
+        activation = activation_fn(self.config.activation)
+        up_EDW, _, gate_EDW = self._cast(_values(self.up_EDW, self.down_EWD, self.gate_EDW))
+
+        def hidden(up_DW: jax.Array, gate_DW: jax.Array | None) -> jax.Array:
+            up = matmul(x_BTD, up_DW)
+            return activation(up) if gate_DW is None else activation(matmul(x_BTD, gate_DW)) * up
+
+        taken_BTE = active_BTE & ctx.valid_BT[..., None]
+        for name in ("gate", "up") if self.config.gated else ("up",):
+            ctx.width.experts(name, lambda e: x_BTD, taken_BTE)
+        ctx.width.experts("down", lambda e: hidden(up_EDW[e], None if gate_EDW is None else gate_EDW[e]), taken_BTE)
+        if self.shared_up_DF is None:
+            return
+        up_DF, _, gate_DF = self._cast(_values(self.shared_up_DF, self.shared_down_FD, self.shared_gate_DF))
+        for name in ("shared_gate", "shared_up") if self.config.gated else ("shared_up",):
+            ctx.width.channels(name, x_BTD)
+        ctx.width.channels("shared_down", hidden(up_DF, gate_DF))
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""

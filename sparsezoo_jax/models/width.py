@@ -36,6 +36,12 @@ class Width(Protocol):
         """
         ...
 
+    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+        """Called with what the map called `name` of each expert reads, [B, T, I] by the expert's number, and bool
+        [B, T, E], which tokens take it. Nothing is left out of that.
+        """
+        ...
+
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:
         """`x W`, [B, T, O]."""
         ...
@@ -53,6 +59,9 @@ class AllChannels:
 
     def added(self, name: str, y: jax.Array) -> jax.Array:
         return y
+
+    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+        pass
 
 
 class WholeWidth(AllChannels):

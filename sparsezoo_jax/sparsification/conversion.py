@@ -58,7 +58,9 @@ def check_layers(config: DecoderConfig) -> None:
     require(width == config.d_model, "model.residual.kind", config.residual.kind, allowed)
 
 
-def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False) -> dict[str, tuple[str, ...]]:
+def maps_taken(
+    config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = False, weights: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Which of the maps the kinds of a decoder have, by the field of its configuration: attention, ffn, first_ffn.
 
     Args:
@@ -66,6 +68,7 @@ def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = Fa
       maps: where some of them are of attention (or of feed-forward networks), layers of every kind must have one of
         these, in all layers.
       exact: every one of the maps must be there; otherwise those that a layer does not have are passed over.
+      weights: take also maps whose channels can't be left out, but whose weights can be pruned.
 
     Raises:
       UserError: the decoder is sparsified already.
@@ -82,7 +85,10 @@ def maps_taken(config: DecoderConfig, maps: tuple[str, ...], *, exact: bool = Fa
         kind = getattr(config, field)
         if not wanted or kind is None:
             continue
-        there, listed = kind.linear_maps(config.d_model), ",".join(wanted)
+        there, listed = (
+            kind.weight_maps(config.d_model) if weights else kind.linear_maps(config.d_model),
+            ",".join(wanted),
+        )
         missing = [name for name in wanted if name not in there]
         has = f"has the maps {', '.join(there)}" if there else "has no maps whose channels could be left out"
         allowed = f"{has}; {listed} can't be sparsified"

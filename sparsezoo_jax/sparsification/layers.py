@@ -23,6 +23,9 @@ from sparsezoo_jax.models.width import Weight, WholeWidth
 from sparsezoo_jax.sparsification.placement import batch_on_devices, placed, stream_on_devices
 from sparsezoo_jax.sparsification.progress import Arrays, Stage
 
+#: Tokens of the text that an expert must get for the norms of what it reads to count [ours].
+FEWEST = 32
+
 
 class Place(NamedTuple):
     """Where a layer's parameters are."""
@@ -31,8 +34,8 @@ class Place(NamedTuple):
     """The layer, counted from 0."""
     path: str
     """Of its block, as `training.state.flatten` has it: its parameters' paths begin with this and '/'."""
-    index: int
-    """Of the layer along the first axis of these parameters."""
+    index: int | tuple[int, int]
+    """Of the layer along the first axis of these parameters; of a matrix of experts also the expert's."""
 
 
 class MapInputs(NamedTuple):
@@ -42,6 +45,8 @@ class MapInputs(NamedTuple):
     """float64 [I]: of each channel."""
     squares: np.ndarray
     """float64 [I]: of the squares of each channel."""
+    tokens: np.ndarray | None = None
+    """Of a map of experts, whose sums are [E, I]: the tokens that each of them gets, [E]."""
 
 
 class LayerInputs(NamedTuple):
@@ -54,8 +59,16 @@ class LayerInputs(NamedTuple):
     """Mean over tokens of the angle between the stream before and after the layer, as a share of pi (CFSP)."""
 
     def norms(self, name: str) -> np.ndarray:
-        """Of each channel of a map the root of the mean over sequences of its squared norm over tokens, float64 [I]."""
+        """Of each channel of a map the root of the mean over sequences of its squared norm over tokens, float64 [I].
+
+        Of a map of experts [E, I], over the tokens that an expert gets.
+        """
         return np.sqrt(self.maps[name].squares / self.sequences)
+
+    def too_few(self, name: str) -> np.ndarray:
+        """The experts of a map that get less than `FEWEST` tokens, whose norms say little; none of other maps."""
+        tokens_E = self.maps[name].tokens
+        return np.zeros(0, int) if tokens_E is None else np.flatnonzero(tokens_E < FEWEST)
 
 
 class _Watch(WholeWidth):
@@ -63,10 +76,23 @@ class _Watch(WholeWidth):
 
     def __init__(self):
         self.seen: dict[str, jax.Array] = {}
+        self.sums: dict[str, dict[str, jax.Array]] = {}
+
+    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+        def of_expert(expert: jax.Array) -> dict[str, jax.Array]:
+            return {**_sums(read(expert), taken_BTE[..., expert]), "tokens": jnp.sum(taken_BTE[..., expert])}
+
+        self.sums[name] = jax.lax.map(of_expert, jnp.arange(taken_BTE.shape[-1]))
 
     def channels(self, name: str, x: jax.Array, weight: Weight | None = None) -> jax.Array:
         self.seen[name] = x.reshape(*x.shape[:2], -1)
         return x
+
+
+def _sums(seen_BTI: jax.Array, counted_BT: jax.Array) -> dict[str, jax.Array]:
+    """Of each channel over the tokens that count, and of its squares, float32 [I]."""
+    x_BTI = jnp.where(counted_BT[..., None], seen_BTI.astype(jnp.float32), 0)
+    return {"sums": jnp.sum(x_BTI, axis=(0, 1)), "squares": jnp.sum(jnp.square(x_BTI), axis=(0, 1))}
 
 
 def places_of(model: Decoder) -> list[Place]:
@@ -103,11 +129,7 @@ def _called(
     ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
     passed, _, _ = nnx.merge(graphdef, state)(Passed(x_BTD), replace(ctx, width=watch), None)
     y_BTD = passed.x
-    counted_BT1 = ctx.valid_BT[..., None]
-    sums = {}
-    for name, seen_BTI in watch.seen.items():
-        x_BTI = jnp.where(counted_BT1, seen_BTI.astype(jnp.float32), 0)
-        sums[name] = {"sums": jnp.sum(x_BTI, axis=(0, 1)), "squares": jnp.sum(jnp.square(x_BTI), axis=(0, 1))}
+    sums = watch.sums | {name: _sums(seen_BTI, ctx.valid_BT) for name, seen_BTI in watch.seen.items()}
     before_BTD, after_BTD = x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)
     norms_BT = jnp.linalg.norm(before_BTD, axis=-1) * jnp.linalg.norm(after_BTD, axis=-1)
     # A stream of zeros has no direction: its angle counts as a right one.

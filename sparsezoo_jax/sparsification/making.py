@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparsezoo_jax import data
@@ -30,7 +31,7 @@ from sparsezoo_jax.sparsification.config import (
 )
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
-from sparsezoo_jax.sparsification.methods import LINEAR_MAPS, METHODS, RELEASED, Method, Quantile, without_absent
+from sparsezoo_jax.sparsification.methods import METHODS, RELEASED, Method, Quantile, without_absent
 from sparsezoo_jax.sparsification.progress import Progress
 from sparsezoo_jax.sparsification.rotation import rotate
 from sparsezoo_jax.sparsification.rsparse import rsparse
@@ -247,13 +248,13 @@ class WeightPlan(NamedTuple):
         allowed = f"must be at most --sparsity {half:g}"
         require(config.activate <= half, "--pruning.activate", config.activate, allowed)
         for map in maps or ():
-            require(map in LINEAR_MAPS, "--maps", map, f"must be one of {', '.join(LINEAR_MAPS)}")
-        own = LINEAR_MAPS if maps is None else tuple(maps)
+            require(map in pruning.PRUNED_MAPS, "--maps", map, f"must be one of {', '.join(pruning.PRUNED_MAPS)}")
+        own = pruning.PRUNED_MAPS if maps is None else tuple(maps)
         return cls(half, name, own, maps is not None, pattern, config)
 
     def check(self, config: DecoderConfig) -> None:
         """Raise `UserError` for a decoder that this can't be done with."""
-        taken = maps_taken(config, self.maps, exact=self.exact)
+        taken = maps_taken(config, self.maps, exact=self.exact, weights=True)
         pruning.check_matrices(config, taken, pruning.parse_pattern(self.pattern))
 
     def make(self, model: Decoder, text: Text, progress: Progress = NOTHING) -> Made:
@@ -280,6 +281,8 @@ class WeightPlan(NamedTuple):
             record |= {"since": self.config.since, "activate": self.config.activate, "rewind": self.config.rewind}
         record |= {"zeros": {name: float(np.nanmean(shares)) for name, shares in pruned.zeros.items()}}
         record |= {"zeros_by_layer": pruned.zeros}
+        if any(pruned.few.values()):
+            record["too_few_tokens"] = {name: [list(one) for one in found] for name, found in pruned.few.items()}
         return Made(pruned.model, 0 if read is None else text.tokens(), record)
 
     def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,10 +333,7 @@ class NeuronPlan(NamedTuple):
         record = {"neurons": model.config.ffn.d_ff, "widths": found.widths, "bias": self.bias}
         if found.importance is not None:
             record["importance"] = found.importance
-        weights = (
-            _weights(config, widths) for config, widths in ((model.config, None), (found.model.config, found.widths))
-        )
-        record["weights_dense"], record["weights"] = weights
+        record |= _compared(_costs(model.config, None), _costs(found.model.config, found.widths))
         return Made(found.model, text.tokens(), record)
 
     def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,9 +387,10 @@ class ReadMEPlan(NamedTuple):
             "agreement": trained.agreement,
             "expert_losses": trained.expert_losses,
             "routed": {name: readme.routed_shares(trained.model, part).tolist() for name, part in text.texts.items()},
-            "weights_dense": activated_parameters(model.config).layers,
-            "weights": activated_parameters(trained.model.config).layers,
         }
+        counts = (activated_parameters(config).layers for config in (model.config, trained.model.config))
+        size = jnp.dtype(model.config.dtype).itemsize
+        record |= _compared(*(Costs(count, 2 * count, size * count) for count in counts))
         return Made(trained.model, text.tokens(), record)
 
     def figures(self, made: Made, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,18 +398,35 @@ class ReadMEPlan(NamedTuple):
         return made.record
 
 
-def _weights(config: DecoderConfig, widths: Sequence[int] | None) -> float:
-    """Weights of the layers' maps; `widths`: neurons by layer, default those of the configuration."""
-    total = 0.0
+class Costs(NamedTuple):
+    """What a token needs of the layers' linear maps."""
+
+    weights: float
+    flops: float
+    """A multiply-add counts 2."""
+    bytes: float
+    """Of the weights, in the activations' type."""
+
+
+def _compared(dense: Costs, here: Costs) -> dict[str, float]:
+    """Both by name, those of the dense run with "_dense"."""
+    return {**{f"{name}_dense": value for name, value in dense._asdict().items()}, **here._asdict()}
+
+
+def _costs(config: DecoderConfig, widths: Sequence[int] | None) -> Costs:
+    """Those of a decoder; `widths`: neurons by layer, default those of the configuration."""
+    weights = flops = 0.0
     for layer, spec in enumerate(config.layer_specs()):
         active = None if widths is None else widths[layer]
         lacking = 0 if active is None else spec.ffn.d_ff - active
-        total += spec.attention.projection_weights(config.d_model) + spec.ffn.weights(config.d_model)
-        total -= lacking * _of_neuron(spec.ffn, config.d_model)
-    return total
+        weights += spec.attention.projection_weights(config.d_model) + spec.ffn.weights(config.d_model)
+        weights -= lacking * _of_neuron(spec.ffn, config.d_model)
+        flops += spec.attention.projection_flops(config.d_model) + spec.ffn.flops(config.d_model)
+        flops -= 2 * lacking * _of_neuron(spec.ffn, config.d_model, biases=False)
+    return Costs(weights, flops, weights * jnp.dtype(config.dtype).itemsize)
 
 
-def _of_neuron(ffn: Any, d_model: int) -> float:
+def _of_neuron(ffn: Any, d_model: int, *, biases: bool = True) -> float:
     """Weights of one neuron."""
     matrices = len(ffn.linear_maps(d_model).keys() & {"gate", "up", "down"})
-    return matrices * d_model + (matrices - 1 if ffn.bias else 0)
+    return matrices * d_model + (matrices - 1 if ffn.bias and biases else 0)

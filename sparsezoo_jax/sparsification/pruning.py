@@ -26,6 +26,7 @@ from sparsezoo_jax.models.layers import Block
 from sparsezoo_jax.models.matrices import block_matrices
 from sparsezoo_jax.sharding import constrain
 from sparsezoo_jax.sparsification.layers import LayerInputs, Place, layers_of, places_of, walk
+from sparsezoo_jax.sparsification.methods import LINEAR_MAPS
 from sparsezoo_jax.sparsification.placement import like, placed
 from sparsezoo_jax.sparsification.progress import Arrays, Progress, Stage
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested
@@ -36,6 +37,10 @@ GradientNorm = Literal["l1", "l2"]
 PRUNING: dict[str, Compare] = {"magnitude": "matrix", "wanda": "row", "gblm": "row"}
 #: Among what is kept of a layer, the share of zeros of a map: this and its name; all else are paths of matrices.
 _ZEROS = "zeros of "
+#: Likewise the numbers of the experts that got too few tokens.
+_FEW = "too few tokens of "
+#: All maps that can be pruned.
+PRUNED_MAPS = (*LINEAR_MAPS, "shared_gate", "shared_up", "shared_down")
 
 
 class Pattern(NamedTuple):
@@ -198,6 +203,8 @@ class Pruned(NamedTuple):
     model: Decoder
     zeros: dict[str, list[float]]
     """For each map the share of zeros by layer; NaN where a layer does not have the map."""
+    few: dict[str, list[tuple[int, int]]] = {}
+    """For each map of experts those, by layer and number, that got too few tokens and were compared without norms."""
 
 
 def matrix_paths(model: Decoder, maps: tuple[str, ...]) -> list[str]:
@@ -223,10 +230,10 @@ def check_matrices(config: DecoderConfig, taken: Mapping[str, tuple[str, ...]], 
         unknown = ", ".join(name for name in maps if name not in known)
         allowed = f"does not say which matrices its maps {unknown} have (`matrices` of the module)"
         require(not unknown, f"model.{field}.kind", kind.kind, allowed)
-        for name, size in kind.linear_maps(config.d_model).items():
-            if name in maps and pattern is not None and size.channels % pattern.of:
+        for name, channels in kind.weight_maps(config.d_model).items():
+            if name in maps and pattern is not None and channels % pattern.of:
                 text = f"{pattern.kept}:{pattern.of}"
-                raise ConfigError("--pattern", text, f"must divide the {size.channels} inputs of the map {name}")
+                raise ConfigError("--pattern", text, f"must divide the {channels} inputs of the map {name}")
 
 
 def _names(block: Block, config: DecoderConfig) -> list[str]:
@@ -261,7 +268,8 @@ def prune(
       maps: their matrices are pruned, in layers that have them.
       share: of the weights that become 0; see `kept_weights`, as for `compare` and `pattern`.
       score: of a matrix [I, O]: called with the parameter's path, the layer's place, the matrix, and the norms of its
-        input's channels [I] (None without batches).
+        input's channels [I] (None without batches). Of experts each is one matrix; for one that gets less than
+        `layers.FEWEST` tokens the norms are 1.
       batches: the text, as for `layers.walk`; None: the scores don't need any.
       earlier: see `Earlier`.
       stage: where what is found is kept (`layers.layer_by_layer`).
@@ -272,29 +280,51 @@ def prune(
     before = None if earlier is None else flatten(template.split(earlier.model)[0])
     rewinding = earlier is not None and earlier.rewind
 
+    def one(
+        path: str,
+        place: Place,
+        channels: int,
+        value: np.ndarray,
+        norms_I: np.ndarray | None,
+        before_then: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix without the weights that go, as the next layers read it and as it ends."""
+        weight_IO = value.reshape(channels, -1)
+        score_IO = score(path, place, weight_IO, norms_I)
+        before_IO = None if before_then is None else before_then.reshape(weight_IO.shape)
+        if earlier is not None and before_IO is not None and earlier.activate:
+            movement_IO = np.abs(weight_IO.astype(np.float32) - before_IO.astype(np.float32))
+            kept_IO = kept_while_activating(score_IO, weight_IO, movement_IO, share, earlier.activate, compare)
+        else:
+            kept_IO = kept_weights(score_IO, share, compare, pattern)
+        zero = np.zeros((), value.dtype)
+        result_IO = before_IO if rewinding and before_IO is not None else weight_IO
+        read, end = (np.where(kept_IO, x_IO, zero).reshape(value.shape) for x_IO in (weight_IO, result_IO))
+        return read, end
+
     def visit(place: Place, block: Block, inputs: LayerInputs | None) -> tuple[bool, Arrays]:
         found: Arrays = {}
         for name, sublayer, local, param in block_matrices(block, model.config.d_model):
             if name not in maps:
                 continue
-            path = f"{place.path}/{sublayer}/{local}"
-            value = np.asarray(param[...])
-            channels = getattr(block.spec, sublayer).linear_maps(model.config.d_model)[name].channels
-            weight_IO = value.reshape(channels, -1)
-            norms_I = None if inputs is None else inputs.norms(name)
-            score_IO = score(path, place, weight_IO, norms_I)
-            before_IO = None if before is None else np.asarray(before[path][place.index]).reshape(weight_IO.shape)
-            if earlier is not None and before_IO is not None and earlier.activate:
-                movement_IO = np.abs(weight_IO.astype(np.float32) - before_IO.astype(np.float32))
-                kept_IO = kept_while_activating(score_IO, weight_IO, movement_IO, share, earlier.activate, compare)
+            path, value = f"{place.path}/{sublayer}/{local}", np.asarray(param[...])
+            channels = getattr(block.spec, sublayer).weight_maps(model.config.d_model)[name]
+            norms = None if inputs is None else inputs.norms(name)
+            before_then = None if before is None else np.asarray(before[path][place.index])
+            if name not in getattr(block, sublayer).expert_maps:
+                kept, result = one(path, place, channels, value, norms, before_then)
             else:
-                kept_IO = kept_weights(score_IO, share, compare, pattern)
-            zero = np.zeros((), value.dtype)
-            param[...] = like(np.where(kept_IO, weight_IO, zero).reshape(value.shape), param[...])
-            result_IO = before_IO if rewinding and before_IO is not None else weight_IO
-            result_IO = np.where(kept_IO, result_IO, zero)
-            found[path] = result_IO.reshape(value.shape)
-            found[_ZEROS + name] = np.asarray(np.mean(result_IO == 0))
+                few = () if inputs is None else inputs.too_few(name)
+                parts = []
+                for e in range(len(value)):
+                    own = None if norms is None else np.ones(channels) if e in few else norms[e]
+                    then = None if before_then is None else before_then[e]
+                    parts.append(one(path, place._replace(index=(place.index, e)), channels, value[e], own, then))
+                kept, result = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+                found[_FEW + name] = np.asarray(few, int)
+            param[...] = like(kept, param[...])
+            found[path] = result
+            found[_ZEROS + name] = np.asarray(np.mean(result == 0))
         return True, found
 
     if batches is None:
@@ -302,9 +332,13 @@ def prune(
     else:
         layers = walk(model, batches, visit, stage)
     changed: dict[str, np.ndarray] = {}
+    few: dict[str, list[tuple[int, int]]] = {}
     zeros: dict[str, list[float]] = {name: [math.nan] * model.config.layers for name in maps}
     for place, found in zip(places_of(model), layers, strict=True):
         for path, value in found.items():
+            if path.startswith(_FEW):
+                few.setdefault(path.removeprefix(_FEW), []).extend((place.layer, int(e)) for e in value)
+                continue
             if path.startswith(_ZEROS):
                 zeros[path.removeprefix(_ZEROS)][place.layer] = float(value)
                 continue
@@ -313,4 +347,4 @@ def prune(
             changed[path][place.index] = value
     zeros = {name: shares for name, shares in zeros.items() if not all(map(math.isnan, shares))}
     rest = before if rewinding and before is not None else flat
-    return Pruned(placed(template.merge(nested({**rest, **changed}), variables)), zeros)
+    return Pruned(placed(template.merge(nested({**rest, **changed}), variables)), zeros, few)
