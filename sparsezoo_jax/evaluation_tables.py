@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsezoo_jax import cli
+from sparsezoo_jax.evaluation.sparsified import COSTS
 
 
 def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
@@ -71,6 +72,13 @@ def print_sparsified(figures: dict[str, Any]) -> None:
     rows.append(("mean", *(f"{share:.2%}" for share in figures["left_out"].values())))
     title = f"Channels left out ({made['method']} at {made['sparsity']:g})" if made else "Channels left out"
     cli.print_table(title, ("layer", *maps), rows)
+    print_needed(figures)
+    if made:
+        print_made(made)
+
+
+def print_needed(figures: dict[str, Any]) -> None:
+    """Print what a token needs of the layers' linear maps, and needed before, of `figures` with both."""
     rows = [
         (
             name,
@@ -78,11 +86,9 @@ def print_sparsified(figures: dict[str, Any]) -> None:
             f"{figures[name]:,.0f}",
             f"{figures[name] / figures[f'{name}_dense']:.2%}",
         )
-        for name in ("weights", "flops", "bytes")
+        for name in COSTS
     ]
     cli.print_table("Of the layers' linear maps, needed for a token", ("", "dense", "here", "share"), rows)
-    if made:
-        print_made(made)
 
 
 def print_pruned(figures: dict[str, Any]) -> None:
@@ -109,7 +115,9 @@ def print_pruned(figures: dict[str, Any]) -> None:
 
 
 def print_made(made: dict[str, Any]) -> None:
-    """Print the losses before and after a run was made of another."""
+    """Print the losses before and after a run was made of another, and what a token needs of one that is smaller."""
+    if all(name in made for name in COSTS):
+        print_needed(made)
     change = made["loss"] - made["loss_dense"]
     before = f"{made['loss_dense']:.4f} dense, {made['loss']:.4f} at this sparsity ({change:+.4f})"
     print(f"when it was made, on {made['tokens']:,} tokens: loss {before} nats/token")

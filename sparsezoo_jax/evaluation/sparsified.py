@@ -21,6 +21,8 @@ from sparsezoo_jax.untrusted import read_json
 RECORD = "sparsify.json"
 _FIGURES = ("method", "sparsity", "loss_dense", "loss", "tokens")
 _OPTIONAL = ("pattern", "widths", "domains")
+#: What a token needs of the layers' linear maps; of the run that was sparsified under the name with "_dense".
+COSTS = ("weights", "flops", "bytes")
 
 
 def needed(config: DecoderConfig, stats: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -77,9 +79,18 @@ def _costs(kind: AttentionKind | FFNKind, d_model: int) -> tuple[float, float]:
 def made(directory: Path) -> dict[str, Any]:
     """How a run was sparsified: its method, sparsity and losses on the tokens that were read then; empty if it was not.
 
+    Of a run with fewer neurons or with experts also `COSTS`; of others they are measured (`needed`).
+
     Raises:
       UserError: a file that holds something else.
     """
+    found = recorded(directory)
+    smaller = [f"{name}{end}" for name in COSTS for end in ("", "_dense")] if {"widths", "domains"} & set(found) else []
+    return {name: found[name] for name in (*_FIGURES, *_OPTIONAL, *smaller) if name in found}
+
+
+def recorded(directory: Path) -> dict[str, Any]:
+    """All that a run's `sparsify.json` holds; empty if there is none. Raises as `made`."""
     path = directory / RECORD
     if not path.is_file():
         return {}
@@ -89,7 +100,11 @@ def made(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read ({error})") from None
     if not isinstance(found, dict) or not all(name in found for name in _FIGURES):
         raise UserError(f"{path}: must hold {', '.join(_FIGURES)}")
-    return {name: found[name] for name in (*_FIGURES, *_OPTIONAL) if name in found}
+    numbers = {name: found[name] for name in found if name in _FIGURES[1:] or name.removesuffix("_dense") in COSTS}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise UserError(f"{path}: {name} must be a number")
+    return found
 
 
 def zeros(model: Decoder) -> dict[str, Any]:

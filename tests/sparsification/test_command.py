@@ -9,6 +9,8 @@ import pytest
 
 from sparsezoo_jax import evaluate, huggingface, run_dir, sparsify
 from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.evaluation.report.page import sparsity_after_training
+from sparsezoo_jax.evaluation.sparsified import recorded
 from sparsezoo_jax.evaluation_tables import print_sparsified
 from sparsezoo_jax.inference import packed
 from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
@@ -62,6 +64,31 @@ def test_evaluation_shows_what_was_recorded_and_what_is_measured(made, capsys):
     shown = capsys.readouterr().out
     assert "Channels left out (teal at 0.4)" in shown
     assert f"{figures['loss_dense']:.4f} dense, {figures['loss']:.4f} at this sparsity" in shown
+
+
+def test_reports_show_quality_needs_and_time_apart(made):
+    folder, _, figures = made
+    shown = sparsity_after_training(recorded(folder / "teal"))
+    assert "Sparsity after training: teal at 0.4" in shown
+    assert f"{figures['loss']:.4f} ({figures['loss'] - figures['loss_dense']:+.4f})" in shown
+    for name in ("weights", "flops", "bytes"):
+        assert f"{figures[name]:,.0f}</td><td>{figures[name] / figures[f'{name}_dense']:.2%}" in shown
+    assert "generate prints" in shown
+    assert sparsity_after_training(recorded(folder / "dense")) == ""
+    names = ("sparsity", "loss_dense", "loss", "tokens")
+    pruned = {name: figures[name] for name in names} | {"method": "<wanda>", "zeros": {"q": 0.5}}
+    shown = sparsity_after_training(pruned)
+    assert "&lt;wanda&gt; at 0.4" in shown
+    assert "<td>q</td><td>50.00%</td>" in shown
+    assert "save neither memory nor time" in shown
+
+
+def test_records_that_hold_something_else_are_refused(tmp_path):
+    good = {"method": "teal", "sparsity": 0.5, "loss_dense": 2.0, "loss": 2.1, "tokens": 10}
+    for changes, message in (({"loss": "2"}, "loss must be a number"), ({"flops_dense": []}, "flops_dense must be a")):
+        (tmp_path / "sparsify.json").write_text(json.dumps(good | changes))
+        with pytest.raises(UserError, match=message):
+            recorded(tmp_path)
 
 
 def test_packed_decoding_computes_the_masked_form(made):

@@ -161,10 +161,13 @@ def test_a_smaller_run_is_filled_up_to_its_widest_layer(smaller, capsys):
     for layer, width in enumerate(widths):
         used = np.any(np.asarray(model.segments[0].blocks[0].ffn.up_DF[layer]) != 0, axis=0)
         np.testing.assert_array_equal(used, np.arange(max(widths)) < width)
-    assert figures["weights_dense"] - figures["weights"] == 3 * 32 * (2 * 48 - sum(widths))
+    gone = 3 * 32 * (2 * 48 - sum(widths))
+    for name, each in (("weights", 1), ("flops", 2), ("bytes", 4)):
+        assert figures[f"{name}_dense"] - figures[name] == each * gone
     evaluate.main([str(run), "--no-meters", "--batches", str(figures["batches"])])
     shown = capsys.readouterr().out
     assert "neurons" in shown
+    assert f"{figures['flops'] / figures['flops_dense']:.2%}" in shown
     assert f"{figures['loss']:.4f} at this sparsity" in shown
 
 

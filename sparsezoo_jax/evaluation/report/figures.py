@@ -15,6 +15,7 @@ from sparsezoo_jax.evaluation.cett import Course
 from sparsezoo_jax.evaluation.cost import CONTEXTS, Cost, cost_table
 from sparsezoo_jax.evaluation.history import History, read_history
 from sparsezoo_jax.evaluation.meters import LayerMeters, Meters, measure
+from sparsezoo_jax.evaluation.sparsified import recorded
 from sparsezoo_jax.models import DecoderConfig, count_parameters
 from sparsezoo_jax.untrusted import read_json
 
@@ -35,6 +36,8 @@ class RunFigures:
     costs: list[Cost]
     activation: Course | None = None
     """Activation ratio of the kept checkpoints, where it was asked for."""
+    sparsified: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How it was made of a dense run (`sparsify.json`); empty where it was not."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything by name, for JSON."""
@@ -143,6 +146,7 @@ def run_figures(
         meters=meters,
         costs=cost_table(decoder, contexts, meters.sparsity(decoder)),
         activation=activation,
+        sparsified=recorded(directory),
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsezoo_jax.evaluation.report.figures import RunFigures
 from sparsezoo_jax.evaluation.report.plots import comparison_plots, run_plots
 from sparsezoo_jax.evaluation.report.svg import escape
+from sparsezoo_jax.evaluation.sparsified import COSTS
 from sparsezoo_jax.storage import write_atomic
 
 # The palette of Okabe and Ito, which the common forms of colour blindness keep apart, lightened where it is dark.
@@ -64,7 +65,14 @@ def render(runs: Sequence[RunFigures]) -> str:
     for run in runs:
         parts.append(f"<section><h2>{escape(run.name)}</h2>" if several else "<section>")
         parts += [] if several else [_headlines([run])]
-        parts += [_note(run), plot_grid(run_plots(run)), _layers(run), _configuration(run), "</section>"]
+        parts += [
+            _note(run),
+            sparsity_after_training(run.sparsified),
+            plot_grid(run_plots(run)),
+            _layers(run),
+            _configuration(run),
+            "</section>",
+        ]
     return document(title, (part for part in parts if part), [run.as_dict() for run in runs])
 
 
@@ -120,6 +128,40 @@ def _note(run: RunFigures) -> str:
     if run.history.unreadable:
         notes.append(f"{run.history.unreadable} lines of metrics.jsonl are no metrics and were left out.")
     return f'<p class="note">{" ".join(notes)}</p>'
+
+
+def sparsity_after_training(record: Mapping[str, Any]) -> str:
+    """Of a run that `sparsify` made: what it lost, what a token needs, and where its time is to be had from."""
+    if not record:
+        return ""
+    change = record["loss"] - record["loss_dense"]
+    quality = [
+        ["loss of the dense run (nats/token)", f"{record['loss_dense']:.4f}"],
+        ["loss at this sparsity", f"{record['loss']:.4f} ({change:+.4f})"],
+        ["tokens of both", f"{record['tokens']:,}"],
+    ]
+    parts = [
+        f"<h3>Sparsity after training: {escape(record['method'])} at {record['sparsity']:g}</h3>",
+        table(["quality, when it was made", ""], quality),
+    ]
+    if all(name in record for name in COSTS):
+        names = {"weights": "weights", "flops": "FLOPs", "bytes": "bytes of weights"}
+        rows = [
+            [
+                names[name],
+                f"{record[f'{name}_dense']:,.0f}",
+                f"{record[name]:,.0f}",
+                f"{record[name] / record[f'{name}_dense']:.2%}",
+            ]
+            for name in COSTS
+        ]
+        parts.append(table(["needed for a token, if nothing else is read", "dense", "here", "share"], rows))
+        time = "Time is another matter: generate prints how many tokens a second this machine decodes."
+    else:
+        rows = [[name, f"{share:.2%}"] for name, share in record.get("zeros", {}).items()]
+        parts.append(table(["weights that are 0", ""], rows))
+        time = "Zeros are stored and multiplied like other weights: they save neither memory nor time."
+    return "".join([*parts, f'<p class="note">{time}</p>'])
 
 
 def plot_grid(figures: Sequence[str]) -> str:
