@@ -5,7 +5,9 @@ as `sparsezoo_jax.sparsify` makes it, and evaluated. Printed are the change of t
 the weights that a token needs of the layers' linear maps (ideal; of pruned matrices: that are not 0), and for models
 that read less the time of a token by the native operations against the dense model's, whose layers are packed, too:
 medians over rounds in which all variants take turns. Weights that are 0 are read like others, so no time is measured.
-`--no-times` leaves times out; `--figure FILE.html` draws the changes of the loss by sparsity.
+`--no-times` leaves times out; `--figure FILE.html` draws the changes of the loss by sparsity. `--results FILE` keeps
+what is measured of quality, a line for each method, sparsity and text, and goes on with what is missing there. Read-ME
+is made with `--domains`, corpora of its experts, and trains for `--rounds-trained` rounds of 20 and 40 steps.
 
 Small layers fit into a processor's caches, where reading fewer rows saves little; the ratio is that of the run's shape.
 `python -m benchmarks.sparsify --shape gemma2_2b --layers 8` times dense layers of that shape with random weights in
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -37,9 +40,9 @@ from sparsezoo_jax.evaluation.sparsified import zeros
 from sparsezoo_jax.inference import Formats
 from sparsezoo_jax.models.sparsified import DENSITY
 from sparsezoo_jax.sparsification import METHODS, calibrate, sparsified_config, thresholds, with_cuts
-from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, RSparseConfig
-from sparsezoo_jax.sparsification.making import Text
-from sparsezoo_jax.sparsify import ACTIVATIONS, NEURONS, Sparsify, planned
+from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, ReadMEConfig, RSparseConfig
+from sparsezoo_jax.sparsification.making import Domains, Text
+from sparsezoo_jax.sparsify import ACTIVATIONS, EXPERTS, NEURONS, Sparsify, planned
 
 #: What is compared: method and fields of the command that are not as by default.
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -55,6 +58,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "wanda-sp": ("wanda-sp", {}),
     "cfsp": ("cfsp", {}),
     "flap": ("flap", {}),
+    "readme": ("readme", {}),
 }
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 
@@ -72,7 +76,11 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="run directory, not sparsified")
-    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
+    default = [name for name in ROWS if name != "readme"]
+    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=default)
+    parser.add_argument("--domains", nargs="+", default=[], help="corpora that readme makes an expert of each")
+    parser.add_argument("--rounds-trained", type=int, default=1, help="of the training of readme")
+    parser.add_argument("--results", type=Path, help="file that keeps what is measured, to go on with")
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--calibrations", type=int, default=3, help="texts that are calibrated on, one after another")
     parser.add_argument("--sequences", type=int, default=128, help="of each calibration")
@@ -108,38 +116,67 @@ def measured(options: argparse.Namespace) -> tuple[dict[tuple[str, float], Row],
         return data.evaluation_batches(split, config.data.batch_size, options.batches)
 
     def decoding(model: Any) -> Variant:
-        return variant(model.config, Formats(), options.context, "native", Trained(model, text))
+        return variant(model.config, Formats(), options.context, "native", Trained(model, start))
 
     _, tokens, segments = validation_text(options.run, 64)
-    text = tokens[segments > 0]
+    start = tokens[segments > 0]
     dense = evaluate_corpora(model, validation, shown)[0].loss
     print(f"loss of the dense run: {dense:.4f} nats/token", flush=True)
     rows: dict[tuple[str, float], Row] = {}
     variants = {} if options.no_times else {"dense": decoding(model)}
+    known = {} if options.results is None else read_results(options.results)
     for name in options.methods:
         method, fields = ROWS[name]
+        if method in EXPERTS:
+            domains, rounds = tuple(options.domains), options.rounds_trained
+            experts = ReadMEConfig(domains=domains, rounds=rounds, router_steps=20, expert_steps=40)
+            fields: dict[str, Any] = {"readme": experts}
         for sparsity in options.sparsities:
             command = Sparsify(directory=options.run, out=Path("unused"), method=method, sparsity=sparsity, **fields)
-            plan, changes, made, figures = planned(command), [], None, {}
+            plan, changes, made, needed = planned(command), [], None, 0.0
             plan.check(model.config)
+            timed = not options.no_times and method in (*ACTIVATIONS, *NEURONS)
             for n in range(options.calibrations):
-                calibration = CalibrationConfig(sequences=options.sequences, skip=n * options.sequences)
-                made = plan.make(model, Text(read, config.data.batch_size, calibration))
-                found = evaluate_corpora(made.model, validation, shown)[0]
-                changes.append(found.loss - dense)
-                figures = plan.figures(made, found.stats)
-            assert made is not None
-            if "weights" in figures:
-                needed = figures["weights"] / figures["weights_dense"]
-            else:
-                counts = zeros(made.model)
-                needed = counts["nonzero"] / counts["weights"]
+                key = f"{name} {sparsity:g} {n} of {options.sequences}, {options.batches} batches"
+                if key not in known or (timed and n == options.calibrations - 1):
+                    calibration = CalibrationConfig(sequences=options.sequences, skip=n * options.sequences)
+                    if method in EXPERTS:
+                        mixture: Any = data.prepare(plan.corpora(config.data), "train", tokenizer)
+                        text: Any = Domains(mixture, config.data.batch_size, calibration)
+                    else:
+                        text = Text(read, config.data.batch_size, calibration)
+                    made = plan.make(model, text)
+                    found = evaluate_corpora(made.model, validation, shown)[0]
+                    figures = plan.figures(made, found.stats)
+                    known[key] = (found.loss - dense, share_needed(made.model, figures))
+                    if options.results is not None:
+                        with options.results.open("a") as lines:
+                            lines.write(json.dumps([key, *known[key]]) + "\n")
+                change, needed = known[key]
+                changes.append(change)
             rows[name, sparsity] = Row(changes, needed)
             shown_changes = " ".join(f"{change:+.4f}" for change in changes)
             print(f"{name} {sparsity:g}: {shown_changes}, {needed:.1%}", flush=True)
-            if not options.no_times and method in (*ACTIVATIONS, *NEURONS):
+            if timed:
+                assert made is not None
                 variants[f"{name} {sparsity:g}"] = decoding(made.model)
     return rows, variants
+
+
+def share_needed(model: Any, figures: Mapping[str, Any]) -> float:
+    """Of the weights of the layers' maps those that a token needs, or that are not 0."""
+    if "weights" in figures:
+        return figures["weights"] / figures["weights_dense"]
+    counts = zeros(model)
+    return counts["nonzero"] / counts["weights"]
+
+
+def read_results(path: Path) -> dict[str, tuple[float, float]]:
+    """What `--results` has: change of the loss and share of the weights, by method, sparsity and text."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {key: (change, needed) for key, change, needed in rows}
 
 
 def in_turns(variants: Mapping[str, Variant], rounds: int) -> dict[str, list[float]]:
