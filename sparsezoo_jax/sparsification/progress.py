@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ _IDENTITY, _NEXT = "identity.json", "next.json"
 class Stage:
     """One pass through a decoder's layers; without a directory nothing is kept."""
 
-    def __init__(self, directory: Path | None = None):
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, begin: Callable[[], None] = lambda: None):
+        """`begin` is called before something is kept."""
+        self._directory, self._begin = directory, begin
 
     def finished(self) -> list[Arrays]:
         """What was found of the layers that are finished, in order."""
@@ -53,6 +54,7 @@ class Stage:
         """
         if self._directory is None:
             return
+        self._begin()
         _write(self._directory / _layer(layer), found)
         for i, stream in enumerate(streams):
             _write(self._directory / _stream(layer + 1, i), {"stream": np.asarray(stream)})
@@ -68,12 +70,12 @@ class Stage:
 class Progress:
     """All that is kept of one calibration; without a directory nothing is."""
 
-    def __init__(self, directory: Path | None = None):
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, identity: Mapping[str, Any] | None = None):
+        self._directory, self._identity = directory, identity
 
     @classmethod
     def open(cls, directory: Path, identity: Mapping[str, Any]) -> Progress:
-        """That in `directory`, which is made if it is absent.
+        """That in `directory`, which is made when there is something to keep.
 
         Args:
           directory: where it is kept.
@@ -86,8 +88,7 @@ class Progress:
         path = directory / _IDENTITY
         own = json.loads(json.dumps(identity))
         if not path.is_file():
-            write_atomic(path, (json.dumps(own, indent=2) + "\n").encode())
-            return cls(directory)
+            return cls(directory, own)
         found = _read_json(path)
         names = [name for name in {**own, **found} if own.get(name) != found.get(name)]
         if names:
@@ -98,7 +99,14 @@ class Progress:
 
     def stage(self, name: str) -> Stage:
         """The pass of this name."""
-        return Stage(None if self._directory is None else self._directory / name)
+        return Stage(None if self._directory is None else self._directory / name, self._begin)
+
+    def _begin(self) -> None:
+        """Say what is kept here, before anything is."""
+        if self._directory is not None and self._identity is not None:
+            content = json.dumps(self._identity, indent=2) + "\n"
+            write_atomic(self._directory / _IDENTITY, content.encode())
+            self._identity = None
 
     def value(self, name: str) -> Arrays | None:
         """What was kept under this name; None: nothing."""
@@ -113,11 +121,12 @@ class Progress:
           StorageError: they can't be written.
         """
         if self._directory is not None:
+            self._begin()
             _write(self._directory / f"{name}.npz", arrays)
 
     def remove(self) -> None:
         """Remove all of it; its identity goes last, so that nothing is left that another one could take for its own."""
-        if self._directory is not None:
+        if self._directory is not None and self._directory.is_dir():
             for path in list(self._directory.iterdir()):
                 if path.is_dir():
                     remove_tree(path)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from sparsezoo_jax import run_dir, sparsify
 from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.sparsification import making
 from sparsezoo_jax.sparsification import progress as kept
 from sparsezoo_jax.sparsification.config import (
     AllocationConfig,
@@ -192,6 +193,16 @@ def test_a_run_that_was_being_written_is_written_anew(monkeypatch, teal):
     assert not sparsify.partial_of(command.out).exists()
     with pytest.raises(UserError, match="again: is not empty"):
         sparsify.sparsify(command)
+
+
+def test_nothing_is_left_of_what_fails_before_a_layer_is_finished(monkeypatch, teal):
+    command, _ = teal
+    with monkeypatch.context() as patch:
+        dying(patch, making, "calibrate", 1)
+        with pytest.raises(KilledError):
+            sparsify.sparsify(command)
+    assert not command.out.exists()
+    assert not sparsify.partial_of(command.out).exists()
 
 
 def test_files_of_others_are_not_overwritten(monkeypatch, teal):
