@@ -25,7 +25,7 @@ import tyro
 
 from sparsezoo_jax import cli, platforms
 from sparsezoo_jax.corpus_flags import CorpusFlags
-from sparsezoo_jax.errors import NumericsError, UserError, require
+from sparsezoo_jax.errors import ConfigError, NumericsError, UserError, require
 from sparsezoo_jax.evaluation.chess.config import ChessEvaluation
 from sparsezoo_jax.evaluation.interpretability.config import InterpretEvaluation
 from sparsezoo_jax.evaluation_tables import print_chess, print_evaluation, print_interpretation, print_tasks
@@ -87,6 +87,11 @@ class Evaluate(WeightFormats, CorpusFlags, MeshFlags):
     """What --interpret explains, and who judges."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    map_top_k: float | None = None
+    """Of a model of images: the share of an image's patches at which each channel of its maps stays, as
+    model.images.map_top_k, whatever the run was trained with. None: as the run."""
+    map_top_k_of: Literal["ffn_output", "residual"] | None = None
+    """With --map-top-k: the maps, as model.images.map_top_k_of. None: as the run."""
     score_chess: Annotated[bool, tyro.conf.arg(name="chess")] = False
     """Score the features of a model of chess games instead."""
     chess: ChessEvaluation = field(default_factory=ChessEvaluation)
@@ -96,9 +101,25 @@ class Evaluate(WeightFormats, CorpusFlags, MeshFlags):
         """The model that is evaluated, its configuration and tokenizer."""
         from sparsezoo_jax import run_dir
 
-        return run_dir.load(
+        found = run_dir.load(
             self.directory, step=self.step, merge_last=self.merge_last, base=self.base, mesh=self.build_mesh()
         )
+        share, of = self.map_top_k, self.map_top_k_of
+        require(of is None or share is not None, "--map-top-k-of", of, "must be given with --map-top-k")
+        return found if share is None else self._with_top_k(found, share)
+
+    def _with_top_k(self, found: Loaded, share: float) -> Loaded:
+        from sparsezoo_jax.models import Encoder
+        from sparsezoo_jax.models.encoder import read_as
+
+        require(0 < share <= 1, "--map-top-k", share, "must be above 0 and at most 1")
+        model: Any = found.model
+        if not isinstance(model, Encoder):
+            raise ConfigError("--map-top-k", share, f"needs a model of images, and {self.directory} reads words")
+        of = self.map_top_k_of or model.config.images.map_top_k_of
+        images = dataclasses.replace(model.config.images, map_top_k=share, map_top_k_of=of)
+        twin: Any = read_as(model, images)
+        return found._replace(model=twin, config=dataclasses.replace(found.config, model=twin.config))
 
 
 def main(args: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ from sparsezoo_jax.training.lora import Adapters, LoRAConfig, proportional_ranks
 from sparsezoo_jax.training.merging import merge_params
 from sparsezoo_jax.training.parameters import read_params, restore_params, save_params, saved_metadata, saved_steps
 from sparsezoo_jax.training.state import ModelTemplate, PureDict, flatten, map_with_path
-from sparsezoo_jax.training.warm_start import WarmStart, open_warm_start
+from sparsezoo_jax.training.warm_start import NEW_HEAD, WarmStart, gets_head, open_warm_start
 from sparsezoo_jax.untrusted import read_json
 
 ShardingOf = Callable[[str, tuple[int, ...]], Sharding]
@@ -206,6 +206,8 @@ def open_source(config: RunConfig, adapters: Path | None = None) -> WarmStart | 
         "model.remat",
         "model.adapter",
     )
+    if gets_head(source.model, config.model):  # the patches' places are the same, and the other run had no classes
+        ignored += ("model.images.mae", "model.images.positions", "model.vocab_size")
     changed = [
         f"{name} was {there.get(name)}, is {here.get(name)}"
         for name in sorted(there.keys() | here.keys())
@@ -272,6 +274,15 @@ def with_absolute_base(config: RunConfig) -> RunConfig:
     return with_values(config, {"train.init_from": str(storage.path(base).absolute())})
 
 
+def with_choices_of_base(config: RunConfig, workdir: Path) -> RunConfig:
+    """`config` with what the run that adapters are for decides: ranks of layers, and what has to train whole.
+
+    Raises:
+      ConfigError, StorageError: as `with_layer_ranks` and `with_new_head`.
+    """
+    return with_new_head(with_layer_ranks(config, workdir), workdir)
+
+
 def with_layer_ranks(config: RunConfig, workdir: Path) -> RunConfig:
     """`config` with the ranks of layers that `train.lora.ranks=importance` asks for: those of the run in `workdir`, or
     for a new one those that the importance of layers in the base's record gives.
@@ -299,6 +310,25 @@ def with_layer_ranks(config: RunConfig, workdir: Path) -> RunConfig:
     require(len(importance) == layers, "train.lora.ranks", lora.ranks, allowed)
     assert lora.rank is not None
     return with_values(config, {"train.lora.layer_ranks": proportional_ranks(importance, lora.rank)})
+
+
+def with_new_head(config: RunConfig, workdir: Path) -> RunConfig:
+    """`config` that trains the head of classes whole, where adapters are for the encoder of a masked autoencoder.
+
+    That has no head to leave as it is. A run in `workdir` that began so goes on so, wherever the other one is now.
+
+    Raises:
+      StorageError: a configuration can't be read.
+    """
+    lora, images = config.train.lora, config.model.images
+    if not lora.active or images.patch is None or images.reconstructs or NEW_HEAD in lora.whole:
+        return config
+    with_it = with_values(config, {"train.lora.whole": (*lora.whole, NEW_HEAD)})
+    if (workdir / CONFIG).is_file():
+        return with_it if NEW_HEAD in stored_config(workdir / CONFIG).train.lora.whole else config
+    source = storage.path(config.train.init_from or "") / CONFIG
+    new = source.is_file() and gets_head(read_config(source).model, config.model)
+    return with_it if new else config
 
 
 def importance_of_layers(directory: Path) -> list[float]:

@@ -165,7 +165,7 @@ def train(
 
     started = time.monotonic() if started is None else started
     check_writers(config.train.writers)
-    config = run_dir.with_layer_ranks(run_dir.with_absolute_base(restorable(config)), workdir)
+    config = run_dir.with_choices_of_base(run_dir.with_absolute_base(restorable(config)), workdir)
     # ------------------------------------------------------------------------------------------------------- Devices
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)
@@ -307,7 +307,7 @@ def replay(config: RunConfig, workdir: Path, window: str) -> None:
     from sparsezoo_jax.training_inputs import open_inputs
 
     steps = replaying.parse_window(window)
-    config = run_dir.with_layer_ranks(run_dir.with_absolute_base(restorable(config)), workdir)
+    config = run_dir.with_choices_of_base(run_dir.with_absolute_base(restorable(config)), workdir)
     require(run_dir.open_for_training(workdir, config, fresh=False), "--workdir", workdir, "holds no run to replay")
     mesh = build_mesh(config.mesh)
     batch_shape = (config.data.batch_size, config.data.seq_len)

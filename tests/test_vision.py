@@ -91,6 +91,42 @@ def test_evaluate_and_report_read_a_run_of_images(run, capsys):
     assert report(Report(directories=(workdir,), output=workdir / "again.html")).is_file()
 
 
+def test_evaluation_alone_with_a_top_k_of_maps(run, capsys):
+    workdir, figures = run
+
+    def loss(*flags):
+        evaluate.main([str(workdir), "--no-meters", "--json", *flags])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
+
+    assert loss("--map-top-k", "1") == pytest.approx(figures["loss"], rel=1e-5)
+    sparse = loss("--map-top-k", "0.25")
+    of_stream = loss("--map-top-k", "0.25", "--map-top-k-of", "residual")
+    assert len({round(x, 4) for x in (figures["loss"], sparse, of_stream)}) == 3
+    for flags, message in (
+        (("--map-top-k", "1.5"), "--map-top-k=1.5: must be above 0 and at most 1"),
+        (("--map-top-k-of", "residual"), "--map-top-k-of=residual: must be given with --map-top-k"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loss(*flags)
+    words = run_dir.Loaded(None, None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--map-top-k=0.5: needs a model of images, and .* reads words"):
+        evaluate.Evaluate(directory=workdir)._with_top_k(words, 0.5)
+
+
+def test_adapters_of_an_autoencoders_encoder_train_a_head_of_classes(tmp_path):
+    mae, adapted = tmp_path / "mae", tmp_path / "adapted"
+    train(small("vit_mae", **{"train.steps": 2}), mae)
+    changes = {"train.init_from": str(mae), "train.lora.rank": 2, "train.schedule.warmup_steps": 1}
+    config = small("vit", **changes, **{"train.steps": 3, "train.checkpoint_every": 1, "train.keep_last": 3})
+    train(with_values(config, {"train.stop_at": 2}), adapted)
+    train(config, adapted)
+    assert all("/lora_" in path or path.startswith("classes/") for path in parameters(adapted))
+    heads = [run_dir.load(adapted, step=step).model.classes.output_DV[...] for step in (1, 3)]
+    assert np.abs(heads[1] - heads[0]).max() > 1e-3
+    encoder = run_dir.load(adapted).model
+    np.testing.assert_array_equal(encoder.patches_PD[...], parameters(mae)["patches_PD"])
+
+
 def test_what_is_for_words_is_refused_in_one_line(run, tmp_path):
     workdir, _ = run
     with pytest.raises(UserError, match="a model of images, which reads and writes no text"):

@@ -6,6 +6,7 @@ that the encoder sees; T is all patches of an image.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparsezoo_jax.models.config import DecoderConfig
 from sparsezoo_jax.models.contract import Head, Observed
 from sparsezoo_jax.models.decoder import Edit, Keep, Output, Summarise, collected, records_of
 from sparsezoo_jax.models.ffn import PlainFFNConfig
+from sparsezoo_jax.models.images import ImagesConfig
 from sparsezoo_jax.models.layers import STREAM, Passed, Segment, run_segments, update_segments
 from sparsezoo_jax.models.records import checked
 from sparsezoo_jax.models.topk import top_k_mask
@@ -165,6 +167,28 @@ class Encoder(nnx.Module):
         rest = update_segments(self.segments, list(observed), key)
         if rest:
             self.head.after_step(rest[0], jax.random.fold_in(key, len(self.segments)))
+
+
+def read_as(model: Encoder, images: ImagesConfig) -> Encoder:
+    """A model of the same parameters that reads images as `images` says: with another top-k of its maps, or as one that
+    sees all patches. An autoencoder that does has no decoder, hence no logits.
+
+    Raises:
+      ConfigError: its patches are others than those of the parameters, or it would need a decoder that `model` lacks.
+    """
+    own = model.config.images
+    for name in ("patch", "size", "channels", "positions"):
+        value, there = getattr(images, name), getattr(own, name)
+        require(value == there, f"model.images.{name}", value, f"must be {there}, as the model was trained")
+    share = images.mae.hidden_share
+    kept = not images.reconstructs or images.mae == own.mae
+    require(kept, "model.images.mae.hidden_share", share, f"must be none or {own.mae.hidden_share}, as it was trained")
+    graphdef, state = nnx.split(model)
+    twin = nnx.merge(graphdef, state)
+    twin.config = dataclasses.replace(model.config, images=images)
+    if not images.reconstructs:
+        twin.reconstruction = None
+    return twin
 
 
 class Classes(nnx.Module):

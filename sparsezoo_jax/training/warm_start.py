@@ -1,7 +1,8 @@
 """Starting from the parameters of another run instead of random ones.
 
 Parameters of the same architecture are taken one to one, and with them what no gradient moves. Where the FFN is of
-another kind, its `upcycled` makes them of the other run's FFN: experts as copies of a dense layer, for example.
+another kind, its `upcycled` makes them of the other run's FFN: experts as copies of a dense layer, for example. A
+classifier of images takes the encoder of a masked autoencoder, and makes its head of classes anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from flax import nnx
 
 from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models import DecoderConfig, FFNKind, build_model
+from sparsezoo_jax.models.encoder import sines
 from sparsezoo_jax.training.parameters import restore_params, saved_metadata, saved_steps
 from sparsezoo_jax.training.state import (
     ModelTemplate,
@@ -36,6 +38,9 @@ from sparsezoo_jax.training.state import (
 _FIELD = "train.init_from"
 _FFN = re.compile(r"(?P<layer>.*/ffn)/(?P<name>.+)")
 _ADAPTER = re.compile(r"/(attention|ffn)_adapter/")
+#: Finds the parameters of a classifier that a masked autoencoder has no like for.
+NEW_HEAD = "^classes/"
+_NEW_HEAD, _RECONSTRUCTION = re.compile(NEW_HEAD), re.compile("^reconstruction/")
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,9 @@ class WarmStart:
         template, wanted = _template(self.target), _abstract(self.target)
         found, model_state = self._restored(place)
 
-        # New adapters have no like there; those that the run trained take their place.
-        new = self.source.adapter.width is None
-        kept = {path: x for path, x in flatten(wanted).items() if not (new and _ADAPTER.search(path))}
+        # What is new has no like there; what the run trained takes its place.
+        new = _new(self.source, self.target, flatten(wanted))
+        kept = {path: x for path, x in flatten(wanted).items() if path not in new}
 
         def converted(found: PureDict) -> PureDict:
             made = _converted(self.source, self.target, self.noise, wanted, found, jax.random.key(self.seed))
@@ -162,6 +167,34 @@ def _abstract(config: DecoderConfig) -> PureDict:
     return jax.eval_shape(lambda: template.split(build_model(config, nnx.Rngs(0)))[0])
 
 
+def gets_head(source: DecoderConfig, target: DecoderConfig) -> bool:
+    """Whether a masked autoencoder starts a classifier, whose head is new."""
+    images = target.images
+    return source.images.reconstructs and images.patch is not None and not images.reconstructs
+
+
+def _new(source: DecoderConfig, target: DecoderConfig, own: Iterable[str]) -> set[str]:
+    """Paths, of those of the target, that the source has no like for and that start as a new run's."""
+    patterns = [_ADAPTER] if source.adapter.width is None else []
+    patterns += [_NEW_HEAD] if gets_head(source, target) else []
+    return {path for path in own if any(pattern.search(path) for pattern in patterns)}
+
+
+def _encoder_of(source: DecoderConfig, target: DecoderConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a masked autoencoder's encoder, as a classifier of the same patches has them.
+
+    Learned positions start as the sines that the autoencoder added.
+    """
+    for name in ("size", "patch", "channels"):
+        there, here = getattr(source.images, name), getattr(target.images, name)
+        if here != there:
+            raise ConfigError(_FIELD, f"model.images.{name}", f"is {there} there and {here} here")
+    found = {path: x for path, x in given.items() if not _RECONSTRUCTION.search(path)}
+    if (source.images.positions, target.images.positions) == ("sine", "learned"):
+        found["positions_TD"] = jnp.asarray(sines(source.images.patches, source.d_model))
+    return found
+
+
 def _converted(
     source: DecoderConfig, target: DecoderConfig, noise: float, params: PureDict, found: PureDict, key: jax.Array
 ) -> PureDict:
@@ -173,9 +206,9 @@ def _converted(
                 words = jax.lax.slice_in_dim(given[path], 0, source.vocab_size, axis=axis)
                 padding = (0, target.vocab_rows - source.vocab_size)
                 given[path] = jnp.pad(words, [padding if i == axis else (0, 0) for i in range(2)])
-    optional: set[str] = set()
-    if source.adapter.width is None:
-        optional = {path for path in own if _ADAPTER.search(path)}
+    if gets_head(source, target):
+        given = _encoder_of(source, target, given)
+    optional = _new(source, target, own)
     if source.ffn.kind != target.ffn.kind:
         given, unmade = _with_upcycled(source.ffn, target.ffn, noise, own, given, key)
         optional |= unmade

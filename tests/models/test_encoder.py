@@ -13,7 +13,7 @@ from sparsezoo_jax.data.images.batches import Patching, patches_of
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.evaluation.cross_entropy import model_loss
 from sparsezoo_jax.models import Encoder, build_model, count_parameters, train_flops_per_token
-from sparsezoo_jax.models.encoder import image_context, largest_of_maps, pixel_targets, sines
+from sparsezoo_jax.models.encoder import image_context, largest_of_maps, pixel_targets, read_as, sines
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.images import ImagesConfig, MAEConfig
 from sparsezoo_jax.models.mixer import MixerConfig
@@ -148,6 +148,38 @@ def test_top_k_of_maps_is_in_training_only_where_asked(patches, when):
     sparse.train()
     same = np.allclose(sparse(tokens, segment_ids=segments, positions=positions).logits, full, atol=1e-6)
     assert same == (when == "evaluation")
+
+
+def test_an_autoencoder_that_sees_all_patches_is_the_classifier_of_its_parameters(patches):
+    tokens, segments, positions = patches
+    model = build_model(SMALL["mae"], nnx.Rngs(0))
+    images = dataclasses.replace(model.config.images, mae=MAEConfig())
+    # Both draw the encoder's parameters first.
+    classifier = build_model(dataclasses.replace(SMALL["mae"], images=images), nnx.Rngs(0))
+    whole = read_as(model, images)
+    hidden = whole(tokens, logits=False).hidden
+    assert hidden.shape == (BATCH, PATCHES, 16)
+    np.testing.assert_allclose(hidden, classifier(tokens, logits=False).hidden, atol=1e-6)
+    # With another top-k of maps, and not in the model that was given.
+    sparse = read_as(whole, dataclasses.replace(images, map_top_k=0.25, map_top_k_of="residual"))
+    stream = sparse(tokens, logits=False, record={"residual"}).records["residual"][0]
+    np.testing.assert_array_equal((np.asarray(stream) != 0).sum(1), 4)
+    np.testing.assert_array_equal(whole(tokens, logits=False).hidden, hidden)
+    assert model(tokens, segment_ids=segments * (positions < 4), positions=positions).logits.shape[-1] == PIXELS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch": 4}, "model.images.patch=4: must be 2, as the model was trained"),
+        ({"positions": "learned"}, "model.images.positions=learned: must be sine"),
+        ({"mae": MAEConfig(hidden_share=0.5, width=48)}, "hidden_share=0.5: must be none or 0.75"),
+    ],
+)
+def test_a_model_is_read_as_what_its_parameters_are(changes, message):
+    model = build_model(SMALL["mae"], nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=message):
+        read_as(model, dataclasses.replace(model.config.images, **changes))
 
 
 def test_sines_are_those_of_rows_and_columns():
