@@ -140,25 +140,32 @@ def covered_patches(covered_NHW: np.ndarray, patch: int) -> np.ndarray:
     return split.mean((2, 4)).reshape(count, -1)
 
 
+class Areas(NamedTuple):
+    """What a readout of figures is fitted to and tried on."""
+
+    shown: Figures
+    """Figures that it is fitted to."""
+    figures: Figures
+    """Others, that it is tried on."""
+    convexity: Convexity
+
+
 class Displays(NamedTuple):
     """What models are tested with."""
 
     triplets: Mapping[str, Triplets]
     """By name."""
-    closure: Closure
-    convexity: Convexity
-    shown: Figures
-    """Figures that the readout is fitted to."""
-    figures: Figures
-    """Others, that it is tried on."""
+    closure: Closure | None = None
+    areas: Areas | None = None
 
 
 def gestalt_credits(model: Encoder, displays: Displays) -> dict[str, dict[str, np.ndarray]]:
     """Credits of a model by test and by features (those of `LayerFeatures`), an array each.
 
-    Tests are those of the triplets by their names, "closure" (the aligned inducers are nearer to the real square than
-    the exchanged ones), "figure" (a linear readout of figures, fitted to others, is higher in a figure than beside it)
-    and "convexity" (the same readout is higher in the convex area). Distances are those of `pooled` features.
+    Tests are those of the triplets by their names, and where there are displays for them "closure" (the aligned
+    inducers are nearer to the real square than the exchanged ones), "figure" (a linear readout of figures, fitted to
+    others, is higher in a figure than beside it) and "convexity" (the same readout is higher in the convex area).
+    Distances are those of `pooled` features.
     """
     patch, features = model.config.images.patch or 0, LayerFeatures(model)
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -166,19 +173,21 @@ def gestalt_credits(model: Encoder, displays: Displays) -> dict[str, dict[str, n
         layers = features(images.reshape(-1, *images.shape[2:]))
         each = {layer: pooled(x).reshape(len(odd), 3, -1) for layer, x in layers.items()}
         found[name] = {layer: odd_one_out(x, odd) for layer, x in each.items()}
-    aligned, exchanged, real = (features(images) for images in displays.closure)
-    found["closure"] = {
-        layer: nearer(pooled(real[layer]), pooled(aligned[layer]), pooled(exchanged[layer])) for layer in real
-    }
-    shown, others = (features(of.images) for of in (displays.shown, displays.figures))
-    areas = features(displays.convexity.images)
-    read = {layer: fitted_readout(x, covered_patches(displays.shown.covered, patch)) for layer, x in shown.items()}
-    for name, layers, covered in (
-        ("figure", others, displays.figures.covered),
-        ("convexity", areas, displays.convexity.convex),
-    ):
-        own = covered_patches(covered, patch)
-        found[name] = {layer: higher_inside(read[layer](x), own) for layer, x in layers.items()}
+    if displays.closure is not None:
+        aligned, exchanged, real = (features(images) for images in displays.closure)
+        found["closure"] = {
+            layer: nearer(pooled(real[layer]), pooled(aligned[layer]), pooled(exchanged[layer])) for layer in real
+        }
+    if displays.areas is not None:
+        shown, figures, convexity = displays.areas
+        covered_NT = covered_patches(shown.covered, patch)
+        read = {layer: fitted_readout(x, covered_NT) for layer, x in features(shown.images).items()}
+        for name, images, covered in (
+            ("figure", figures.images, figures.covered),
+            ("convexity", convexity.images, convexity.convex),
+        ):
+            own = covered_patches(covered, patch)
+            found[name] = {layer: higher_inside(read[layer](x), own) for layer, x in features(images).items()}
     return found
 
 

@@ -11,6 +11,7 @@ from sparsezoo_jax.data.images.batches import patches_of
 from sparsezoo_jax.data.images.gestalt import closure, convexity, disrt, figures
 from sparsezoo_jax.evaluation.gestalt import (
     PIXELS,
+    Areas,
     Displays,
     LayerFeatures,
     covered_patches,
@@ -95,7 +96,7 @@ def small():
 def test_pixels_say_nothing_and_layers_have_scores_of_their_own(small):
     images = figures(12, margin=8).images
     triplets = {pair: disrt(images, 4, pair=pair, reach=2) for pair in ("intact", "broken")}
-    displays = Displays(triplets, closure(12), convexity(12), figures(12, seed=1), figures(24, seed=2))
+    displays = Displays(triplets, closure(12), Areas(figures(12, seed=1), figures(24, seed=2), convexity(12)))
     found = gestalt_credits(small, displays)
     assert set(found) == {"intact", "broken", "closure", "convexity", "figure"}
     for layers in found.values():
