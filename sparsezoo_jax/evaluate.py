@@ -7,6 +7,7 @@ With --interpret: how well a layer's features can be explained (docs/interpretab
 With --calibration: how often the likeliest token is right, beside the model's probability of it (docs/evaluation.md).
 With --cett 1%: the share of hidden units that is enough for 1 % more perplexity (docs/sparsing-law.md).
 With --tasks a,b: the figures of lm-evaluation-harness' tasks instead (docs/evaluation.md; extra [eval]).
+With --beside RUN: also the time of a token in decoding, by turns with that of another run, such as its dense twin.
 With --weights, --predictor or --head: also the loss of the model packed in these number formats (docs/decode.md).
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from sparsezoo_jax.weight_formats import WeightFormats
 
 if TYPE_CHECKING:
     from sparsezoo_jax.config import RunConfig
-    from sparsezoo_jax.models import Decoder, DecoderConfig, Sparsity
+    from sparsezoo_jax.models import Decoder
     from sparsezoo_jax.run_dir import Loaded
 
 
@@ -71,6 +72,13 @@ class Evaluate(WeightFormats, CorpusFlags, MeshFlags):
     """Find the dropped units' error jointly for this many newest checkpoints."""
     cett_curve: bool = False
     """Also print perplexity against activation ratio under CETT, under thresholds on the gate and under its top k."""
+    beside: Annotated[Path | None, IN_RUN_STORES] = None
+    """Also measure the time of a token in decoding, by turns with another run's: the one that a sparsified run was made
+    of, or a dense twin."""
+    beside_rounds: int = 7
+    """With --beside: turns of each."""
+    beside_context: int | None = None
+    """With --beside: tokens of the split that both have read before. None: 64, or a sequence where that is shorter."""
     contexts: tuple[int, ...] = (512, 2048, 8192)
     """Context lengths, in tokens, at which FLOPs and bytes per token are counted."""
     tasks: str | None = None
@@ -193,6 +201,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     Of a run whose experts were made of a dense one's neurons also "converted": "made".
     With calibration also "calibration" (see `evaluation.Calibration`).
     With cett also "activation": see `activation`.
+    With another run beside also "decoding": see `decoding`.
     With meters also "meters" (see `evaluation.Meters`), "costs" (a list of `evaluation.Cost`) and "parameters".
 
     Raises:
@@ -200,7 +209,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
       StorageError: files that can't be read.
     """
     from sparsezoo_jax import data
-    from sparsezoo_jax.evaluation import as_rows, calibrate, corpora, cost_table, evaluate_corpora, measure
+    from sparsezoo_jax.evaluation import calibrate, corpora, evaluate_corpora, measure
+    from sparsezoo_jax.evaluation.cost import as_rows, cost_table, parameter_counts
     from sparsezoo_jax.evaluation.sparsified import made, needed, zeros
     from sparsezoo_jax.inference import packed
     from sparsezoo_jax.sharding import check_batch, device_put, named_sharding
@@ -213,6 +223,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     merges = command.merge_last
     require(merges is None or merges > 0, "--merge-last", command.merge_last, "must be above 0")
     check_cett(command)
+    check_beside(command)
     model, config, tokenizer = command.load()
     if config.model.images.patch is not None:
         return evaluate_images(command, model, config)
@@ -253,6 +264,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         figures["activation"] = activation(
             command, model, lambda most=None: data.evaluation_batches(prepared, batch_size, most)
         )
+    if command.beside is not None:
+        figures["decoding"] = decoding(command, model, next(iter(data.evaluation_batches(prepared, batch_size, 1))))
     if not command.meters:
         return figures
     meters = measure(model, config.model, data.evaluation_batches(prepared, batch_size, command.meter_batches))
@@ -269,12 +282,13 @@ def evaluate_images(command: Evaluate, model: Any, config: RunConfig) -> dict[st
     """
     from sparsezoo_jax import training_inputs
     from sparsezoo_jax.data.images.batches import images_once
-    from sparsezoo_jax.evaluation import as_rows, calibrate, contexts, cost_table, measure
+    from sparsezoo_jax.evaluation import as_rows, calibrate, contexts, cost_table, measure, parameter_counts
     from sparsezoo_jax.sharding import check_batch, device_put, named_sharding
 
     allowed = f"can't be given for {command.directory}, a model of images"
     require(not command.chosen, "--weights, --predictor, --head", command.formats, allowed)
     require(command.cett is None, "--cett", command.cett, allowed)
+    require(command.beside is None, "--beside", command.beside, allowed)
     images = config.model.images
     require(not (command.calibration and images.reconstructs), "--calibration", True, "needs a model of classes")
     config = dataclasses.replace(config, data=command.corpus(config.data))
@@ -364,18 +378,36 @@ def activation(command: Evaluate, model: Decoder, batches: Callable[..., Any]) -
     return figures
 
 
-def parameter_counts(config: DecoderConfig, measured: Sparsity) -> dict[str, float]:
-    """Parameters in all, without embeddings, and those that one token needs: as configured and as measured."""
-    from sparsezoo_jax.models import activated_parameters, count_parameters
+def check_beside(command: Evaluate) -> None:
+    """Raise `ConfigError` for --beside-* flags that ask for nothing, or are alone."""
+    for flag in ("beside_rounds", "beside_context"):
+        value, name = getattr(command, flag), f"--{flag.replace('_', '-')}"
+        require(value is None or value > 0, name, value, "must be above 0")
+        given = value != getattr(Evaluate, flag)
+        require(command.beside is not None or not given, name, value, "must be given with --beside")
 
-    count, aim, found = count_parameters(config), activated_parameters(config), activated_parameters(config, measured)
-    return {
-        "total": count.total,
-        "non_embedding": count.non_embedding,
-        "activated_layers": aim.layers,
-        "activated_layers_measured": found.layers,
-        "activated_head": aim.head,
-    }
+
+def decoding(command: Evaluate, model: Decoder, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The time of a token beside that of the run --beside, in the number formats that are chosen.
+
+    Returns:
+      "beside", "context", "rounds" as asked for, and the figures of `evaluation.decode_times.compared`.
+
+    Raises:
+      UserError, ConfigError: no run there, or `evaluation.decode_times.beside` can't be made of it.
+    """
+    from sparsezoo_jax import run_dir
+    from sparsezoo_jax.evaluation.decode_times import beside
+
+    assert command.beside is not None
+    row = batch["tokens"][0].tolist()
+    mesh, rounds = command.build_mesh(), command.beside_rounds
+    context = command.beside_context or min(64, len(row))
+    require(context <= len(row), "--beside-context", context, f"must be at most a sequence, {len(row)} tokens")
+    other = run_dir.load(command.beside, mesh=mesh).model
+    formats = command.formats if command.chosen else None
+    found = beside(model, other, row[:context], rounds=rounds, formats=formats, mesh=mesh)
+    return {"beside": str(command.beside), "context": context, "rounds": rounds, **found}
 
 
 def evaluate_tasks(command: Evaluate) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
         print_made(figures["converted"]["made"])
     if "activation" in figures:
         print_activation(figures["activation"], figures["loss"])
+    if "decoding" in figures:
+        print_decoding(figures["decoding"])
     if "meters" not in figures:
         cli.print_layers(figures)
         return
@@ -49,6 +51,17 @@ def print_evaluation(directory: Path, figures: dict[str, Any]) -> None:
     print_flow(figures["meters"]["layers"])
     print_parameters(figures["parameters"])
     print_costs(figures["costs"])
+
+
+def print_decoding(figures: dict[str, Any]) -> None:
+    """Print the time of a token beside another run's, of figures as `evaluate.decoding` gives them."""
+    low, high = figures["ratio_quartiles"]
+    rows = [
+        ("milliseconds a token", f"{figures['milliseconds']:.2f}"),
+        (f"{figures['beside']}", f"{figures['milliseconds_beside']:.2f}"),
+        ("times as fast (quartiles of the turns)", f"{figures['ratio']:.2f} ({low:.2f} .. {high:.2f})"),
+    ]
+    cli.print_table(f"Decoding after {figures['context']} tokens, {figures['rounds']} turns", ("figure", "value"), rows)
 
 
 def _rows_of_images(figures: dict[str, Any]) -> list[tuple[str, str]]:

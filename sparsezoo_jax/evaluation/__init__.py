@@ -2,7 +2,7 @@
 
 from sparsezoo_jax.evaluation.calibration import Calibration, calibrate
 from sparsezoo_jax.evaluation.corpora import evaluate_corpora
-from sparsezoo_jax.evaluation.cost import Cost, as_rows, contexts, cost_table
+from sparsezoo_jax.evaluation.cost import Cost, as_rows, contexts, cost_table, parameter_counts
 from sparsezoo_jax.evaluation.history import History, read_history, read_rows
 from sparsezoo_jax.evaluation.meters import Meters, measure
 from sparsezoo_jax.evaluation.perplexity import Evaluation, evaluate_model
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate_corpora",
     "evaluate_model",
     "measure",
+    "parameter_counts",
     "read_history",
     "read_rows",
 ]

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsezoo_jax.errors import require
-from sparsezoo_jax.models import DecoderConfig, Sparsity, bytes_per_token, dense_twin, flops_per_token
+from sparsezoo_jax.models import (
+    DecoderConfig,
+    Sparsity,
+    activated_parameters,
+    bytes_per_token,
+    count_parameters,
+    dense_twin,
+    flops_per_token,
+)
 
 CONTEXTS = (512, 2048, 8192)
 
@@ -63,3 +71,15 @@ def cost_table(
 def as_rows(costs: Sequence[Cost]) -> list[dict[str, Any]]:
     """The costs as dictionaries, for JSON."""
     return [dataclasses.asdict(cost) for cost in costs]
+
+
+def parameter_counts(config: DecoderConfig, measured: Sparsity) -> dict[str, int | float]:
+    """Parameters in all, without embeddings, and those that one token needs: as configured and as measured."""
+    count, aim, found = count_parameters(config), activated_parameters(config), activated_parameters(config, measured)
+    return {
+        "total": count.total,
+        "non_embedding": count.non_embedding,
+        "activated_layers": aim.layers,
+        "activated_layers_measured": found.layers,
+        "activated_head": aim.head,
+    }

@@ -9,6 +9,7 @@ import pytest
 
 from sparsezoo_jax import evaluate, huggingface, run_dir, sparsify
 from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.evaluation.decode_times import compared
 from sparsezoo_jax.evaluation.report.page import sparsity_after_training
 from sparsezoo_jax.evaluation.sparsified import recorded
 from sparsezoo_jax.evaluation_tables import print_sparsified
@@ -66,6 +67,31 @@ def test_evaluation_shows_what_was_recorded_and_what_is_measured(made, capsys):
     assert f"{figures['loss_dense']:.4f} dense, {figures['loss']:.4f} at this sparsity" in shown
 
 
+def test_decoding_is_timed_by_turns_with_the_dense_run(made, capsys):
+    folder, _, _ = made
+    flags = ["--no-meters", "--batches", "1", "--beside", str(folder / "dense"), "--beside-context", "20"]
+    evaluate.main([str(folder / "teal"), *flags, "--beside-rounds", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)["decoding"]
+    assert (found["beside"], found["context"], found["rounds"]) == (str(folder / "dense"), 20, 2)
+    assert 0 < found["milliseconds"] < 1000
+    assert 0 < found["milliseconds_beside"] < 1000
+    assert found["ratio_quartiles"][0] <= found["ratio"] <= found["ratio_quartiles"][1]
+    for wrong, message in (
+        (["--beside-rounds", "2"], "--beside-rounds=2: must be given with --beside"),
+        ([*flags, "--beside-rounds", "0"], "--beside-rounds=0: must be above 0"),
+        ([*flags, "--beside-context", "33"], "--beside-context=33: must be at most a sequence, 32 tokens"),
+        (["--no-meters", "--batches", "1", "--beside", str(folder / "nowhere")], "nowhere: no run here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([str(folder / "teal"), *wrong])
+
+
+def test_a_model_that_takes_half_as_long_is_twice_as_fast():
+    found = compared({"own": [1.0, 2.0, 3.0], "other": [2.0, 4.0, 3.0]}, "own", "other")
+    assert found == {"milliseconds": 2.0, "milliseconds_beside": 3.0, "ratio": 2.0, "ratio_quartiles": [1.5, 2.0]}
+    assert compared({"a": [2.0], "b": [1.0]}, "a", "b")["ratio_quartiles"] == [0.5, 0.5]
+
+
 def test_reports_show_quality_needs_and_time_apart(made):
     folder, _, figures = made
     shown = sparsity_after_training(recorded(folder / "teal"))
@@ -73,7 +99,7 @@ def test_reports_show_quality_needs_and_time_apart(made):
     assert f"{figures['loss']:.4f} ({figures['loss'] - figures['loss_dense']:+.4f})" in shown
     for name in ("weights", "flops", "bytes"):
         assert f"{figures[name]:,.0f}</td><td>{figures[name] / figures[f'{name}_dense']:.2%}" in shown
-    assert "generate prints" in shown
+    assert "evaluate --beside times a token" in shown
     assert sparsity_after_training(recorded(folder / "dense")) == ""
     names = ("sparsity", "loss_dense", "loss", "tokens")
     pruned = {name: figures[name] for name in names} | {"method": "<wanda>", "zeros": {"q": 0.5}}

@@ -156,7 +156,7 @@ def sparsity_after_training(record: Mapping[str, Any]) -> str:
             for name in COSTS
         ]
         parts.append(table(["needed for a token, if nothing else is read", "dense", "here", "share"], rows))
-        time = "Time is another matter: generate prints how many tokens a second this machine decodes."
+        time = "Time is another matter: evaluate --beside times a token by turns with the dense run."
     else:
         rows = [[name, f"{share:.2%}"] for name, share in record.get("zeros", {}).items()]
         parts.append(table(["weights that are 0", ""], rows))
