@@ -1,0 +1,240 @@
+"""Loss against parameters, FLOPs and bytes of a token, by architecture: `python -m benchmarks.curves`.
+
+Tiny presets are made 0.625, 1.25 and 2.5 times as wide (about 0.4, 1.5 and 6 million parameters in the layers of dense
+and Spark; others as their presets are to these) and trained on `--budgets` steps of the same batches of text. The
+learning rate is that of `--rates` for the preset's own width and goes over to others as in muP: matrices of layers
+train at it divided by the width, all else at it itself. The middle size trains on `--seeds` at the middle budget: their
+spread is the noise of every other figure.
+
+A power law `L = limit + factor * x^-exponent` goes through the dense models of one budget; x is the parameters without
+embeddings, the FLOPs of a token, or the bytes that decoding it reads. For each run the table has the loss that this law
+gives a dense model of equal x, at the sparsity that was measured on the run's validation text. A sparse model pays
+where its own loss is below.
+
+Runs are resumed and not repeated; figures are kept in `benchmarks/results/curves.json` (`--record`), from which the
+table is made. All of it takes most of a day on two cores: `--archs`, `--sizes` and `--budgets` take a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize
+
+from benchmarks import records, zoo
+from benchmarks.training_runs import figures_of
+from sparsezoo_jax import data, platforms, run_dir
+from sparsezoo_jax.config import RunConfig, flatten
+from sparsezoo_jax.configs import preset
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.evaluation.meters import measure
+from sparsezoo_jax.models import bytes_per_token, count_parameters, flops_per_token
+
+RECORD = Path("benchmarks/results/curves.json")
+ARCHS = ("dense", "spark", "blockffn", "deco", "moe", "moex", "mohd", "sparselm")
+SIZES = {"s": 0.625, "m": 1.25, "l": 2.5}
+BUDGETS = (150, 300, 600)
+#: Size and budget that train on all seeds.
+NOISE = ("m", 300)
+#: What grows with the width; numbers of heads, experts, blocks and layers stay, and so does the context.
+WIDTHS = re.compile(
+    r"model\.(d_model|(first_)?ffn\.(d_ff|r|top_k|expert_width|shared_width|dense_twin_d_ff)"
+    r"|attention\.(head_dim|r|[qk]v?_lora_rank|qk_nope_head_dim|qk_rope_head_dim|v_head_dim))"
+)
+#: Matrices of layers, whose rate falls with the width.
+MATRICES = r"^segments/.*/(attention|ffn)/(?!.*(scale|bias))"
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    arch: str
+    size: str
+    steps: int
+    rate: float
+    """Learning rate at the preset's own width."""
+    seed: int
+    dataset: str
+
+    @property
+    def name(self) -> str:
+        corpus = re.sub(r"\W", "_", self.dataset)
+        return f"{corpus}-{self.arch}-{self.size}-steps{self.steps}-lr{self.rate:g}-seed{self.seed}"
+
+
+class Law(NamedTuple):
+    """`L = limit + factor * x^-exponent`."""
+
+    limit: float
+    factor: float
+    exponent: float
+
+    def __call__(self, x: float) -> float:
+        return self.limit + self.factor * x**-self.exponent
+
+
+def widened(config: RunConfig, times: float) -> dict[str, Any]:
+    """Changes of a preset that make it `times` as wide, and its learning rates those of muP.
+
+    Raises:
+      UserError: a width that would be no whole number.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in flatten(config).items():
+        if WIDTHS.fullmatch(name) and isinstance(value, int | float) and not isinstance(value, bool):
+            exact = value * times
+            # A number of active neurons may be rounded; a width that is would not fit the others.
+            if not name.endswith("top_k") and exact != int(exact):
+                raise UserError(f"{config.arch}: {name}={value} can't be {times:g} times as large")
+            changes[name] = round(exact) if isinstance(value, int) else exact
+    groups = [dataclasses.asdict(group) for group in config.train.groups]
+    for group in groups:
+        group["lr_multiplier"] /= times if group["lr_multiplier"] != 1 else 1
+    changes["train.groups"] = groups or [{"pattern": MATRICES, "lr_multiplier": 1 / times}]
+    return changes
+
+
+def flags_of(run: Run) -> dict[str, Any]:
+    """Flags of the train command."""
+    found = widened(preset(run.arch, "tiny"), SIZES[run.size])
+    found["train.groups"] = json.dumps(found["train.groups"])
+    found |= {"train.steps": run.steps, "train.schedule.learning-rate": run.rate, "data.dataset": run.dataset}
+    found |= {"train.seed": run.seed, "data.seed": run.seed, "eval.no-report": True}
+    return {name.replace("_", "-"): value for name, value in found.items()}
+
+
+def trained(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a run, which is made where the record has none."""
+
+    def figures() -> dict[str, Any]:
+        directory = options.runs / run.name
+        found = figures_of(directory, run.arch, flags_of(run))
+        return {"loss": found["loss"], "density": zoo.density(found), **needed(directory, options.batches)}
+
+    return records.recorded(options.record, run.name, figures)
+
+
+def needed(directory: Path, batches: int) -> dict[str, float]:
+    """Parameters without embeddings, FLOPs and bytes of a token at the sparsity of a run's validation text."""
+    model, config, tokenizer = run_dir.load(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory}: has no tokenizer, so no text can be read")
+    prepared = data.prepare(config.data, "validation", tokenizer)
+    read = data.evaluation_batches(prepared, config.data.batch_size, batches)
+    sparsity, context = measure(model, config.model, read).sparsity(config.model), config.data.seq_len
+    return {
+        "parameters": float(count_parameters(config.model).non_embedding),
+        "flops": flops_per_token(config.model, context, sparsity=sparsity),
+        "bytes": bytes_per_token(config.model, context, sparsity=sparsity),
+    }
+
+
+def fitted(x: Sequence[float], losses: Sequence[float]) -> Law:
+    """The law of losses at three or more different x, by least squares of their logarithms.
+
+    Raises:
+      UserError: fewer than three.
+    """
+    if len(set(x)) < 3:
+        raise UserError("a law needs three sizes at least")
+    at, seen = np.asarray(x, np.float64), np.asarray(losses, np.float64)
+    middle = float(np.exp(np.mean(np.log(at))))
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        return np.log(seen) - np.log(np.exp(p[0]) + np.exp(p[1]) * (at / middle) ** -np.exp(p[2]))
+
+    tried = [
+        optimize.least_squares(
+            residuals, [math.log(share * seen.min()), math.log((1 - share) * np.median(seen)), math.log(exponent)]
+        )
+        for share in (0.1, 0.5, 0.9)
+        for exponent in (0.1, 0.3, 0.6)
+    ]
+    limit, factor, exponent = np.exp(min(tried, key=lambda found: found.cost).x)
+    return Law(float(limit), float(factor * middle**exponent), float(exponent))
+
+
+def as_dense(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str) -> Law | None:
+    """The law of dense models at one budget against parameters, flops or bytes; None: too few of them."""
+    dense = [figures for run, figures in kept.items() if run.arch == "dense" and run.steps == steps and run.seed == 0]
+    if len(dense) < 3:
+        return None
+    return fitted([figures[measure_of] for figures in dense], [figures["loss"] for figures in dense])
+
+
+def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
+    """Print every run beside what a dense model of equal parameters, FLOPs and bytes would come to."""
+    print("| architecture | size | steps | parameters, M | MFLOP a token | MB a token | FFN active | loss |", end="")
+    print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes |\n|" + "---|" * 11)
+    for run, figures in kept.items():
+        if run.seed != 0:
+            continue
+        cells = [run.arch, run.size, f"{run.steps}", f"{figures['parameters'] / 1e6:.2f}"]
+        cells += [f"{figures['flops'] / 1e6:.2f}", f"{figures['bytes'] / 1e6:.2f}", f"{figures['density']:.1%}"]
+        cells.append(f"{figures['loss']:.4f}")
+        for name in ("parameters", "flops", "bytes"):
+            law = as_dense(kept, run.steps, name)
+            dense = math.nan if law is None else law(figures[name])
+            cells.append("–" if law is None else f"{dense:.4f} ({figures['loss'] - dense:+.4f})")
+        print("| " + " | ".join(cells) + " |")
+    print("\nIn brackets: the run's loss less the dense one's. Spread over seeds, middle size and budget:")
+    for arch in dict.fromkeys(run.arch for run in kept):
+        same = [run for run in kept if (run.arch, run.size, run.steps) == (arch, *NOISE)]
+        losses = [kept[run]["loss"] for run in same]
+        if len(losses) > 1:
+            spread = max(losses) - min(losses)
+            print(f"{arch}: {spread:.4f} ({len(losses)} seeds, mean {statistics.mean(losses):.4f})")
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """What is to be trained, small and short runs first."""
+    rates = json.loads(options.rates)
+    found = []
+    for steps in sorted(options.budgets):
+        for size in options.sizes:
+            for arch in options.archs:
+                rate = rates.get(arch) or preset(arch, "tiny").train.schedule.learning_rate
+                seeds = options.seeds if (size, steps) == NOISE else options.seeds[:1]
+                found += [Run(arch, size, steps, rate, seed, options.dataset) for seed in seeds]
+    return found
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="steps")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first of them trains everywhere")
+    parser.add_argument(
+        "--rates", default="{}", help='learning rates of presets, JSON: {"spark": 0.016}; else their own'
+    )
+    parser.add_argument("--dataset", default="pysource", help="corpus")
+    parser.add_argument("--batches", type=int, default=8, help="of the validation split, for the sparsity")
+    parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
+    options = parser.parse_args()
+    platforms.keep_freed_memory()
+    known = records.read(options.record)
+    kept = {}
+    for run in runs_of(options):
+        if run.name in known:
+            kept[run] = known[run.name]
+        elif not options.table:
+            kept[run] = trained(run, options)
+            print(f"{run.name}: {kept[run]['loss']:.4f} nats/token", flush=True)
+    print_table(kept)
+
+
+if __name__ == "__main__":
+    main()

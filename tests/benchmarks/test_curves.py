@@ -1,0 +1,60 @@
+"""`benchmarks.curves`: widths, learning rates, the law of dense models and the table."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import curves
+from sparsezoo_jax import preset
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.models import count_parameters, dense_twin
+
+
+@pytest.mark.parametrize("arch", curves.ARCHS)
+def test_presets_grow_with_the_square_of_the_width(arch):
+    tiny = preset(arch, "tiny")
+    before = count_parameters(tiny.model).non_embedding
+    for times in curves.SIZES.values():
+        wide = preset(arch, "tiny", curves.widened(tiny, times))
+        assert count_parameters(wide.model).non_embedding / before == pytest.approx(times**2, rel=0.03)
+        assert wide.model.layers == tiny.model.layers
+        multipliers = [group.lr_multiplier for group in wide.train.groups if group.lr_multiplier != 1]
+        usual = [group.lr_multiplier for group in tiny.train.groups if group.lr_multiplier != 1] or [1.0]
+        assert multipliers == pytest.approx([own / times for own in usual])
+
+
+def test_spark_and_its_twin_stay_of_one_size():
+    for times in curves.SIZES.values():
+        wide = preset("spark", "tiny", curves.widened(preset("spark", "tiny"), times)).model
+        assert count_parameters(wide) == count_parameters(dense_twin(wide))
+    with pytest.raises(UserError, match=r"dense: model\..*can't be 0.3 times as large"):
+        curves.widened(preset("dense", "tiny"), 0.3)
+
+
+def test_the_law_is_that_of_the_losses():
+    law = curves.Law(2.0, 50.0, 0.3)
+    x = [4e5, 1.5e6, 6e6]
+    assert curves.fitted(x, [law(at) for at in x]) == pytest.approx(law, rel=1e-6)
+    with pytest.raises(UserError, match="three sizes"):
+        curves.fitted(x[:2], [3.0, 2.5])
+
+
+def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(tmp_path, monkeypatch, capsys):
+    law, record = curves.Law(2.0, 50.0, 0.3), {}
+    for size, x in zip("sml", (4e5, 1.5e6, 6e6), strict=True):
+        figures = {"parameters": x, "flops": 2 * x, "bytes": 4 * x, "density": 1.0, "loss": law(x)}
+        record[f"pysource-dense-{size}-steps300-lr0.008-seed0"] = figures
+    half = {"parameters": 1.5e6, "flops": 1.5e6, "bytes": 3e6, "density": 0.08, "loss": law(1.5e6) + 0.01}
+    record["pysource-spark-m-steps300-lr0.008-seed0"] = half
+    record["pysource-spark-m-steps300-lr0.008-seed1"] = {**half, "loss": half["loss"] + 0.02}
+    (tmp_path / "curves.json").write_text(json.dumps(record))
+    command = ["curves", "--archs", "dense", "spark", "--record", str(tmp_path / "curves.json"), "--table"]
+    monkeypatch.setattr(sys, "argv", command)
+    curves.main()
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if line.startswith("| spark")]
+    dense = law(1.5e6), law(7.5e5), law(7.5e5)
+    for cell, expected in zip(row.split("|")[9:12], dense, strict=True):
+        assert cell.strip() == f"{expected:.4f} ({half['loss'] - expected:+.4f})"
+    assert f"spark: 0.0200 (2 seeds, mean {half['loss'] + 0.01:.4f})" in shown
