@@ -9,7 +9,8 @@ spread is the noise of every other figure.
 A power law `L = limit + factor * x^-exponent` goes through the dense models of one budget; x is the parameters without
 embeddings, the FLOPs of a token, or the bytes that decoding it reads. For each run the table has the loss that this law
 gives a dense model of equal x, at the sparsity that was measured on the run's validation text. A sparse model pays
-where its own loss is below.
+where its own loss is below. The last column is how many times its bytes a dense model of equal loss would read: what
+decoding gains at equal quality, as far as reading is what takes the time.
 
 Runs are resumed and not repeated; figures are kept in `benchmarks/results/curves.json` (`--record`), from which the
 table is made. All of it takes most of a day on two cores: `--archs`, `--sizes` and `--budgets` take a part.
@@ -80,6 +81,10 @@ class Law(NamedTuple):
 
     def __call__(self, x: float) -> float:
         return self.limit + self.factor * x**-self.exponent
+
+    def at(self, loss: float) -> float:
+        """The x of a loss; infinite where that is not above the limit."""
+        return ((loss - self.limit) / self.factor) ** (-1 / self.exponent) if loss > self.limit else math.inf
 
 
 def widened(config: RunConfig, times: float) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def as_dense(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str) ->
 def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
     """Print every run beside what a dense model of equal parameters, FLOPs and bytes would come to."""
     print("| architecture | size | steps | parameters, M | MFLOP a token | MB a token | FFN active | loss |", end="")
-    print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes |\n|" + "---|" * 11)
+    print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes | bytes at equal loss |\n|" + "---|" * 12)
     for run, figures in kept.items():
         if run.seed != 0:
             continue
@@ -185,6 +190,8 @@ def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
             law = as_dense(kept, run.steps, name)
             dense = math.nan if law is None else law(figures[name])
             cells.append("–" if law is None else f"{dense:.4f} ({figures['loss'] - dense:+.4f})")
+        law = as_dense(kept, run.steps, "bytes")
+        cells.append("–" if law is None else f"{law.at(figures['loss']) / figures['bytes']:.2f}")
         print("| " + " | ".join(cells) + " |")
     print("\nIn brackets: the run's loss less the dense one's. Spread over seeds, middle size and budget:")
     for arch in dict.fromkeys(run.arch for run in kept):

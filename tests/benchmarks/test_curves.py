@@ -36,6 +36,8 @@ def test_the_law_is_that_of_the_losses():
     law = curves.Law(2.0, 50.0, 0.3)
     x = [4e5, 1.5e6, 6e6]
     assert curves.fitted(x, [law(at) for at in x]) == pytest.approx(law, rel=1e-6)
+    assert law.at(law(1e6)) == pytest.approx(1e6)
+    assert law.at(2.0) == float("inf")
     with pytest.raises(UserError, match="three sizes"):
         curves.fitted(x[:2], [3.0, 2.5])
 
@@ -57,4 +59,6 @@ def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(
     dense = law(1.5e6), law(7.5e5), law(7.5e5)
     for cell, expected in zip(row.split("|")[9:12], dense, strict=True):
         assert cell.strip() == f"{expected:.4f} ({half['loss'] - expected:+.4f})"
+    # The dense law against bytes is that against parameters, of four times as many.
+    assert row.split("|")[12].strip() == f"{4 * law.at(half['loss']) / 3e6:.2f}"
     assert f"spark: 0.0200 (2 seeds, mean {half['loss'] + 0.01:.4f})" in shown
