@@ -48,6 +48,7 @@ FIELDS = [
     (chess, ["generate", "--out", "games.pgn", "--stockfish"], "data.chess.stockfish"),
     (evaluate, [], "DIR"),
     (evaluate, ["run", "--base"], "--base"),
+    (evaluate, ["run", "--beside"], "--beside"),
     (evaluate, ["run", "--tasks", "a", "--task-path"], "--task-path"),
     (evaluate, ["run", "--chess.games"], "chess.games"),
     (evaluate, ["run", "--interpret.sae"], "interpret.sae"),
