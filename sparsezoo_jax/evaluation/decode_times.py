@@ -51,9 +51,9 @@ def decode_times(
 ) -> dict[str, list[float]]:
     """Milliseconds a token of each model, by round.
 
-    In a round each model reads the prompt and generates `tokens` more of the likeliest, one after the other, so that
-    what else the machine does meets all of them. Compiling and the prompt are not in the times, and a first round, in
-    which memory is still being touched for the first time, is left out.
+    In a round each model reads the prompt and generates `tokens` more of the likeliest, one after the other and every
+    second round the other way round, so that what else the machine does meets all of them alike. Compiling and the
+    prompt are not in the times, and a first round, in which memory is touched for the first time, is left out.
 
     Args:
       models: laid out as they decode (`inference.packed`), by name.
@@ -68,7 +68,8 @@ def decode_times(
     engines = {name: Engine(model, mesh) for name, model in models.items()}
     found: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
-        for name, engine in engines.items():
+        for name in list(engines)[:: -1 if turn % 2 else 1]:
+            engine = engines[name]
             ids = [token % engine.model.config.vocab_size for token in prompt]
             generation = engine.generate([ids], max_new_tokens=tokens + 1, sampling=Sampling(temperature=0))
             for _ in generation:
