@@ -394,7 +394,7 @@ def decoding(command: Evaluate, model: Decoder, batch: Mapping[str, Any]) -> dic
       "beside", "context", "rounds" as asked for, and the figures of `evaluation.decode_times.compared`.
 
     Raises:
-      UserError, ConfigError: no run there, or `evaluation.decode_times.beside` can't be made of it.
+      UserError, ConfigError: no run there, one of images, or more tokens than a model can attend to.
     """
     from sparsezoo_jax import run_dir
     from sparsezoo_jax.evaluation.decode_times import beside
@@ -404,7 +404,9 @@ def decoding(command: Evaluate, model: Decoder, batch: Mapping[str, Any]) -> dic
     mesh, rounds = command.build_mesh(), command.beside_rounds
     context = command.beside_context or min(64, len(row))
     require(context <= len(row), "--beside-context", context, f"must be at most a sequence, {len(row)} tokens")
-    other = run_dir.load(command.beside, mesh=mesh).model
+    other: Any = run_dir.load(command.beside, mesh=mesh).model
+    reads_words = other.config.images.patch is None
+    require(reads_words, "--beside", command.beside, "must be a model of words: one of images does not decode")
     formats = command.formats if command.chosen else None
     found = beside(model, other, row[:context], rounds=rounds, formats=formats, mesh=mesh)
     return {"beside": str(command.beside), "context": context, "rounds": rounds, **found}

@@ -8,9 +8,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.inference import Engine, Formats, Sampling, packed
-from sparsezoo_jax.models import Decoder, Encoder
+from sparsezoo_jax.models import Decoder
 
 #: Tokens that each model generates in its turn.
 TURN = 32
@@ -18,7 +17,7 @@ TURN = 32
 
 def beside(
     model: Decoder,
-    other: Decoder | Encoder,
+    other: Decoder,
     prompt: Sequence[int],
     *,
     rounds: int,
@@ -36,10 +35,8 @@ def beside(
       mesh: whose devices share each model. None: one device.
 
     Raises:
-      UserError: the other is a model of images, or prompt and tokens exceed a model's max_seq_len.
+      UserError: prompt and tokens exceed a model's max_seq_len.
     """
-    if isinstance(other, Encoder):
-        raise UserError("--beside: is a model of images, which does not decode")
     forms = () if formats is None else (formats,)
     models = {"own": packed(model, *forms), "other": packed(other, *forms)}
     shared = None if mesh is None or mesh.size == 1 else mesh
