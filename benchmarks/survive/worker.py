@@ -70,7 +70,7 @@ def work(arguments: list[str], environment: dict[str, str], compiled: str, log: 
     # jax has read its variables already.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     sys.argv = ["train", *arguments]
     try:
         cli.run(train.main)

@@ -341,6 +341,8 @@ class Checkpointer:
             yield
         except Exception as error:
             self._failed = True
+            # The save under way is what failed, or did so unseen: nothing may take it for a complete one.
+            self._unchecked = False
             self._remove_incomplete_steps()
             raise StorageError(f"{doing} in {self.directory} failed: {brief(error)}") from error
 

@@ -36,7 +36,9 @@ def _is_no_remains(record: logging.LogRecord) -> bool:
     """False for what asyncio logs of the other writes of a save whose first failure was raised already."""
     error = record.exc_info[1] if record.exc_info else None
     frames = traceback.extract_tb(error.__traceback__) if error else []
-    return "never retrieved" not in record.getMessage() or not any("orbax" in frame.filename for frame in frames)
+    # TensorStore's own errors have no frames, but name the file.
+    of_orbax = ".orbax-checkpoint-tmp" in str(error) or any("orbax" in frame.filename for frame in frames)
+    return "never retrieved" not in record.getMessage() or not of_orbax
 
 
 logging.getLogger("asyncio").addFilter(_is_no_remains)
