@@ -18,22 +18,23 @@ def draw(*shape):
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-def close(ours, expected):
+def close(ours, expected, tolerance=1e-5):
     assert ours.shape == expected.shape
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(expected))))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * float(jnp.max(jnp.abs(expected))))
 
 
 @pytest.mark.parametrize("form", STORAGE)
 @pytest.mark.parametrize("shape", [(2, 5), (17, 1), (3, 40)])
 def test_products_are_those_of_the_restored_weights(form, shape):
     implementation("native")
+    tolerance = 3e-4 if form == "int8" else 1e-5  # for tokens that are rounded to 16 bits
     one = Rows(draw(30, 20), form, jnp.dtype(jnp.float32))
-    close(one.product(x := draw(*shape, 20)), x @ one.restored().T)
-    close(one.combination(x := draw(*shape, 30)), x @ one.restored())
+    close(one.product(x := draw(*shape, 20)), x @ one.restored().T, tolerance)
+    close(one.combination(x := draw(*shape, 30)), x @ one.restored(), tolerance)
     two = Rows((draw(30, 12), draw(30, 7)), form, jnp.dtype(jnp.float32))
     first, second = two.parts()
-    close(two.first_product(x := draw(*shape, 12)), x @ first.T)
-    close(two.second_combination(x := draw(*shape, 30)), x @ second)
+    close(two.first_product(x := draw(*shape, 12)), x @ first.T, tolerance)
+    close(two.second_combination(x := draw(*shape, 30)), x @ second, tolerance)
 
 
 def used(rows, *shape, dtype=jnp.float32):

@@ -257,7 +257,8 @@ def test_number_formats(kind, model, run, tokens, formats):
     restore(other, rounded)
     rounded.embedding_VD[...] = model.embedding_VD[...]  # rounded only where it makes logits
     outputs = decoded(other, tokens, [18, 1] if (kind, formats) in PROMPTS else [1] * 6)
-    error = {"atol": 0.05, "rtol": 0.05} if formats == "bfloat16" else {"atol": 2e-4}
+    # Natively, tokens that meet int8 are rounded to 16 bits, a hundredth of what rounding the weights changes.
+    error = {"atol": 0.05, "rtol": 0.05} if formats == "bfloat16" else {"atol": 3e-3}
     hidden, logits = joined(outputs, "hidden"), joined(outputs, "logits")
     np.testing.assert_allclose(hidden, run(rounded, tokens).hidden[:, : hidden.shape[1]], **error)
     expected = run(model, tokens).logits[:, : logits.shape[1]]

@@ -46,7 +46,7 @@ def test_is_the_definition(apply, storage, gated, m, density):
     x, scores = draw.tokens(m + 1, 37), scores_of(draw, m + 1, 7, density)
     weights, scales = layer(draw, 7, 5, 37, gated)
     y = apply(x, scores, *weights, scales=scales)
-    close(y, definition(x, scores, *weights, scales=scales)[0])
+    close(y, definition(x, scores, *weights, scales=scales)[0], storage)
     np.testing.assert_array_equal(y[-1], 0)
 
 
@@ -128,12 +128,13 @@ def test_only_active_experts_are_read(form, gated, monkeypatch):
     np.testing.assert_array_equal(call(x, scores, *poisoned), call(x, scores, *weights))
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_a_row_does_not_depend_on_the_others(storage):
+@pytest.mark.parametrize(("storage", "activation"), [*((each, "silu") for each in STORAGE), ("int8", "relu")])
+def test_a_row_does_not_depend_on_the_others(storage, activation):
     draw = Draw(storage)
     x, scores = draw.tokens(9, 50), scores_of(draw, 9, 11, 0.4)
-    weights, scales = layer(draw, 11, 12, 50, gated=False)
-    apply = jax.jit(partial(block_ffn_rows, scales=scales, implementation=implementation("native")))
+    weights, scales = layer(draw, 11, 70, 50, gated=False)
+    form = partial(block_ffn_rows, scales=scales, activation=activation, implementation=implementation("native"))
+    apply = jax.jit(form)
     together = apply(x, scores, *weights)
     for i in range(9):
         np.testing.assert_array_equal(apply(x[i : i + 1], scores[i : i + 1], *weights)[0], together[i])

@@ -44,7 +44,7 @@ def compiled(form, scales=(None, None), width=W, **how):
 def test_is_the_form_that_is_trained(form, storage):
     arrays, scales = inputs(Draw(storage), 4)
     y = compiled(form, scales)(*arrays)
-    close(y, trained(arrays, scales, expert_width=W))
+    close(y, trained(arrays, scales, expert_width=W), storage)
     np.testing.assert_array_equal(y[-1], 0)
 
 

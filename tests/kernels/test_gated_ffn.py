@@ -31,7 +31,7 @@ def test_is_the_definition(apply, storage, m, d, neurons):
     draw = Draw(storage)
     x = draw.tokens(m, d)
     weights, scales = layer(draw, neurons, d)
-    close(apply(x, *weights, scales=scales), reference(x, *weights, scales=scales))
+    close(apply(x, *weights, scales=scales), reference(x, *weights, scales=scales), storage)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def inputs(draw, name, m, blocks, routed, size, other):
 def test_is_the_definition(name, form, storage, m, blocks, routed, size, other):
     x, chosen, w, scale = inputs(Draw(storage), name, m, blocks, routed, size, other)
     call = jax.jit(partial(MAPS[name], blocks=blocks, implementation=implementation(form)))
-    close(call(x, chosen, w, scale=scale), definition(name, x, chosen, w, blocks, scale))
+    close(call(x, chosen, w, scale=scale), definition(name, x, chosen, w, blocks, scale), storage)
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -27,8 +27,8 @@ def test_is_the_product(apply, storage, m, k, n):
     draw = Draw(storage)
     x, (w, scale) = draw.tokens(m, k), draw.weights(n, k)
     expected = x.astype(jnp.float32) @ dequantised(w, scale).T
-    close(apply(x, w, scale), expected.astype(x.dtype))
-    close(apply(x, w, scale, dtype=jnp.float32), expected)
+    close(apply(x, w, scale), expected.astype(x.dtype), storage)
+    close(apply(x, w, scale, dtype=jnp.float32), expected, storage)
 
 
 def test_logits_of_bfloat16_are_not_rounded(apply):
@@ -50,7 +50,36 @@ def test_a_row_does_not_depend_on_the_others(storage):
 
 def test_weights_may_have_another_type_than_tokens(apply):
     x, (w, scale) = Draw("bfloat16").tokens(2, 40), Draw("int8").weights(9, 40)
-    close(apply(x, w, scale, dtype=jnp.float32), x.astype(jnp.float32) @ dequantised(w, scale).T)
+    close(apply(x, w, scale, dtype=jnp.float32), x.astype(jnp.float32) @ dequantised(w, scale).T, "int8")
+
+
+@pytest.mark.parametrize("k", [300, 1100])
+def test_rows_of_int8_are_multiplied_by_whole_numbers(k):
+    """Of 16 bits, by the largest of 256: nothing else is rounded, however large the others are."""
+    apply = jax.jit(partial(linear, implementation=implementation("native")))
+    draw = Draw("int8")
+    x, (w, scale) = np.array(draw.tokens(3, k)), draw.weights(9, k)
+    x[0, :256] *= 1e6
+    x[1, :256] = 0
+    padded = np.pad(x, ((0, 0), (0, -k % 256))).reshape(3, -1, 256)
+    unit = np.abs(padded).max(-1, keepdims=True) / 32767
+    whole = np.round(padded / np.where(unit == 0, 1, unit)) * unit
+    expected = whole.reshape(3, -1)[:, :k] @ np.asarray(w, np.float64).T * scale
+    found = apply(x, w, scale)
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(found[1:], expected[1:], atol=3e-6 * np.abs(expected[1:]).max())
+    exact = x[1:] @ dequantised(w, scale).T
+    assert 1e-6 < np.abs(found[1:] - exact).max() / np.abs(exact).max() < 1e-4
+
+
+def test_int8_rows_times_numbers_without_bounds():
+    apply = jax.jit(partial(linear, implementation=implementation("native")))
+    w, scale = jnp.full((2, 3), 127, jnp.int8), jnp.ones(2)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not np.isfinite(apply(jnp.array([[1.0, value, 1.0]]), w, scale)).any()
+    for value in (3e38 / 127 / 3, 1e-29, -1e-29):
+        found = apply(jnp.full((1, 3), value, jnp.float32), w, scale)
+        np.testing.assert_allclose(found, np.full((1, 2), 3 * 127 * value, np.float32), rtol=1e-4)
 
 
 def test_not_a_number_stays_in_its_row(apply):

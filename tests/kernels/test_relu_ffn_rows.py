@@ -45,7 +45,7 @@ def test_is_the_definition(form, storage, m, sizes, threshold):
     x, (weights, scales) = draw.tokens(m, sizes[0]), layer(draw, *sizes, gated)
     y, active = apply(x, *weights, scales=scales, threshold=threshold)
     expected, expected_active = jax.jit(partial(reference, threshold=threshold))(x, *weights, scales=scales)
-    close(y, expected)
+    close(y, expected, storage)
     np.testing.assert_array_equal(active, expected_active)
 
 

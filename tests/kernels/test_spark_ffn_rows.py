@@ -41,7 +41,7 @@ def test_is_the_definition(apply, storage, m, sizes):
     weights, scales = layer(draw, d, r, neurons)
     y, active = apply(x, *weights, top_k=top_k, scales=scales)
     expected, expected_active = definition(x, *weights, top_k=top_k, scales=scales)
-    close(y, expected)
+    close(y, expected, storage)
     np.testing.assert_array_equal(active, expected_active)
 
 

@@ -31,7 +31,7 @@ def test_is_the_definition(apply, storage, m, sizes, activation):
     expected, expected_active = jax.jit(partial(reference, activation=activation))(
         x, gate, rows, jnp.float32(0.1), scales=(s1, scale)
     )
-    close(y, expected)
+    close(y, expected, storage)
     np.testing.assert_array_equal(active, expected_active)
     assert active.min() > 0
     assert active.max() < neurons

@@ -33,7 +33,7 @@ def arrays(storage, shape, gated, density=0.1):
 def test_all_forms_agree(form, storage, gated):
     for shape in SHAPES:
         given = arrays(storage, shape, gated)
-        close(compiled(token_rows, implementation(form))(*given, density=0.1), reference(*given))
+        close(compiled(token_rows, implementation(form))(*given, density=0.1), reference(*given), storage)
 
 
 @pytest.mark.parametrize("density", [MOST_DENSITY / 2, 2 * MOST_DENSITY])

@@ -10,18 +10,21 @@ namespace {
 
 constexpr long kRows = 32;
 
-// y_j += sum_i h[j * ld + i] row (first + i); rows whose h is 0 for all tokens, as ReLU leaves many, are not read.
+// y_j += sum_i h[j * ld + i] row (first + i). Where units can be 0, as ReLU leaves many, rows whose h is 0 for all tokens
+// are not read.
 void add_active(const Matrix& down, long first, long n, long d, float* h, long ld, long m, float* const* y,
-                const char* ahead) {
+                const char* ahead, bool zeros) {
   auto used = [&](long i) {
     for (long j = 0; j < m; j++)
       if (!(h[j * ld + i] == 0)) return true;
     return false;
   };
+  // Rows of int8 are rounded by fours: which ones these are must not depend on the other tokens.
+  const long most = zeros && down.type == kInt8 ? 1 : n;
   for (long i = 0; i < n;) {
-    while (i < n && !used(i)) i++;
+    while (zeros && i < n && !used(i)) i++;
     const long start = i;
-    while (i < n && used(i)) i++;
+    while (i < n && i - start < most && (!zeros || used(i))) i++;
     if (i == start) continue;
     const char* const next = ahead ? ahead + start * down.ld * size_of(down.type) : nullptr;
     down.axpy(first + start, i - start, d, h + start, ld, m, y, next);
@@ -41,6 +44,7 @@ void block_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, co
   // Those of `down` only where the activation leaves (nearly) all of them in use.
   const Matrix& first_read = gate.data ? gate : up;
   const bool all_used = activation != kRelu && activation != kRelu2;
+  const bool zeros = activation == kRelu || activation == kRelu2;
   const Partials sums(parts, x.count, d);
   std::vector<int> counts(parts * x.count);
   Team team = pool.team(parts, long(experts.size()) * expert_bytes);
@@ -80,7 +84,7 @@ void block_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, co
         } else if (e + 1 < experts.size()) {
           next = first_read.row(experts[e + 1].index * expert_width + first_of(p, parts, expert_width));
         }
-        add_active(down, base + f, n, d, h, ld, m, to.data(), next);
+        add_active(down, base + f, n, d, h, ld, m, to.data(), next, zeros);
       }
     }
   });

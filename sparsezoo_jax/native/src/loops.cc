@@ -2,7 +2,7 @@
 // is defined in a header, for the linker would keep one copy of it, which may be of a level that the processor lacks.
 #include "loops.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -41,8 +41,22 @@ INLINE void each(F f) {
 
 #define UNROLLED(i) [&](auto i) __attribute__((always_inline))
 
+// Writes the sums of products t to t + 3, of which there are R for each of M vectors.
+template <int R, int M, int t>
+INLINE void write_sums(Four four, float* out, long ld_out) {
+  if constexpr (R == 4) {
+    __builtin_memcpy(out + t / R * ld_out, &four, sizeof(four));
+  } else {
+    each<4>(UNROLLED(s) {
+      if constexpr (t + s < R * M) out[(t + s) / R * ld_out + (t + s) % R] = four[int(s)];
+    });
+  }
+}
+
+#include "int8.h"
+
 // R rows times M vectors. Two sums for each product whatever R and M, so that all forms round alike.
-template <class W, int R, int M>
+template <int R, int M, class W>
 INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
   constexpr int P = kGroup<W>;
   constexpr long kGroupSize = P * kLanes;
@@ -73,15 +87,9 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
     });
   each<kSums / 4>(UNROLLED(f) {
     constexpr int t = 4 * f;
-    Four four = sums_of(sum[t][0] + sum[t][1], sum[t + 1][0] + sum[t + 1][1], sum[t + 2][0] + sum[t + 2][1],
-                        sum[t + 3][0] + sum[t + 3][1]);
-    if constexpr (R == 4) {
-      __builtin_memcpy(out + t / R * ld_out, &four, sizeof(four));
-    } else {
-      each<4>(UNROLLED(s) {
-        if constexpr (t + s < R * M) out[(t + s) / R * ld_out + (t + s) % R] = four[int(s)];
-      });
-    }
+    write_sums<R, M, t>(sums_of(sum[t][0] + sum[t][1], sum[t + 1][0] + sum[t + 1][1], sum[t + 2][0] + sum[t + 2][1],
+                                sum[t + 3][0] + sum[t + 3][1]),
+                        out, ld_out);
   });
 }
 
@@ -95,8 +103,8 @@ INLINE void dot_rows(const W* w, long ld, long rows, long k, const float* const*
   constexpr int R = kTogether<M>;
   const long row = ld * long(sizeof(W));
   long i = 0;
-  for (; i + R <= rows; i += R) dot_of<W, R, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
-  for (; i < rows; i++) dot_of<W, 1, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
+  for (; i + R <= rows; i += R) dot_of<R, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
+  for (; i < rows; i++) dot_of<1, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
 }
 
 template <class W>
@@ -117,8 +125,9 @@ void dot(const void* weights, long ld, long rows, long k, const float* const* x,
 }
 
 // y_j += sum over R rows, in the order of the rows.
-template <class W, int R, int M>
+template <int R, int M, class W>
 INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, float* const* y, const char* ahead) {
+  if constexpr (R == 4 && sizeof(W) == 1) return axpy_four<M>(w, ld, k, c, ld_c, y, ahead);
   constexpr int P = kGroup<W>;
   constexpr long kGroupSize = P * kLanes;
   Floats factor[R][M];
@@ -149,14 +158,14 @@ INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, floa
   }
 }
 
-template <class W, int R>
+template <int R, class W>
 INLINE void axpy_vectors(const W* w, long ld, long k, const float* c, long ld_c, long m, float* const* y,
                          const char* ahead) {
   long j = 0;
   if constexpr (kLanes == 16)
-    for (; j + 4 <= m; j += 4) axpy_of<W, R, 4>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
-  for (; j + 2 <= m; j += 2) axpy_of<W, R, 2>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
-  for (; j < m; j++) axpy_of<W, R, 1>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
+    for (; j + 4 <= m; j += 4) axpy_of<R, 4>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
+  for (; j + 2 <= m; j += 2) axpy_of<R, 2>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
+  for (; j < m; j++) axpy_of<R, 1>(w, ld, k, c + j * ld_c, ld_c, y + j, j ? nullptr : ahead);
 }
 
 template <class W>
@@ -166,8 +175,8 @@ void axpy(const void* weights, long ld, long rows, long k, const float* c, long 
   const long row = ld * long(sizeof(W));
   long i = 0;
   for (; i + 4 <= rows; i += 4)
-    axpy_vectors<W, 4>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
-  for (; i < rows; i++) axpy_vectors<W, 1>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
+    axpy_vectors<4>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
+  for (; i < rows; i++) axpy_vectors<1>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
 }
 
 // Applies f to vectors of s; the last one is filled up, so that a number's result does not depend on its place.
@@ -383,6 +392,7 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
       {axpy<float>, axpy<bfloat16>, axpy<signed char>},
       {arrange<float, false>, arrange<bfloat16, false>, arrange<signed char, false>},
       {arrange<float, true>, arrange<bfloat16, true>, arrange<signed char, true>},
+      quantise,
       activate,
       softcap,
       softplus,

@@ -17,7 +17,7 @@ struct Moments {
 };
 
 // Vectors that rows of a storage type are multiplied by, or added to, lie in that type's order (`arrange`), and end in
-// zeros up to a multiple of kPadding. All results are the same, bit for bit, however many vectors a call has: each
+// zeros up to a multiple of kPadding; those that rows of int8 are multiplied by are whole numbers (`quantise`). All results are the same, bit for bit, however many vectors a call has: each
 // product is summed in one order.
 // `ahead`, where not null, is prefetched as the weights are read: the byte at ahead + i together with that at w + i.
 constexpr long kPadding = 64;
@@ -51,6 +51,9 @@ struct Loops {
   // Puts n numbers, a multiple of kPadding, into the order of a type, and back.
   void (*arrange[kTypes])(float* x, long n);
   void (*restore[kTypes])(float* x, long n);
+  // What rows of int8 are multiplied by: n numbers, a multiple of kPadding, rounded to 16 bits by the largest of some
+  // hundreds. `quantised` has room for n floats.
+  void (*quantise)(const float* x, float* quantised, long n);
   // h = act(h).
   void (*activate)(Activation activation, float* h, long n);
   // s = cap tanh(s / cap).

@@ -91,13 +91,16 @@ class Vectors {
         pointers_(count) {
     for (long i = 0; i < count; i++) pointers_[i] = data_.get() + i * stride_;
   }
-  // Columns first .. first + width - 1 of tokens, in the order of `type`.
+  // Columns first .. first + width - 1 of tokens, as rows of `type` are multiplied by them.
   Vectors(const Tokens& x, Type type, long first, long width) : Vectors(x.count, width) {
+    const std::unique_ptr<float[]> wide(type == kInt8 ? new float[stride_] : nullptr);
     for (long i = 0; i < x.count; i++) {
-      loops().widen[x.type](static_cast<const char*>(x.data) + (i * x.width + first) * size_of(x.type), pointers_[i], width);
-      for (long j = width; j < stride_; j++) pointers_[i][j] = 0;
+      float* const to = wide ? wide.get() : pointers_[i];
+      loops().widen[x.type](static_cast<const char*>(x.data) + (i * x.width + first) * size_of(x.type), to, width);
+      for (long j = width; j < stride_; j++) to[j] = 0;
+      if (wide) loops().quantise(to, pointers_[i], stride_);
     }
-    arrange(type);
+    if (!wide) arrange(type);
   }
   Vectors(const Tokens& x, Type type) : Vectors(x, type, 0, x.width) {}
 

@@ -14,6 +14,7 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int Ints __attribute__((vector_size(4 * kLanes)));
 typedef unsigned Words __attribute__((vector_size(4 * kLanes)));
+typedef short Shorts __attribute__((vector_size(4 * kLanes)));
 typedef float Four __attribute__((vector_size(16)));
 
 struct bfloat16 {
@@ -76,6 +77,44 @@ INLINE void load_group(const W* p, long n, Floats (&v)[kGroup<W>]) {
   __builtin_memcpy(rest, p, n * sizeof(W));
   load_group(rest, v);
 }
+
+// Lane t: a[2 t] b[2 t] + a[2 t + 1] b[2 t + 1].
+INLINE Ints pair_products(Shorts a, Shorts b) {
+#if SPARSEZOO_LANES == 16 && defined(__AVX512BW__)
+  return Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif SPARSEZOO_LANES == 8 && defined(__AVX2__)
+  return Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#elif SPARSEZOO_LANES == 4 && defined(__SSE2__)
+  return Ints(_mm_madd_epi16(__m128i(a), __m128i(b)));
+#else
+  const Ints p = same_bits<Ints>(a), q = same_bits<Ints>(b);
+  return ((p << 16) >> 16) * ((q << 16) >> 16) + (p >> 16) * (q >> 16);
+#endif
+}
+
+// Lane t: those of the 16 bits of `first` and `second` that are the lower half of lane t, side by side.
+INLINE Shorts lower_halves(Words first, Words second) {
+#if SPARSEZOO_LANES == 16 && defined(__AVX512BW__)
+  return Shorts(_mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(first), __m512i(second << 16)));
+#elif SPARSEZOO_LANES == 8 && defined(__AVX2__)
+  return Shorts(_mm256_blend_epi16(__m256i(first), __m256i(second << 16), 0xaa));
+#else
+  return same_bits<Shorts>((first & 0xffffu) | (second << 16));
+#endif
+}
+// The same of the upper halves.
+INLINE Shorts upper_halves(Words first, Words second) {
+#if SPARSEZOO_LANES == 16 && defined(__AVX512BW__)
+  return Shorts(_mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(first >> 16), __m512i(second)));
+#elif SPARSEZOO_LANES == 8 && defined(__AVX2__)
+  return Shorts(_mm256_blend_epi16(__m256i(first >> 16), __m256i(second), 0xaa));
+#else
+  return same_bits<Shorts>((first >> 16) | (second & 0xffff0000u));
+#endif
+}
+// The lower and the upper bytes of all 16 bits, as numbers.
+INLINE Shorts lower_bytes(Shorts pairs) { return (pairs << 8) >> 8; }
+INLINE Shorts upper_bytes(Shorts pairs) { return pairs >> 8; }
 
 // The sums of four vectors. All sums of vectors are made by this, so that they round alike.
 INLINE Four sums_of(Floats a, Floats b, Floats c, Floats d) {
