@@ -143,7 +143,8 @@ def train(
       The figures by name; none of a run that stopped before its last step.
 
     Raises:
-      UserError: an impossible configuration, corpus or directory; nothing has been written to `workdir` then.
+      UserError: an impossible configuration, corpus or directory, or another process trains there; nothing has been
+        written to `workdir` then.
       StorageError: reading or writing failed.
     """
     import jax
@@ -154,6 +155,7 @@ def train(
     from sparsezoo_jax.models import build_model, train_flops_per_token
     from sparsezoo_jax.training import lemo
     from sparsezoo_jax.training.interrupts import Requests
+    from sparsezoo_jax.training.lease import Lease
     from sparsezoo_jax.training.lemo_fitting import fitted_for_run
     from sparsezoo_jax.training.loop import EvaluationInterrupted, fit
     from sparsezoo_jax.training.parameters import saved_steps
@@ -181,6 +183,7 @@ def train(
     require(not shows or alone, "eval.histograms", shows, "must be off with several processes")
 
     # ------------------------------------------------------------------------------------------- Directory and corpus
+    Lease(workdir).refuse_taken()
     resumes = run_dir.open_for_training(workdir, config, fresh=fresh)
     # A run that was killed before its first checkpoint starts from the other run again.
     has_steps = resumes and bool(saved_steps(workdir / run_dir.CHECKPOINTS))

@@ -126,6 +126,8 @@ def _fault(description: Path, only_size: bool) -> str | None:
         content = read_bytes(description, MAX_CONFIG_BYTES)
     except ValueError as error:
         return str(error)
+    except FileNotFoundError:
+        return None  # the run that is trained there has removed an old step meanwhile
     except OSError as error:
         if _is_reading_error(error):
             raise
@@ -251,8 +253,10 @@ def reading(manager: ocp.CheckpointManager, step: int, prefix: str = "") -> Iter
     except (DamagedCheckpointError, UserError):
         raise
     except Exception as error:
+        gone = "it was removed meanwhile, as a run that is trained there removes old ones (train.keep_last)"
         if _is_reading_error(error) or not directory.is_dir():
-            raise StorageError(f"checkpoint {directory} can't be read: {brief(error)}") from error
+            why = brief(error) if directory.is_dir() else gone
+            raise StorageError(f"checkpoint {directory} can't be read: {why}") from error
         raise DamagedCheckpointError(f"{prefix}{brief(error)}") from error
 
 

@@ -41,7 +41,22 @@ class Lease:
         except OSError as error:
             raise StorageError(f"{self._directory / LEASE}: {error.strerror or error}") from None
         if owner is not None:
-            raise RunInUseError(f"--workdir={self._directory}: {owner} trains there; wait for it or stop it")
+            raise self._in_use(owner)
+
+    def refuse_taken(self) -> None:
+        """Raise `RunInUseError` where a process of this machine holds the lease; takes nothing.
+
+        A starter can say so before it reads what that process is changing; whether it may train, `acquire` decides.
+        """
+        try:
+            owner = self._lease.owner()
+        except OSError:  # said by who needs the directory
+            return
+        if owner is not None and owner.is_local() and owner.is_running():
+            raise self._in_use(owner)
+
+    def _in_use(self, owner: Owner) -> RunInUseError:
+        return RunInUseError(f"--workdir={self._directory}: {owner} trains there; wait for it or stop it")
 
     def _watch(self, owner: Owner) -> Owner | None:
         """Who holds the lease after looking for a sign of life of an owner elsewhere; None if it was taken over."""

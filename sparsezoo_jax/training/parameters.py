@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from sparsezoo_jax.training.checkpoint_format import (
 )
 from sparsezoo_jax.training.state import PureDict, nested
 
+#: A run that is trained in the directory removes old steps, and orbax looks at all that it has listed.
+_TRIES, _PAUSE_SECONDS = 10, 0.05
 READ_BYTES = 1 << 28
 """Bytes of a model that are read at one time, or its largest array."""
 WRITE_BYTES = 1 << 25
@@ -217,13 +220,18 @@ def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator
 
 
 def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
-    _refuse_unreadable(directory, only_sizes=True)
-    try:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
-    except Exception as error:
-        _refuse_unreadable(directory)
-        raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    for tries_left in reversed(range(_TRIES)):
+        _refuse_unreadable(directory, only_sizes=True)
+        try:
+            return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and directory.is_dir() and tries_left:
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            _refuse_unreadable(directory)
+            raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _refuse_unreadable(directory: Path, *, only_sizes: bool = False) -> None:

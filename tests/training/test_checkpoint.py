@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sparsezoo_jax.errors import StorageError, UserError
-from sparsezoo_jax.training import checkpoint_format
+from sparsezoo_jax.training import checkpoint_format, parameters
 from sparsezoo_jax.training.checkpoint import Checkpointer
 from sparsezoo_jax.training.checkpoint_format import brief, describe, write_meta
 from sparsezoo_jax.training.objectives import AdaptiveFactor
@@ -433,6 +433,33 @@ def test_no_mark_of_a_first_save_that_failed_unseen(tmp_path, states, monkeypatc
         checkpointer.save(states[1], {}, step=2)
     checkpointer.close()
     assert not mark.exists()
+
+
+def test_a_run_that_removes_old_steps_can_be_read(directory, monkeypatch):
+    """Orbax finds a step in the list that is gone when it looks at it."""
+    manager, lists = ocp.CheckpointManager, []
+
+    def look(*args, **kwargs):
+        lists.append(sorted(path.name for path in directory.iterdir()))
+        if len(lists) == 1:
+            shutil.rmtree(directory / "1")
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(directory / "1"))
+        return manager(*args, **kwargs)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", look)
+    assert saved_steps(directory) == [2, 3]
+    assert lists == [["1", "2", "3"], ["2", "3"]]
+
+
+def test_a_step_that_is_removed_while_it_is_read_is_not_damaged(directory, monkeypatch):
+    monkeypatch.setattr(parameters, "read_meta", lambda manager, step: remove_then_read(directory, manager, step))
+    with pytest.raises(StorageError, match=r"checkpoint .*/3 can't be read: it was removed meanwhile, as a run"):
+        restore_params(directory)
+
+
+def remove_then_read(directory, manager, step):
+    shutil.rmtree(directory / str(step))
+    return checkpoint_format.read_meta(manager, step)
 
 
 def test_long_storage_errors_are_cut():

@@ -22,8 +22,11 @@ def test_one_holder_at_a_time(tmp_path):
     with pytest.raises(RunInUseError, match=message) as caught:
         second.acquire()
     assert caught.value.exit_status == 1
+    with pytest.raises(RunInUseError, match=message):
+        second.refuse_taken()
     first.check()
     first.release()
+    second.refuse_taken()
     second.acquire()
     second.release()
     assert list((tmp_path / "run").iterdir()) == []
