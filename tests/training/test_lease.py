@@ -8,6 +8,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+import sparsezoo_jax
+from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.train import train
 from sparsezoo_jax.training.lease import LEASE, Lease, Owner, RunInUseError
 
 
@@ -118,3 +121,15 @@ def test_of_many_starters_one_gets_a_stale_lease(tmp_path):
     (holder,) = set(leases) - set(refused)
     holder.check()
     holder.release()
+
+
+def test_a_second_starter_is_told_before_it_reads_anything(tmp_path):
+    """Neither the corpus nor the checkpoints, which the first one changes."""
+    first = Lease(tmp_path)
+    first.acquire()
+    config = sparsezoo_jax.preset("dense", "tiny", {"data.dataset": str(tmp_path / "no corpus")})
+    with pytest.raises(RunInUseError, match="trains there"):
+        train(config, tmp_path)
+    first.release()
+    with pytest.raises(UserError, match="no corpus"):
+        train(config, tmp_path)
