@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the public module gives no access to the client
 
-from sparsezoo_jax.errors import UserError
+from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.training.phases import Phases, end_process
 
 _PREFIX = "sparsezoo_jax/alive"
@@ -190,5 +190,15 @@ def _lost(missing: list[int]) -> str:
 
 
 def _looks_like_a_lost_peer(error: BaseException | None) -> bool:
-    """Whether an error may come from a collective without its partners, rather than from this process's own doing."""
+    """Whether an error may come from a collective without its partners, rather than from this process's own doing.
+
+    Saving has collectives too: what went wrong there is a `StorageError` whatever the cause.
+    """
+    if isinstance(error, StorageError):
+        causes: list[BaseException] = []
+        cause = error.__cause__
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        return any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes)
     return not isinstance(error, (UserError, KeyboardInterrupt, SystemExit))

@@ -1,5 +1,6 @@
 """One of two processes is lost: the other ends soon, with status 1 and a line that names it."""
 
+import errno
 import os
 import re
 import signal
@@ -9,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from sparsezoo_jax.errors import StorageError, UserError
+from sparsezoo_jax.training import peers
 from sparsezoo_jax.training.parameters import saved_steps
 from tests.devices import with_devices
 
@@ -106,3 +110,20 @@ def test_processes_that_never_come_are_waited_for_no_longer_than_the_timeout():
     assert done.returncode == 1, done.stderr
     assert "error: --distributed: not all 2 processes came to 127.0.0.1:" in done.stderr
     assert "within 2 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_one"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("OUT_OF_RANGE: File too large"), False),
+    ],
+)
+def test_a_save_that_a_lost_process_took_along_is_not_the_disks_fault(cause, is_one):
+    error = StorageError("saving a checkpoint failed")
+    error.__cause__ = ValueError("of orbax")
+    error.__cause__.__cause__ = cause
+    assert peers._looks_like_a_lost_peer(error) is is_one
+    assert not peers._looks_like_a_lost_peer(UserError("no such file"))
+    assert peers._looks_like_a_lost_peer(cause)
