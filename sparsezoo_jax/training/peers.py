@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import signal
 import socket
 import threading
@@ -189,16 +190,20 @@ def _lost(missing: list[int]) -> str:
     return f"{what} {named}{coordinator} of {jax.process_count()} stopped answering; start the run again to go on"
 
 
+_OF_COLLECTIVES = re.compile(r"Gloo|NCCL|\bcollective|\bpeer\b|coordination service", re.IGNORECASE)
+
+
 def _looks_like_a_lost_peer(error: BaseException | None) -> bool:
     """Whether an error may come from a collective without its partners, rather than from this process's own doing.
 
-    Saving has collectives too: what went wrong there is a `StorageError` whatever the cause.
+    Saving has collectives too: what went wrong there is a `StorageError` whatever the cause, and what jax raises for a
+    collective may be a plain `ValueError`.
     """
-    if isinstance(error, StorageError):
-        causes: list[BaseException] = []
-        cause = error.__cause__
-        while cause is not None and cause not in causes:
-            causes.append(cause)
-            cause = cause.__cause__ or cause.__context__
-        return any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes)
-    return not isinstance(error, (UserError, KeyboardInterrupt, SystemExit))
+    if not isinstance(error, StorageError):
+        return not isinstance(error, (UserError, KeyboardInterrupt, SystemExit))
+    causes: list[BaseException] = []
+    cause = error.__cause__
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(isinstance(cause, jax.errors.JaxRuntimeError) or _OF_COLLECTIVES.search(str(cause)) for cause in causes)

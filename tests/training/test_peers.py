@@ -115,7 +115,8 @@ def test_processes_that_never_come_are_waited_for_no_longer_than_the_timeout():
 @pytest.mark.parametrize(
     ("cause", "is_one"),
     [
-        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL"), True),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (ValueError("OUT_OF_RANGE: File too large"), False),
     ],
@@ -126,4 +127,4 @@ def test_a_save_that_a_lost_process_took_along_is_not_the_disks_fault(cause, is_
     error.__cause__.__cause__ = cause
     assert peers._looks_like_a_lost_peer(error) is is_one
     assert not peers._looks_like_a_lost_peer(UserError("no such file"))
-    assert peers._looks_like_a_lost_peer(cause)
+    assert peers._looks_like_a_lost_peer(ValueError("of a collective in a step"))
