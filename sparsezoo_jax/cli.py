@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsezoo_jax import (
+    collector,  # before anything large is imported
     platforms,  # noqa: F401  # before anything imports jax
     plugins,
     program_cache,
@@ -44,6 +45,7 @@ MIXTURE = "data.mixture"
 
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
     """Run a command on `args`, by default the process's; a user's error becomes one line and its exit status."""
+    collector.imports_are_done()
     # Library chatter that says nothing to a user of a command; set before those are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, pltpu
 
 #: A buffer has a multiple of `_LANES` rows, `_ROWS` at most and, if more than `_LANES`, no more than `_BUFFER` bytes.
 _LANES, _ROWS, _BUFFER = 128, 512, 2**20

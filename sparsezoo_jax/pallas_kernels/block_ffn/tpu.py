@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, pltpu
 
 #: Of VMEM, for double-buffered weights of an expert and the tokens' inputs and sums.
 _VMEM = 12 * 2**20

@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, plgpu
 from sparsezoo_jax.pallas_kernels.triton import height, load, product, store
 from sparsezoo_jax.pallas_kernels.tuning import SMALLEST, Launch, launch_of, target
 

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, plgpu
 from sparsezoo_jax.pallas_kernels.spark_attention import common
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     ALL,

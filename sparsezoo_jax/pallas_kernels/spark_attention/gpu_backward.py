@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import plgpu
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     accumulator_dtype,
     chosen,

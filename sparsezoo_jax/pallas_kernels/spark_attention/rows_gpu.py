@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, plgpu
 from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import softcapped, softplus
 from sparsezoo_jax.pallas_kernels.triton import height, in_use, load, store, times_weights

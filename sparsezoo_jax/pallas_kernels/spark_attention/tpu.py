@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, pltpu
 from sparsezoo_jax.pallas_kernels.spark_attention import common, tpu_all_keys
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     Moments,

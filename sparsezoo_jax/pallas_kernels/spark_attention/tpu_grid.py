@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, pltpu
 from sparsezoo_jax.pallas_kernels.spark_attention.common import Operands, accumulator_dtype, name_of
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import FIRST, LAST, Read, Tiles, Walk, reads, walk

@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, plgpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.quantile import normal_quantile_of
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     MeshAxes,

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from sparsezoo_jax.pallas_kernels.lazy_pallas import pl, pltpu
 from sparsezoo_jax.pallas_kernels.statistical_topk.quantile import normal_quantile_of
 from sparsezoo_jax.pallas_kernels.statistical_topk.reference import (
     Problem,
