@@ -202,3 +202,20 @@ def test_the_import_loads_no_library():
     code = "import sys, sparsezoo_jax; print([m for m in ('jax', 'numpy', 'pydantic', 'orbax') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_command_starts_without_what_only_kernels_need_and_leaves_the_collector_as_it_was():
+    code = """
+import gc, sys
+usual = gc.get_threshold()
+from sparsezoo_jax import cli, train
+assert gc.get_threshold() > usual
+print([m for m in ("jax.experimental.pallas.tpu", "orbax", "tensorflow_datasets") if m in sys.modules])
+try:
+    cli.run(train.main, ["--help"])
+finally:
+    assert gc.get_threshold() == usual
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[]\nusage: "), done.stdout[:200]
