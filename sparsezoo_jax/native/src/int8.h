@@ -53,23 +53,25 @@ INLINE void dot_of(const signed char* w, long ld, long k, const float* const* x,
                    const char* ahead) {
   constexpr long kBytes = 4 * kLanes;
   constexpr int kSums = (R * M + 3) / 4 * 4;
+  const Ahead<signed char, R> next(ahead, ld, k, kLine);
   Floats sum[kSums];
   each<kSums>(UNROLLED(t) { sum[t] = Floats{}; });
   for (long start = 0; start < k; start += kQuantised) {
     const long end = start + kQuantised < k ? start + kQuantised : k;
-    Ints whole[R * M];
-    each<R * M>(UNROLLED(t) { whole[t] = Ints{}; });
+    Ints whole[R * M][2];
+    each<R * M>(UNROLLED(t) { whole[t][0] = whole[t][1] = Ints{}; });
     const auto add = [&](auto r, Shorts pairs, long i) __attribute__((always_inline)) {
       const Shorts even = lower_bytes(pairs), odd = upper_bytes(pairs);
       each<M>(UNROLLED(j) {
         const short* at = shorts_of(x[j]) + i;
-        whole[j * R + r] += pair_products(even, read<Shorts>(at)) + pair_products(odd, read<Shorts>(at + kBytes / 2));
+        whole[j * R + r][0] += pair_products(even, read<Shorts>(at));
+        whole[j * R + r][1] += pair_products(odd, read<Shorts>(at + kBytes / 2));
       });
     };
     long i = start;
     for (; i + kLine <= end; i += kLine)
       each<R>(UNROLLED(r) {
-        if (ahead) prefetch(ahead + r * ld + i, kLine);
+        next.fetch(r, i, kLine);
         each<kLine / kBytes>(UNROLLED(u) { add(r, read<Shorts>(w + r * ld + i + u * kBytes), i + u * kBytes); });
       });
     for (; i < end; i += kBytes)
@@ -80,7 +82,10 @@ INLINE void dot_of(const signed char* w, long ld, long k, const float* const* x,
       });
     each<M>(UNROLLED(j) {
       const Floats factor = all(factors_of(x[j], k)[start / kQuantised]);
-      each<R>(UNROLLED(r) { sum[j * R + r] += __builtin_convertvector(whole[j * R + r], Floats) * factor; });
+      each<R>(UNROLLED(r) {
+        const Ints all_of_it = whole[j * R + r][0] + whole[j * R + r][1];
+        sum[j * R + r] += __builtin_convertvector(all_of_it, Floats) * factor;
+      });
     });
   }
   each<kSums / 4>(UNROLLED(f) {
@@ -128,11 +133,12 @@ INLINE void axpy_four(const signed char* w, long ld, long k, const float* c, lon
       });
     });
   };
+  const Ahead<signed char, 4> next(ahead, ld, k, kLine);
   long i = 0;
   for (; i + kBytes <= k; i += kBytes) {
     Words v[4];
     each<4>(UNROLLED(r) {
-      if (ahead && i % kLine == 0) prefetch(ahead + r * ld + i, 1);
+      if (i % kLine == 0) next.fetch(r, i, 1);
       v[r] = read<Words>(w + r * ld + i);
     });
     add(i, v);

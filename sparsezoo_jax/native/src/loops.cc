@@ -27,6 +27,20 @@ INLINE void prefetch(const char* ahead, long bytes) {
   for (long b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 2);
 }
 
+// What to prefetch while piece i of `bytes` bytes is read of each of R rows: a piece for every row. Where rows follow
+// each other without gaps these are consecutive pieces, whatever rows they are of: memory streams a sixth faster so.
+template <class W, int R>
+struct Ahead {
+  const char* start;
+  long of_byte, of_row;
+
+  Ahead(const char* ahead, long ld, long k, long bytes)
+      : start(ahead), of_byte(ld == k ? R : 1), of_row(ld == k ? bytes : ld * long(sizeof(W))) {}
+  inline __attribute__((always_inline)) void fetch(int r, long byte, long bytes) const {
+    if (start) prefetch(start + byte * of_byte + r * of_row, bytes);
+  }
+};
+
 template <class F, int... I>
 INLINE void each_of(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -62,12 +76,14 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
   constexpr long kGroupSize = P * kLanes;
   constexpr int kUnroll = P == 1 ? 2 : 1;  // both sums take part in each turn
   constexpr int kSums = (R * M + 3) / 4 * 4;
+  constexpr long kPiece = kUnroll * kGroupSize * long(sizeof(W));
+  const Ahead<W, R> next(ahead, ld, k, kPiece);
   Floats sum[kSums][2];
   each<kSums>(UNROLLED(t) { sum[t][0] = sum[t][1] = Floats{}; });
   long i = 0;
   for (; i + kUnroll * kGroupSize <= k; i += kUnroll * kGroupSize)
     each<R>(UNROLLED(r) {
-      if (ahead) prefetch(ahead + (r * ld + i) * long(sizeof(W)), kUnroll * kGroupSize * long(sizeof(W)));
+      next.fetch(r, i * long(sizeof(W)), kPiece);
       each<kUnroll>(UNROLLED(u) {
         Floats v[P];
         load_group(w + r * ld + i + u * kGroupSize, v);
@@ -100,7 +116,8 @@ constexpr int kTogether = kLanes == 16 ? (M == 4 ? 2 : 4) : 4 / M;
 template <class W, int M>
 INLINE void dot_rows(const W* w, long ld, long rows, long k, const float* const* x, float* out, long ld_out,
                      const char* ahead) {
-  constexpr int R = kTogether<M>;
+  // One row of int8 after another is as fast as four together, for their sums are whole, and memory likes it better.
+  constexpr int R = sizeof(W) == 1 && M == 1 ? 1 : kTogether<M>;
   const long row = ld * long(sizeof(W));
   long i = 0;
   for (; i + R <= rows; i += R) dot_of<R, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * row : ahead);
@@ -142,11 +159,12 @@ INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, floa
         write(to, sum);
       }
   };
+  const Ahead<W, R> next(ahead, ld, k, kLine);
   long i = 0;
   for (; i + kGroupSize <= k; i += kGroupSize) {
     Floats v[R][P];
     for (int r = 0; r < R; r++) {
-      if (ahead && (kLanes == 16 || i * long(sizeof(W)) % kLine == 0)) prefetch(ahead + (r * ld + i) * long(sizeof(W)), 1);
+      if (kLanes == 16 || i * long(sizeof(W)) % kLine == 0) next.fetch(r, i * long(sizeof(W)), 1);
       load_group(w + r * ld + i, v[r]);
     }
     add(i, v);
