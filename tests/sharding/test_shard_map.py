@@ -87,7 +87,8 @@ def test_decoding_on_meshes(decoding_rows, operation):
     count = {"active_rows": 5, "block_ffn_union": 4, "gradient of": 1, "a step of": 5}.get(operation, 7)
     assert len(found) == count
     for name, case in found.items():
-        assert case["distance"] < 1e-5, name
+        # Native operations round what meets int8, four factors of a device's neurons by their largest.
+        assert case["distance"] < (2e-4 if ", None, " in name else 1e-5), name
         assert case.get("counts", True), name
 
 
