@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsezoo_jax.configs import preset
+
 
 def figures_of(workdir: Path, arch: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """What `evaluation.json` of a run holds; without it, trains now with `--flag value` for each of `flags`.
@@ -18,7 +20,10 @@ def figures_of(workdir: Path, arch: str, flags: Mapping[str, Any]) -> dict[str, 
     figures = workdir / "evaluation.json"
     if not figures.exists():
         command = [sys.executable, "-m", "sparsezoo_jax.train", "--arch", arch, "--workdir", str(workdir)]
-        command += ["--train.checkpoint-every", "100", "--train.no-keep-best"]
+        command += ["--train.no-keep-best"]
+        # Fewer checkpoints than presets keep, but for those that end as the average of their last ones.
+        if preset(arch, str(flags.get("size", "tiny"))).train.merge_last == 1:
+            command += ["--train.checkpoint-every", "100"]
         for name, value in flags.items():
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         print(f"training {workdir.name}", file=sys.stderr, flush=True)
