@@ -19,7 +19,6 @@ from typing import Any
 
 from benchmarks import interpretability, zoo
 from sparsezoo_jax import cli
-from sparsezoo_jax.configs import PRESETS
 from sparsezoo_jax.errors import StorageError, UserError
 from sparsezoo_jax.evaluation.report.page import document, plot_grid, table
 from sparsezoo_jax.evaluation.report.svg import bar_plot, escape
@@ -66,7 +65,7 @@ def gather(results: Path, *, steps: int, seeds: int, judge: str) -> Board:
     scores = _read(results / interpretability.RECORD.name, ("accuracy", "l0", "judge_kind"))
     best = zoo.best_runs(records, steps)
     board, base = Board([], {}, {}, None), best.get(zoo.BASELINE)
-    for arch in [zoo.BASELINE, *(name for name in sorted(PRESETS) if name != zoo.BASELINE)]:
+    for arch in [zoo.BASELINE, *(name for name in zoo.ARCHS if name != zoo.BASELINE)]:
         found, row = best.get(arch), [arch, *[NONE] * (len(COLUMNS) - 1)]
         own: dict[str, Any] = {}
         if found is None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks.timing import interleaved_by, ratios
 from benchmarks.train_step import random_batch, step_of
+from benchmarks.zoo import ARCHS
 from sparsezoo_jax import platforms
-from sparsezoo_jax.configs import PRESETS, preset
+from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import DecoderConfig, dense_twin
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 
@@ -33,7 +34,7 @@ def main() -> None:
     """Time the pairs and print the table."""
     platforms.keep_freed_memory()  # as training does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sparse = sorted(set(PRESETS) - {"dense"})
+    sparse = [arch for arch in ARCHS if arch != "dense"]
     parser.add_argument("--archs", nargs="+", default=sparse, choices=sparse)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()

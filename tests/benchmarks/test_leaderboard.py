@@ -6,7 +6,6 @@ import re
 import pytest
 
 from benchmarks import interpretability, leaderboard, zoo
-from sparsezoo_jax.configs import PRESETS
 from sparsezoo_jax.errors import UserError
 
 
@@ -81,8 +80,9 @@ def test_the_table(results, capsys):
     assert cells(text, "dense, topk at spark's L0")[:7] == ["–"] * 7
     assert cells(text, "moex") == ["missing"] * 10, "another judge's scores are not shown as this one's"
     assert cells(text, "deco") == [*["missing"] * 7, *["–"] * 3]
-    for name in PRESETS:
+    for name in zoo.ARCHS:
         assert cells(text, name)
+    assert "vit" not in text
     assert "- deco: loss: `python -m benchmarks.zoo --archs deco --steps 300 --only-train`" in text
     for what in ("seeds, 1 of 3", "learning rates beyond the best so far"):
         assert f"- spark: {what}: `python -m benchmarks.zoo --archs spark" in text
@@ -105,7 +105,7 @@ def test_the_table(results, capsys):
 def test_without_results_all_is_missing(tmp_path, capsys):
     text, html, printed = made(tmp_path, capsys)
     assert cells(text, "dense") == [*["missing"] * 7, *["–"] * 3]
-    assert printed.count("missing: ") == len(PRESETS) + 6
+    assert printed.count("missing: ") == len(zoo.ARCHS) + 6
     assert "no data" in html
 
 
