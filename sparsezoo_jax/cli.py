@@ -34,6 +34,8 @@ from sparsezoo_jax.overrides import has_plain_kind, list_fields, union_kinds, wi
 from sparsezoo_jax.path_flags import PATHS, check_paths
 from sparsezoo_jax.untrusted import printable
 
+collector.as_usual()  # whoever imports this as a library keeps thresholds of his own
+
 Command = TypeVar("Command")
 
 
@@ -45,7 +47,7 @@ MIXTURE = "data.mixture"
 
 def run(main: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> None:
     """Run a command on `args`, by default the process's; a user's error becomes one line and its exit status."""
-    collector.imports_are_done()
+    collector.leave_imports_alone()
     # Library chatter that says nothing to a user of a command; set before those are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import gc
 
-_usual: tuple[int, int, int] | None = gc.get_threshold()
+_usual = gc.get_threshold()
+_is_frozen = False
 gc.set_threshold(50_000, 20, 100)
 
 
-def imports_are_done() -> None:
-    """Leave all that there is out of further collections, which come as usual from now on; only the first call does."""
-    global _usual
-    if _usual is not None:
-        gc.set_threshold(*_usual)
+def as_usual() -> None:
+    """Collect as before this was imported: the large imports are done."""
+    gc.set_threshold(*_usual)
+
+
+def leave_imports_alone() -> None:
+    """Keep all that there is out of further collections; for commands, whose imports stay. Only the first call does."""
+    global _is_frozen
+    if not _is_frozen:
         gc.freeze()
-        _usual = None
+        _is_frozen = True

@@ -253,9 +253,10 @@ def reading(manager: ocp.CheckpointManager, step: int, prefix: str = "") -> Iter
     except (DamagedCheckpointError, UserError):
         raise
     except Exception as error:
-        gone = "it was removed meanwhile, as a run that is trained there removes old ones (train.keep_last)"
         if _is_reading_error(error) or not directory.is_dir():
-            why = brief(error) if directory.is_dir() else gone
+            why = brief(error)
+            if not directory.is_dir() and directory.parent.is_dir():
+                why = "it was removed meanwhile, as a run that is trained there removes old ones (train.keep_last)"
             raise StorageError(f"checkpoint {directory} can't be read: {why}") from error
         raise DamagedCheckpointError(f"{prefix}{brief(error)}") from error
 

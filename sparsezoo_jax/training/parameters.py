@@ -221,17 +221,17 @@ def _reader(directory: Path, model_bytes_at_once: int | None = None) -> Iterator
 
 def _manager(directory: Path, **handlers: Any) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(read_only=True)
-    for tries_left in reversed(range(_TRIES)):
+    tries_left = _TRIES
+    while True:
+        tries_left -= 1
         _refuse_unreadable(directory, only_sizes=True)
         try:
             return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and directory.is_dir() and tries_left:
-                time.sleep(_PAUSE_SECONDS)
-                continue
-            _refuse_unreadable(directory)
-            raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
-    raise AssertionError("the last try returns or raises")
+            if not (isinstance(error, FileNotFoundError) and directory.is_dir() and tries_left):
+                _refuse_unreadable(directory)
+                raise StorageError(f"checkpoints in {directory} can't be read: {brief(error)}") from error
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _refuse_unreadable(directory: Path, *, only_sizes: bool = False) -> None:

@@ -13,7 +13,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn import rows_gpu
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import reference
 from sparsezoo_jax.pallas_kernels.triton import times_weights
 from tests.covering import pairs
-from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation, rounds
 
 
 @pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
@@ -41,12 +41,12 @@ def scores_of(draw, m, experts, density):
 # Of every implementation, any two of these.
 @pytest.mark.slow
 @pytest.mark.parametrize(("storage", "gated", "m", "density"), pairs(STORAGE, [False, True], [1, 3, 8], [0.3, 1.0]))
-def test_is_the_definition(apply, storage, gated, m, density):
+def test_is_the_definition(request, apply, storage, gated, m, density):
     draw = Draw(storage)
     x, scores = draw.tokens(m + 1, 37), scores_of(draw, m + 1, 7, density)
     weights, scales = layer(draw, 7, 5, 37, gated)
     y = apply(x, scores, *weights, scales=scales)
-    close(y, definition(x, scores, *weights, scales=scales)[0], storage)
+    close(y, definition(x, scores, *weights, scales=scales)[0], rounds(request, storage))
     np.testing.assert_array_equal(y[-1], 0)
 
 

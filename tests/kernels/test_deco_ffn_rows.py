@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.deco_ffn import NORMALISE, deco_ffn
 from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
 from sparsezoo_jax.pallas_kernels.rows import dequantised
-from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, implementation, rounds
 
 FORMS = ["xla", "native"]
 E, W, D = 7, 12, 37
@@ -41,10 +41,10 @@ def compiled(form, scales=(None, None), width=W, **how):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("storage", STORAGE)
-def test_is_the_form_that_is_trained(form, storage):
+def test_is_the_form_that_is_trained(request, form, storage):
     arrays, scales = inputs(Draw(storage), 4)
     y = compiled(form, scales)(*arrays)
-    close(y, trained(arrays, scales, expert_width=W), storage)
+    close(y, trained(arrays, scales, expert_width=W), rounds(request, storage))
     np.testing.assert_array_equal(y[-1], 0)
 
 

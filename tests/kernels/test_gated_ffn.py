@@ -10,7 +10,7 @@ import pytest
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import reference
-from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, implementation, rounds
 
 
 @pytest.fixture(params=["xla", "native"])
@@ -27,11 +27,11 @@ def layer(draw, neurons, d):
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("m", [1, 3, 8])
 @pytest.mark.parametrize(("d", "neurons"), [(37, 101), (64, 1)])
-def test_is_the_definition(apply, storage, m, d, neurons):
+def test_is_the_definition(request, apply, storage, m, d, neurons):
     draw = Draw(storage)
     x = draw.tokens(m, d)
     weights, scales = layer(draw, neurons, d)
-    close(apply(x, *weights, scales=scales), reference(x, *weights, scales=scales), storage)
+    close(apply(x, *weights, scales=scales), reference(x, *weights, scales=scales), rounds(request, storage))
 
 
 @pytest.mark.slow

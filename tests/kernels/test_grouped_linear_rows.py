@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import from_blocks_rows, to_blocks_rows
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, active_blocks, reference
 from sparsezoo_jax.pallas_kernels.rows import dequantised
-from tests.kernels.few_rows import STORAGE, Draw, close, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, implementation, rounds
 
 MAPS = {"from": from_blocks_rows, "to": to_blocks_rows}
 
@@ -44,10 +44,10 @@ def inputs(draw, name, m, blocks, routed, size, other):
         (2, Blocks(4, 4), 0, 6, 2050),
     ],
 )
-def test_is_the_definition(name, form, storage, m, blocks, routed, size, other):
+def test_is_the_definition(request, name, form, storage, m, blocks, routed, size, other):
     x, chosen, w, scale = inputs(Draw(storage), name, m, blocks, routed, size, other)
     call = jax.jit(partial(MAPS[name], blocks=blocks, implementation=implementation(form)))
-    close(call(x, chosen, w, scale=scale), definition(name, x, chosen, w, blocks, scale), storage)
+    close(call(x, chosen, w, scale=scale), definition(name, x, chosen, w, blocks, scale), rounds(request, storage))
 
 
 @pytest.mark.parametrize("name", MAPS)

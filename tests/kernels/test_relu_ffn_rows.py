@@ -10,7 +10,7 @@ import pytest
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.relu_ffn import relu_ffn
 from sparsezoo_jax.pallas_kernels.relu_ffn.rows import reference, relu_ffn_rows
-from tests.kernels.few_rows import Draw, close, compiled, implementation
+from tests.kernels.few_rows import Draw, close, compiled, implementation, rounds
 
 FORMS = [
     (name, gated)
@@ -40,12 +40,12 @@ def layer(draw, d, neurons, gated):
 @pytest.mark.parametrize(
     ("storage", "m", "sizes", "threshold"), [("bfloat16", 3, (37, 101), 0.0), ("int8", 8, (24, 64), 0.5)]
 )
-def test_is_the_definition(form, storage, m, sizes, threshold):
+def test_is_the_definition(request, form, storage, m, sizes, threshold):
     (apply, gated), draw = form, Draw(storage)
     x, (weights, scales) = draw.tokens(m, sizes[0]), layer(draw, *sizes, gated)
     y, active = apply(x, *weights, scales=scales, threshold=threshold)
     expected, expected_active = jax.jit(partial(reference, threshold=threshold))(x, *weights, scales=scales)
-    close(y, expected, storage)
+    close(y, expected, rounds(request, storage))
     np.testing.assert_array_equal(active, expected_active)
 
 

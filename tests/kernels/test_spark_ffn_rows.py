@@ -11,7 +11,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import spark_ffn, spark_ffn_rows
 from sparsezoo_jax.pallas_kernels.spark_ffn.rows import reference
 from tests.covering import pairs
-from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation, rounds
 
 
 @pytest.fixture(params=["xla", "native", "pallas_gpu_interpret", "pallas_tpu_interpret"])
@@ -35,13 +35,13 @@ def layer(draw, d, r, neurons):
 @pytest.mark.parametrize(
     ("storage", "m", "sizes"), pairs(STORAGE, [1, 3, 8], [(37, 13, 101, 15), (40, 32, 700, 30), (6, 5, 2, 1)])
 )
-def test_is_the_definition(apply, storage, m, sizes):
+def test_is_the_definition(request, apply, storage, m, sizes):
     draw, (d, r, neurons, top_k) = Draw(storage), sizes
     x = draw.tokens(m, d)
     weights, scales = layer(draw, d, r, neurons)
     y, active = apply(x, *weights, top_k=top_k, scales=scales)
     expected, expected_active = definition(x, *weights, top_k=top_k, scales=scales)
-    close(y, expected, storage)
+    close(y, expected, rounds(request, storage))
     np.testing.assert_array_equal(active, expected_active)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.token_rows import MOST_DENSITY, most_density, reference, token_rows
-from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation
+from tests.kernels.few_rows import STORAGE, Draw, close, compiled, implementation, rounds
 
 #: Tokens, neurons, width of what is gated, model width: groups and blocks that end in a part, and one of each.
 SHAPES = [(1, 1, 1, 1), (37, 150, 25, 41), (67, 64, 16, 33), (300, 70, 8, 16)]
@@ -30,10 +30,12 @@ def arrays(storage, shape, gated, density=0.1):
 @pytest.mark.parametrize("form", ["xla", "native"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("storage", STORAGE)
-def test_all_forms_agree(form, storage, gated):
+def test_all_forms_agree(request, form, storage, gated):
     for shape in SHAPES:
         given = arrays(storage, shape, gated)
-        close(compiled(token_rows, implementation(form))(*given, density=0.1), reference(*given), storage)
+        close(
+            compiled(token_rows, implementation(form))(*given, density=0.1), reference(*given), rounds(request, storage)
+        )
 
 
 @pytest.mark.parametrize("density", [MOST_DENSITY / 2, 2 * MOST_DENSITY])

@@ -44,7 +44,6 @@ void block_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, co
   // Those of `down` only where the activation leaves (nearly) all of them in use.
   const Matrix& first_read = gate.data ? gate : up;
   const bool all_used = activation != kRelu && activation != kRelu2;
-  const bool zeros = activation == kRelu || activation == kRelu2;
   const Partials sums(parts, x.count, d);
   std::vector<int> counts(parts * x.count);
   Team team = pool.team(parts, long(experts.size()) * expert_bytes);
@@ -84,7 +83,7 @@ void block_ffn_slice(const Pool& pool, const Tokens& x, const Tokens& scores, co
         } else if (e + 1 < experts.size()) {
           next = first_read.row(experts[e + 1].index * expert_width + first_of(p, parts, expert_width));
         }
-        add_active(down, base + f, n, d, h, ld, m, to.data(), next, zeros);
+        add_active(down, base + f, n, d, h, ld, m, to.data(), next, !all_used);
       }
     }
   });
