@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from sparsezoo_jax.compilation.flops import KernelCall, kernel_calls, live, matmul_flops
 from sparsezoo_jax.compilation.steps import lower_step
@@ -70,7 +70,7 @@ def test_the_branch_of_the_platform_counts():
 
 
 def test_every_device_of_a_shard_map_counts():
-    mesh, rows = AbstractMesh((4,), ("x",)), PartitionSpec("x")
+    mesh, rows = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x")
     mapped = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
     assert count(mapped, x, w) == ONE
     repeated = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
