@@ -292,7 +292,10 @@ def kills(options: argparse.Namespace) -> Iterator[str]:
     yield f"{megabytes:,} MB in {shards:,} shards, two workers: {found['kills']} kills in {rounds} preparations"
     yield f"records bitwise as without: {found['same'] + (records(out) == expected)} of {rounds}"
     yield f"kills when shards had been taken: {found['working']}; the others fell into the start of the command"
-    yield f"shards begun and not finished after a kill: at most {found['most']}, one for each worker"
+    yield (
+        f"shards that lay begun after a kill: at most {found['most']}; each kill leaves one for each worker, "
+        "and those of an earlier one are made again in their turn"
+    )
 
 
 def starters(options: argparse.Namespace) -> Iterator[str]:
