@@ -108,9 +108,12 @@ def places_of(model: Decoder) -> list[Place]:
 def layers_of(model: Decoder, first: int = 0) -> Iterator[tuple[Place, Block]]:
     """The layers in order, from the one numbered `first` on, each as a block with a copy of its parameters."""
     for place in places_of(model)[first:]:
-        _, segment, _, block = place.path.split("/")
-        graphdef, state = nnx.split(model.segments[int(segment)].blocks[int(block)])
-        single = nnx.merge(graphdef, jax.tree.map(lambda leaf, r=place.index: leaf[r], state))
+        _, number, _, block = place.path.split("/")
+        segment = model.segments[int(number)]
+        graphdef, state = nnx.split(segment.blocks[int(block)])
+        if segment.stacked:
+            state = jax.tree.map(lambda leaf, r=place.index: leaf[r], state)
+        single = nnx.merge(graphdef, state)
         yield place, placed(single)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -50,6 +51,14 @@ def test_sizes_are_weights(sparse):
         **{"q": 1.0, "k": 0.5, "v": 0.5, "o": 1.0},
         **dict.fromkeys(("gate", "up", "down"), 1.5),
     }
+
+
+def test_layers_with_arrays_of_their_own_are_those_of_the_stack(sparse):
+    model, _ = sparse
+    single = model.unstacked()
+    for (place, stacked), (own, block) in zip(layers.layers_of(model), layers.layers_of(single), strict=True):
+        assert place.layer == own.layer
+        jax.tree.map(np.testing.assert_array_equal, nnx.split(block)[1], nnx.split(stacked)[1])
 
 
 def test_a_layers_output_changes_no_more_than_with_equal_shares(sparse, batches):
