@@ -21,25 +21,7 @@ namespace {
 
 #include "vectors.h"
 
-constexpr long kLine = 64;
-
-INLINE void prefetch(const char* ahead, long bytes) {
-  for (long b = 0; b < bytes; b += kLine) __builtin_prefetch(ahead + b, 0, 2);
-}
-
-// What to prefetch while piece i of `bytes` bytes is read of each of R rows: a piece for every row. Where rows follow
-// each other without gaps these are consecutive pieces, whatever rows they are of: memory streams a sixth faster so.
-template <class W, int R>
-struct Ahead {
-  const char* start;
-  long of_byte, of_row;
-
-  Ahead(const char* ahead, long ld, long k, long bytes)
-      : start(ahead), of_byte(ld == k ? R : 1), of_row(ld == k ? bytes : ld * long(sizeof(W))) {}
-  inline __attribute__((always_inline)) void fetch(int r, long byte, long bytes) const {
-    if (start) prefetch(start + byte * of_byte + r * of_row, bytes);
-  }
-};
+#include "rows.h"
 
 template <class F, int... I>
 INLINE void each_of(F f, std::integer_sequence<int, I...>) {
@@ -69,24 +51,27 @@ INLINE void write_sums(Four four, float* out, long ld_out) {
 
 #include "int8.h"
 
+// Bytes of a row that a turn of `dot_of` reads: both of its sums take part in each.
+template <class W>
+constexpr int kUnroll = kGroup<W> == 1 ? 2 : 1;
+template <class W>
+constexpr long kPiece = kUnroll<W> * kGroup<W> * kLanes * long(sizeof(W));
+
 // R rows times M vectors. Two sums for each product whatever R and M, so that all forms round alike.
-template <int R, int M, class W>
-INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
+template <class W, int R, int M, class Rows, class Next>
+INLINE void dot_of(const Rows& w, const Next& next, long k, const float* const* x, float* out, long ld_out) {
   constexpr int P = kGroup<W>;
   constexpr long kGroupSize = P * kLanes;
-  constexpr int kUnroll = P == 1 ? 2 : 1;  // both sums take part in each turn
   constexpr int kSums = (R * M + 3) / 4 * 4;
-  constexpr long kPiece = kUnroll * kGroupSize * long(sizeof(W));
-  const Ahead<W, R> next(ahead, ld, k, kPiece);
   Floats sum[kSums][2];
   each<kSums>(UNROLLED(t) { sum[t][0] = sum[t][1] = Floats{}; });
   long i = 0;
-  for (; i + kUnroll * kGroupSize <= k; i += kUnroll * kGroupSize)
+  for (; i + kUnroll<W> * kGroupSize <= k; i += kUnroll<W> * kGroupSize)
     each<R>(UNROLLED(r) {
-      next.fetch(r, i * long(sizeof(W)), kPiece);
-      each<kUnroll>(UNROLLED(u) {
+      next.fetch(r, i * long(sizeof(W)), kPiece<W>);
+      each<kUnroll<W>>(UNROLLED(u) {
         Floats v[P];
-        load_group(w + r * ld + i + u * kGroupSize, v);
+        load_group(w.at(r, i + u * kGroupSize), v);
         each<P>(UNROLLED(p) {
           constexpr int q = u * P + p;
           each<M>(UNROLLED(j) { sum[j * R + r][q % 2] += v[p] * load(x[j] + i + q * kLanes); });
@@ -96,7 +81,7 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
   for (; i < k; i += kGroupSize)
     each<R>(UNROLLED(r) {
       Floats v[P];
-      load_group(w + r * ld + i, k - i < kGroupSize ? k - i : kGroupSize, v);
+      load_group(w.at(r, i), k - i < kGroupSize ? k - i : kGroupSize, v);
       each<P>(UNROLLED(p) {
         each<M>(UNROLLED(j) { sum[j * R + r][p % 2] += v[p] * load(x[j] + i + p * kLanes); });
       });
@@ -107,6 +92,11 @@ INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* ou
                                 sum[t + 3][0] + sum[t + 3][1]),
                         out, ld_out);
   });
+}
+
+template <int R, int M, class W>
+INLINE void dot_of(const W* w, long ld, long k, const float* const* x, float* out, long ld_out, const char* ahead) {
+  dot_of<W, R, M>(Apart<W>{w, ld}, Ahead<W, R>(ahead, ld, k, kPiece<W>), k, x, out, ld_out);
 }
 
 // Rows taken together with M vectors: as many as there are registers for.
@@ -142,9 +132,8 @@ void dot(const void* weights, long ld, long rows, long k, const float* const* x,
 }
 
 // y_j += sum over R rows, in the order of the rows.
-template <int R, int M, class W>
-INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, float* const* y, const char* ahead) {
-  if constexpr (R == 4 && sizeof(W) == 1) return axpy_four<M>(w, ld, k, c, ld_c, y, ahead);
+template <class W, int R, int M, class Rows, class Next>
+INLINE void axpy_of(const Rows& w, const Next& next, long k, const float* c, long ld_c, float* const* y) {
   constexpr int P = kGroup<W>;
   constexpr long kGroupSize = P * kLanes;
   Floats factor[R][M];
@@ -159,21 +148,26 @@ INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, floa
         write(to, sum);
       }
   };
-  const Ahead<W, R> next(ahead, ld, k, kLine);
   long i = 0;
   for (; i + kGroupSize <= k; i += kGroupSize) {
     Floats v[R][P];
     for (int r = 0; r < R; r++) {
       if (kLanes == 16 || i * long(sizeof(W)) % kLine == 0) next.fetch(r, i * long(sizeof(W)), 1);
-      load_group(w + r * ld + i, v[r]);
+      load_group(w.at(r, i), v[r]);
     }
     add(i, v);
   }
   if (i < k) {
     Floats v[R][P];
-    for (int r = 0; r < R; r++) load_group(w + r * ld + i, k - i, v[r]);
+    for (int r = 0; r < R; r++) load_group(w.at(r, i), k - i, v[r]);
     add(i, v);
   }
+}
+
+template <int R, int M, class W>
+INLINE void axpy_of(const W* w, long ld, long k, const float* c, long ld_c, float* const* y, const char* ahead) {
+  if constexpr (R == 4 && sizeof(W) == 1) return axpy_four<M>(w, ld, k, c, ld_c, y, ahead);
+  axpy_of<W, R, M>(Apart<W>{w, ld}, Ahead<W, R>(ahead, ld, k, kLine), k, c, ld_c, y);
 }
 
 template <int R, class W>
@@ -195,6 +189,42 @@ void axpy(const void* weights, long ld, long rows, long k, const float* c, long 
   for (; i + 4 <= rows; i += 4)
     axpy_vectors<4>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
   for (; i < rows; i++) axpy_vectors<1>(w + i * ld, ld, k, c + i, ld_c, m, y, ahead ? ahead + i * row : nullptr);
+}
+
+// Rows at `places` times one vector, four at a time: the sums of one row alone would wait for each other. Results are
+// those of `dot`.
+template <class W>
+void dot_at(const void* weights, long ld, const int* places, long rows, long left, long ahead, long k, const float* x,
+            float* out) {
+  const W* w = static_cast<const W*>(weights);
+  long i = 0;
+  if constexpr (sizeof(W) > 1)
+    for (; i + 4 <= rows; i += 4) {
+      const Scattered<W, 4> four(w, ld, places + i, left - i, ahead);
+      dot_of<W, 4, 1>(four, four, k, &x, out + i, 4);
+    }
+  for (; i < rows; i++) {
+    const W* const next = w + places[i + ahead < left ? i + ahead : i] * ld;
+    dot_of<1, 1>(w + places[i] * ld, ld, k, &x, out + i, 1, reinterpret_cast<const char*>(next));
+  }
+}
+
+// y += sum_i c[i] w_places[i], four rows at a time, so that y is read and written once for these. Results are those of
+// one row after another; four rows of int8 are rounded together, which would make others of them.
+template <class W>
+void axpy_at(const void* weights, long ld, const int* places, long rows, long left, long ahead, long k, const float* c,
+             float* y) {
+  const W* w = static_cast<const W*>(weights);
+  long i = 0;
+  if constexpr (sizeof(W) > 1)
+    for (; i + 4 <= rows; i += 4) {
+      const Scattered<W, 4> four(w, ld, places + i, left - i, ahead);
+      axpy_of<W, 4, 1>(four, four, k, c + i, 4, &y);
+    }
+  for (; i < rows; i++) {
+    const W* const next = w + places[i + ahead < left ? i + ahead : i] * ld;
+    axpy_of<1, 1>(w + places[i] * ld, ld, k, c + i, 1, &y, reinterpret_cast<const char*>(next));
+  }
 }
 
 // Applies f to vectors of s; the last one is filled up, so that a number's result does not depend on its place.
@@ -408,6 +438,8 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
   static const Loops table = {
       {dot<float>, dot<bfloat16>, dot<signed char>},
       {axpy<float>, axpy<bfloat16>, axpy<signed char>},
+      {dot_at<float>, dot_at<bfloat16>, dot_at<signed char>},
+      {axpy_at<float>, axpy_at<bfloat16>, axpy_at<signed char>},
       {arrange<float, false>, arrange<bfloat16, false>, arrange<signed char, false>},
       {arrange<float, true>, arrange<bfloat16, true>, arrange<signed char, true>},
       quantise,

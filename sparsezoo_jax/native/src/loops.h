@@ -48,6 +48,12 @@ struct Loops {
   // y_j += sum_i c[j * ld_c + i] w_i.
   void (*axpy[kTypes])(const void* w, long ld, long rows, long k, const float* c, long ld_c, long m, float* const* y,
                        const char* ahead);
+  // The same for one vector and rows that lie anywhere: out[i] = w_places[i] . x, and y += sum_i c[i] w_places[i]. Of
+  // the `left` places that are known the one `ahead` further on is prefetched while a row is read.
+  void (*dot_at[kTypes])(const void* w, long ld, const int* places, long rows, long left, long ahead, long k,
+                         const float* x, float* out);
+  void (*axpy_at[kTypes])(const void* w, long ld, const int* places, long rows, long left, long ahead, long k,
+                          const float* c, float* y);
   // Puts n numbers, a multiple of kPadding, into the order of a type, and back.
   void (*arrange[kTypes])(float* x, long n);
   void (*restore[kTypes])(float* x, long n);

@@ -74,6 +74,16 @@ struct Matrix {
     loops().axpy[type](row(first), ld, rows, k, c, ld_c, m, y, ahead);
   }
 
+  // out[i] = row places[i] . x, and y += sum_i c[i] row places[i], for one vector; see `Loops`.
+  void dot_at(const int* places, long rows, long left, long k, const float* x, float* out) const {
+    loops().dot_at[type](data, ld, places, rows, left, rows_ahead(k * size_of(type)), k, x, out);
+    for (long i = 0; scale && i < rows; i++) out[i] *= scale[places[i] * scale_step];
+  }
+  void axpy_at(const int* places, long rows, long left, long k, float* c, float* y) const {
+    for (long i = 0; scale && i < rows; i++) c[i] *= scale[places[i] * scale_step];
+    loops().axpy_at[type](data, ld, places, rows, left, rows_ahead(k * size_of(type)), k, c, y);
+  }
+
  private:
   void scaled(long first, long rows, float* values, long m, long ld_values) const {
     if (!scale) return;

@@ -12,6 +12,8 @@ namespace sparsezoo {
 
 namespace {
 
+constexpr long kTogether = 4;  // rows of one token
+
 // The tokens that use a row, with their factors: others are not multiplied with it.
 class Users {
  public:
@@ -107,17 +109,18 @@ void selected_rows(const Pool& pool, const Tokens& x, Columns scored, Columns va
     std::vector<float> hidden(m);
     // Rows lie far apart, where the processor does not foresee them: each is fetched while those before are used.
     const long ahead = rows_ahead(row_bytes);
-    for (long i = 0; i < n; i++) {
-      const long next = begin[i + ahead < n ? i + ahead : i];
-      if (m == 1) {  // all of these rows are the one token's
-        float h = gates[0][i];
-        if (valued.width) {
-          k2.dot(begin[i], 1, valued.width, values.pointers(), 1, hidden.data(), 1, k2.row(next));
-          h *= hidden[0];
-        }
-        v.axpy(begin[i], 1, d, &h, 1, 1, out, v.row(next));
-        continue;
+    for (long i = 0; m == 1 && i < n; i += kTogether) {  // all of these rows are the one token's
+      const long rows = std::min(kTogether, n - i);
+      float* const h = gates[0] + i;
+      if (valued.width) {
+        float products[kTogether];
+        k2.dot_at(begin + i, rows, n - i, valued.width, values[0], products);
+        for (long r = 0; r < rows; r++) h[r] *= products[r];
       }
+      v.axpy_at(begin + i, rows, n - i, d, h, out[0]);
+    }
+    for (long i = 0; m > 1 && i < n; i++) {
+      const long next = begin[i + ahead < n ? i + ahead : i];
       const long used = users.find([&](long j) { return gates[j][i]; }, values.pointers(), out);
       float* const h = users.factors();
       if (valued.width) {
@@ -207,7 +210,13 @@ void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const 
     const long n = std::lower_bound(begin, places.end(), int(first_of(p + 1, parts, neurons))) - begin;
     Users users(m);
     const long ahead = rows_ahead(row_bytes);
-    for (long i = 0; i < n; i++) {
+    for (long i = 0; m == 1 && i < n; i += kTogether) {
+      const long rows = std::min(kTogether, n - i);
+      float own[kTogether];
+      for (long r = 0; r < rows; r++) own[r] = units[0][begin[i + r]];
+      w.axpy_at(&begin[i], rows, n - i, d, own, out[0]);
+    }
+    for (long i = 0; m > 1 && i < n; i++) {
       const long used = users.find([&](long j) { return units[j][begin[i]]; }, units.pointers(), out);
       w.axpy(begin[i], 1, d, users.factors(), 1, used, users.to(), w.row(begin[i + ahead < n ? i + ahead : i]));
     }
