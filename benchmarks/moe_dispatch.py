@@ -36,7 +36,7 @@ def main() -> None:
     variants = {name: step(partial(grouped_ffn, implementation=name)) for name in ("dense", "ragged")}
     for tile in args.tiles:
         variants[f"loop, tiles of {tile}"] = step(
-            lambda x, e, w, up, down, tile=tile: loop(x, e, w, up, down, None, jax.nn.silu, tile)[0]
+            lambda x, e, w, up, down, tile=tile: loop(x, e, w, up, down, None, {}, activation=jax.nn.silu, tile=tile)[0]
         )
     print_ratios(interleaved(variants, args.rounds), "dense")
 

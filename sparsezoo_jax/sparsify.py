@@ -84,7 +84,7 @@ class Sparsify(CorpusFlags, MeshFlags):
     """Share of the channels, neurons or weights that goes, in [0, 1). None: 0.5, or what --pattern says."""
     maps: tuple[str, ...] | None = None
     """Maps that leave channels out, or whose weights are pruned, of q, q_up, k, v, o, gate, up, down, neurons, and of
-    mixtures shared_gate, shared_up, shared_down; none: those of the method."""
+    mixtures shared_gate, shared_up, shared_neurons, shared_down; none: those of the method."""
     gate: Literal["threshold", "top_k"] | None = None
     """Of cats, teal, wina: threshold: one for a map and layer, from the calibration; top_k: a token's largest. None:
     that of the method."""

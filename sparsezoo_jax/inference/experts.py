@@ -118,8 +118,9 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
         experts = self.up.nbytes + self.down.nbytes + (0 if self.gate is None else self.gate.nbytes)
         return self.router_DE[...].nbytes + density * experts
 
-    def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+    def mixed(self, x_BTD: jax.Array, routing: Routing, ctx: CallContext) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
+        del ctx  # every map reads all channels
 
         def of_tokens(x_BTD: jax.Array, weights_BTE: jax.Array, implementation: str | None = None) -> jax.Array:
             (up, u), (down, d) = self.up.arrays, self.down.arrays
@@ -130,7 +131,7 @@ class PackedMoEFFN(MoEFFN, DecodingLayout):
         def whole(x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
             del weights_BTE  # `routing` has them
             routed, shared = self._weights()
-            y_BTD = self.routed_experts(x_BTD, routing, routed)
+            y_BTD, _ = self.routed_experts(x_BTD, routing, routed)
             return y_BTD + self.shared_expert(x_BTD, shared) if self.config.shared else y_BTD
 
         weights_BTE = self.with_shared(routing.weights_BTE)

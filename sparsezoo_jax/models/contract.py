@@ -58,8 +58,6 @@ class Part(nnx.Module):
     matrices: ClassVar[Mapping[str, str]] = {}
     """Path within the module of the matrix of each map that its configuration's `weight_maps` names, joined with '/';
     the matrix has the axes of the map's input in its front. "neurons" has none of its own. Default: none is known."""
-    expert_maps: ClassVar[frozenset[str]] = frozenset()
-    """Those of `matrices` that have one matrix for each expert, along an axis in front of the others."""
 
     def after_step(self, observed: Observed, key: jax.Array) -> None:
         """Move variables that no gradient moves (a router's bias, dead neurons), after an optimizer step.
@@ -189,6 +187,8 @@ class FFNKind(Kind):
     """Neurons."""
     partial_width: ClassVar[bool] = False
     """Whether all maps from and to the residual stream are made by `CallContext.width`, so that it can be routed."""
+    expert_maps: ClassVar[frozenset[str]] = frozenset()
+    """Those of its maps that each expert has for itself; their matrices lie along an axis in front of the others."""
     records_hidden: ClassVar[bool] = False
     """Whether the module records `records.FFN_HIDDEN`, by which blocks of tokens are scored (`models.elimination`), and
     treats each token apart from the others."""
@@ -199,7 +199,8 @@ class FFNKind(Kind):
     def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
         """Maps whose inputs pass through `Width.channels`, by name; `active` as in `weights`. Default: none.
 
-        "neurons" is what the gate of a gated network multiplies: a neuron that is left out needs no other weights.
+        "neurons" is what the gate of a gated network multiplies: a neuron that is left out needs no other weights. Of
+        `expert_maps` the inputs pass through `Width.of_experts`; sizes are those of one expert, weights of a token's.
         """
         return {}
 
@@ -283,6 +284,8 @@ class AttentionKind(Kind):
     shares_keys: ClassVar[bool] = False
     """Whether layers may attend to keys and values of others: `build` looks at `BuildContext.keys`."""
 
+    expert_maps: ClassVar[frozenset[str]] = frozenset()
+    """As in `FFNKind`."""
     scores_blocks: ClassVar[bool] = False
     """Whether the module has `queries_keys`, by which blocks of tokens are scored (`models.elimination`)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -14,17 +15,29 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
-from sparsezoo_jax.models.contract import FFN, FFNKind, Observed, register_ffn
+from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, Observed, register_ffn
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
-from sparsezoo_jax.models.width import WHOLE
-from sparsezoo_jax.pallas_kernels.grouped_ffn import Dispatch, Moved, grouped_ffn, move_and_why, weighted_ffn
+from sparsezoo_jax.models.width import WHOLE, Weight, Width
+from sparsezoo_jax.pallas_kernels.grouped_ffn import (
+    Channels,
+    Dispatch,
+    Moved,
+    Reads,
+    grouped_ffn,
+    hidden_of,
+    move_and_why,
+    unmasked,
+    weighted_ffn,
+)
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
 from sparsezoo_jax.sharding import constrain
 
 Maps = tuple[jax.Array, jax.Array, jax.Array | None]
 """Up and down maps of experts, and those of their gates where they have some."""
+Counts = dict[str, jax.Array]
+"""By map, how many channels were read."""
 
 
 @register_ffn
@@ -35,6 +48,8 @@ class MoEFFNConfig(FFNKind):
     Losses, to be weighted by objectives: `balance` and `router_z`; for remoe `l1_balance` in their place; for topp
     `router_entropy` too.
     """
+
+    expert_maps: ClassVar[frozenset[str]] = frozenset({"gate", "up", "neurons", "down"})
 
     kind: Literal["moe"] = "moe"
     experts: int
@@ -144,12 +159,18 @@ class MoEFFNConfig(FFNKind):
         """Neurons of all experts."""
         return self.experts * self.expert_width
 
-    def weight_maps(self, d_model: int) -> dict[str, int]:
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
         """The maps of the routed experts, and of those that all tokens take, which are fused."""
-        fused = self.shared * self.expert_width
-        maps = {"gate": d_model, "up": d_model, "down": self.expert_width}
-        maps |= {"shared_gate": d_model, "shared_up": d_model, "shared_down": fused} if fused else {}
-        return {name: size for name, size in maps.items() if self.gated or not name.endswith("gate")}
+        width, fused = self.expert_width, self.shared * self.expert_width
+        routed = max((self.k * width if active is None else active) - fused, 0)
+        maps = network_maps(d_model, width, routed)
+        maps |= {f"shared_{name}": size for name, size in network_maps(d_model, fused, fused).items()} if fused else {}
+        return {name: size for name, size in maps.items() if self.gated or not name.endswith(("gate", "neurons"))}
+
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """All of these but the neurons, which have no matrix of their own."""
+        maps = self.linear_maps(d_model)
+        return {name: size.channels for name, size in maps.items() if not name.endswith("neurons")}
 
     @property
     def target_active(self) -> float | None:
@@ -180,6 +201,17 @@ class MoEFFNConfig(FFNKind):
         return MoEFFN(self, ctx, rngs)
 
 
+def network_maps(d_model: int, width: int, active: float) -> dict[str, MapSize]:
+    """The maps of gated networks of this width, of so many that a token's have `active` neurons together."""
+    networks = active / width if width else 0.0
+    return {
+        "gate": MapSize(d_model, active, d_model),
+        "up": MapSize(d_model, active, d_model),
+        "neurons": MapSize(width, 2 * d_model * networks, width),
+        "down": MapSize(width, d_model * networks, width),
+    }
+
+
 class MoEFFN(FFN):
     """Mixture of experts; see `MoEFFNConfig`."""
 
@@ -191,7 +223,6 @@ class MoEFFN(FFN):
         "shared_up": "shared_up_DF",
         "shared_down": "shared_down_FD",
     }
-    expert_maps: ClassVar[frozenset[str]] = frozenset({"gate", "up", "down"})
 
     def __init__(self, config: MoEFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
@@ -221,9 +252,7 @@ class MoEFFN(FFN):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         scores_BTE = matmul(x_BTD, self.router_DE[...].astype(self.dtype), jnp.dtype(jnp.float32))
         routing = self._route(scores_BTE, ctx)
-        y_BTD = self.mixed(x_BTD, routing)
-        if ctx.width is not WHOLE:
-            self._show(x_BTD, routing.active_BTE, ctx)
+        y_BTD = self.mixed(x_BTD, routing, ctx)
         active_BTE = self.with_shared(routing.active_BTE)
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(active_BTE, ctx)
@@ -251,58 +280,50 @@ class MoEFFN(FFN):
             return routers.biased_sigmoid(scores_BTE, self.bias_E[...], *form)
         return routers.top_k(scores_BTE, k)
 
-    def _show(self, x_BTD: jax.Array, active_BTE: jax.Array, ctx: CallContext) -> None:
-        """Tell `ctx.width` what the maps read."""
-        activation = activation_fn(self.config.activation)
-        up_EDW, _, gate_EDW = self._cast(_values(self.up_EDW, self.down_EWD, self.gate_EDW))
-
-        def hidden(up_DW: jax.Array, gate_DW: jax.Array | None) -> jax.Array:
-            up = matmul(x_BTD, up_DW)
-            return activation(up) if gate_DW is None else activation(matmul(x_BTD, gate_DW)) * up
-
-        taken_BTE = active_BTE & ctx.valid_BT[..., None]
-        for name in ("gate", "up") if self.config.gated else ("up",):
-            ctx.width.experts(name, lambda e: x_BTD, taken_BTE)
-        ctx.width.experts("down", lambda e: hidden(up_EDW[e], None if gate_EDW is None else gate_EDW[e]), taken_BTE)
-        if self.shared_up_DF is None:
-            return
-        up_DF, _, gate_DF = self._cast(_values(self.shared_up_DF, self.shared_down_FD, self.shared_gate_DF))
-        for name in ("shared_gate", "shared_up") if self.config.gated else ("shared_up",):
-            ctx.width.channels(name, x_BTD)
-        ctx.width.channels("shared_down", hidden(up_DF, gate_DF))
-
-    def mixed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+    def mixed(self, x_BTD: jax.Array, routing: Routing, ctx: CallContext) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
-        y_BTD = self.routed_experts(x_BTD, routing, _values(self.up_EDW, self.down_EWD, self.gate_EDW))
+        up, down, gate = maps = _values(self.up_EDW, self.down_EWD, self.gate_EDW)
+        weights: dict[str, Weight | None] = {"up": lambda: up, "down": lambda: down}
+        if gate is not None:
+            weights |= {"gate": lambda: gate, "neurons": None}
+        channels = ctx.width.of_experts(self.config.routed, weights)
+        y_BTD, counts = self.routed_experts(x_BTD, routing, maps, channels)
+        if ctx.width is not WHOLE:
+            show_experts(x_BTD, self._cast(maps), self.config.activation, channels, routing, counts, ctx)
         if self.shared_up_DF is None:
             return y_BTD
         maps = _values(self.shared_up_DF, self.shared_down_FD, self.shared_gate_DF)
-        return y_BTD + self.shared_expert(x_BTD, maps)
+        return y_BTD + self.shared_expert(x_BTD, maps, ctx.width)
 
-    def shared_expert(self, x_BTD: jax.Array, maps: Maps) -> jax.Array:
+    def shared_expert(self, x_BTD: jax.Array, maps: Maps, width: Width = WHOLE) -> jax.Array:
         """The sum of the shared experts, which are fused into one of these maps [D, F], [F, D], [D, F]."""
+        up, down, gate = maps
         up_DF, down_FD, gate_DF = self._cast(maps)
         activation = activation_fn(self.config.activation)
-        hidden = from_stream(x_BTD, up_DF)
-        hidden = activation(hidden) if gate_DF is None else activation(from_stream(x_BTD, gate_DF)) * hidden
-        return to_stream(constrain(hidden, ("batch", "length", "ffn")), down_FD)
+        hidden = from_stream(width.channels("shared_up", x_BTD, lambda: up), up_DF)
+        if gate is None or gate_DF is None:
+            hidden = activation(hidden)
+        else:
+            gates = activation(from_stream(width.channels("shared_gate", x_BTD, lambda: gate), gate_DF))
+            hidden = width.channels("shared_neurons", gates) * hidden
+        hidden = constrain(hidden, ("batch", "length", "ffn"))
+        return to_stream(width.channels("shared_down", hidden, lambda: down), down_FD)
 
-    def routed_experts(self, x_BTD: jax.Array, routing: Routing, maps: Maps) -> jax.Array:
-        """The weighted sum of each token's experts, of these maps [E, D, W], [E, W, D], [E, D, W]."""
+    def routed_experts(
+        self, x_BTD: jax.Array, routing: Routing, maps: Maps, channels: Channels | None = None
+    ) -> tuple[jax.Array, Counts]:
+        """The weighted sum of each token's experts, of these maps [E, D, W], [E, W, D], [E, D, W].
+
+        With `channels` also how many of them maps read, by map [B, T, K] or for all experts [B, T, E]; otherwise {}.
+        """
         maps = self._cast(maps)
-        activation = activation_fn(self.config.activation)
+        form: Any = {"activation": activation_fn(self.config.activation), "channels": channels}
         if routing.experts_BTK is None or routing.weights_BTK is None:
-            return weighted_ffn(x_BTD, routing.weights_BTE, *maps, activation=activation)
-        y_BTD: Any = grouped_ffn(
-            x_BTD,
-            routing.experts_BTK,
-            routing.weights_BTK,
-            *maps,
-            activation=activation,
-            implementation=self.config.implementation,
-            moved=self.config.moved,
-        )
-        return y_BTD
+            found = weighted_ffn(x_BTD, routing.weights_BTE, *maps, **form)
+        else:
+            form |= {"implementation": self.config.implementation, "moved": self.config.moved}
+            found = grouped_ffn(x_BTD, routing.experts_BTK, routing.weights_BTK, *maps, **form)
+        return (found, {}) if channels is None else found
 
     def _cast(self, maps: Maps) -> Maps:
         up, down, gate = maps
@@ -325,6 +346,45 @@ class MoEFFN(FFN):
         if self.bias_E is not None:
             load_E, rate = observed["load"], self.config.bias_rate
             self.bias_E[...] = routers.balanced_bias(self.bias_E[...], load_E, rate, zero_mean=True)
+
+
+def show_experts(
+    x_BTD: jax.Array,
+    maps: Maps,
+    activation: ActivationName,
+    channels: Channels | None,
+    routing: Routing,
+    counts: Counts,
+    ctx: CallContext,
+) -> None:
+    """Tell `ctx.width` what the maps of experts read.
+
+    Args:
+      x_BTD: their input.
+      maps: up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W].
+      activation: their non-linearity.
+      channels: which channels they leave out.
+      routing: their tokens.
+      counts: how many channels were read, by map [B, T, K], or [B, T, E] where tokens take different numbers.
+      ctx: of the call.
+    """
+    up_EDW, _, gate_EDW = maps
+    names = ("up", "down") if gate_EDW is None else ("gate", "up", "neurons", "down")
+    masked, of_maps = (unmasked, {}) if channels is None else (channels.masked, dict(channels.of_maps))
+
+    def read(name: str, e: jax.Array) -> jax.Array:
+        reads = Reads(masked, jax.tree.map(lambda own: own[e], of_maps))
+        gate_DW = None if gate_EDW is None else gate_EDW[e]
+        reads("down", hidden_of(x_BTD, up_EDW[e], gate_DW, activation_fn(activation), reads, matmul))
+        return reads.inputs[name]
+
+    taken_BTE = routing.active_BTE & ctx.valid_BT[..., None]
+    taken_BTK = routing.active_BTE if routing.experts_BTK is None else jnp.ones(routing.experts_BTK.shape, bool)
+    sizes = {"down": up_EDW.shape[2], "neurons": up_EDW.shape[2]}
+    for name in names:
+        ctx.width.experts(name, partial(read, name), taken_BTE)
+        if name in counts:
+            ctx.width.experts_read(name, counts[name] / sizes.get(name, x_BTD.shape[-1]), taken_BTK)
 
 
 def _values(up: nnx.Param | None, down: nnx.Param | None, gate: nnx.Param | None) -> Maps:

@@ -23,7 +23,11 @@ ATTENTION_VISIBLE = "attention_visible"
 SUBLAYER_INPUT = "sublayer_input"
 
 #: Names of the maps that `Width.channels` may be called with.
-MAPS = ("q", "q_up", "k", "v", "o", "gate", "up", "neurons", "down")
+MAPS = (
+    *("q", "q_up", "k", "v", "o"),
+    *("gate", "up", "neurons", "down"),
+    *("shared_gate", "shared_up", "shared_neurons", "shared_down"),
+)
 
 
 def input_of(name: str) -> str:

@@ -9,8 +9,10 @@ Sources: CATS (arXiv 2404.08763), TEAL (arXiv 2408.14690), WINA (arXiv 2505.1942
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from sparsezoo_jax.models.contract import (
     FFNConfig,
     FFNKind,
     MapSize,
+    Observed,
     Part,
     register_attention,
     register_ffn,
@@ -35,9 +38,13 @@ from sparsezoo_jax.models.contract import (
 from sparsezoo_jax.models.records import MAPS, input_of, scores_of
 from sparsezoo_jax.models.topk import top_k_mask
 from sparsezoo_jax.models.width import Weight, WholeWidth
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Channels
 
 #: The map name of the neurons of a gated network: their gates are scored, after the non-linearity (CATS).
 NEURONS = "neurons"
+#: The same of the experts that all tokens take; and the maps of these neurons.
+SHARED_NEURONS = "shared_neurons"
+_OF_NEURONS = {NEURONS: {"up", "down"}, SHARED_NEURONS: {"shared_up", "shared_down"}}
 #: Maps that read the residual stream.
 STREAM_MAPS = frozenset({"q", "k", "v", "gate", "up"})
 #: Statistics of a sparsified layer: this and the name of a map; share of the channels that a token reads.
@@ -50,7 +57,7 @@ class ActivationSparsity:
 
     maps: tuple[str, ...] = Field(min_length=1)
     """Maps that leave channels out: q, q_up (from a latent of queries), k, v, o, gate, up, down, or neurons (both up
-    and down, by the gate's output)."""
+    and down, by the gate's output); shared_gate and so on of experts that all tokens take."""
     target: float
     """Share of channels that is to be left out; accounting counts with it."""
     gate: Literal["threshold", "top_k"] = "threshold"
@@ -72,16 +79,18 @@ class ActivationSparsity:
         for field in ("maps", "weighted"):
             names = getattr(self, field)
             require(len(set(names)) == len(names), f"sparsity.{field}", ",".join(names), "must name each map once")
-        others = ",".join(name for name in self.weighted if name not in self.maps or name == NEURONS)
+        others = ",".join(name for name in self.weighted if name not in self.maps or name in _OF_NEURONS)
         require(not others, "sparsity.weighted", others, "must be among the maps, and not neurons")
         require(0 <= self.target < 1, "sparsity.target", self.target, "must be in [0, 1)")
         require(self.dense_tokens >= 0, "sparsity.dense_tokens", self.dense_tokens, "must be at least 0")
         count = f"must be one for each of the {len(self.maps)} maps, at least 0, or none at all"
         fits = len(self.ranks) in (0, len(self.maps)) and all(rank >= 0 for rank in self.ranks)
         require(fits, "sparsity.ranks", ",".join(map(str, self.ranks)), count)
-        require(not self.rank(NEURONS), "sparsity.ranks", self.rank(NEURONS), "must be 0 for neurons")
-        twice = NEURONS in self.maps and not {"up", "down"}.isdisjoint(self.maps)
-        require(not twice, "sparsity.maps", ",".join(self.maps), "can't have neurons beside up or down")
+        for neurons, others in _OF_NEURONS.items():
+            require(not self.rank(neurons), "sparsity.ranks", self.rank(neurons), f"must be 0 for {neurons}")
+            twice = neurons in self.maps and not others.isdisjoint(self.maps)
+            allowed = f"can't have {neurons} beside {' or '.join(sorted(others, reverse=True))}"
+            require(not twice, "sparsity.maps", ",".join(self.maps), allowed)
 
     def rank(self, name: str) -> int:
         """That of the map that reads what the map called `name` leaves out; 0: there is none."""
@@ -123,6 +132,40 @@ def channel_norms(weight: jax.Array, axes: int) -> jax.Array:
     return jnp.linalg.norm(weight.astype(jnp.float32).reshape(*weight.shape[:axes], -1), axis=-1)
 
 
+def _above(score: jax.Array, cut: jax.Array) -> jax.Array:
+    return score > cut
+
+
+def _largest(score: jax.Array, cut: jax.Array) -> jax.Array:
+    channels = score.shape[-1]
+    kept = jnp.round((1 - cut) * channels).astype(jnp.int32)
+    return top_k_mask(score, jnp.clip(kept, 1, channels))
+
+
+#: Which channels are read, of their scores, float32 [..., I] and at least 0, and of a map's cut.
+GATES = {"threshold": _above, "top_k": _largest}
+
+
+class OfExpert(NamedTuple):
+    """What decides on the channels of one map of experts."""
+
+    cut_E1: jax.Array
+    """The map's cut, the same for all of them."""
+    norms_EI: jax.Array | None
+    """Norms of each expert's weights of the channels, where scores have them."""
+
+
+def _masked(gate: str, x: jax.Array, own: OfExpert) -> jax.Array:
+    score = jax.lax.stop_gradient(jnp.abs(x).astype(jnp.float32))
+    score = score if own.norms_EI is None else score * own.norms_EI
+    cut = jnp.max(own.cut_E1) if gate == "top_k" else own.cut_E1
+    return jnp.where(GATES[gate](score, cut), x, 0)
+
+
+#: The same of experts, for `grouped_ffn.Channels`.
+_MASKED = {name: partial(_masked, name) for name in GATES}
+
+
 class Masks(nnx.Module):
     """Which channels the maps of a layer leave out; `cut_P` has an entry for each of `names`, 0 leaves nothing out."""
 
@@ -136,11 +179,7 @@ class Masks(nnx.Module):
 
     def kept(self, name: str, score: jax.Array) -> jax.Array:
         """Which channels a map reads, by their scores float32 [..., I], which are at least 0."""
-        if self.config.gate == "threshold":
-            return score > self.cut(name)
-        channels = score.shape[-1]
-        kept = jnp.round((1 - self.cut(name)) * channels).astype(jnp.int32)
-        return top_k_mask(score, jnp.clip(kept, 1, channels))
+        return GATES[self.config.gate](score, self.cut(name))
 
 
 class Rotation(nnx.Module):
@@ -193,6 +232,7 @@ class MaskedWidth(WholeWidth):
         """
         self.masks, self.ctx, self.norms = masks, ctx, norms
         self.bypass: Any = {} if bypass is None else bypass
+        self.of_maps: dict[str, OfExpert] = {}
         self.left_out: dict[str, jax.Array] = {}
         self.densities: dict[str, jax.Array] = {}
         self.records: dict[str, jax.Array] = {}
@@ -223,10 +263,43 @@ class MaskedWidth(WholeWidth):
             return y
         return y + self.bypass[name](self.left_out[name]).reshape(y.shape)
 
+    def of_experts(self, experts: int, weights: Mapping[str, Weight | None]) -> Channels | None:
+        masks, ctx = self.masks, self.ctx
+        for name, weight in weights.items():
+            if name not in masks.names:
+                continue
+            norms_EI = None
+            if name in masks.config.weighted:
+                assert weight is not None
+                norms_EI = jax.lax.stop_gradient(channel_norms(weight(), 2))
+            self.of_maps[name] = OfExpert(jnp.full((experts, 1), masks.cut(name)), norms_EI)
+        if not self.of_maps:
+            return None
+        first = masks.config.dense_tokens
+        whole_BT = ctx.positions_BT < first if first else None
+        return Channels(_MASKED[masks.config.gate], self.of_maps, masks.config.gate == "top_k", whole_BT)
+
+    def experts(
+        self,
+        name: str,
+        read: Callable[[jax.Array], jax.Array],
+        taken_BTE: jax.Array,
+        norms_EI: jax.Array | None = None,
+    ) -> None:
+        # Nothing is recorded: all experts' inputs would be too large. The width around this may look at them by turns.
+        if name in self.of_maps:
+            self.ctx.width.experts(name, read, taken_BTE, self.of_maps[name].norms_EI)
+
+    def experts_read(self, name: str, shares_BTK: jax.Array, taken_BTK: jax.Array) -> None:
+        counted_BTK = taken_BTK & self.ctx.valid_BT[..., None]
+        total = jnp.sum(jnp.where(counted_BTK, shares_BTK, 0))
+        self.densities[DENSITY + name] = total / jnp.maximum(jnp.sum(counted_BTK, dtype=jnp.float32), 1)
+
     def seen(self, aux: LayerAux) -> LayerAux:
         """`aux` of the layer with the densities of its maps and their records."""
         stats = {**aux.stats, **self.densities}
-        if DENSITY + NEURONS in stats:
+        # A mixture's density is that of its experts.
+        if DENSITY + NEURONS in stats and NEURONS not in self.of_maps:
             stats["ffn_density"] = stats[DENSITY + NEURONS]
         return aux._replace(stats=stats, records={**aux.records, **self.records})
 
@@ -294,7 +367,7 @@ class SparsifiedFFNConfig(FFNKind):
 
     def _saved(self, d_model: int, active: float | None) -> float:
         maps = self.of.linear_maps(d_model, active)
-        saved = self.sparsity.saved(maps, counted=active is not None)
+        saved = self.sparsity.saved(maps, counted=active is not None and NEURONS not in self.of.expert_maps)
         return saved - d_model**2 * self.sparsity.rotated(maps)
 
     def dense_twin(self) -> FFNKind | None:
@@ -329,6 +402,10 @@ class SparsifiedFFN(FFN):
 
     def prepare(self) -> None:
         self.inner.prepare()
+
+    def after_step(self, observed: Observed, key: jax.Array) -> None:
+        """As of the network itself."""
+        self.inner.after_step(observed, key)
 
 
 @register_attention

@@ -5,13 +5,14 @@ A sublayer that takes its maps through `CallContext.width` says so by `partial_w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Channels
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream
 from sparsezoo_jax.sharding import gather_axis
 
@@ -36,9 +37,30 @@ class Width(Protocol):
         """
         ...
 
-    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+    def of_experts(self, experts: int, weights: Mapping[str, Weight | None]) -> Channels | None:
+        """Which channels maps of experts leave out, as `grouped_ffn` takes it; None: none.
+
+        `weights` makes by map the matrices of all experts [E, I, O], and is None for "neurons".
+        """
+        ...
+
+    def experts(
+        self,
+        name: str,
+        read: Callable[[jax.Array], jax.Array],
+        taken_BTE: jax.Array,
+        norms_EI: jax.Array | None = None,
+    ) -> None:
         """Called with what the map called `name` of each expert reads, [B, T, I] by the expert's number, and bool
         [B, T, E], which tokens take it. Nothing is left out of that.
+
+        `norms_EI`: by which the channels' magnitudes are multiplied where they are scored; None: by nothing.
+        """
+        ...
+
+    def experts_read(self, name: str, shares_BTK: jax.Array, taken_BTK: jax.Array) -> None:
+        """Called with the shares of the channels that are not 0 in what the map called `name` reads, of the experts of
+        each token or of all experts, and bool, which of these it takes.
         """
         ...
 
@@ -60,7 +82,19 @@ class AllChannels:
     def added(self, name: str, y: jax.Array) -> jax.Array:
         return y
 
-    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+    def of_experts(self, experts: int, weights: Mapping[str, Weight | None]) -> Channels | None:
+        return None
+
+    def experts(
+        self,
+        name: str,
+        read: Callable[[jax.Array], jax.Array],
+        taken_BTE: jax.Array,
+        norms_EI: jax.Array | None = None,
+    ) -> None:
+        pass
+
+    def experts_read(self, name: str, shares_BTK: jax.Array, taken_BTK: jax.Array) -> None:
         pass
 
 

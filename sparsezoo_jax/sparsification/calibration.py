@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparsezoo_jax.models.config import LayerSpec
 from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.records import MAPS, input_of, scores_of
+from sparsezoo_jax.models.width import WholeWidth
 from sparsezoo_jax.sparsification.layers import Place, layer_by_layer
 from sparsezoo_jax.sparsification.methods import Quantile
 from sparsezoo_jax.sparsification.progress import Arrays, Stage
@@ -52,9 +53,9 @@ class MapStatistics:
     counts: np.ndarray
     """int64 [layers, 2, BINS]: scores by bin, of channels that are not negative and of negative ones."""
     squares: np.ndarray
-    """float64 [layers, I]: sum of the squares of each channel."""
+    """float64 [layers, I]: sum of the squares of each channel; 0 beyond the channels of a layer that has fewer."""
     magnitudes: np.ndarray
-    """float64 [layers, I]: sum of the magnitudes of each channel."""
+    """float64 [layers, I]: sum of the magnitudes of each channel, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +92,50 @@ def _statistics(
     counted_BT = ctx.valid_BT & (ctx.positions_BT >= dense_tokens)
     found: dict[str, jax.Array] = {"tokens": jnp.sum(counted_BT)}
     for name in MAPS:
-        if input_of(name) not in records:
-            continue
-        x_BTI, score_BTI = records[input_of(name)].astype(jnp.float32), records[scores_of(name)]
-        place_BTI = bin_of(score_BTI) + jnp.where(x_BTI < 0, BINS, 0)
-        ones_BTI = jnp.broadcast_to(counted_BT[..., None], x_BTI.shape).astype(jnp.int32)
-        counts = jnp.zeros(2 * BINS, jnp.int32).at[place_BTI].add(ones_BTI)
-        x_BTI = jnp.where(counted_BT[..., None], x_BTI, 0)
-        found[f"{name}/counts"] = counts.reshape(2, BINS)
-        found[f"{name}/squares"] = jnp.sum(jnp.square(x_BTI), axis=(0, 1))
-        found[f"{name}/magnitudes"] = jnp.sum(jnp.abs(x_BTI), axis=(0, 1))
+        if input_of(name) in records:
+            of_map = _of_map(records[input_of(name)].astype(jnp.float32), records[scores_of(name)], counted_BT)
+            found |= {f"{name}/{field}": value for field, value in of_map.items()}
     return found
+
+
+def _of_map(x_BTI: jax.Array, score_BTI: jax.Array, counted_BT: jax.Array) -> dict[str, jax.Array]:
+    """Statistics of what one map reads, float32, over the tokens that count."""
+    place_BTI = bin_of(score_BTI) + jnp.where(x_BTI < 0, BINS, 0)
+    ones_BTI = jnp.broadcast_to(counted_BT[..., None], x_BTI.shape).astype(jnp.int32)
+    counts = jnp.zeros(2 * BINS, jnp.int32).at[place_BTI].add(ones_BTI)
+    x_BTI = jnp.where(counted_BT[..., None], x_BTI, 0)
+    return {
+        "counts": counts.reshape(2, BINS),
+        "squares": jnp.sum(jnp.square(x_BTI), axis=(0, 1)),
+        "magnitudes": jnp.sum(jnp.abs(x_BTI), axis=(0, 1)),
+    }
+
+
+class _Experts(WholeWidth):
+    """Around layers whose maps have masks: statistics of maps of experts, over the tokens that each expert gets."""
+
+    def __init__(self, dense_tokens: int, ctx: CallContext):
+        self._counted_BT = ctx.positions_BT >= dense_tokens
+        self.found: dict[str, jax.Array] = {}
+
+    def experts(
+        self,
+        name: str,
+        read: Callable[[jax.Array], jax.Array],
+        taken_BTE: jax.Array,
+        norms_EI: jax.Array | None = None,
+    ) -> None:
+        def added(total: dict[str, jax.Array], expert: jax.Array) -> tuple[dict[str, jax.Array], None]:
+            x_BTI = read(expert).astype(jnp.float32)
+            score_BTI = jnp.abs(x_BTI) if norms_EI is None else jnp.abs(x_BTI) * norms_EI[expert]
+            one = _of_map(x_BTI, score_BTI, taken_BTE[..., expert] & self._counted_BT)
+            return jax.tree.map(jnp.add, total, one), None
+
+        channels = jax.eval_shape(read, jnp.int32(0)).shape[-1]
+        zeros = {"counts": jnp.zeros((2, BINS), jnp.int32)}
+        zeros |= {field: jnp.zeros(channels) for field in ("squares", "magnitudes")}
+        total, _ = jax.lax.scan(added, zeros, jnp.arange(taken_BTE.shape[-1]))
+        self.found |= {f"{name}/{field}": value for field, value in total.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -117,8 +151,9 @@ def _read(
     ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
     ctx.record = frozenset(record(name) for name in MAPS for record in (input_of, scores_of))
     ctx.summarise = partial(_statistics, dense_tokens)
+    ctx.width = experts = _Experts(dense_tokens, ctx)
     passed, aux, _ = nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None)
-    return passed.x, aux.records
+    return passed.x, aux.records | experts.found
 
 
 def calibrate(
@@ -163,10 +198,15 @@ def calibrate(
         there = tuple(layer for layer, found in enumerate(layers) if f"{name}/counts" in found)
         if there:
             fields = ("counts", "squares", "magnitudes")
-            maps[name] = MapStatistics(
-                there, *(np.stack([layers[layer][f"{name}/{field}"] for layer in there]) for field in fields)
-            )
+            found = ([layers[layer][f"{name}/{field}"] for layer in there] for field in fields)
+            maps[name] = MapStatistics(there, *map(_stacked, found))
     return Calibration(tokens, model.config.layers, maps)
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays of several layers as one, filled up with zeros where layers have maps of unlike width."""
+    width = max(array.shape[-1] for array in arrays)
+    return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in arrays])
 
 
 def _inverse(counts: np.ndarray, below: float) -> float:

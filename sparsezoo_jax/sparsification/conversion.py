@@ -104,10 +104,25 @@ def maps_taken(
     return found
 
 
+def check_no_experts(config: DecoderConfig, taken: Mapping[str, tuple[str, ...]], what: str) -> None:
+    """Raise `ConfigError` where maps of experts are among those of a decoder that are taken (`maps_taken`).
+
+    `what`: what can't be done with these, with the flag that asks for it.
+    """
+    for field, names in taken.items():
+        kind = getattr(config, field)
+        experts = [name for name in names if name in kind.expert_maps]
+        allowed = f"{what}: each of its experts has own matrices of {', '.join(experts)}; name other maps with --maps"
+        require(not experts, f"model.{field}.kind", kind.kind, allowed)
+
+
 def sparsified_config(config: DecoderConfig, sparsity: ActivationSparsity, *, exact: bool = False) -> DecoderConfig:
     """The decoder whose layers leave out channels by `sparsity`; errors and `exact` as in `maps_taken`."""
     changes: dict[str, AttentionKind | FFNKind] = {}
-    for field, names in maps_taken(config, sparsity.maps, exact=exact).items():
+    taken = maps_taken(config, sparsity.maps, exact=exact)
+    if sparsity.rotate:
+        check_no_experts(config, taken, "can't be rotated (--rotate), for a basis is that of one matrix")
+    for field, names in taken.items():
         if sparsity.rotate:
             there = getattr(config, field).linear_maps(config.d_model)
             parts = [name for name in names if name in STREAM_MAPS and there[name].channels != config.d_model]

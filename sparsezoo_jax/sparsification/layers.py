@@ -78,7 +78,13 @@ class _Watch(WholeWidth):
         self.seen: dict[str, jax.Array] = {}
         self.sums: dict[str, dict[str, jax.Array]] = {}
 
-    def experts(self, name: str, read: Callable[[jax.Array], jax.Array], taken_BTE: jax.Array) -> None:
+    def experts(
+        self,
+        name: str,
+        read: Callable[[jax.Array], jax.Array],
+        taken_BTE: jax.Array,
+        norms_EI: jax.Array | None = None,
+    ) -> None:
         def of_expert(expert: jax.Array) -> dict[str, jax.Array]:
             return {**_sums(read(expert), taken_BTE[..., expert]), "tokens": jnp.sum(taken_BTE[..., expert])}
 

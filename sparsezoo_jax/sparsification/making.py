@@ -29,7 +29,7 @@ from sparsezoo_jax.sparsification.config import (
     ReadMEConfig,
     RSparseConfig,
 )
-from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped
+from sparsezoo_jax.sparsification.conversion import check_no_experts, maps_taken, sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.layers import Place
 from sparsezoo_jax.sparsification.methods import METHODS, RELEASED, Method, Quantile, without_absent
 from sparsezoo_jax.sparsification.progress import Progress
@@ -166,6 +166,9 @@ class ActivationPlan(NamedTuple):
     def check(self, config: DecoderConfig) -> None:
         """Raise `UserError` for a decoder that this can't be done with."""
         self.target(config)
+        if self.rsparse is not None:
+            what = "can't have low-rank maps (--method rsparse; wina --gate threshold is the same without any)"
+            check_no_experts(config, maps_taken(config, self.method.maps, exact=self.exact), what)
 
     def make(self, model: Decoder, text: Text, progress: Progress = NOTHING) -> Made:
         """The model with masks and their thresholds."""

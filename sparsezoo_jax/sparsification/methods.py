@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
-from sparsezoo_jax.models.sparsified import NEURONS, ActivationSparsity
+from sparsezoo_jax.models.sparsified import NEURONS, SHARED_NEURONS, ActivationSparsity
 
 Quantile = Literal["magnitude", "symmetric", "grid"]
-LINEAR_MAPS = ("q", "q_up", "k", "v", "o", "gate", "up", "down")
+LINEAR_MAPS = (
+    *("q", "q_up", "k", "v", "o"),
+    *("gate", "up", "down"),
+    *("shared_gate", "shared_up", "shared_down"),
+)
 
 
 class Method(NamedTuple):
@@ -40,7 +44,7 @@ class Method(NamedTuple):
 
 #: By name, as the papers have them.
 METHODS = {
-    "cats": Method((NEURONS,)),
+    "cats": Method((NEURONS, SHARED_NEURONS)),
     "teal": Method(LINEAR_MAPS),
     "wina": Method(LINEAR_MAPS, gate="top_k", weighted=LINEAR_MAPS),
     "rsparse": Method(LINEAR_MAPS, weighted=LINEAR_MAPS),
@@ -49,7 +53,7 @@ METHODS = {
 RELEASED = {
     "cats": METHODS["cats"]._replace(quantile="grid"),
     "teal": METHODS["teal"]._replace(quantile="symmetric"),
-    "wina": METHODS["wina"]._replace(weighted=("k", "gate")),
+    "wina": METHODS["wina"]._replace(weighted=("k", "gate", "shared_gate")),
     "rsparse": METHODS["rsparse"],
 }
 

@@ -40,7 +40,7 @@ _ZEROS = "zeros of "
 #: Likewise the numbers of the experts that got too few tokens.
 _FEW = "too few tokens of "
 #: All maps that can be pruned.
-PRUNED_MAPS = (*LINEAR_MAPS, "shared_gate", "shared_up", "shared_down")
+PRUNED_MAPS = LINEAR_MAPS
 
 
 class Pattern(NamedTuple):
@@ -311,7 +311,7 @@ def prune(
             channels = getattr(block.spec, sublayer).weight_maps(model.config.d_model)[name]
             norms = None if inputs is None else inputs.norms(name)
             before_then = None if before is None else np.asarray(before[path][place.index])
-            if name not in getattr(block, sublayer).expert_maps:
+            if name not in getattr(block.spec, sublayer).expert_maps:
                 kept, result = one(path, place, channels, value, norms, before_then)
             else:
                 few = () if inputs is None else inputs.too_few(name)

@@ -133,3 +133,12 @@ def test_tokens_sent_to_their_experts(on_eight_devices):
         assert len(found["distances"]) == 8, name
         # Outputs near 100 are rounded by 1e-5 in float32, and so are their sines, of which the loss is made.
         assert max(found["distances"]) < 1e-4, name
+
+
+@pytest.mark.slow
+def test_experts_that_leave_out_channels(on_eight_devices):
+    """Of a token's largest channels of a hidden vector, too, whose parts other devices would have."""
+    report = on_eight_devices("masked_experts")
+    assert len(report) == 6
+    for name, distances in report.items():
+        assert max(distances) < 1e-5, name

@@ -255,8 +255,8 @@ def test_accounting_counts_what_is_left():
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
-        ("gpt2", "cats", r"model.ffn.kind=plain: has the maps up, down; neurons can't be sparsified"),
-        ("moe", "teal", r"model.ffn.kind=moe: has no maps whose channels could be left out; gate,up,down can't"),
+        ("gpt2", "cats", r"model.ffn.kind=plain: has the maps up, down; neurons,shared_neurons can't be sparsified"),
+        ("delta", "teal", r"model.ffn.kind=delta: has no maps whose channels could be left out; gate,up,down,shared"),
         ("mohd", "teal", r"model.residual.kind=mohd: has a residual stream whose width is routed"),
         ("altup", "cats", r"model.altup.streams=3: must be 1: layers are worked on one after another"),
     ],

@@ -90,9 +90,8 @@ def test_maps_of_latent_attention(latent):
 
 
 def test_kinds_without_such_maps_are_named():
-    moe = dataclasses.replace(CONFIGS["moe"], first_layers=0, first_ffn=None)
     teal = ActivationSparsity(maps=LINEAR_MAPS, target=0.5)
-    with pytest.raises(ConfigError, match=r"model.ffn.kind=moe: has no maps whose channels could be left out"):
-        sparsified_config(moe, teal)
+    with pytest.raises(ConfigError, match=r"model.ffn.kind=delta: has no maps whose channels could be left out"):
+        sparsified_config(CONFIGS["delta"], teal)
     with pytest.raises(ConfigError, match=r"model.attention.kind=mla: has the maps q, q_up, k, o; q,v can't"):
         sparsified_config(CONFIGS["blockffn"], dataclasses.replace(teal, maps=("q", "v")), exact=True)

@@ -12,21 +12,32 @@ from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
 from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
+from sparsezoo_jax.pallas_kernels.grouped_ffn.channels import Channels, Reads, of_tokens, unmasked
 from sparsezoo_jax.pallas_kernels.grouped_ffn.exchange import exchanged, sends_fewer_bytes
-from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import Activation, hidden_units, pre_activations, spread
+from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import (
+    Activation,
+    hidden_of,
+    hidden_units,
+    pre_activations,
+    spread,
+)
 from sparsezoo_jax.sharding import num_shards, shard_map, sum_shards
 
 Dispatch = Literal["dense", "ragged", "loop"]
 Moved = Literal["weights", "tokens"]
 
 __all__ = [
+    "Channels",
     "Dispatch",
     "Moved",
+    "Reads",
     "grouped_ffn",
+    "hidden_of",
     "hidden_units",
     "move_and_why",
     "pre_activations",
     "spread",
+    "unmasked",
     "weighted_ffn",
 ]
 
@@ -43,7 +54,8 @@ def grouped_ffn(
     return_active: bool = False,
     implementation: str | None = None,
     moved: Moved | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    channels: Channels | None = None,
+) -> Any:
     """`sum_j weights[..., j] * down_e act(up_e x)` with e = experts[..., j]; differentiable but for `experts`.
 
     With `gate`, `act(gate_e x) * (up_e x)` takes the place of `act(up_e x)`.
@@ -65,9 +77,13 @@ def grouped_ffn(
       moved: what devices that split the experts send each other, for the sorting two: "weights" gathers all experts to
         each device's tokens; "tokens" sends these to their experts' devices and back (`exchange.exchanged`). None:
         whichever are fewer bytes (`exchange.sends_fewer_bytes`).
+      channels: which channels of their inputs the maps leave out. A mask that needs all channels of a row lets devices
+        that split FFN neurons compute the same; otherwise each has its own neurons' part.
 
     Returns:
-      [..., D] in the dtype of x, or that and float32 [..., k].
+      [..., D] in the dtype of x, with `return_active` also float32 [..., k], and with `channels` a dict of float32
+      [..., k] in its place: "hidden", which is the same, and for each map that leaves channels out, how many of what it
+      reads are not 0.
 
     Raises:
       ConfigError: shapes that don't fit each other, or no such implementation.
@@ -81,41 +97,76 @@ def grouped_ffn(
         experts.shape,
         f"must be that of weights {weights.shape}, and but for its end that of x {x.shape}",
     )
+    apply = partial(
+        _grouped, x, experts, weights, up, down, gate, activation=activation, implementation=implementation, moved=moved
+    )
+    y, counts = of_tokens(apply, channels)
+    if channels is not None:
+        return y, counts
+    return (y, counts["hidden"]) if return_active else y
+
+
+def _grouped(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    gate: jax.Array | None,
+    channels: Channels | None,
+    *,
+    activation: Activation,
+    implementation: str | None,
+    moved: Moved | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sums, and counts by name; `channels.whole` is not looked at."""
+    channels = Channels(unmasked, {}) if channels is None else channels
+    form: Any = {"activation": activation, "masked": channels.masked}
     implementations = [
-        Implementation("dense", partial(reference.grouped_ffn, activation=activation), default=False),
-        Implementation("ragged", partial(by_expert.ragged, activation=activation)),
-        Implementation("loop", partial(by_expert.loop, activation=activation), "cpu"),
+        Implementation("dense", partial(reference.grouped_ffn, **form), default=False),
+        Implementation("ragged", partial(by_expert.ragged, **form)),
+        Implementation("loop", partial(by_expert.loop, **form), "cpu"),
     ]
     # The hidden units are the largest arrays of the layer: a choice between two must not keep those of both.
     apply = dispatch("grouped_ffn", implementation, implementations, recompute=True)
+    of_maps = dict(channels.of_maps)
     if implementation == "dense":
-        y, active = apply(x, experts, weights, up, down, gate)
-        return (y, active) if return_active else y
+        return apply(x, experts, weights, up, down, gate, of_maps)
 
     moved = chosen_move(x.shape, experts.shape[-1], up.shape, 2 if gate is None else 3)[0] if moved is None else moved
     # Without devices that split the experts there is nothing to send.
     sends = moved == "tokens" and num_shards("experts", up.shape[0]) > 1
+    own, tree = jax.tree.flatten(of_maps)
 
-    def on_shards(x, experts, weights, up, down, *rest):
-        *gates, split = rest
+    def on_shards(x, experts, weights, up, down, gate, *rest):
+        *own, split = rest
         k, d = experts.shape[-1], x.shape[-1]
-        tokens, maps = (
-            (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k)),
-            (up, down, *(gates or [None])),
-        )
-        parts = exchanged(*tokens, maps, apply, split["experts"][0]) if sends else apply(*tokens, *maps)
-        total: Any = sum_shards(parts, split["ffn"])
-        y, active = total
-        return y.reshape(x.shape), active.reshape(experts.shape)
+        tokens = (x.reshape(-1, d), experts.reshape(-1, k), weights.reshape(-1, k))
+        maps = (up, down, gate, jax.tree.unflatten(tree, own))
+        sums, counts = exchanged(*tokens, maps, apply, split["experts"][0]) if sends else apply(*tokens, *maps)
+        # Every device with a part of the neurons reads the whole stream: that counts once.
+        parts = math.prod(jax.lax.axis_size(axis) for axis in split.get("ffn", ()))
+        counts |= {map: counts[map] / parts for map in ("up", "gate") if map in counts}
+        total: Any = sum_shards((sums, counts), split.get("ffn", ()))
+        y, counts = total
+        return y.reshape(x.shape), {map: count.reshape(experts.shape) for map, count in counts.items()}
 
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), None)
-    arrays = [x, experts, weights, up, down, *([] if gate is None else [gate])]
-    name = "experts" if sends else None
-    columns, rows = (name, None, "ffn"), (name, "ffn", None)
-    maps = [columns, rows, *([] if gate is None else [columns])]
-    y, active = shard_map(on_shards, arrays, [*[names] * 3, *maps], (names, names))
-    y = product(y)
-    return (y, active) if return_active else y
+    name, neurons = "experts" if sends else None, None if channels.by_row else "ffn"
+    columns, rows = (name, None, neurons), (name, neurons, None)
+    # Numbers of neurons lie where these do; those of the stream's dimensions, and single ones, on all devices.
+    own_axes = [
+        (name, neurons if map in ("down", "neurons") and array.shape[1] > 1 else None)
+        for map, arrays in sorted(of_maps.items())
+        for array in jax.tree.leaves(arrays)
+    ]
+    y, counts = shard_map(
+        on_shards,
+        [x, experts, weights, up, down, gate, *own],
+        [*[names] * 3, columns, rows, columns, *own_axes],
+        (names, dict.fromkeys(("hidden", *of_maps), names)),
+    )
+    return product(y), counts
 
 
 def move_and_why(moved: Moved | None, x: tuple[int, ...], k: int, up: tuple[int, ...], maps: int) -> str | None:
@@ -145,11 +196,13 @@ def weighted_ffn(
     gate: jax.Array | None = None,
     *,
     activation: Activation = jax.nn.silu,
-) -> jax.Array:
+    channels: Channels | None = None,
+) -> Any:
     """`sum_e weights[..., e] * down_e act(up_e x)`: any number of experts a token, those of weight 0 computed too.
 
     The form for routers whose number of experts differs from token to token. Arguments as in `grouped_ffn`, but for
-    `weights` [..., E].
+    `weights` [..., E], and with `channels` the same result, but for counts [..., E]: inputs of their own are then made
+    for all experts, [..., E, D].
 
     Raises:
       ConfigError: shapes that don't fit each other.
@@ -157,7 +210,8 @@ def weighted_ffn(
     _check(x, up, down, gate)
     expected = (*x.shape[:-1], up.shape[0])
     require(weights.shape == expected, "weighted_ffn.weights", weights.shape, f"must be {expected}")
-    return reference.weighted_ffn(x, weights, up, down, gate, activation)
+    y, counts = of_tokens(partial(reference.weighted_ffn, x, weights, up, down, gate, activation), channels)
+    return y if channels is None else (y, counts)
 
 
 def _check(x: jax.Array, up: jax.Array, down: jax.Array, gate: jax.Array | None) -> None:

@@ -18,8 +18,8 @@ from sparsezoo_jax.torus import all_gather, largest_ring
 ROOM = 1.5
 """Rows that a device can receive, of those that it would receive if all experts were taken equally often."""
 
-Apply = Callable[..., tuple[jax.Array, jax.Array]]
-"""A form of the experts' layer: x, experts, weights and maps to the sums and the active hidden units."""
+Apply = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+"""A form of the experts' layer: x, experts, weights and maps to the sums and counts of each assignment by name."""
 
 
 class Route(NamedTuple):
@@ -106,8 +106,8 @@ send.defvjp(_send_forward, _send_backward)
 
 def exchanged(
     x_ND: jax.Array, experts_NK: jax.Array, weights_NK: jax.Array, maps: tuple[Any, ...], apply: Apply, axis_name: str
-) -> tuple[jax.Array, jax.Array]:
-    """What `apply` gives with all experts, of maps [L, ...] of this device's: by sending tokens, if there is room.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What `apply` gives with all experts, of this device's maps (trees of [L, ...]): by sending tokens, with room.
 
     Where any device would receive more than `ROOM` times its share, all gather the weights in this call instead.
     """
@@ -165,7 +165,7 @@ def _is_crowded(table_nn: jax.Array, assignments: int) -> jax.Array:
 
 
 def _by_weights(experts_NK, apply: Apply, axis_name: str, x_ND, weights_NK, maps):
-    return apply(x_ND, experts_NK, weights_NK, *(None if w is None else all_gather(w, axis_name, 0) for w in maps))
+    return apply(x_ND, experts_NK, weights_NK, *jax.tree.map(lambda w: all_gather(w, axis_name, 0), maps))
 
 
 def _by_tokens(experts_NK, table_nn, table_nL, apply: Apply, axis_name: str, x_ND, weights_NK, maps):
@@ -182,12 +182,16 @@ def _by_tokens(experts_NK, table_nn, table_nL, apply: Apply, axis_name: str, x_N
     row_C = jnp.arange(room)
     expert_C = jnp.searchsorted(ends, row_C, side="right") % local
     is_sent_C = row_C < ends[-1]
-    y_CD, active_C1 = apply(x_CD, jnp.where(is_sent_C, expert_C, local)[:, None], weights_C[:, None], *maps)
+    y_CD, counts = apply(x_CD, jnp.where(is_sent_C, expert_C, local)[:, None], weights_C[:, None], *maps)
     y_CD = jnp.where(is_sent_C[:, None], y_CD, 0)
     y_AD: Any = send(y_CD, back, there, tokens * k, most, axis_name)
-    active_A: Any = send(active_C1[:, 0], back, there, tokens * k, most, axis_name)
     back_A = jnp.argsort(order_A)
-    return jnp.sum(y_AD[back_A].reshape(tokens, k, -1), axis=1), active_A[back_A].reshape(tokens, k)
+
+    def of_tokens(count_C1: jax.Array) -> jax.Array:
+        count_A: Any = send(count_C1[:, 0], back, there, tokens * k, most, axis_name)
+        return count_A[back_A].reshape(tokens, k)
+
+    return jnp.sum(y_AD[back_A].reshape(tokens, k, -1), axis=1), jax.tree.map(of_tokens, counts)
 
 
 def sends_fewer_bytes(tokens: int, k: int, experts: int, width: int, maps: int, devices: int, axis: str) -> str | None:

@@ -5,12 +5,14 @@ Shapes: leading axes (batch, length), D model width, E experts, W width of one e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+from sparsezoo_jax.pallas_kernels.grouped_ffn.channels import Channels, Masked, Reads, count_nonzero
 from sparsezoo_jax.sharding import constrain
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -18,14 +20,47 @@ Activation = Callable[[jax.Array], jax.Array]
 
 def pre_activations(x: jax.Array, up_EDW: jax.Array) -> jax.Array:
     """`up_e x` of all experts, [..., E, W] for x [..., D]."""
-    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "experts", "ffn")
-    return constrain(product(jnp.einsum("...d,edw->...ew", x, up_EDW)), names)
+    return _of_experts("...d,edw->...ew", x, up_EDW, x.ndim)
 
 
-def hidden_units(x: jax.Array, up_EDW: jax.Array, gate_EDW: jax.Array | None, activation: Activation) -> jax.Array:
-    """`act(up_e x)` of all experts, or `act(gate_e x) * (up_e x)`: [..., E, W] for x [..., D]."""
-    hidden = pre_activations(x, up_EDW)
-    return activation(hidden) if gate_EDW is None else activation(pre_activations(x, gate_EDW)) * hidden
+def _of_experts(form: str, x: jax.Array, weight: jax.Array, ndim: int) -> jax.Array:
+    names = (*("batch", "length")[: ndim - 1], *(None,) * (ndim - 3), "experts", "ffn")
+    return constrain(product(jnp.einsum(form, x, weight)), names)
+
+
+def hidden_of(
+    x: jax.Array,
+    up: jax.Array,
+    gate: jax.Array | None,
+    activation: Activation,
+    reads: Reads,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+) -> jax.Array:
+    """`act(up x)`, or with a gate `act(gate x) * (up x)`, of what `reads` leaves; `multiply` makes the products."""
+    hidden = multiply(reads("up", x), up)
+    if gate is None:
+        return activation(hidden)
+    return reads("neurons", activation(multiply(reads("gate", x), gate))) * hidden
+
+
+def hidden_units(
+    x: jax.Array,
+    up_EDW: jax.Array,
+    gate_EDW: jax.Array | None,
+    activation: Activation,
+    reads: Reads | None = None,
+) -> jax.Array:
+    """`act(up_e x)` of all experts, or `act(gate_e x) * (up_e x)`: [..., E, W] for x [..., D].
+
+    `reads`: of all experts, whose maps then have inputs of their own, [..., E, D].
+    """
+
+    def multiply(read: jax.Array, weight_EDW: jax.Array) -> jax.Array:
+        if read.shape[-2] == 1:
+            return pre_activations(read[..., 0, :], weight_EDW)
+        return _of_experts("...ed,edw->...ew", read, weight_EDW, x.ndim)
+
+    return hidden_of(x[..., None, :], up_EDW, gate_EDW, activation, reads or Reads(), multiply)
 
 
 def weighted_ffn(
@@ -35,13 +70,17 @@ def weighted_ffn(
     down_EWD: jax.Array,
     gate_EDW: jax.Array | None,
     activation: Activation,
-) -> jax.Array:
-    """`sum_e weights[..., e] * down_e act(up_e x)` for x [..., D] and weights [..., E]."""
-    return _mixed(hidden_units(x, up_EDW, gate_EDW, activation), weights, down_EWD)
+    channels: Channels | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`sum_e weights[..., e] * down_e act(up_e x)` for x [..., D] and weights [..., E], and counts [..., E] by name.
 
-
-def _mixed(hidden: jax.Array, weights: jax.Array, down_EWD: jax.Array) -> jax.Array:
-    return product(jnp.einsum("...ew,ewd->...d", hidden * weights[..., None].astype(hidden.dtype), down_EWD))
+    "hidden" counts the units that are not 0, the others what the maps of `channels` read.
+    """
+    reads = Reads() if channels is None else Reads(channels.masked, channels.of_maps)
+    hidden = hidden_units(x, up_EDW, gate_EDW, activation, reads)
+    counts = {"hidden": count_nonzero(hidden)}
+    hidden = reads("down", hidden) * weights[..., None].astype(hidden.dtype)
+    return product(jnp.einsum("...ew,ewd->...d", hidden, down_EWD)), counts | reads.counts
 
 
 def spread(experts: jax.Array, weights: jax.Array, count: int) -> jax.Array:
@@ -56,14 +95,13 @@ def grouped_ffn(
     up_EDW: jax.Array,
     down_EWD: jax.Array,
     gate_EDW: jax.Array | None,
+    of_maps: Mapping[str, Any],
+    *,
     activation: Activation,
-) -> tuple[jax.Array, jax.Array]:
-    """The dense form of the operation, and the non-zero units of the chosen experts [..., k]; see the package."""
-    hidden = hidden_units(x, up_EDW, gate_EDW, activation)
-    y = _mixed(hidden, spread(experts, weights, up_EDW.shape[0]), down_EWD)
-    return y, jnp.take_along_axis(count_nonzero(hidden), experts, axis=-1)
-
-
-def count_nonzero(hidden: jax.Array) -> jax.Array:
-    """Number of non-zero entries along the last axis, float32."""
-    return jnp.sum(hidden != 0, axis=-1, dtype=jnp.float32)
+    masked: Masked,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The dense form of the operation, and counts of the chosen experts [..., k] by name; see `weighted_ffn`."""
+    every = spread(experts, weights, up_EDW.shape[0])
+    channels = Channels(masked, of_maps)
+    y, counts = weighted_ffn(x, every, up_EDW, down_EWD, gate_EDW, activation, channels)
+    return y, {name: jnp.take_along_axis(count, experts, axis=-1) for name, count in counts.items()}
