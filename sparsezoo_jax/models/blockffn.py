@@ -6,7 +6,8 @@ Any number of experts may be active for a token; two losses make the choice spar
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,21 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.chunks import activation_stats, chunks_of, has_predecessor
 from sparsezoo_jax.models.common import BuildContext, CallContext, DType, LayerAux
-from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
+from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, register_ffn
+from sparsezoo_jax.models.experts import (
+    channels_of_matrices,
+    expert_channels,
+    hidden_read,
+    network_maps,
+    show_experts,
+)
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN
+from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn
 from sparsezoo_jax.pallas_kernels.block_ffn.reference import scaled_hidden
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Channels, weighted_ffn
 
 ACTIVATION_LOCALITY = "activation_locality"
 CHUNK_SPARSIFICATION = "chunk_sparsification"
@@ -37,6 +47,8 @@ class BlockFFNConfig(FFNKind):
 
     Returns the auxiliary losses "activation_locality" and "chunk_sparsification", which train objectives weigh.
     """
+
+    expert_maps: ClassVar[frozenset[str]] = frozenset({"gate", "up", "neurons", "down"})
 
     kind: Literal["blockffn"] = "blockffn"
     experts: int
@@ -97,6 +109,19 @@ class BlockFFNConfig(FFNKind):
         active = self.expected_density * self.d_ff if active is None else active
         return 2 * d_model * (self.experts + (3 if self.gated else 2) * active)
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The maps of a token's experts."""
+        active = self.expected_density * self.d_ff if active is None else active
+        return network_maps(d_model, self.expert_width, active, gated=self.gated)
+
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """All of these but the neurons, which have no matrix of their own."""
+        return channels_of_matrices(self.linear_maps(d_model))
+
+    def expert_axis(self, name: str) -> tuple[int, int]:
+        """Experts lie along the axis of the neurons."""
+        return (0 if name == "down" else 1), self.experts
+
     def dense_twin(self) -> GatedFFNConfig:
         """The SwiGLU layer of (nearly) equal parameters: the norm's scales, and at most half a neuron, are missing."""
         matrices = (3 if self.gated else 2) * self.d_ff + self.experts
@@ -116,6 +141,8 @@ class RouterScale(nnx.Module):
 
 class BlockFFN(FFN):
     """Feed-forward layer of ReLU-routed experts; see `BlockFFNConfig`."""
+
+    matrices: ClassVar[Mapping[str, str]] = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
 
     def __init__(self, config: BlockFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
@@ -149,15 +176,19 @@ class BlockFFN(FFN):
         logits_BTE, normed_BTE, scores_BTE = self.route(x_BTD)
         up_DF, down_FD = self.up_DF[...].astype(self.dtype), self.down_FD[...].astype(self.dtype)
         gate_DF = None if self.gate_DF is None else self.gate_DF[...].astype(self.dtype)
-        y = block_ffn(
-            x_BTD,
-            scores_BTE,
-            up_DF,
-            down_FD,
-            gate_DF,
-            expert_width=config.expert_width,
-            implementation=config.implementation,
-        )
+        channels = None
+        if ctx.width is WHOLE:
+            y = block_ffn(
+                x_BTD,
+                scores_BTE,
+                up_DF,
+                down_FD,
+                gate_DF,
+                expert_width=config.expert_width,
+                implementation=config.implementation,
+            )
+        else:
+            y, channels = self._shown(x_BTD, scores_BTE, ctx)
         losses = {}
         if config.auxiliary_losses:
             losses = {
@@ -168,10 +199,34 @@ class BlockFFN(FFN):
             }
 
         def hidden() -> jax.Array:
+            if channels is not None:
+                up_EDW, _, gate_EDW = self._by_expert(self.dtype)
+                return hidden_read(x_BTD, scores_BTE, up_EDW, gate_EDW, jax.nn.silu, channels)
             return scaled_hidden(x_BTD, scores_BTE, up_DF, gate_DF, expert_width=config.expert_width)
 
         records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: hidden, FFN_HIDDEN: hidden}
         return y, LayerAux(losses, activation_stats(scores_BTE != 0, ctx), ctx.recorded(records))
+
+    def _by_expert(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Maps of all experts in `dtype`: up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W]."""
+        experts, d = self.config.experts, self.up_DF.shape[0]
+
+        def columns(weight: nnx.Param) -> jax.Array:
+            return jnp.moveaxis(weight[...].astype(dtype).reshape(d, experts, -1), 1, 0)
+
+        gate_EDW = None if self.gate_DF is None else columns(self.gate_DF)
+        return columns(self.up_DF), self.down_FD[...].astype(dtype).reshape(experts, -1, d), gate_EDW
+
+    def _shown(self, x_BTD: jax.Array, scores_BTE: jax.Array, ctx: CallContext) -> tuple[jax.Array, Channels | None]:
+        """The output by the channels that `ctx.width` leaves, which is told what is read; and these."""
+        channels = expert_channels(ctx.width, *self._by_expert(self.up_DF.dtype))
+        up_EDW, down_EWD, gate_EDW = self._by_expert(self.dtype)
+        # `block_ffn` multiplies one input by all experts; here each has its own.
+        form: Any = {"activation": jax.nn.silu, "channels": channels}
+        found = weighted_ffn(x_BTD, scores_BTE, up_EDW, down_EWD, gate_EDW, **form)
+        y_BTD, counts = (found, {}) if channels is None else found
+        show_experts(x_BTD, up_EDW, gate_EDW, jax.nn.silu, scores_BTE != 0, channels, counts, ctx)
+        return y_BTD, channels
 
 
 def normalised(active_BTE: jax.Array, config: BlockFFNConfig) -> jax.Array:

@@ -188,7 +188,7 @@ class FFNKind(Kind):
     partial_width: ClassVar[bool] = False
     """Whether all maps from and to the residual stream are made by `CallContext.width`, so that it can be routed."""
     expert_maps: ClassVar[frozenset[str]] = frozenset()
-    """Those of its maps that each expert has for itself; their matrices lie along an axis in front of the others."""
+    """Those of its maps that each expert has for itself; see `expert_axis`."""
     records_hidden: ClassVar[bool] = False
     """Whether the module records `records.FFN_HIDDEN`, by which blocks of tokens are scored (`models.elimination`), and
     treats each token apart from the others."""
@@ -207,6 +207,10 @@ class FFNKind(Kind):
     def weight_maps(self, d_model: int) -> dict[str, int]:
         """Maps whose weights can be pruned, by name: channels of their inputs. Default: those of `linear_maps`."""
         return {name: size.channels for name, size in self.linear_maps(d_model).items()}
+
+    def expert_axis(self, name: str) -> tuple[int, int]:
+        """Of the parameter of one of `expert_maps` the axis along which experts lie one after another, and how many."""
+        raise NotImplementedError(f"{type(self).__name__} has expert_maps and defines no expert_axis")
 
     def for_layer(self, layer: int, layers: int) -> Self:
         """The configuration of one layer, counted from 0. Default: all are alike."""
@@ -284,8 +288,6 @@ class AttentionKind(Kind):
     shares_keys: ClassVar[bool] = False
     """Whether layers may attend to keys and values of others: `build` looks at `BuildContext.keys`."""
 
-    expert_maps: ClassVar[frozenset[str]] = frozenset()
-    """As in `FFNKind`."""
     scores_blocks: ClassVar[bool] = False
     """Whether the module has `queries_keys`, by which blocks of tokens are scored (`models.elimination`)."""
 

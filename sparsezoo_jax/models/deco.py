@@ -6,7 +6,9 @@ their share to a target.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,21 @@ from pydantic.dataclasses import dataclass
 from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import BuildContext, CallContext, LayerAux
-from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
-from sparsezoo_jax.models.ffn import GatedFFNConfig
+from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, register_ffn
+from sparsezoo_jax.models.experts import SHARED, Named, channels_of_matrices, network_maps
+from sparsezoo_jax.models.ffn import GatedFFN, GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN
+from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.deco_ffn import NORMALISE, ExpertActivation, deco_ffn, scaled_hidden
+from sparsezoo_jax.pallas_kernels.deco_ffn import (
+    NORMALISE,
+    ExpertActivation,
+    deco_ffn,
+    hidden_units,
+    scaled_hidden,
+)
+from sparsezoo_jax.pallas_kernels.grouped_ffn import Channels, Reads, of_tokens
+from sparsezoo_jax.pallas_kernels.matmul import to_stream
 
 ROUTER_ENTROPY = "router_entropy"
 ROUTED_DENSITY = "routed_density"
@@ -37,6 +49,8 @@ class DECOConfig(FFNKind):
     Scores are not normalised. NormSiLU removes the mean over the units of all experts, active or not, and normalises
     those of each expert by their RMS. Returns the auxiliary loss "router_entropy".
     """
+
+    expert_maps: ClassVar[frozenset[str]] = frozenset({"up", "down"})
 
     kind: Literal["deco"] = "deco"
     experts: int
@@ -85,6 +99,23 @@ class DECOConfig(FFNKind):
         """FLOPs per token with `active` routed neurons (None: as in `weights`; a multiply-add counts 2)."""
         return 2 * (self.weights(d_model, active) - self.experts)
 
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The map from the routed experts' units, and those of the shared expert.
+
+        Of the map to these units no channel can be left out by expert: the mean over all units is part of each.
+        """
+        active = self.expected_density * self.d_ff if active is None else active
+        down = network_maps(d_model, self.expert_width, active, gated=False)["down"]
+        return {"down": down, **network_maps(d_model, *(self.shared_width,) * 2, gated=True, prefix=SHARED)}
+
+    def weight_maps(self, d_model: int) -> dict[str, int]:
+        """All matrices but the router's."""
+        return {"up": d_model, **channels_of_matrices(self.linear_maps(d_model))}
+
+    def expert_axis(self, name: str) -> tuple[int, int]:
+        """Experts lie along the axis of the neurons."""
+        return (0 if name == "down" else 1), self.experts
+
     def dense_twin(self) -> GatedFFNConfig:
         """The SwiGLU layer of (nearly) equal parameters: vectors, and at most half a neuron, are missing."""
         matrices = 2 * self.d_ff + self.experts + 3 * self.shared_width
@@ -97,6 +128,12 @@ class DECOConfig(FFNKind):
 
 class DECOFFN(FFN):
     """Feed-forward layer of ReLU-routed NormSiLU experts and a shared one; see `DECOConfig`."""
+
+    matrices: ClassVar[Mapping[str, str]] = {
+        "up": "expert_up_DF",
+        "down": "expert_down_FD",
+        **{SHARED + name: f"shared/{path}" for name, path in GatedFFN.matrices.items()},
+    }
 
     def __init__(self, config: DECOConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
@@ -146,14 +183,40 @@ class DECOFFN(FFN):
         up_DF, down_FD = self.expert_up_DF[...].astype(self.dtype), self.expert_down_FD[...].astype(self.dtype)
         form = self.form()
 
-        def hidden() -> jax.Array:
-            return scaled_hidden(x_BTD, scores_BTE, up_DF, **form)
+        if ctx.width is WHOLE:
+            hidden, y_BTD = None, deco_ffn(x_BTD, scores_BTE, up_DF, down_FD, **form)
+        else:
+            hidden = self._shown(x_BTD, scores_BTE, up_DF, ctx)
+            y_BTD = to_stream(hidden, down_FD)
 
-        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: hidden, FFN_HIDDEN: hidden}
-        y_BTD = deco_ffn(x_BTD, scores_BTE, up_DF, down_FD, **form)
+        def units() -> jax.Array:
+            return scaled_hidden(x_BTD, scores_BTE, up_DF, **form) if hidden is None else hidden
+
+        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: units, FFN_HIDDEN: units}
         losses = {ROUTER_ENTROPY: self.share_of_layers * router_entropy(positive_BTE, ctx)}
         aux = LayerAux(losses, statistics(positive_BTE, ctx), ctx.recorded(records))
-        return y_BTD + self.shared(x_BTD, ctx)[0], aux
+        shared = ctx if ctx.width is WHOLE else replace(ctx, width=Named(SHARED, ctx.width))
+        return y_BTD + self.shared(x_BTD, shared)[0], aux
+
+    def _shown(self, x_BTD: jax.Array, scores_BTE: jax.Array, up_DF: jax.Array, ctx: CallContext) -> jax.Array:
+        """What the map from the experts' units reads, [B, T, F]; `ctx.width` says of which channels, and is told."""
+        experts, width = self.config.experts, self.config.expert_width
+        own_BTEW = hidden_units(x_BTD, up_DF, **self.form())
+        channels = ctx.width.of_experts(experts, {"down": lambda: self.expert_down_FD[...].reshape(experts, width, -1)})
+
+        def made(channels: Channels | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+            reads = Reads() if channels is None else Reads(channels.masked, channels.of_maps)
+            read_BTEW = reads("down", own_BTEW) * scores_BTE[..., None].astype(x_BTD.dtype)
+            return read_BTEW.reshape(*x_BTD.shape[:2], -1), reads.counts
+
+        hidden_BTF, counts = of_tokens(made, channels)
+        active_BTE = scores_BTE != 0
+        taken_BTE = active_BTE & ctx.valid_BT[..., None]
+        ctx.width.experts("up", lambda e: x_BTD, taken_BTE)
+        ctx.width.experts("down", lambda e: own_BTEW[:, :, e], taken_BTE)
+        if "down" in counts:
+            ctx.width.experts_read("down", counts["down"] / width, active_BTE)
+        return hidden_BTF
 
 
 def router_entropy(positive_BTE: jax.Array, ctx: CallContext) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,19 +15,23 @@ from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
 from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, Observed, register_ffn
+from sparsezoo_jax.models.experts import (
+    SHARED,
+    channels_of_matrices,
+    expert_channels,
+    network_maps,
+    show_experts,
+)
 from sparsezoo_jax.models.ffn import GatedFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES
 from sparsezoo_jax.models.routers import FIXED_COUNT, RouterBias, RouterName, Routing
-from sparsezoo_jax.models.width import WHOLE, Weight, Width
+from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.grouped_ffn import (
     Channels,
     Dispatch,
     Moved,
-    Reads,
     grouped_ffn,
-    hidden_of,
     move_and_why,
-    unmasked,
     weighted_ffn,
 )
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, matmul, to_stream
@@ -163,14 +166,16 @@ class MoEFFNConfig(FFNKind):
         """The maps of the routed experts, and of those that all tokens take, which are fused."""
         width, fused = self.expert_width, self.shared * self.expert_width
         routed = max((self.k * width if active is None else active) - fused, 0)
-        maps = network_maps(d_model, width, routed)
-        maps |= {f"shared_{name}": size for name, size in network_maps(d_model, fused, fused).items()} if fused else {}
-        return {name: size for name, size in maps.items() if self.gated or not name.endswith(("gate", "neurons"))}
+        maps = network_maps(d_model, width, routed, gated=self.gated)
+        return maps | (network_maps(d_model, fused, fused, gated=self.gated, prefix=SHARED) if fused else {})
 
     def weight_maps(self, d_model: int) -> dict[str, int]:
         """All of these but the neurons, which have no matrix of their own."""
-        maps = self.linear_maps(d_model)
-        return {name: size.channels for name, size in maps.items() if not name.endswith("neurons")}
+        return channels_of_matrices(self.linear_maps(d_model))
+
+    def expert_axis(self, name: str) -> tuple[int, int]:
+        """Experts have an axis of their own, the first."""
+        return 0, self.routed
 
     @property
     def target_active(self) -> float | None:
@@ -199,17 +204,6 @@ class MoEFFNConfig(FFNKind):
 
     def build(self, ctx: BuildContext, rngs: nnx.Rngs) -> MoEFFN:
         return MoEFFN(self, ctx, rngs)
-
-
-def network_maps(d_model: int, width: int, active: float) -> dict[str, MapSize]:
-    """The maps of gated networks of this width, of so many that a token's have `active` neurons together."""
-    networks = active / width if width else 0.0
-    return {
-        "gate": MapSize(d_model, active, d_model),
-        "up": MapSize(d_model, active, d_model),
-        "neurons": MapSize(width, 2 * d_model * networks, width),
-        "down": MapSize(width, d_model * networks, width),
-    }
 
 
 class MoEFFN(FFN):
@@ -282,14 +276,12 @@ class MoEFFN(FFN):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing, ctx: CallContext) -> jax.Array:
         """The weighted sum of each token's experts, shared ones included."""
-        up, down, gate = maps = _values(self.up_EDW, self.down_EWD, self.gate_EDW)
-        weights: dict[str, Weight | None] = {"up": lambda: up, "down": lambda: down}
-        if gate is not None:
-            weights |= {"gate": lambda: gate, "neurons": None}
-        channels = ctx.width.of_experts(self.config.routed, weights)
+        maps = _values(self.up_EDW, self.down_EWD, self.gate_EDW)
+        channels = expert_channels(ctx.width, *maps)
         y_BTD, counts = self.routed_experts(x_BTD, routing, maps, channels)
         if ctx.width is not WHOLE:
-            show_experts(x_BTD, self._cast(maps), self.config.activation, channels, routing, counts, ctx)
+            (up_EDW, _, gate_EDW), activation = self._cast(maps), activation_fn(self.config.activation)
+            show_experts(x_BTD, up_EDW, gate_EDW, activation, routing.active_BTE, channels, counts, ctx)
         if self.shared_up_DF is None:
             return y_BTD
         maps = _values(self.shared_up_DF, self.shared_down_FD, self.shared_gate_DF)
@@ -346,45 +338,6 @@ class MoEFFN(FFN):
         if self.bias_E is not None:
             load_E, rate = observed["load"], self.config.bias_rate
             self.bias_E[...] = routers.balanced_bias(self.bias_E[...], load_E, rate, zero_mean=True)
-
-
-def show_experts(
-    x_BTD: jax.Array,
-    maps: Maps,
-    activation: ActivationName,
-    channels: Channels | None,
-    routing: Routing,
-    counts: Counts,
-    ctx: CallContext,
-) -> None:
-    """Tell `ctx.width` what the maps of experts read.
-
-    Args:
-      x_BTD: their input.
-      maps: up [E, D, W], down [E, W, D] and, for gated experts, gate [E, D, W].
-      activation: their non-linearity.
-      channels: which channels they leave out.
-      routing: their tokens.
-      counts: how many channels were read, by map [B, T, K], or [B, T, E] where tokens take different numbers.
-      ctx: of the call.
-    """
-    up_EDW, _, gate_EDW = maps
-    names = ("up", "down") if gate_EDW is None else ("gate", "up", "neurons", "down")
-    masked, of_maps = (unmasked, {}) if channels is None else (channels.masked, dict(channels.of_maps))
-
-    def read(name: str, e: jax.Array) -> jax.Array:
-        reads = Reads(masked, jax.tree.map(lambda own: own[e], of_maps))
-        gate_DW = None if gate_EDW is None else gate_EDW[e]
-        reads("down", hidden_of(x_BTD, up_EDW[e], gate_DW, activation_fn(activation), reads, matmul))
-        return reads.inputs[name]
-
-    taken_BTE = routing.active_BTE & ctx.valid_BT[..., None]
-    taken_BTK = routing.active_BTE if routing.experts_BTK is None else jnp.ones(routing.experts_BTK.shape, bool)
-    sizes = {"down": up_EDW.shape[2], "neurons": up_EDW.shape[2]}
-    for name in names:
-        ctx.width.experts(name, partial(read, name), taken_BTE)
-        if name in counts:
-            ctx.width.experts_read(name, counts[name] / sizes.get(name, x_BTD.shape[-1]), taken_BTK)
 
 
 def _values(up: nnx.Param | None, down: nnx.Param | None, gate: nnx.Param | None) -> Maps:

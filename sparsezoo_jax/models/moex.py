@@ -7,7 +7,7 @@ Together the experts are one wide MLP whose hidden units, the features, are few 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,18 @@ from sparsezoo_jax.errors import STRICT, require
 from sparsezoo_jax.models import routers
 from sparsezoo_jax.models.chunks import activation_stats
 from sparsezoo_jax.models.common import ActivationName, BuildContext, CallContext, LayerAux, activation_fn
-from sparsezoo_jax.models.contract import FFN, FFNKind, register_ffn
+from sparsezoo_jax.models.contract import FFN, FFNKind, MapSize, register_ffn
+from sparsezoo_jax.models.experts import expert_channels, hidden_read, network_maps, show_experts
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
+from sparsezoo_jax.models.width import WHOLE
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_ffn import (
+    Channels,
     Dispatch,
     Moved,
     grouped_ffn,
-    hidden_units,
     move_and_why,
     pre_activations,
 )
@@ -49,6 +51,8 @@ class MoEXFFNConfig(FFNKind):
     Loss, to be weighted by an objective: `balance`, the mean over layers (the paper adds 0.001 of it for each layer).
     No token is dropped; nothing has a bias.
     """
+
+    expert_maps: ClassVar[frozenset[str]] = frozenset({"up", "down"})
 
     kind: Literal["moex"] = "moex"
     expert_width: int
@@ -100,6 +104,15 @@ class MoEXFFNConfig(FFNKind):
         """
         width = self.k * self.expert_width
         return d_model * (self._gate_numbers() + width + (width if active is None else active))
+
+    def linear_maps(self, d_model: int, active: float | None = None) -> dict[str, MapSize]:
+        """The two maps of a token's experts."""
+        maps = network_maps(d_model, self.expert_width, self.k * self.expert_width, gated=False)
+        return maps if active is None else {**maps, "down": maps["down"]._replace(read=active / self.k)}
+
+    def expert_axis(self, name: str) -> tuple[int, int]:
+        """Experts have an axis of their own, the first."""
+        return 0, self.experts
 
     def idle_parameters(self, d_model: int) -> int:
         """Parameters of the experts that a token does not take."""
@@ -161,6 +174,8 @@ class MoEXFFNConfig(FFNKind):
 class MoEXFFN(FFN):
     """Mixture of sparse experts; see `MoEXFFNConfig`."""
 
+    matrices: ClassVar[Mapping[str, str]] = {"up": "up_EDW", "down": "down_EWD"}
+
     def __init__(self, config: MoEXFFNConfig, ctx: BuildContext, rngs: nnx.Rngs):
         self.config, self.dtype = config, ctx.dtype
         d, e, width = ctx.d_model, config.experts, config.expert_width
@@ -199,7 +214,7 @@ class MoEXFFN(FFN):
 
         Source: MoE-X (arXiv 2503.07639), equations 7 to 10.
         """
-        return self._features(x, self.route(x))
+        return self._features(x, self.route(x), None)
 
     @property
     def dictionary(self) -> jax.Array:
@@ -212,6 +227,23 @@ class MoEXFFN(FFN):
 
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
+        y_BTD, counts = self.product(x_BTD, routing)
+        return y_BTD, jnp.sum(counts["hidden"], axis=-1)
+
+    def _shown(
+        self, x_BTD: jax.Array, routing: Routing, ctx: CallContext
+    ) -> tuple[jax.Array, jax.Array, Channels | None]:
+        """As `mixed`, by the channels that `ctx.width` leaves, which is told what is read; and these."""
+        channels = expert_channels(ctx.width, self.up_EDW[...], self.down_EWD[...])
+        y_BTD, counts = self.product(x_BTD, routing, channels)
+        activation, up_EDW = activation_fn(self.config.activation), self.weights()[0]
+        show_experts(x_BTD, up_EDW, None, activation, routing.active_BTE, channels, counts, ctx)
+        return y_BTD, jnp.sum(counts["hidden"], axis=-1), channels
+
+    def product(
+        self, x_BTD: jax.Array, routing: Routing, channels: Channels | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """That sum, and by name how many hidden units are not 0, and how many channels maps read, [B, T, K]."""
         assert routing.experts_BTK is not None
         assert routing.weights_BTK is not None
         result: Any = grouped_ffn(
@@ -223,14 +255,14 @@ class MoEXFFN(FFN):
             return_active=True,
             implementation=self.config.implementation,
             moved=self.config.moved,
+            channels=channels,
         )
-        y_BTD, active_BTK = result
-        return y_BTD, jnp.sum(active_BTK, axis=-1)
+        y_BTD, counts = result
+        return y_BTD, counts if channels is not None else {"hidden": counts}
 
-    def _features(self, x: jax.Array, routing: Routing) -> jax.Array:
-        hidden = hidden_units(x, self.weights()[0], None, activation_fn(self.config.activation))
-        hidden = hidden * routing.weights_BTE[..., None].astype(hidden.dtype)
-        return hidden.reshape(*x.shape[:-1], self.config.d_ff)
+    def _features(self, x: jax.Array, routing: Routing, channels: Channels | None) -> jax.Array:
+        activation = activation_fn(self.config.activation)
+        return hidden_read(x, routing.weights_BTE, self.weights()[0], None, activation, channels)
 
     def _pre_activations(self, x: jax.Array) -> jax.Array:
         return pre_activations(x, self.weights()[0]).reshape(*x.shape[:-1], self.config.d_ff)
@@ -238,7 +270,11 @@ class MoEXFFN(FFN):
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         config = self.config
         routing = self.route(x_BTD)
-        y_BTD, active_BT = self.mixed(x_BTD, routing)
+        channels = None
+        if ctx.width is WHOLE:
+            y_BTD, active_BT = self.mixed(x_BTD, routing)
+        else:
+            y_BTD, active_BT, channels = self._shown(x_BTD, routing, ctx)
         l0 = ctx.mean_over_tokens(active_BT)
         load_E = routers.loads(routing.active_BTE, ctx)
         stats = activation_stats(routing.active_BTE, ctx) | {
@@ -251,8 +287,8 @@ class MoEXFFN(FFN):
             EXPERT_SCORES: lambda: routing.weights_BTE,
             GATE_SCORES: lambda: self.scores(x_BTD),
             FFN_SCORES: lambda: self._pre_activations(x_BTD),
-            FFN_GATE: lambda: self._features(x_BTD, routing),
-            FFN_HIDDEN: lambda: self._features(x_BTD, routing),
+            FFN_GATE: lambda: self._features(x_BTD, routing, channels),
+            FFN_HIDDEN: lambda: self._features(x_BTD, routing, channels),
         }
         losses = {"balance": first_choice_balance(routing, ctx, config.balance)}
         return y_BTD, LayerAux(losses, stats, ctx.recorded(records))

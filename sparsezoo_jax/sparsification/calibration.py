@@ -26,6 +26,7 @@ from sparsezoo_jax.models.config import LayerSpec
 from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.records import MAPS, input_of, scores_of
+from sparsezoo_jax.models.sparsified import SparsifiedFFN
 from sparsezoo_jax.models.width import WholeWidth
 from sparsezoo_jax.sparsification.layers import Place, layer_by_layer
 from sparsezoo_jax.sparsification.methods import Quantile
@@ -151,8 +152,10 @@ def _read(
     ctx = call_context(config, batch["tokens"], batch["segment_ids"], batch["positions"])
     ctx.record = frozenset(record(name) for name in MAPS for record in (input_of, scores_of))
     ctx.summarise = partial(_statistics, dense_tokens)
-    ctx.width = experts = _Experts(dense_tokens, ctx)
-    passed, aux, _ = nnx.merge(graphdef, state)(Passed(x_BTD), ctx, None)
+    block, experts = nnx.merge(graphdef, state), _Experts(dense_tokens, ctx)
+    if isinstance(block.ffn, SparsifiedFFN):
+        ctx.width = experts
+    passed, aux, _ = block(Passed(x_BTD), ctx, None)
     return passed.x, aux.records | experts.found
 
 

@@ -111,7 +111,7 @@ def check_no_experts(config: DecoderConfig, taken: Mapping[str, tuple[str, ...]]
     """
     for field, names in taken.items():
         kind = getattr(config, field)
-        experts = [name for name in names if name in kind.expert_maps]
+        experts = [name for name in names if field != "attention" and name in kind.expert_maps]
         allowed = f"{what}: each of its experts has own matrices of {', '.join(experts)}; name other maps with --maps"
         require(not experts, f"model.{field}.kind", kind.kind, allowed)
 

@@ -34,8 +34,8 @@ class Place(NamedTuple):
     """The layer, counted from 0."""
     path: str
     """Of its block, as `training.state.flatten` has it: its parameters' paths begin with this and '/'."""
-    index: int | tuple[int, int]
-    """Of the layer along the first axis of these parameters; of a matrix of experts also the expert's."""
+    index: int
+    """Of the layer along the first axis of these parameters."""
 
 
 class MapInputs(NamedTuple):

@@ -30,7 +30,6 @@ from sparsezoo_jax.sparsification.config import (
     RSparseConfig,
 )
 from sparsezoo_jax.sparsification.conversion import check_no_experts, maps_taken, sparsified_config, with_cuts, wrapped
-from sparsezoo_jax.sparsification.layers import Place
 from sparsezoo_jax.sparsification.methods import METHODS, RELEASED, Method, Quantile, without_absent
 from sparsezoo_jax.sparsification.progress import Progress
 from sparsezoo_jax.sparsification.rotation import rotate
@@ -267,9 +266,9 @@ class WeightPlan(NamedTuple):
             paths = pruning.matrix_paths(model, self.maps)
             gradients = pruning.gradient_norms(model, text, paths, self.config.gradient_norm, progress)
 
-        def score(path: str, place: Place, weight_IO: np.ndarray, norms_I: np.ndarray | None) -> np.ndarray:
+        def score(path: str, own_of: pruning.Own, weight_IO: np.ndarray, norms_I: np.ndarray | None) -> np.ndarray:
             found = gradients.get(path)
-            own = None if found is None else found[place.index].reshape(weight_IO.shape)
+            own = None if found is None else own_of(found)
             return pruning.weight_scores(weight_IO, norms_I, own, self.config.gradient_weight)
 
         pattern = pruning.parse_pattern(self.pattern)

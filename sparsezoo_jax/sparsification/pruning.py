@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,8 @@ PRUNING: dict[str, Compare] = {"magnitude": "matrix", "wanda": "row", "gblm": "r
 _ZEROS = "zeros of "
 #: Likewise the numbers of the experts that got too few tokens.
 _FEW = "too few tokens of "
+#: Of an array of a parameter's shape, for all layers, the entries of one matrix [I, O].
+Own = Callable[[np.ndarray], np.ndarray]
 #: All maps that can be pruned.
 PRUNED_MAPS = LINEAR_MAPS
 
@@ -240,6 +242,22 @@ def _names(block: Block, config: DecoderConfig) -> list[str]:
     return [name for name, *_ in block_matrices(block, config.d_model)]
 
 
+def _matrices(x: np.ndarray, channels: int, axis: int, experts: int) -> np.ndarray:
+    """[E, I, O], of an array along one of whose axes so many matrices of I channels lie one after another."""
+    apart = x.reshape(*x.shape[:axis], experts, -1, *x.shape[axis + 1 :])
+    return np.moveaxis(apart, axis, 0).reshape(experts, channels, -1)
+
+
+def _together(parts: Sequence[np.ndarray], shape: tuple[int, ...], axis: int, experts: int) -> np.ndarray:
+    """The array of this shape that has these matrices."""
+    own = (*shape[:axis], shape[axis] // experts, *shape[axis + 1 :])
+    return np.moveaxis(np.stack([part.reshape(own) for part in parts]), 0, axis).reshape(shape)
+
+
+def _own_of(layer: int, lie: tuple[int, int, int], expert: int, x: np.ndarray) -> np.ndarray:
+    return _matrices(x[layer], *lie)[expert]
+
+
 class Earlier(NamedTuple):
     """A model from which the weights came, and what it is for."""
 
@@ -254,7 +272,7 @@ def prune(
     model: Decoder,
     maps: tuple[str, ...],
     share: float,
-    score: Callable[[str, Place, np.ndarray, np.ndarray | None], np.ndarray],
+    score: Callable[[str, Own, np.ndarray, np.ndarray | None], np.ndarray],
     compare: Compare,
     pattern: Pattern | None,
     batches: Iterable[Mapping[str, Any]] | None,
@@ -267,9 +285,9 @@ def prune(
       model: the decoder.
       maps: their matrices are pruned, in layers that have them.
       share: of the weights that become 0; see `kept_weights`, as for `compare` and `pattern`.
-      score: of a matrix [I, O]: called with the parameter's path, the layer's place, the matrix, and the norms of its
-        input's channels [I] (None without batches). Of experts each is one matrix; for one that gets less than
-        `layers.FEWEST` tokens the norms are 1.
+      score: of a matrix [I, O]: called with the parameter's path, what takes the matrix's entries from an array of all
+        layers, the matrix, and the norms of its input's channels [I] (None without batches). Of experts each is one
+        matrix; for one that gets less than `layers.FEWEST` tokens the norms are 1.
       batches: the text, as for `layers.walk`; None: the scores don't need any.
       earlier: see `Earlier`.
       stage: where what is found is kept (`layers.layer_by_layer`).
@@ -280,27 +298,18 @@ def prune(
     before = None if earlier is None else flatten(template.split(earlier.model)[0])
     rewinding = earlier is not None and earlier.rewind
 
-    def one(
-        path: str,
-        place: Place,
-        channels: int,
-        value: np.ndarray,
-        norms_I: np.ndarray | None,
-        before_then: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def one(path: str, own_of: Own, weight_IO: np.ndarray, norms_I: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """A matrix without the weights that go, as the next layers read it and as it ends."""
-        weight_IO = value.reshape(channels, -1)
-        score_IO = score(path, place, weight_IO, norms_I)
-        before_IO = None if before_then is None else before_then.reshape(weight_IO.shape)
+        score_IO = score(path, own_of, weight_IO, norms_I)
+        before_IO = None if before is None else own_of(np.asarray(before[path]))
         if earlier is not None and before_IO is not None and earlier.activate:
             movement_IO = np.abs(weight_IO.astype(np.float32) - before_IO.astype(np.float32))
             kept_IO = kept_while_activating(score_IO, weight_IO, movement_IO, share, earlier.activate, compare)
         else:
             kept_IO = kept_weights(score_IO, share, compare, pattern)
-        zero = np.zeros((), value.dtype)
+        zero = np.zeros((), weight_IO.dtype)
         result_IO = before_IO if rewinding and before_IO is not None else weight_IO
-        read, end = (np.where(kept_IO, x_IO, zero).reshape(value.shape) for x_IO in (weight_IO, result_IO))
-        return read, end
+        return np.where(kept_IO, weight_IO, zero), np.where(kept_IO, result_IO, zero)
 
     def visit(place: Place, block: Block, inputs: LayerInputs | None) -> tuple[bool, Arrays]:
         found: Arrays = {}
@@ -308,19 +317,19 @@ def prune(
             if name not in maps:
                 continue
             path, value = f"{place.path}/{sublayer}/{local}", np.asarray(param[...])
-            channels = getattr(block.spec, sublayer).weight_maps(model.config.d_model)[name]
+            kind = getattr(block.spec, sublayer)
+            channels = kind.weight_maps(model.config.d_model)[name]
             norms = None if inputs is None else inputs.norms(name)
-            before_then = None if before is None else np.asarray(before[path][place.index])
-            if name not in getattr(block.spec, sublayer).expert_maps:
-                kept, result = one(path, place, channels, value, norms, before_then)
-            else:
-                few = () if inputs is None else inputs.too_few(name)
-                parts = []
-                for e in range(len(value)):
-                    own = None if norms is None else np.ones(channels) if e in few else norms[e]
-                    then = None if before_then is None else before_then[e]
-                    parts.append(one(path, place._replace(index=(place.index, e)), channels, value[e], own, then))
-                kept, result = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+            of_experts = sublayer == "ffn" and name in kind.expert_maps
+            lie = (channels, *(kind.expert_axis(name) if of_experts else (0, 1)))
+            few = () if inputs is None else inputs.too_few(name)
+            parts = []
+            for e, weight_IO in enumerate(_matrices(value, *lie)):
+                own = norms[e] if of_experts and norms is not None else norms
+                own = np.ones(channels) if e in few else own
+                parts.append(one(path, partial(_own_of, place.index, lie, e), weight_IO, own))
+            kept, result = (_together(arrays, value.shape, *lie[1:]) for arrays in zip(*parts, strict=True))
+            if of_experts:
                 found[_FEW + name] = np.asarray(few, int)
             param[...] = like(kept, param[...])
             found[path] = result

@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_expert(monkeypatch, model, text):
 
 def test_what_can_not_be_treated_is_named(model):
     assert maps_taken(model.config, pruning.PRUNED_MAPS, weights=True)["ffn"] == MAPS
-    with pytest.raises(ConfigError, match=r"model.ffn.kind=deco: has no maps"):
-        maps_taken(CONFIGS["deco"], ("down",), weights=True)
+    with pytest.raises(ConfigError, match=r"model.ffn.kind=delta: has no maps"):
+        maps_taken(CONFIGS["delta"], ("down",), weights=True)
     with pytest.raises(ConfigError, match=r"--pattern=3:7: must divide the 8 inputs of the map down"):
         pruning.check_matrices(model.config, {"ffn": ("down",)}, pruning.Pattern(3, 7))

@@ -13,7 +13,7 @@ from sparsezoo_jax.pallas_kernels.deco_ffn.activation import NORMALISE, ExpertAc
 from sparsezoo_jax.pallas_kernels.matmul import from_stream, to_stream
 from sparsezoo_jax.sharding import constrain
 
-__all__ = ["NORMALISE", "ExpertActivation", "deco_ffn", "scaled_hidden"]
+__all__ = ["NORMALISE", "ExpertActivation", "deco_ffn", "hidden_units", "scaled_hidden"]
 
 
 def deco_ffn(
@@ -63,6 +63,23 @@ def deco_ffn(
     return to_stream(scaled_hidden(x, scores, up, scale, **form), down)
 
 
+def hidden_units(
+    x: jax.Array,
+    up: jax.Array,
+    scale: jax.Array | None,
+    *,
+    expert_width: int,
+    eps: float = 1e-5,
+    activation: ExpertActivation = "norm_silu",
+) -> jax.Array:
+    """Units of all experts after NormSiLU, [..., E, W]; arguments as of `deco_ffn`."""
+    names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "ffn")
+    units = constrain(from_stream(x, up), names)
+    # The mean over all units, by the units: cheaper than by a mean column of `up`, for they exist already.
+    per_expert = centred(units, activation).reshape(*x.shape[:-1], -1, expert_width)
+    return norm_silu(per_expert, scale, eps, activation).astype(x.dtype)
+
+
 def scaled_hidden(
     x: jax.Array,
     scores: jax.Array,
@@ -75,9 +92,6 @@ def scaled_hidden(
 ) -> jax.Array:
     """Units of all experts after NormSiLU, each times its score, [..., F]; exactly 0 where the score is."""
     names = (*("batch", "length")[: x.ndim - 1], *(None,) * (x.ndim - 3), "ffn")
-    units = constrain(from_stream(x, up), names)
-    # The mean over all units, by the units: cheaper than by a mean column of `up`, for they exist already.
-    per_expert = centred(units, activation).reshape(*scores.shape, expert_width)
-    hidden = norm_silu(per_expert, scale, eps, activation).astype(x.dtype)
+    hidden = hidden_units(x, up, scale, expert_width=expert_width, eps=eps, activation=activation)
     hidden = hidden * scores[..., None].astype(x.dtype)
-    return constrain(hidden.reshape(units.shape), names)
+    return constrain(hidden.reshape(*x.shape[:-1], -1), names)

@@ -27,6 +27,7 @@ Dispatch = Literal["dense", "ragged", "loop"]
 Moved = Literal["weights", "tokens"]
 
 __all__ = [
+    "Activation",
     "Channels",
     "Dispatch",
     "Moved",
@@ -35,6 +36,7 @@ __all__ = [
     "hidden_of",
     "hidden_units",
     "move_and_why",
+    "of_tokens",
     "pre_activations",
     "spread",
     "unmasked",
