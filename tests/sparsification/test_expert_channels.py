@@ -11,6 +11,7 @@ from flax import nnx
 
 from sparsezoo_jax import sparsify
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.evaluation.meters import measure
 from sparsezoo_jax.evaluation.sparsified import needed
 from sparsezoo_jax.models.records import EXPERT_SCORES, SUBLAYER_INPUT
 from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
@@ -136,6 +137,9 @@ def test_with_nothing_left_out_it_is_the_dense_one(models, batch):
     model, sparse, _ = models
     expected = forward(model)(batch["tokens"]).logits
     np.testing.assert_allclose(forward(sparse)(batch["tokens"]).logits, expected, atol=1e-6)
+    of_dense, of_sparse = (measure(m, m.config, [batch]).sparsity(m.config).active_neurons for m in (model, sparse))
+    assert None not in of_dense[1:]
+    assert of_sparse == pytest.approx(of_dense)
 
 
 def test_thresholds_are_quantiles_over_the_tokens_that_experts_get(models, batch):
