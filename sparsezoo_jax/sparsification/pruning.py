@@ -321,14 +321,15 @@ def prune(
             channels = kind.weight_maps(model.config.d_model)[name]
             norms = None if inputs is None else inputs.norms(name)
             of_experts = sublayer == "ffn" and name in kind.expert_maps
-            lie = (channels, *(kind.expert_axis(name) if of_experts else (0, 1)))
+            axis, experts = kind.expert_axis(name) if of_experts else (0, 1)
+            lie = (channels, axis, experts)
             few = () if inputs is None else inputs.too_few(name)
             parts = []
             for e, weight_IO in enumerate(_matrices(value, *lie)):
                 own = norms[e] if of_experts and norms is not None else norms
                 own = np.ones(channels) if e in few else own
                 parts.append(one(path, partial(_own_of, place.index, lie, e), weight_IO, own))
-            kept, result = (_together(arrays, value.shape, *lie[1:]) for arrays in zip(*parts, strict=True))
+            kept, result = (_together(arrays, value.shape, axis, experts) for arrays in zip(*parts, strict=True))
             if of_experts:
                 found[_FEW + name] = np.asarray(few, int)
             param[...] = like(kept, param[...])
