@@ -198,13 +198,13 @@ class BlockFFN(FFN):
                 ),
             }
 
-        def hidden() -> jax.Array:
+        def hidden(whole: bool = False) -> jax.Array:
             if channels is not None:
                 up_EDW, _, gate_EDW = self._by_expert(self.dtype)
-                return hidden_read(x_BTD, scores_BTE, up_EDW, gate_EDW, jax.nn.silu, channels)
+                return hidden_read(x_BTD, scores_BTE, up_EDW, gate_EDW, jax.nn.silu, channels, whole=whole)
             return scaled_hidden(x_BTD, scores_BTE, up_DF, gate_DF, expert_width=config.expert_width)
 
-        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: hidden, FFN_HIDDEN: hidden}
+        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: lambda: hidden(True), FFN_HIDDEN: hidden}
         return y, LayerAux(losses, activation_stats(scores_BTE != 0, ctx), ctx.recorded(records))
 
     def _by_expert(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array | None]:

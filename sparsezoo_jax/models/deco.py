@@ -190,9 +190,10 @@ class DECOFFN(FFN):
             y_BTD = to_stream(hidden, down_FD)
 
         def units() -> jax.Array:
-            return scaled_hidden(x_BTD, scores_BTE, up_DF, **form) if hidden is None else hidden
+            return scaled_hidden(x_BTD, scores_BTE, up_DF, **form)
 
-        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: units, FFN_HIDDEN: units}
+        read = units if hidden is None else lambda: hidden
+        records = {EXPERT_SCORES: lambda: scores_BTE, FFN_GATE: units, FFN_HIDDEN: read}
         losses = {ROUTER_ENTROPY: self.share_of_layers * router_entropy(positive_BTE, ctx)}
         aux = LayerAux(losses, statistics(positive_BTE, ctx), ctx.recorded(records))
         shared = ctx if ctx.width is WHOLE else replace(ctx, width=Named(SHARED, ctx.width))

@@ -97,8 +97,16 @@ def hidden_read(
     gate_EDW: jax.Array | None,
     activation: Activation,
     channels: Channels | None,
+    *,
+    whole: bool = False,
 ) -> jax.Array:
-    """Hidden units of all experts as their down maps read them, times the experts' weights [..., E]: [..., F]."""
+    """Hidden units of all experts as their down maps read them, times the experts' weights [..., E]: [..., F].
+
+    `whole`: with what masks on these units leave out, of what masks before them leave.
+    """
+    if whole and channels is not None:
+        before = {name: own for name, own in channels.of_maps.items() if name in ("gate", "up")}
+        channels = channels._replace(of_maps=before)
 
     def made(channels: Channels | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         reads = Reads() if channels is None else Reads(channels.masked, channels.of_maps)

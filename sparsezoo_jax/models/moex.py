@@ -260,9 +260,9 @@ class MoEXFFN(FFN):
         y_BTD, counts = result
         return y_BTD, counts if channels is not None else {"hidden": counts}
 
-    def _features(self, x: jax.Array, routing: Routing, channels: Channels | None) -> jax.Array:
+    def _features(self, x: jax.Array, routing: Routing, channels: Channels | None, *, whole: bool = False) -> jax.Array:
         activation = activation_fn(self.config.activation)
-        return hidden_read(x, routing.weights_BTE, self.weights()[0], None, activation, channels)
+        return hidden_read(x, routing.weights_BTE, self.weights()[0], None, activation, channels, whole=whole)
 
     def _pre_activations(self, x: jax.Array) -> jax.Array:
         return pre_activations(x, self.weights()[0]).reshape(*x.shape[:-1], self.config.d_ff)
@@ -287,7 +287,7 @@ class MoEXFFN(FFN):
             EXPERT_SCORES: lambda: routing.weights_BTE,
             GATE_SCORES: lambda: self.scores(x_BTD),
             FFN_SCORES: lambda: self._pre_activations(x_BTD),
-            FFN_GATE: lambda: self._features(x_BTD, routing, channels),
+            FFN_GATE: lambda: self._features(x_BTD, routing, channels, whole=True),
             FFN_HIDDEN: lambda: self._features(x_BTD, routing, channels),
         }
         losses = {"balance": first_choice_balance(routing, ctx, config.balance)}

@@ -343,6 +343,12 @@ class SparsifiedFFNConfig(FFNKind):
         return self.of.shared
 
     @property
+    def expert_width(self) -> int:
+        """Neurons of one expert, of a network that has experts."""
+        of: Any = self.of
+        return of.expert_width
+
+    @property
     def target_active(self) -> float | None:
         """Neurons that the network's own selection aims at."""
         return self.of.target_active

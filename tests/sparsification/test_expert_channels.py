@@ -1,6 +1,9 @@
 """Experts of mixtures leave out channels of what they read, each for the tokens that it gets: restated in NumPy."""
 
+import contextlib
 import dataclasses
+import io
+import json
 from pathlib import Path
 
 import jax
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsezoo_jax import sparsify
+from sparsezoo_jax import evaluate, run_dir, sparsify
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.evaluation.meters import measure
 from sparsezoo_jax.evaluation.sparsified import needed
@@ -17,9 +20,11 @@ from sparsezoo_jax.models.records import EXPERT_SCORES, SUBLAYER_INPUT
 from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from sparsezoo_jax.sparsification import METHODS
 from sparsezoo_jax.sparsification.calibration import calibrate, thresholds
+from sparsezoo_jax.sparsification.config import CalibrationConfig
 from sparsezoo_jax.sparsification.conversion import sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.methods import LINEAR_MAPS
 from tests.models.conftest import CONFIGS, build, forward
+from tests.sparsification.conftest import store
 from tests.sparsification.test_experts import FORM
 from tests.sparsification.test_formulas import D, call, kept_by_threshold, kept_largest, silu
 from tests.sparsification.test_formulas import build as build_layer
@@ -216,3 +221,18 @@ def test_what_can_not_be_treated_is_named():
         planned(method="cats").check(plain)
     with pytest.raises(ConfigError, match="can't have shared_neurons beside shared_up or shared_down"):
         planned(method="teal", maps=("shared_neurons", "shared_down"))
+
+
+def test_a_run_is_made_and_evaluated(tmp_path, made):
+    """Costs as measured count the experts that are active, and what their maps leave out once."""
+    _, source, tokenizer = run_dir.load(made[0] / "dense")
+    config = dataclasses.replace(source, model=dataclasses.replace(source.model, ffn=FORM))
+    run = store(tmp_path / "mixture", config, tokenizer)
+    calibration = CalibrationConfig(sequences=6)
+    changes = {"directory": run, "out": tmp_path / "out", "sparsity": 0.4, "calibration": calibration}
+    figures = sparsify.sparsify(dataclasses.replace(made[1], **changes))
+    assert figures["weights"] / figures["weights_dense"] == pytest.approx(0.6, abs=0.03)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main([str(tmp_path / "out"), "--batches", "2", "--json"])
+    found = json.loads(printed.getvalue())["parameters"]
+    assert found["activated_layers_measured"] == pytest.approx(found["activated_layers"], abs=1)

@@ -12,7 +12,7 @@ from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.matrices import layer_matrices
 from sparsezoo_jax.models.moex import MoEXFFNConfig
-from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_HIDDEN, SUBLAYER_INPUT
+from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN, SUBLAYER_INPUT
 from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from sparsezoo_jax.sparsification import METHODS, layers, pruning
 from sparsezoo_jax.sparsification.calibration import calibrate
@@ -61,7 +61,7 @@ def test_each_map_reads_what_its_mask_leaves(kind, method):
     setting = METHODS[method]._replace(maps=maps, weighted=maps if method == "wina" else ())
     layer = build_layer(SparsifiedFFNConfig(of=FORMS[kind], sparsity=setting.sparsity(0.5)))
     layer.masks.cut_P[...] = jnp.full(len(maps), 0.5 if method == "wina" else CUT)
-    y, aux = jax.jit(lambda: call(layer, X, record=frozenset({EXPERT_SCORES, FFN_HIDDEN})))()
+    y, aux = jax.jit(lambda: call(layer, X, record=frozenset({EXPERT_SCORES, FFN_GATE, FFN_HIDDEN})))()
     inner, x = layer.inner, X.reshape(-1, D).astype(np.float64)
     weights = np.asarray(aux.records[EXPERT_SCORES], np.float64).reshape(len(x), E)
     seen = {name: [] for name in maps}
@@ -94,6 +94,8 @@ def test_each_map_reads_what_its_mask_leaves(kind, method):
         expected += read("shared_down", made, downs) @ downs
     np.testing.assert_allclose(np.asarray(y).reshape(-1, D), expected, atol=2e-5)
     np.testing.assert_allclose(np.asarray(aux.records[FFN_HIDDEN]).reshape(len(x), E, W), hidden, atol=2e-5)
+    # By gates neurons are counted, and then what masks leave out of these; so they are those before the mask.
+    assert np.count_nonzero(aux.records[FFN_GATE]) > np.count_nonzero(hidden)
     for name in maps:
         assert aux.stats[f"density_{name}"] == pytest.approx(np.concatenate(seen[name]).mean(), abs=1e-6)
 
