@@ -156,9 +156,8 @@ class Meters:
                 return layer.ffn.active.mean
             if layer.experts is None:
                 return None
-            # A layer that chooses experts and nothing within them records no neurons. One whose maps leave channels out
-            # holds the network with the experts.
-            return layer.experts.active.mean * getattr(ffn, "of", ffn).expert_width
+            # A layer that chooses experts and nothing within them records no neurons.
+            return layer.experts.active.mean * ffn.expert_width
 
         return Sparsity(
             tuple(active(layer, spec.ffn) for layer, spec in zip(self.layers, config.layer_specs(), strict=True)),
