@@ -154,10 +154,8 @@ class Meters:
         def active(layer: LayerMeters, ffn: Any) -> float | None:
             if layer.ffn is not None:
                 return layer.ffn.active.mean
-            if layer.experts is None:
-                return None
             # A layer that chooses experts and nothing within them records no neurons.
-            return layer.experts.active.mean * ffn.expert_width
+            return None if layer.experts is None else layer.experts.active.mean * ffn.expert_width
 
         return Sparsity(
             tuple(active(layer, spec.ffn) for layer, spec in zip(self.layers, config.layer_specs(), strict=True)),
