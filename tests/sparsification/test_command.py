@@ -178,6 +178,6 @@ def test_layers_that_the_method_does_not_know_are_named(made, tmp_path):
     _, config, tokenizer = run_dir.load(folder / "dense")
     config = with_values(config, {"model.ffn": PlainFFNConfig(d_ff=48)})
     plain = store(tmp_path / "plain", config, tokenizer)
-    with pytest.raises(UserError, match=r"model.ffn.kind=plain: has the maps up, down; neurons can't be sparsified"):
+    with pytest.raises(UserError, match=r"model.ffn.kind=plain: has the maps up, down; neurons,shared_neurons can't"):
         sparsify.sparsify(dataclasses.replace(command, directory=plain, out=tmp_path / "new", method="cats"))
     assert not (tmp_path / "new").exists()
