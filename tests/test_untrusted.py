@@ -58,8 +58,9 @@ def text_fields(hint, path, marks=(), within=()):
     if dataclasses.is_dataclass(hint):
         if hint in within:
             return
+        fields = {field.name for field in dataclasses.fields(hint)}  # without class variables
         for name, inner in typing.get_type_hints(hint, include_extras=True).items():
-            if name in hint.__dataclass_fields__:
+            if name in fields:
                 yield from text_fields(inner, f"{path}.{name}" if path else name, marks, (*within, hint))
     elif typing.get_origin(hint) is typing.Annotated and isinstance(hint.__metadata__[0], Registry):
         for kind in hint.__metadata__[0].members().values():
