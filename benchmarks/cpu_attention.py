@@ -33,7 +33,7 @@ from sparsezoo_jax.models.spark import SparkFFNConfig
 from sparsezoo_jax.pallas_kernels import flash_attention, spark_attention
 from sparsezoo_jax.pallas_kernels.spark_attention import Visibility
 
-FORMS = ("xla", "blocked")
+FORMS = ("xla", "blocked", "native")
 
 
 class Heads(NamedTuple):
@@ -139,7 +139,7 @@ def attention_alone(options: argparse.Namespace) -> None:
     with peer(options.torch, options.batch_size, options.seq_len, heads) as torch:
         if torch is not None:
             variants["PyTorch SDPA"] = torch
-        print_times(variants, options.rounds, "dense, blocked", torch)
+        print_times(variants, options.rounds, f"dense, {options.forms[-1]}", torch)
 
 
 def train_steps(options: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def train_steps(options: argparse.Namespace) -> None:
         for name, config in (("dense", dense), ("spark", spark))
         for form in options.forms
     }
-    print_times(variants, options.rounds, "dense, blocked")
+    print_times(variants, options.rounds, f"dense, {options.forms[-1]}")
 
 
 def memory(options: argparse.Namespace) -> None:

@@ -36,6 +36,8 @@ OPERATIONS = (
     "deco_ffn",
     "attention",
     "spark_attention",
+    "attention_forward",
+    "attention_backward",
     "from_blocks",
     "to_blocks",
     "put_slots",
@@ -146,17 +148,21 @@ def call(
     results: Sequence[jax.ShapeDtypeStruct],
     *arrays: jax.Array,
     aliases: Mapping[int, int] | None = None,
+    vmap_method: str | None = None,
     **attributes: Any,
 ) -> tuple[jax.Array, ...]:
     """Call one of `OPERATIONS`, without any check of its arguments; not differentiable.
 
-    `aliases` names arrays, by their places, that become results. Attributes that are floats become float64, integers
-    int64.
+    `aliases` names arrays, by their places, that become results; `vmap_method` is that of `jax.ffi.ffi_call`.
+    Attributes that are floats become float64, integers int64.
     """
     assert available()
     typed: Mapping[str, Any] = {name: _attribute(value) for name, value in attributes.items()}
     found: Any = jax.ffi.ffi_call(
-        f"sparsezoo_{operation}", list(results), input_output_aliases=None if aliases is None else dict(aliases)
+        f"sparsezoo_{operation}",
+        list(results),
+        input_output_aliases=None if aliases is None else dict(aliases),
+        vmap_method=vmap_method,
     )(*arrays, **typed)
     return tuple(found)
 

@@ -9,8 +9,8 @@ operation's docstring says which of them it has):
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
 - "blocked": plain JAX in loops over blocks, for CPUs. Every platform.
-- "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient; jax raises if it is
-  lowered for another platform.
+- "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient (attention and SparseLM's
+  layer have one); jax raises if it is lowered for another platform.
 
 With `implementation=None` the choice falls when the program is lowered, not when it is traced, so that compiling for a
 TPU from a machine without one gives the TPU's program. `without_kernels` makes it "xla" everywhere.
@@ -78,7 +78,8 @@ class Implementation(Generic[R]):
     """Takes the operation's arrays. `CustomVJP`s of one operation have residuals of the same structure; where a plain
     function is among them, they have none but the arrays."""
     platform: Platform | None = None
-    """The platform for which it may be the default; None: those for which no other is."""
+    """The platform for which it may be the default; None: those for which no other is. Of several defaults of a
+    platform that can take the arguments, the last in the operation's list is taken."""
     refusal: Callable[[], str | None] = lambda: None
     """Says why it can't take the arguments at hand; None if it can."""
     default: bool = True

@@ -18,7 +18,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, blocked, sp
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
 
-FORMS = ["xla", "blocked", "pallas_tpu_interpret", "pallas_gpu_interpret"]
+FORMS = ["xla", "blocked", "native", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 LENGTH = 300  # fills two tiles of 128 and part of a third
 DOCUMENTS = np.stack([np.repeat([1, 2, 0], n) for n in ([150, 130, 20], [290, 5, 5])]).astype(np.int32)
 
@@ -141,15 +141,15 @@ def test_what_is_not_finite_and_what_is_large(form, options):
     np.testing.assert_allclose(y[finite], expected[finite], atol=1e-5)
 
 
-def temporaries(kind, length):
-    """Bytes of those of both passes, compiled for a CPU by default."""
+def temporaries(kind, length, form):
+    """Bytes of those of both passes, compiled for a CPU."""
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def both(q, k, v, segments):
         visible = Visibility.of_tokens(segments)
         attend = {
-            "dense": lambda q, k, v: flash_attention(q, k, v, visible),
-            "spark": lambda q, k, v: spark_attention(q, k, v, visible, r=8, top_k=64)[0],
+            "dense": lambda q, k, v: flash_attention(q, k, v, visible, implementation=form),
+            "spark": lambda q, k, v: spark_attention(q, k, v, visible, r=8, top_k=64, implementation=form)[0],
         }[kind]
 
         # A layer of several, of which a scan keeps what the backward pass reads.
@@ -163,14 +163,15 @@ def temporaries(kind, length):
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.parametrize("form", [None, "blocked"])
 @pytest.mark.parametrize("kind", ["dense", "spark"])
-def test_memory_is_linear_on_a_cpu(kind):
-    short, long = temporaries(kind, 1024), temporaries(kind, 4096)
+def test_memory_is_linear_on_a_cpu(kind, form):
+    short, long = temporaries(kind, 1024, form), temporaries(kind, 4096, form)
     assert long < 4.2 * short
     assert long < 4096**2, "a quarter of one head's scores"
 
 
-def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
+def test_default_is_the_kernel_of_the_platform_it_is_lowered_for():
     shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 128), jnp.bfloat16)  # noqa: E731
 
     def lowered(platform, queries=256):
@@ -187,7 +188,9 @@ def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
         assert text.count(call) == count
         assert "256x256xi1" not in text, "no mask of all pairs"
         assert "custom_call" not in lowered(platform, queries=1)
-    assert "custom_call" not in lowered("cpu")
+    for call in ("sparsezoo_attention_forward", "sparsezoo_attention_backward"):
+        assert lowered("cpu").count(call) == 1
+        assert call not in lowered("cpu", queries=1)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_shapes_that_do_not_fit(shapes, message):
         flash_attention(*(jnp.zeros(shape) for shape in shapes), Visibility.of_tokens(jnp.ones((1, 8), jnp.int32)))
 
 
-@pytest.mark.parametrize("form", ["blocked", "pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("form", ["blocked", "native", "pallas_tpu", "pallas_gpu"])
 def test_kernels_take_no_mask_of_all_pairs(form):
     q, k, v, _ = inputs()
     call = partial(flash_attention, q, k, v, jnp.ones((2, LENGTH, LENGTH), bool))

@@ -22,7 +22,7 @@ from sparsezoo_jax.pallas_kernels.statistical_topk import row_statistics
 from sparsezoo_jax.pallas_kernels.tuning import TABLE, Key, Launch
 from tests.kernels.lowering import text_for
 
-KERNELS = ["blocked", "pallas_tpu_interpret", "pallas_gpu_interpret"]
+KERNELS = ["blocked", "native", "pallas_tpu_interpret", "pallas_gpu_interpret"]
 R, WIDTH = 4, 12
 
 
@@ -219,6 +219,8 @@ def test_sanity_configuration_is_plain_attention(attention):
 
 @pytest.mark.slow
 def test_gradients_by_finite_differences(attention):
+    if attention.implementation == "native":
+        pytest.skip("computes in float32; test_every_gradient_is_the_definition has its gradients")
     with jax.enable_x64(True):
         q, k, v, mask = inputs(batch=1, queries=9, heads=2, kv_heads=1, dtype=jnp.float64)
         g = jax.random.normal(jax.random.key(5), q.shape, jnp.float64)
@@ -419,7 +421,7 @@ def test_inside_scan_remat_and_vmap(attention):
 
 
 @pytest.mark.slow
-def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
+def test_default_is_the_kernel_of_the_platform_it_is_lowered_for():
     shape = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, 256), jnp.bfloat16)  # noqa: E731
     visible = lambda n: Visibility.of_tokens(jnp.ones((1, n), jnp.int32))  # noqa: E731
 
@@ -436,7 +438,9 @@ def test_default_is_the_kernel_only_where_lowered_for_a_tpu_or_gpu():
         text = lowered(platform)
         assert text.count(call) == count
         assert "256x256xi1" not in text, "no mask of all pairs"
-    assert "custom_call" not in lowered("cpu")
+    for call in ("sparsezoo_attention_forward", "sparsezoo_attention_backward"):
+        assert lowered("cpu").count(call) == 1
+        assert call not in lowered("cpu", queries=1)
     assert "custom_call" not in lowered("tpu", queries=1)
     assert "custom_call" not in lowered("cuda", queries=1)
 
@@ -463,7 +467,7 @@ def test_what_the_kernel_can_not_take(change, why):
         selection=change.get("selection", "statistical"),
     )
     assert jax.eval_shape(call)[0].shape == q.shape
-    for kernel in ("blocked", "pallas_tpu", "pallas_gpu"):
+    for kernel in ("blocked", "native", "pallas_tpu", "pallas_gpu"):
         with pytest.raises(ConfigError, match=rf'spark_attention.implementation={kernel}: .*{why}.*; use "xla"'):
             call(implementation=kernel)
 

@@ -12,15 +12,15 @@ from sparsezoo_jax.pallas_kernels.spark_attention import Visibility, spark_atten
 from sparsezoo_jax.pallas_kernels.tuning import Launch, trying
 from sparsezoo_jax.sharding import MeshConfig, build_mesh, named_sharding, use_mesh
 
-TPU, GPU, BLOCKED = "pallas_tpu_interpret", "pallas_gpu_interpret", "blocked"
+TPU, GPU, BLOCKED, NATIVE = "pallas_tpu_interpret", "pallas_gpu_interpret", "blocked", "native"
 #: Axes, heads of queries and of keys, tokens, window, kernels. Without a window devices exchange halves of their
 #: queries, and where these are whole tiles each device has a list of its own tiles. What tells a kernel its part of a
 #: sequence meets all of them; which heads a device has is settled before there is a kernel.
 MESHES = {
     "tensor 8, fewer key heads": ({"tensor": 8}, 8, 4, 24, 9, (TPU,)),
-    "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 8, 4, 24, 9, (TPU, GPU, BLOCKED)),
-    "data 2, tensor 4, groups cut across": ({"data": 2, "tensor": 4}, 12, 3, 24, 9, (GPU,)),
-    "data 2, context 4, pieces of tiles": ({"data": 2, "context": 4}, 1, 1, 1024, None, (TPU, GPU, BLOCKED)),
+    "fsdp 2, context 2, tensor 2": ({"fsdp": 2, "context": 2, "tensor": 2}, 8, 4, 24, 9, (TPU, GPU, BLOCKED, NATIVE)),
+    "data 2, tensor 4, groups cut across": ({"data": 2, "tensor": 4}, 12, 3, 24, 9, (GPU, NATIVE)),
+    "data 2, context 4, pieces of tiles": ({"data": 2, "context": 4}, 1, 1, 1024, None, (TPU, GPU, BLOCKED, NATIVE)),
 }
 
 

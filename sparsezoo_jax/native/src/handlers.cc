@@ -164,6 +164,54 @@ ffi::Error SparkAttentionRows(ffi::ThreadPool threads, Array q, Array k1, Array 
   return ffi::Error::Success();
 }
 
+int* ints(Array a) { return static_cast<int*>(a.untyped_data()); }
+
+// Positions of queries and keys, then segments of them.
+struct Sight {
+  Array query_positions, key_positions, query_segments, key_segments;
+};
+
+WholeAttention whole_attention(const Array& q, const Array& k, const Array& v, const Sight& sight, int64_t window,
+                               const SparkAttention& form, bool selects) {
+  return {q.dimensions()[0],           q.dimensions()[1],         k.dimensions()[1], q.dimensions()[2],
+          k.dimensions()[2],           width_of(q),               width_of(v),       ints(sight.query_positions),
+          ints(sight.key_positions),   ints(sight.query_segments), ints(sight.key_segments), long(window),
+          form,                        selects};
+}
+
+SparkAttention spark_form(int64_t r, double top_k, int64_t ddof, double predictor_scale, double value_scale,
+                          double softcap, double softcap_values, bool softplus) {
+  return {long(r), top_k, long(ddof), float(predictor_scale), float(value_scale), float(softcap), float(softcap_values),
+          softplus};
+}
+
+ffi::Error AttentionForward(ffi::ThreadPool threads, Array q, Array k, Array v, Array q_positions, Array k_positions,
+                            Array q_segments, Array k_segments, Result y, Result threshold, Result normaliser,
+                            Result attended, int64_t window, bool selects, int64_t r, double top_k, int64_t ddof,
+                            double predictor_scale, double value_scale, double softcap, double softcap_values,
+                            bool softplus) {
+  const SparkAttention form =
+      spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
+  const Sight sight{q_positions, k_positions, q_segments, k_segments};
+  attention_forward(pool_of(threads), whole_attention(q, k, v, sight, window, form, selects), tokens(q), tokens(k),
+                    tokens(v), tokens(*y), {floats(*threshold), floats(*normaliser), ints(*attended)});
+  return ffi::Error::Success();
+}
+
+ffi::Error AttentionBackward(ffi::ThreadPool threads, Array q, Array k, Array v, Array q_positions, Array k_positions,
+                             Array q_segments, Array k_segments, Array threshold, Array normaliser, Array dy, Array delta,
+                             Result dq, Result dk, Result dv, int64_t window, bool selects, int64_t r, double top_k,
+                             int64_t ddof, double predictor_scale, double value_scale, double softcap,
+                             double softcap_values, bool softplus) {
+  const SparkAttention form =
+      spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
+  const Sight sight{q_positions, k_positions, q_segments, k_segments};
+  attention_backward(pool_of(threads), whole_attention(q, k, v, sight, window, form, selects), tokens(q), tokens(k),
+                     tokens(v), tokens(dy), floats(delta), {floats(threshold), floats(normaliser), nullptr}, tokens(*dq),
+                     tokens(*dk), tokens(*dv));
+  return ffi::Error::Success();
+}
+
 template <void (*kMap)(const Pool&, const Blocks&, const Tokens&, const Matrix&, const Tokens&)>
 ffi::Error OfBlocks(ffi::ThreadPool threads, Array x, Array routed, Array w, Array scale, Result y, int64_t count,
                     int64_t shared) {
@@ -342,6 +390,42 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_attention, SparkAttentionRows,
                                   .Attr<double>("softcap")
                                   .Attr<double>("softcap_values")
                                   .Attr<bool>("softplus"));
+
+#define SIGHT Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
+#define WHOLE_ATTENTION                 \
+  Attr<int64_t>("window")               \
+      .Attr<bool>("selects")            \
+      .Attr<int64_t>("r")               \
+      .Attr<double>("top_k")            \
+      .Attr<int64_t>("ddof")            \
+      .Attr<double>("predictor_scale")  \
+      .Attr<double>("value_scale")      \
+      .Attr<double>("softcap")          \
+      .Attr<double>("softcap_values")   \
+      .Attr<bool>("softplus")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention_forward, AttentionForward,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .SIGHT.Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .WHOLE_ATTENTION);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention_backward, AttentionBackward,
+                              BIND.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .SIGHT.Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .WHOLE_ATTENTION);
 
 #define BIND_BLOCKS \
   BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("count").Attr<int64_t>("shared")

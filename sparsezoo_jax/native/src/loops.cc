@@ -280,24 +280,11 @@ void activate(Activation activation, float* h, long n) {
 }
 
 void softcap(float cap, float* s, long n) {
-  // tanh x = 1 - 2 / (1 + e^2x) would lose the digits of small scores, but no more than 1e-7 of the cap.
-  map(s, n, [cap](Floats x) { return cap - 2 * cap / (1.0f + exp_of(x * (2 / cap))); });
+  map(s, n, [cap](Floats x) { return cap * tanh_of(x * (1 / cap)); });
 }
 
 void softplus(float* s, long n) {
-  // max(x, 0) + log(1 + e^-|x|), where log(1 + t) = 2 artanh(t / (2 + t)) by its series in u <= 1/3
-  map(s, n, [](Floats x) {
-    const Floats t = exp_of(x < Floats{} ? x : -x), u = t / (2.0f + t), square = u * u;
-    Floats p = all(2.0f / 15);
-    p = p * square + 2.0f / 13;
-    p = p * square + 2.0f / 11;
-    p = p * square + 2.0f / 9;
-    p = p * square + 2.0f / 7;
-    p = p * square + 2.0f / 5;
-    p = p * square + 2.0f / 3;
-    p = p * square + 2.0f;
-    return (x > Floats{} ? x : Floats{}) + p * u;
-  });
+  map(s, n, [](Floats x) { return softplus_of(x).value; });
 }
 
 double exponentials(float shift, float* s, long n) {
@@ -420,6 +407,8 @@ unsigned stream(const void* data, long bytes) {
 
 #include "tiles.h"
 
+#include "score_tiles.h"
+
 }  // namespace
 }  // namespace CONCAT(level_, SPARSEZOO_LEVEL)
 
@@ -462,6 +451,8 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
        tiles<false>},
       has_pairs,
       transpose_sums,
+      {kPanel, score_products, cap_scores, hide, exponentials_so_far, exponentials_of, multiply_rows, measure, weigh,
+       multiply_softplus, score_gradients},
       TEXT(SPARSEZOO_LEVEL),
   };
   return &table;

@@ -41,6 +41,54 @@ struct Tiles {
                    long ld_sums, bool first);
 };
 
+// The score of a key that a row does not see, and what is below every other score.
+constexpr float kHidden = -1e30f, kLowest = -5e29f;
+
+// A matrix of factors: its entry [r][o][i] is data[r * row + o * outer + i * inner].
+struct Factors {
+  const float* data;
+  long row, outer, inner;
+};
+
+// Where rows and keys stand in their sequence, and in which document.
+struct Places {
+  const int *positions, *segments;
+};
+
+// A tile of scores while it is differentiated.
+struct Gradients {
+  float *scores, *dweights, *arguments;  // become weights, and gradients of scores and of the softplus's arguments
+  const float *threshold, *normaliser, *delta;  // of rows
+  float cap, cap_values;                        // 0: none
+};
+
+// Attention over whole sequences, a panel of `rows` rows and n keys at a time; see score_tiles.h. Arrays by row are
+// [rows], tiles [n, rows].
+struct ScoreTiles {
+  long rows;
+  // sums[r][c] (+)= sum over o and i of a[r][o][i] x[o * inner + i][c], for a multiple of `lanes` columns.
+  void (*products)(const Factors& a, long rows, long outer, long inner, const float* x, long ld_x, long columns,
+                   float* sums, long ld, bool add);
+  // s = cap tanh(s / cap) with the relative accuracy of a float.
+  void (*cap)(float cap, float* s, long n);
+  // Scores of keys that a row does not see become kHidden.
+  void (*hide)(float* s, const Places& rows, const Places& keys, long n, long window);
+  // s = exp(s - best), for the best so far with these, and their sum beside that so far, which shrinks with what it is a
+  // sum of. Whether any does: `shrunk` are the factors.
+  bool (*exponentials_so_far)(float* s, long n, float* best, float* total, float* shrunk);
+  // s = exp(s), added to `total`.
+  void (*exponentials)(float* s, long n, float* total);
+  // x *= by, for each row its factor.
+  void (*multiply)(float* x, long n, const float* by);
+  // Number of visible scores, mean, sum of squared distances from it, and largest, with these added.
+  void (*measure)(const float* s, long n, float* count, float* mean, float* squares, float* best);
+  // s = exp(s - best) from the threshold on, and 0 below it; their sums and numbers are added.
+  void (*weigh)(float* s, long n, const float* threshold, const float* best, float* total, int* attended);
+  // weights *= log(1 + exp(x)).
+  void (*softplus)(float* weights, const float* x, long n);
+  void (*gradients)(const Gradients& g, long n);
+};
+
 struct Loops {
   // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
   void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
@@ -86,6 +134,7 @@ struct Loops {
   const Tiles* pairs;
   // out[t * ld_out + r] = sums[r * ld_sums + t] for `rows` rows and one vector of tokens.
   void (*transpose_sums)(const float* sums, long ld_sums, long rows, float* out, long ld_out);
+  ScoreTiles scores;
   const char* level;
 };
 

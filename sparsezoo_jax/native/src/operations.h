@@ -265,6 +265,32 @@ struct SparkAttention {
 void spark_attention(const Pool& pool, const Heads& heads, const SparkAttention& form, const Tokens& q, const Matrix& k1,
                      const Matrix& k2, const Matrix& v, const Tokens& y, int* attended);
 
+// Attention over whole sequences, forward and backward: T queries and S keys of each, G = N / K queries' heads to a head of
+// keys, and V the width of values. A query sees the keys of its segment that are not ahead of it and less than `window`
+// behind (0: any).
+struct WholeAttention {
+  long batch, queries, keys, heads, keyvalues, width, value_width;  // B, T, S, N, K, H, V
+  const int *query_positions, *key_positions, *query_segments, *key_segments;  // [B, T], [B, S]
+  long window;
+  SparkAttention form;  // r = H and no softplus where a head's whole width makes the scores
+  bool selects;         // by a threshold, so that about `form.top_k` keys are left
+};
+
+// What the forward pass leaves for the backward one, and the number of attended keys, all [B, T, N].
+struct RowStatistics {
+  float *threshold, *normaliser;
+  int* attended;
+};
+
+// Queries [B, T, N, H] are scaled already; keys [B, S, K, H], values [B, S, K, V], y [B, T, N, V].
+void attention_forward(const Pool& pool, const WholeAttention& a, const Tokens& q, const Tokens& k, const Tokens& v,
+                       const Tokens& y, const RowStatistics& statistics);
+
+// `delta` [B, T, N] is the sum of y dy; `dq` is that of the queries before they were scaled.
+void attention_backward(const Pool& pool, const WholeAttention& a, const Tokens& q, const Tokens& k, const Tokens& v,
+                        const Tokens& dy, const float* delta, const RowStatistics& statistics, const Tokens& dq,
+                        const Tokens& dk, const Tokens& dv);
+
 struct Blocks {
   long count, shared, routed;  // `routed` of each token
   const int* chosen;           // [M, routed]

@@ -45,10 +45,11 @@ def flash_attention(
       mask: a `Visibility`, or booleans [B, T, S], true where the query may see the key.
       scale: factor on the scores; None: H^-1/2.
       softcap: scores become cap * tanh(scores / cap).
-      implementation: "xla" (holds the scores of all pairs; the definition), "blocked", "pallas_tpu", "pallas_gpu",
-        the last two also with "_interpret" (see `dispatch`; memory of all but "xla" is linear in T and S), or None. For
-        a `Visibility` and bfloat16 or float32 throughout that is the kernel on a TPU or GPU from 128 queries on (on a
-        GPU also heads of up to 256), "blocked" on a CPU from 256 on; otherwise "xla".
+      implementation: "xla" (holds the scores of all pairs; the definition), "native", "blocked", "pallas_tpu",
+        "pallas_gpu", the last two also with "_interpret" (see `dispatch`; memory of all but "xla" is linear in T and
+        S), or None. For a `Visibility` and bfloat16 or float32 throughout that is the kernel on a TPU or GPU from 128
+        queries on (on a GPU also heads of up to 256), on a CPU "native" from 64 on, or "blocked" from 256 on where the
+        native library is missing; otherwise "xla".
         Where a mesh is active all but "xla" are called on each device's part of batch, queries and heads.
 
     Returns:

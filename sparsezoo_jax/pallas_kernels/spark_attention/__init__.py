@@ -69,10 +69,11 @@ def spark_attention(
         argument. None: no cap.
       selection: "statistical"; "exact" (sorted) and "none" (all visible keys) are controls.
       weighting: "softplus", or "none" for the softmax alone.
-      implementation: "xla" (holds the scores of all pairs), "blocked", "pallas_tpu", "pallas_gpu", the last two also
-        with "_interpret" (see `dispatch`; memory of all but "xla" is linear in T and S), or None. For a `Visibility`,
-        selections that don't sort and bfloat16 or float32 throughout that is the kernel on a TPU or GPU from 128
-        queries on (on a GPU also heads of up to 256), "blocked" on a CPU from 256 on; otherwise "xla".
+      implementation: "xla" (holds the scores of all pairs), "native", "blocked", "pallas_tpu", "pallas_gpu", the last
+        two also with "_interpret" (see `dispatch`; memory of all but "xla" is linear in T and S), or None. For a
+        `Visibility`, selections that don't sort and bfloat16 or float32 throughout that is the kernel on a TPU or GPU
+        from 128 queries on (on a GPU also heads of up to 256), on a CPU "native" from 64 on, or "blocked" from 256 on
+        where the native library is missing; otherwise "xla".
         Where a mesh is active all but "xla" are called on each device's part of batch, queries and heads.
 
     Returns:

@@ -11,8 +11,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsezoo_jax.pallas_kernels.checkpoint_names import ATTENTION
-from sparsezoo_jax.pallas_kernels.dispatch import BLOCKED, Implementation, pallas
-from sparsezoo_jax.pallas_kernels.spark_attention import blocked, gpu, gpu_backward, tpu, tpu_backward, zigzag
+from sparsezoo_jax.pallas_kernels.dispatch import BLOCKED, NATIVE, Implementation, pallas
+from sparsezoo_jax.pallas_kernels.spark_attention import (
+    blocked,
+    gpu,
+    gpu_backward,
+    native_tiles,
+    tpu,
+    tpu_backward,
+    zigzag,
+)
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import by_sequences
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
@@ -20,8 +28,8 @@ from sparsezoo_jax.sharding import shard_map
 
 #: Queries for which a kernel is the default: a tile of them is computed whole.
 _FEWEST_QUERIES = 128
-#: Queries for which blocks are the default on a CPU: with fewer all pairs at once take no longer.
-_FEWEST_IN_BLOCKS = 256
+#: Queries for which a CPU works in blocks, in plain JAX or natively: with fewer all pairs at once take no longer.
+_FEWEST_IN_BLOCKS, _FEWEST_NATIVE = 256, 64
 
 
 def kernels(
@@ -40,17 +48,21 @@ def kernels(
             sharded=True,
         )
 
-    blocks = Implementation(
-        BLOCKED,
-        partial(_sharded, partial(_attend_in_blocks, p)),
-        "cpu",
-        partial(blocked.refusal, q, k, v, mask, p.selection),
-        default=q.shape[1] >= _FEWEST_IN_BLOCKS,
-        kernel=True,
-        sharded=True,
-    )
+    def of_cpu(name: str, form: Any, fewest: int) -> Implementation[tuple[jax.Array, jax.Array]]:
+        return Implementation(
+            name,
+            partial(_sharded, partial(_attend_on_cpu, p, form)),
+            "cpu",
+            partial(form.refusal, q, k, v, mask, p.selection),
+            default=q.shape[1] >= fewest,
+            kernel=True,
+            sharded=True,
+        )
+
     return [
-        blocks,
+        # Of two defaults of a platform the last one counts that can be taken.
+        of_cpu(BLOCKED, blocked, _FEWEST_IN_BLOCKS),
+        of_cpu(NATIVE, native_tiles, _FEWEST_NATIVE),
         *of_platform("tpu", _attend_on_tpu, partial(tpu.refusal, q, k, v, mask, p)),
         *of_platform("cuda", _attend_on_gpu, partial(gpu.refusal, q, k, v, mask, p.selection)),
     ]
@@ -136,18 +148,18 @@ def _backward_on_gpu(p: Problem, interpret, residuals, g):
 _attend_on_gpu.defvjp(_forward_on_gpu, _backward_on_gpu)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_in_blocks(p: Problem, q, k, v, visibility):
-    return _forward_in_blocks(p, q, k, v, visibility)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_on_cpu(p: Problem, form: Any, q, k, v, visibility):
+    return _forward_on_cpu(p, form, q, k, v, visibility)[0]
 
 
-def _forward_in_blocks(p: Problem, q, k, v, visibility):
-    return _named(q, k, v, visibility, *blocked.forward(q, k, v, visibility, p))
+def _forward_on_cpu(p: Problem, form: Any, q, k, v, visibility):
+    return _named(q, k, v, visibility, *form.forward(q, k, v, visibility, p))
 
 
-def _backward_in_blocks(p: Problem, residuals, g):
+def _backward_on_cpu(p: Problem, form: Any, residuals, g):
     q, k, v, visibility, y, statistics = residuals
-    return (*blocked.backward(q, k, v, visibility, y, statistics, g[0], p), None)
+    return (*form.backward(q, k, v, visibility, y, statistics, g[0], p), None)
 
 
-_attend_in_blocks.defvjp(_forward_in_blocks, _backward_in_blocks)
+_attend_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
