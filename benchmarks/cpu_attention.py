@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 
 from benchmarks.timing import interleaved_by, print_ratios
 from benchmarks.train_step import dense_attention_of, random_batch, step_of
+from benchmarks.workers import Worker
 from sparsezoo_jax import platforms
 from sparsezoo_jax.configs import preset
 from sparsezoo_jax.models import DecoderConfig
@@ -44,45 +43,11 @@ class Heads(NamedTuple):
     width: int
 
 
-class Peer:
-    """PyTorch's attention in a process that computes when it is asked."""
-
-    def __init__(self, python: str, batch: int, length: int, heads: Heads):
-        worker = Path(__file__).with_name("sdpa_worker.py")
-        self.process = subprocess.Popen(
-            [python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-        self.cpu = 0.0
-        self._send(f"{batch} {length} {' '.join(map(str, heads))}")
-
-    def _send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-
-    def __call__(self) -> None:
-        """One forward and backward pass."""
-        assert self.process.stdout is not None
-        self._send("run")
-        if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
-        self.cpu += float(answer)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@contextlib.contextmanager
-def peer(python: str | None, batch: int, length: int, heads: Heads) -> Iterator[Peer | None]:
+def peer(python: str | None, batch: int, length: int, heads: Heads) -> contextlib.AbstractContextManager[Worker | None]:
     """PyTorch's attention of these shapes; None without a Python that has it."""
-    found = None if python is None else Peer(python, batch, length, heads)
-    try:
-        yield found
-    finally:
-        if found is not None:
-            found.close()
+    if python is None:
+        return contextlib.nullcontext()
+    return Worker(python, "sdpa_worker.py", f"{batch} {length} {' '.join(map(str, heads))}")
 
 
 def both_passes(kind: str, form: str, window: int | None) -> Any:
@@ -113,7 +78,9 @@ def arrays_of(batch: int, length: int, heads: Heads) -> list[jax.Array]:
     return [*drawn, jnp.ones((batch, length), jnp.int32)]
 
 
-def print_times(variants: dict[str, Callable[[], Any]], rounds: int, baseline: str, other: Peer | None = None) -> None:
+def print_times(
+    variants: dict[str, Callable[[], Any]], rounds: int, baseline: str, other: Worker | None = None
+) -> None:
     """One table by wall time and one by processor time."""
 
     def processor() -> float:

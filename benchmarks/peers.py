@@ -1,13 +1,18 @@
-"""Prompts and batches beside PyTorch, in one process: `python -m benchmarks.peers`.
+"""Training, prompts and batches beside PyTorch and llama.cpp: `python -m benchmarks.peers`.
 
-A Llama with random weights reads a prompt, or decodes one token of each of several sequences, through this package's
-packed decoder and through PyTorch (eager; its own matrix products and `scaled_dot_product_attention`), with as many
-threads. Both norm, rotate, keep caches and make the logits of the last token only. Ours runs as `generate` runs it:
-natively, and with `--plain` also without kernels, which is what XLA makes of it.
+A Llama with random weights reads a prompt, or decodes some tokens of each of several sequences, through this package's
+packed decoder, through PyTorch (eager; its own matrix products and `scaled_dot_product_attention`, where it is
+installed) and through llama.cpp's server (`--llama-cpp PYTHON`, a Python with xllamacpp and gguf, which may be another
+environment's; one sequence at a time), with as many threads. All norm, rotate, keep caches and make the logits of the
+last token only. Ours runs as `generate` runs it: natively, and with `--plain` also without kernels, which is what XLA
+makes of it. llama.cpp's int8 is Q8_0, with a factor for 32 weights; ours has one for a row.
 
-Sides take turns. Of every round there are two times: that of the wall, which others lengthen, and the process's
-CPU time by the number of threads, which they do less. Ratios are to PyTorch's time, medians and quartiles over the
-rounds, so below 1 is faster than PyTorch.
+`--train` are lengths of sequences. As many of each as make 2,048 tokens are a batch, on which a small Llama makes train
+steps in float32, with AdamW and clipping, here and in PyTorch, eager and compiled.
+
+Sides take turns. Of every round there are two times: that of the wall, which others lengthen, and the processes'
+CPU time by the number of threads, which they do less. Ratios are to PyTorch's time (without PyTorch to llama.cpp's),
+medians and quartiles over the rounds, so below 1 is faster.
 
     python -m benchmarks.peers [--prompts 256 1024] [--batches 1 4 8 16 64] [--formats bfloat16 float32] [--rounds 9]
 """
@@ -15,6 +20,8 @@ rounds, so below 1 is faster than PyTorch.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -29,8 +36,10 @@ from flax import nnx
 
 from benchmarks.decode import drawn
 from benchmarks.timing import interleaved_by, ratios
-from sparsezoo_jax import native
-from sparsezoo_jax.inference import Sampling, packed
+from benchmarks.train_step import random_batch, step_of
+from benchmarks.workers import Worker
+from sparsezoo_jax import native, platforms
+from sparsezoo_jax.inference import Formats, Sampling, packed
 from sparsezoo_jax.inference.generation import first_token, next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
@@ -39,7 +48,11 @@ from sparsezoo_jax.pallas_kernels import without_kernels
 
 #: Tokens in the caches before a batch decodes.
 CONTEXT = 128
-PYTORCH = "PyTorch"
+#: Tokens that a decoding call makes one after the other.
+DECODED = 16
+#: Tokens of a train step, where sequences are no longer.
+TRAINED = 2048
+PYTORCH, LLAMA_CPP = "PyTorch", "llama.cpp"
 
 
 class Shape(NamedTuple):
@@ -52,6 +65,10 @@ class Shape(NamedTuple):
     kv_heads: int = 4
     head_dim: int = 128
     vocab: int = 32_000
+
+
+#: The Llama that trains: as large as the tiny presets.
+SMALL = Shape(d_model=128, layers=4, d_ff=512, heads=4, kv_heads=2, head_dim=32, vocab=4096)
 
 
 def config_of(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> DecoderConfig:
@@ -69,9 +86,10 @@ def config_of(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> DecoderCon
     )
 
 
-def ours(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> Callable[[int, int], Callable[[], None]]:
+def ours(shape: Shape, dtype: str) -> Callable[[int, int], Callable[[], None]]:
     """`calls_of` our decoder of this shape."""
-    return calls_of(packed(drawn(config_of(shape, dtype))))
+    formats = Formats("int8" if dtype == "int8" else "model")
+    return calls_of(packed(drawn(config_of(shape, "float32" if dtype == "float32" else "bfloat16")), formats))
 
 
 def calls_of(model: Decoder) -> Callable[[int, int], Callable[[], None]]:
@@ -108,64 +126,90 @@ def calls_of(model: Decoder) -> Callable[[int, int], Callable[[], None]]:
     return case
 
 
-def pytorch(shape: Shape, dtype: str, threads: int) -> Callable[[int, int], Callable[[], None]]:
-    """The same in PyTorch."""
-    import torch  # pyright: ignore[reportMissingImports]
-    import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
+def repeated(run: Callable[[], None], times: int) -> Callable[[], None]:
+    """A call that makes several."""
 
-    torch.set_num_threads(threads)
-    kind = getattr(torch, dtype)
-    s, queries, keys = shape, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    def several() -> None:
+        for _ in range(times):
+            run()
 
-    def weight(*size: int) -> Any:
-        return (0.02 * torch.randn(size)).to(kind)
+    return several
 
-    sizes = {
-        "qkv": (queries + 2 * keys, s.d_model),
-        "out": (s.d_model, queries),
-        "gate": (s.d_ff, s.d_model),
-        "up": (s.d_ff, s.d_model),
-        "down": (s.d_model, s.d_ff),
-    }
-    layers = [{name: weight(*size) for name, size in sizes.items()} for _ in range(s.layers)]
-    embedding, head, norm = weight(s.vocab, s.d_model), weight(s.vocab, s.d_model), torch.ones(s.d_model, dtype=kind)
-    frequencies = 10_000.0 ** (-torch.arange(0, s.head_dim, 2) / s.head_dim)
 
-    def rotated(x: Any, cos: Any, sin: Any) -> Any:
-        a, b = x.float().chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(kind)
+def our_step(shape: Shape, rows: int, tokens: int) -> Callable[[], None]:
+    """A train step of ours, in float32."""
+    config = dataclasses.replace(config_of(shape, "float32"), scan_layers=False, max_seq_len=max(tokens, 1024))
+    step = step_of(config, random_batch(config, rows, tokens))
+    return lambda: jax.block_until_ready(step())
 
-    def case(rows: int, tokens: int) -> Callable[[], None]:
-        first = 0 if tokens > 1 else CONTEXT
-        caches = [
-            [torch.zeros(rows, s.kv_heads, first + tokens, s.head_dim, dtype=kind) for _ in "kv"]
-            for _ in range(s.layers)
-        ]
-        ids = torch.ones(rows, tokens, dtype=torch.long)
-        angles = torch.arange(first, first + tokens)[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
 
-        def run() -> None:
-            with torch.inference_mode():
-                x = embedding[ids]
-                for layer, (k_cache, v_cache) in zip(layers, caches, strict=True):
-                    qkv = F.linear(F.rms_norm(x, (s.d_model,), norm), layer["qkv"])
-                    q, k, v = (
-                        part.reshape(rows, tokens, -1, s.head_dim).transpose(1, 2)
-                        for part in qkv.split([queries, keys, keys], -1)
-                    )
-                    k_cache[:, :, first:], v_cache[:, :, first:] = rotated(k, cos, sin), v
-                    y = F.scaled_dot_product_attention(
-                        rotated(q, cos, sin), k_cache, v_cache, is_causal=tokens > 1, enable_gqa=True
-                    )
-                    x = x + F.linear(y.transpose(1, 2).reshape(rows, tokens, -1), layer["out"])
-                    y = F.rms_norm(x, (s.d_model,), norm)
-                    x = x + F.linear(F.silu(F.linear(y, layer["gate"])) * F.linear(y, layer["up"]), layer["down"])
-                F.linear(F.rms_norm(x[:, -1], (s.d_model,), norm), head).argmax(-1)
+class Sides(NamedTuple):
+    """Whom to compare with."""
 
-        return run
+    torch: bool
+    llama_cpp: str | None
+    """A Python with xllamacpp."""
+    plain: bool
+    threads: int
 
-    return case
+    @property
+    def baseline(self) -> str:
+        return PYTORCH if self.torch else LLAMA_CPP
+
+
+HEADER = """
+| case | side | ms (CPU / threads) | x {baseline} | quartiles | ms (wall) | x {baseline} | quartiles |
+|---|---|---|---|---|---|---|---|"""
+
+
+def compare_inference(sides: Sides, shape: Shape, dtype: str, cases: list[tuple[int, int]], rounds: int) -> None:
+    """Print a table of one number format; of each case rows and tokens (1: decode)."""
+    s = sides._replace(torch=sides.torch and dtype != "int8")  # PyTorch has no rows of int8 here
+    with contextlib.ExitStack() as stack:
+        worker = None
+        if s.llama_cpp is not None:
+            worker = stack.enter_context(
+                Worker(s.llama_cpp, "llama_cpp_worker.py", f"{' '.join(map(str, shape))} {dtype} {s.threads}")
+            )
+            print(f"\n{worker.answer()}")
+        mine = ours(shape, dtype)
+        theirs = None
+        if s.torch:
+            from benchmarks import pytorch_llama
+
+            theirs = pytorch_llama.inference(shape, dtype, s.threads, CONTEXT)
+        print(f"\n{dtype}\n{HEADER.format(baseline=s.baseline)}")
+        for rows, tokens in cases:
+            prompt = tokens > 1
+            name = f"prompt of {tokens:,}" if prompt else f"a token of each of {rows} sequences"
+            times = 1 if prompt else DECODED
+            runs = {"ours": mine(rows, tokens)}
+            if theirs is not None:
+                runs[PYTORCH] = theirs(rows, tokens)
+            if s.plain and dtype != "int8":
+                with without_kernels():
+                    runs["ours, plain JAX"] = mine(rows, tokens)
+            runs = {side: repeated(run, times) for side, run in runs.items()}
+            if worker is not None and rows == 1:
+                runs[LLAMA_CPP] = partial(worker, f"prompt {tokens}" if prompt else f"decode {DECODED}")
+            baseline = s.baseline if s.baseline in runs else "ours"
+            report(name, runs, rounds, s.threads, baseline, worker, times)
+
+
+def compare_training(sides: Sides, lengths: list[int], rounds: int) -> None:
+    """Print a table of train steps."""
+    from benchmarks import pytorch_llama
+
+    print(f"\ntrain steps, {SMALL}\n{HEADER.format(baseline=PYTORCH)}")
+    for tokens in lengths:
+        count = max(1, TRAINED // tokens)
+        runs = {"ours": our_step(SMALL, count, tokens)}
+        if sides.plain:
+            with without_kernels():
+                runs["ours, plain JAX"] = our_step(SMALL, count, tokens)
+        runs[PYTORCH] = pytorch_llama.training(SMALL, count, tokens, sides.threads, compiled=False)
+        runs["PyTorch, compiled"] = pytorch_llama.training(SMALL, count, tokens, sides.threads, compiled=True)
+        report(f"{count} x {tokens:,}", runs, rounds, sides.threads, PYTORCH)
 
 
 def main() -> int:
@@ -173,48 +217,59 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--formats", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
+    parser.add_argument("--formats", nargs="*", choices=["bfloat16", "float32", "int8"], default=["bfloat16"])
+    parser.add_argument("--train", type=int, nargs="*", default=[], help="lengths of sequences to train on")
     parser.add_argument("--layers", type=int, default=Shape().layers)
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python with xllamacpp and gguf")
     parser.add_argument("--plain", action="store_true", help="also ours without kernels")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
+    platforms.keep_freed_memory()  # as commands do
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
+        torch = None
+    if torch is None and (options.llama_cpp is None or options.train):
         print("PyTorch is not installed, and there is nothing to compare with: pip install torch", file=sys.stderr)
         return 2
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shape = Shape(layers=options.layers)
     level = native.level() or f"plain JAX ({native.why_missing()})"
-    print(
-        f"{shape}\n{threads} threads; ours: {level}, jax {jax.__version__}; "
-        f"PyTorch {torch.__version__}: {torch.backends.cpu.get_cpu_capability()}; {options.rounds} rounds"
-    )
+    print(f"{threads} threads; ours: {level}, jax {jax.__version__}; {options.rounds} rounds")
+    if torch is not None:
+        print(f"PyTorch {torch.__version__}: {torch.backends.cpu.get_cpu_capability()}")
+    sides = Sides(torch is not None, options.llama_cpp, options.plain, threads)
+    if options.train:
+        compare_training(sides, options.train, options.rounds)
+    shape = Shape(layers=options.layers)
+    cases = [(1, tokens) for tokens in options.prompts] + [(rows, 1) for rows in options.batches]
+    if options.formats:
+        print(f"\n{shape}")
     for dtype in options.formats:
-        mine, theirs = ours(shape, dtype), pytorch(shape, dtype, threads)
-        cases = [(1, tokens) for tokens in options.prompts] + [(rows, 1) for rows in options.batches]
-        print(
-            f"\n{dtype}\n\n| case | side | ms (CPU / threads) | x PyTorch | quartiles "
-            "| ms (wall) | x PyTorch | quartiles |\n|---|---|---|---|---|---|---|---|"
-        )
-        for rows, tokens in cases:
-            name = f"prompt of {tokens:,}" if tokens > 1 else f"decode, {rows} sequences"
-            sides = {"ours": mine(rows, tokens), PYTORCH: theirs(rows, tokens)}
-            if options.plain:
-                with without_kernels():
-                    sides["ours, plain JAX"] = mine(rows, tokens)
-            report(name, sides, options.rounds, threads)
+        compare_inference(sides, shape, dtype, cases, options.rounds)
     return 0
 
 
-def report(name: str, sides: dict[str, Callable[[], None]], rounds: int, threads: int) -> None:
-    """Measure one case and print its rows."""
-    cpu, wall = interleaved_by(sides, rounds, (time.process_time, time.perf_counter))
+def report(
+    name: str,
+    sides: dict[str, Callable[[], None]],
+    rounds: int,
+    threads: int,
+    baseline: str = PYTORCH,
+    worker: Worker | None = None,
+    times: int = 1,
+) -> None:
+    """Measure one case and print its rows, of one of the `times` that a call computes it."""
+
+    def processor() -> float:
+        return time.process_time() + (0 if worker is None else worker.cpu)
+
+    cpu, wall = interleaved_by(sides, rounds, (processor, time.perf_counter))
     for side in sides:
         cells = []
-        for times, scale in ((cpu, 1e3 / threads), (wall, 1e3)):
-            low, middle, high = ratios(times, PYTORCH)[side]
-            cells.append(f"{scale * statistics.median(times[side]):.1f} | {middle:.2f} | {low:.2f} .. {high:.2f}")
+        for found, scale in ((cpu, 1e3 / threads), (wall, 1e3)):
+            low, middle, high = ratios(found, baseline)[side]
+            took = scale * statistics.median(found[side]) / times
+            cells.append(f"{took:.1f} | {middle:.2f} | {low:.2f} .. {high:.2f}")
         print(f"| {name} | {side} | {' | '.join(cells)} |", flush=True)
 
 
