@@ -313,8 +313,12 @@ def apply_split_rope(
     Rotating the whole head and slicing afterwards would put the two members of a pair into different parts, and the
     predictor's scores would no longer depend on relative position only.
     """
-    if r == x_BTNH.shape[-1]:
+    width = x_BTNH.shape[-1]
+    if width == r:
         return apply_rope(x_BTNH, positions_BT, base, fraction, scaling)
+    if width == 2 * r:  # parts that rotate alike, as heads side by side
+        split = x_BTNH.reshape(*x_BTNH.shape[:2], -1, r)
+        return apply_rope(split, positions_BT, base, fraction, scaling).reshape(x_BTNH.shape)
     parts = (x_BTNH[..., :r], x_BTNH[..., r:])
     return jnp.concatenate([apply_rope(part, positions_BT, base, fraction, scaling) for part in parts], axis=-1)
 

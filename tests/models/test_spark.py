@@ -35,6 +35,15 @@ def test_predictor_scores_depend_on_relative_position_only():
     assert jnp.abs(relative_scores(whole, 0) - relative_scores(whole, 1000)).max() > 0.1
 
 
+@pytest.mark.parametrize("r", [4, 8, 16])
+def test_parts_of_a_head_rotate_each_by_itself(r):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 3, 16))
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    y = apply_split_rope(x, positions, r, 10_000.0, 0.5)
+    np.testing.assert_array_equal(y[..., :r], apply_rope(x[..., :r], positions, 10_000.0, 0.5))
+    np.testing.assert_array_equal(y[..., r:], apply_rope(x[..., r:], positions, 10_000.0, 0.5))
+
+
 def test_rope_keeps_norms_and_passes_the_rest_through():
     x = jax.random.normal(jax.random.key(0), (2, 9, 3, 16))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
