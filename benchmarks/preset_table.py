@@ -1,7 +1,8 @@
 """What the train steps of large presets take on pods: python -m benchmarks.preset_table --out DIR
 
 Runs `aot` for every preset and topology, each in a process of its own, and prints one table. Batches have few sequences
-a chip (`PRESETS`). A cell takes minutes; finished ones are kept in DIR and not compiled again. Nothing is measured on a
+a chip (`PRESETS`). A cell takes minutes. What `aot` says is kept in DIR, and the table's figures in
+`benchmarks/results/preset_table.json` (`--record`): what is there is not compiled again. No figure is measured on a
 device.
 """
 
@@ -15,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from benchmarks import records
 from sparsezoo_jax.models.remat import Remat
+
+RECORD = Path("benchmarks/results/preset_table.json")
 
 #: Architecture and size; sequences a chip.
 PRESETS = {
@@ -93,21 +97,43 @@ def label(preset: str, remat: str) -> str:
     return preset if remat == OWN else f"{preset} {remat}"
 
 
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """What the table has of a cell; seconds by part and by overlap, bytes."""
+    needed = found["needed"] or max(found["memory"].values(), default=0)
+    return {
+        "fits": found["fits"],
+        "bytes": found["memory"]["total"] if found["fits"] else needed,
+        "of": found["hbm"],
+        "sent": sum(item["moved"] for item in found["collectives"]),
+        "parts": found["parts"],
+        "seconds": found["seconds"],
+        "mfu": found["mfu"],
+    }
+
+
 def row(preset: str, name: str, found: dict[str, Any]) -> str:
     """A line of the table."""
     if "error" in found:
         return f"| {preset} | {name} | {found['error']} | | | | | |"
-    gib = 2**30
+    memory = f"{found['bytes'] / 2**30:.1f} of {found['of'] / 2**30:.0f}"
     if not found["fits"]:
-        needed = found["needed"] or max(found["memory"].values(), default=0)
-        return f"| {preset} | {name} | {needed / gib:.1f} of {found['hbm'] / gib:.0f}: does not fit | | | | | |"
+        return f"| {preset} | {name} | {memory}: does not fit | | | | | |"
     parts = ", ".join(f"{1e3 * found['parts'][part]:,.0f}" for part in ("compute", "hbm", "interconnect"))
-    seconds, sent = found["seconds"], sum(item["moved"] for item in found["collectives"])
-    dense, sparse = (", ".join(f"{100 * x:.0f}" for x in found["mfu"][kind].values()) for kind in ("dense", "sparse"))
-    return (
-        f"| {preset} | {name} | {found['memory']['total'] / gib:.1f} of {found['hbm'] / gib:.0f} | {sent / 1e9:,.1f} | "
-        f"{parts} | {', '.join(f'{1e3 * x:,.0f}' for x in seconds.values())} | {dense} | {sparse} |"
+    steps = ", ".join(f"{1e3 * found['seconds'][overlap]:,.0f}" for overlap in ("none", "half", "full"))
+    dense, sparse = (
+        ", ".join(f"{100 * found['mfu'][kind][overlap]:.0f}" for overlap in ("none", "half", "full"))
+        for kind in ("dense", "sparse")
     )
+    return f"| {preset} | {name} | {memory} | {found['sent'] / 1e9:,.1f} | {parts} | {steps} | {dense} | {sparse} |"
+
+
+def made(preset: str, name: str, remat: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a cell, from the record if it has them; or `error`, which is not kept there."""
+    kept = f"{label(preset, remat)} {name}"
+    if kept in (known := records.read(options.record)):
+        return known[kept]
+    found = cell(preset, name, remat, options.out)
+    return found if "error" in found else records.recorded(options.record, kept, lambda: figures(found))
 
 
 def main() -> None:
@@ -122,6 +148,7 @@ def main() -> None:
         choices=[OWN, *get_args(Remat)],
         help="values of model.remat, each a row; own: as the preset has it",
     )
+    parser.add_argument("--record", type=Path, default=RECORD, help="figures of all cells")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     print(
@@ -132,7 +159,7 @@ def main() -> None:
     for preset in options.presets:
         for name in options.pods:
             for remat in options.remat:
-                print(row(label(preset, remat), name, cell(preset, name, remat, options.out)), flush=True)
+                print(row(label(preset, remat), name, made(preset, name, remat, options)), flush=True)
 
 
 if __name__ == "__main__":
