@@ -30,19 +30,22 @@ class Scratch {
     thread_local std::unique_ptr<float[]> memory;
     thread_local long size = 0;
     if (floats > size) {
-      memory.reset(new float[floats + 16]);
+      memory.reset(new float[floats + kLine]);
       size = floats;
     }
-    next_ = memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64 / sizeof(float);
+    const std::uintptr_t line = kLine * sizeof(float), start = reinterpret_cast<std::uintptr_t>(memory.get());
+    next_ = memory.get() + (line - start % line) % line / sizeof(float);
     end_ = next_ + floats;
   }
   float* take(long n) {
     float* const taken = next_;
-    next_ += round_up(n, 16);
+    next_ += round_up(n, kLine);
+    if (next_ > end_) __builtin_trap();  // the sum that it was made for is wrong
     return taken;
   }
 
  private:
+  static constexpr long kLine = 16;  // floats of a line of the cache
   float *next_, *end_;
 };
 
@@ -262,10 +265,10 @@ class Forward {
       : s_(a), q_(q), k_(k), v_(v), y_(y), statistics_(statistics) {}
 
   void run(const Pool& pool) const {
-    const long items = s_.a.batch * s_.a.keyvalues * s_.tiles;
+    const long heads = s_.a.batch * s_.a.keyvalues, items = heads * s_.tiles;
     Team team = pool.team(items, items * s_.tile * s_.a.keys);
     // The longest first, for the last ones to end together: late queries see more keys.
-    team.run(items, [&](long i) { attend(i % (s_.a.batch * s_.a.keyvalues), s_.tiles - 1 - i / (s_.a.batch * s_.a.keyvalues)); });
+    team.run(items, [&](long i) { attend(i % heads, s_.tiles - 1 - i / heads); });
   }
 
  private:
