@@ -24,8 +24,8 @@ def main() -> None:
     dy = drawn(heads).transpose(1, 2)
     for _ in sys.stdin:
         begun = time.process_time()
-        by_head = (x.transpose(1, 2) for x in (q, k, v))
-        y = functional.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+        queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        y = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         torch.autograd.grad(y, (q, k, v), dy)
         print(time.process_time() - begun, flush=True)
 
