@@ -147,18 +147,18 @@ ffi::Error AttentionRows(ffi::ThreadPool threads, Array q, Array k, Array v, Arr
   return ffi::Error::Success();
 }
 
+SparkAttention spark_form(int64_t r, double top_k, int64_t ddof, double predictor_scale, double value_scale,
+                          double softcap, double softcap_values, bool softplus) {
+  return {long(r), top_k, long(ddof), float(predictor_scale), float(value_scale), float(softcap), float(softcap_values),
+          softplus};
+}
+
 ffi::Error SparkAttentionRows(ffi::ThreadPool threads, Array q, Array k1, Array rest, Array mask, Array none, Result y,
                               Result attended, double top_k, int64_t ddof, double predictor_scale, double value_scale,
                               double softcap, double softcap_values, bool softplus) {
   const long r = width_of(k1);
-  const SparkAttention form{r,
-                            top_k,
-                            long(ddof),
-                            float(predictor_scale),
-                            float(value_scale),
-                            float(softcap),
-                            float(softcap_values),
-                            softplus};
+  const SparkAttention form =
+      spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
   spark_attention(pool_of(threads), heads_of(q, k1, mask), form, tokens(q), matrix(k1, none), matrix(rest, none),
                   matrix(rest, none, width_of(q) - r), tokens(*y), static_cast<int*>(attended->untyped_data()));
   return ffi::Error::Success();
@@ -177,12 +177,6 @@ WholeAttention whole_attention(const Array& q, const Array& k, const Array& v, c
           k.dimensions()[2],           width_of(q),               width_of(v),       ints(sight.query_positions),
           ints(sight.key_positions),   ints(sight.query_segments), ints(sight.key_segments), long(window),
           form,                        selects};
-}
-
-SparkAttention spark_form(int64_t r, double top_k, int64_t ddof, double predictor_scale, double value_scale,
-                          double softcap, double softcap_values, bool softplus) {
-  return {long(r), top_k, long(ddof), float(predictor_scale), float(value_scale), float(softcap), float(softcap_values),
-          softplus};
 }
 
 ffi::Error AttentionForward(ffi::ThreadPool threads, Array q, Array k, Array v, Array q_positions, Array k_positions,
