@@ -38,7 +38,7 @@ from sparsezoo_jax.evaluation import evaluate_corpora
 from sparsezoo_jax.evaluation.report.svg import Series, line_plot
 from sparsezoo_jax.evaluation.sparsified import zeros
 from sparsezoo_jax.inference import Formats
-from sparsezoo_jax.models.sparsified import DENSITY
+from sparsezoo_jax.models.masks import DENSITY
 from sparsezoo_jax.sparsification import METHODS, calibrate, sparsified_config, thresholds, with_cuts
 from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig, ReadMEConfig, RSparseConfig
 from sparsezoo_jax.sparsification.making import Domains, Text

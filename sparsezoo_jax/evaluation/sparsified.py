@@ -12,9 +12,10 @@ import numpy as np
 
 from sparsezoo_jax.errors import UserError
 from sparsezoo_jax.models import AttentionKind, Decoder, DecoderConfig, FFNKind
+from sparsezoo_jax.models.masks import DENSITY
 from sparsezoo_jax.models.matrices import layer_matrices
 from sparsezoo_jax.models.records import MAPS
-from sparsezoo_jax.models.sparsified import DENSITY, SparsifiedAttentionConfig, SparsifiedFFNConfig
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig, SparsifiedFFNConfig
 from sparsezoo_jax.untrusted import read_json
 
 #: File of a run directory with the figures of how it was made.

@@ -20,14 +20,8 @@ from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, Attention
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
-from sparsezoo_jax.models.sparsified import (
-    NEURONS,
-    MaskedWidth,
-    Masks,
-    SparsifiedAttention,
-    SparsifiedFFN,
-    channel_norms,
-)
+from sparsezoo_jax.models.masks import NEURONS, MaskedWidth, Masks, channel_norms
+from sparsezoo_jax.models.sparsified import SparsifiedAttention, SparsifiedFFN
 from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
 from sparsezoo_jax.pallas_kernels.thresholded_ffn import thresholded_ffn_rows

@@ -15,7 +15,7 @@ from flax import nnx
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Block, Passed
-from sparsezoo_jax.models.sparsified import Masks
+from sparsezoo_jax.models.masks import Masks
 from sparsezoo_jax.sparsification.calibration import Calibration
 from sparsezoo_jax.sparsification.config import AllocationConfig
 from sparsezoo_jax.sparsification.layers import Place, layer_by_layer

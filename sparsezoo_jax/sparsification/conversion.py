@@ -13,13 +13,8 @@ import numpy as np
 from sparsezoo_jax.errors import UserError, require
 from sparsezoo_jax.models import AttentionKind, Decoder, DecoderConfig, FFNKind
 from sparsezoo_jax.models.contract import SublayerName
-from sparsezoo_jax.models.sparsified import (
-    STREAM_MAPS,
-    ActivationSparsity,
-    Masks,
-    SparsifiedAttentionConfig,
-    SparsifiedFFNConfig,
-)
+from sparsezoo_jax.models.masks import STREAM_MAPS, ActivationSparsity, Masks
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig, SparsifiedFFNConfig
 from sparsezoo_jax.sparsification.methods import without_absent
 from sparsezoo_jax.sparsification.placement import placed
 from sparsezoo_jax.training.state import ModelTemplate, flatten, nested

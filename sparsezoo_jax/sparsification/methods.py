@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
-from sparsezoo_jax.models.sparsified import NEURONS, SHARED_NEURONS, ActivationSparsity
+from sparsezoo_jax.models.masks import NEURONS, SHARED_NEURONS, ActivationSparsity
 
 Quantile = Literal["magnitude", "symmetric", "grid"]
 LINEAR_MAPS = (

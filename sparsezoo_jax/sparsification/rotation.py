@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.masks import STREAM_MAPS
 from sparsezoo_jax.models.matrices import SUBLAYERS, find
-from sparsezoo_jax.models.sparsified import STREAM_MAPS
 from sparsezoo_jax.sparsification.placement import like
 
 _REFERENCES = ("k", "gate", "up")

@@ -14,8 +14,8 @@ import numpy as np
 
 from sparsezoo_jax.evaluation import evaluate_model
 from sparsezoo_jax.models import Decoder
+from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.matrices import layer_matrices
-from sparsezoo_jax.models.sparsified import ActivationSparsity
 from sparsezoo_jax.sparsification.calibration import Calibration, threshold
 from sparsezoo_jax.sparsification.config import RSparseConfig
 from sparsezoo_jax.sparsification.conversion import sparsified_config, with_cuts, wrapped

@@ -35,9 +35,10 @@ from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
+from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
-from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedFFNConfig
+from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from tests.models.conftest import CONFIGS, forward
 
 GREEDY = Sampling(temperature=0)

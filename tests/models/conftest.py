@@ -16,6 +16,7 @@ from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.delta_ffn import DeltaFFNConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.laurel import LaurelConfig
+from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.mla import MLAConfig
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
@@ -27,7 +28,7 @@ from sparsezoo_jax.models.residual import PreNormConfig
 from sparsezoo_jax.models.rope import RopeConfig
 from sparsezoo_jax.models.spark import SparkAttentionConfig, SparkFFNConfig
 from sparsezoo_jax.models.sparselm import SparseLMFFNConfig
-from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedAttentionConfig, SparsifiedFFNConfig
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig, SparsifiedFFNConfig
 
 BASE = {"vocab_size": 61, "d_model": 24, "layers": 5, "max_seq_len": 48}
 TWO = {**BASE, "layers": 2}  # where all layers are alike

@@ -10,12 +10,8 @@ from sparsezoo_jax.errors import ConfigError, UserError
 from sparsezoo_jax.models.attention import GQAConfig
 from sparsezoo_jax.models.common import BuildContext, CallContext, InitConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
-from sparsezoo_jax.models.sparsified import (
-    ActivationSparsity,
-    MaskedWidth,
-    SparsifiedAttentionConfig,
-    SparsifiedFFNConfig,
-)
+from sparsezoo_jax.models.masks import ActivationSparsity, MaskedWidth
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig, SparsifiedFFNConfig
 from sparsezoo_jax.sparsification import METHODS, sparsified_config
 from sparsezoo_jax.sparsification.calibration import BINS, EDGES, bin_of, threshold
 from sparsezoo_jax.sparsification.methods import RELEASED

@@ -14,7 +14,8 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.evaluation import evaluate_model
 from sparsezoo_jax.inference import packed
 from sparsezoo_jax.models.ffn import GatedFFNConfig
-from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedFFNConfig
+from sparsezoo_jax.models.masks import ActivationSparsity
+from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from sparsezoo_jax.sparsification import METHODS, calibrate, rsparse, sparsified_config, wrapped
 from sparsezoo_jax.sparsification.config import CalibrationConfig, RSparseConfig
 from tests.models.conftest import forward

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.spark import SparkFFNConfig
-from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedFFNConfig
+from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from sparsezoo_jax.sparsification import pruning
 from sparsezoo_jax.sparsification.calibration import calibrate, thresholds
 from sparsezoo_jax.sparsification.conversion import maps_taken, sparsified_config, with_cuts, wrapped

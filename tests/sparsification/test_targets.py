@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
+from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.mla import MLAConfig
-from sparsezoo_jax.models.sparsified import ActivationSparsity, SparsifiedAttentionConfig
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig
 from sparsezoo_jax.sparsification.conversion import sparsified_config, with_cuts, wrapped
 from sparsezoo_jax.sparsification.methods import LINEAR_MAPS
 from sparsezoo_jax.sparsification.rotation import rotate
