@@ -220,10 +220,14 @@ class PackedDECOFFN(DECOFFN, DecodingLayout):
 
     def restore(self, source: DECOFFN) -> None:
         """Put the weights back into `source`."""
+        self.restore_routed(source)
+        self.shared.restore(source.shared)
+
+    def restore_routed(self, source: DECOFFN) -> None:
+        """Put those of the router and its experts back."""
         assign(source.router_DE, self.router.restored().T)
         assign(source.expert_up_DF, self.up.restored().T)
         assign(source.expert_down_FD, self.down.restored())
-        self.shared.restore(source.shared)
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads with this share of the routed experts active."""

@@ -5,7 +5,7 @@ A map with a mask lies by its input channels, and a token's product is the sum o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,20 @@ from flax import nnx
 from sparsezoo_jax.inference.attention import PackedGQA
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
 from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign, few_tokens
+from sparsezoo_jax.inference.sparsified_experts import (
+    MaskedBlockFFN,
+    MaskedDECOFFN,
+    MaskedLayout,
+    MaskedMoEFFN,
+    MaskedMoEXFFN,
+    expert_matrices,
+    masked_mixture,
+)
 from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.common import CallContext, LayerAux
 from sparsezoo_jax.models.contract import FFN, Attention
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
-from sparsezoo_jax.models.masks import NEURONS, MaskedWidth, Masks, channel_norms
+from sparsezoo_jax.models.masks import DENSITY, NEURONS, MaskedWidth, Masks, channel_norms
 from sparsezoo_jax.models.sparsified import SparsifiedAttention, SparsifiedFFN
 from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
@@ -237,14 +246,17 @@ class ThresholdedFFN(GatedFFN):
         return self.rest.second_combination(hidden_BTF)
 
 
-def _norms(masks: Masks, weights: Mapping[str, nnx.Param]) -> nnx.Dict:
+def _norms(masks: Masks, weights: Mapping[str, jax.Array], experts: Collection[str] = ()) -> nnx.Dict:
     """Norms of the weights of channels, by map where scores have them: making them would take as long as a token.
 
-    Of a weight for the output of heads, [N, H, D], the first two axes are channels.
+    Of a weight for the output of heads, [N, H, D], the first two axes are channels; of those of `experts`, [E, I, O],
+    they are the experts and their channels.
     """
 
     def of(name: str) -> Packed:
-        return Packed(channel_norms(weights[name][...], 2 if name == "o" else 1).reshape(-1), axes=(None,))
+        norms = channel_norms(weights[name], 2 if name == "o" or name in experts else 1)
+        norms = norms.reshape(-1) if name == "o" else norms
+        return Packed(norms, axes=(None,) * norms.ndim)
 
     return nnx.Dict({name: of(name) for name in masks.names if name in masks.config.weighted})
 
@@ -258,20 +270,20 @@ def _rotation(source: SparsifiedFFN | SparsifiedAttention, form: WeightFormat) -
     return ChannelMap(weight_DD, False, form, dtype, (None, None))
 
 
+Inner = MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN | MaskedMoEFFN | MaskedBlockFFN | MaskedMoEXFFN | MaskedDECOFFN
+
+
 class PackedSparsifiedFFN(FFN, DecodingLayout):
     """`SparsifiedFFN` laid out for decoding."""
 
-    def __init__(
-        self, source: SparsifiedFFN, inner: MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN, form: WeightFormat
-    ):
+    def __init__(self, source: SparsifiedFFN, inner: Inner, form: WeightFormat):
         self.config, self.masks, self.bypass, self.inner = source.config, source.masks, source.bypass, inner
-        paths = {"gate": "gate_DF", "up": "up_DF", "down": "down_FD"}
-        weights = {name: getattr(source.inner, path, None) for name, path in paths.items()}
-        self.norms = _norms(source.masks, {name: weight for name, weight in weights.items() if weight is not None})
+        of = source.config.of
+        self.norms = _norms(source.masks, expert_matrices(source.inner, of), of.expert_maps)
         self.rotation = _rotation(source, form)
 
     @property
-    def dictionary(self) -> jax.Array:
+    def dictionary(self) -> jax.Array | None:
         """As of the network itself."""
         return self.inner.dictionary
 
@@ -281,10 +293,20 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
 
     def bytes_read(self, density: float = 1.0) -> float:
         """Bytes of weights that one token reads, with this share of the neurons left where a gate decides on them."""
+        target = self.config.sparsity.target
         if isinstance(self.inner, ThresholdedFFN):
             return self.inner.gate.nbytes + density * self.inner.rest.nbytes
+        if isinstance(self.inner, MaskedLayout):
+            return self.inner.read(density, lambda name: 1 - target)
         rotation = 0 if self.rotation is None else self.rotation.bytes_read(0)
-        return self.inner.bytes_read(self.config.sparsity.target) + rotation
+        return self.inner.bytes_read(target) + rotation
+
+    def bytes_of(self, stats: Mapping[str, float]) -> float:
+        """Bytes of weights that a token with these statistics read: of experts by what their maps left out for it."""
+        if not isinstance(self.inner, MaskedLayout):
+            return super().bytes_of(stats)
+        asked = 1 - self.config.sparsity.target
+        return self.inner.read(stats["ffn_density"], lambda name: stats.get(DENSITY + name, asked))
 
     def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
@@ -307,7 +329,8 @@ class PackedSparsifiedAttention(Attention, DecodingLayout):
         layer: Any = source.inner
         maps = layer.projections
         self.rotation = _rotation(source, form)
-        self.norms = _norms(source.masks, {"q": maps.q_DNH, "k": maps.k_DKH, "v": maps.v_DKH, "o": maps.o_NHD})
+        weights = {"q": maps.q_DNH, "k": maps.k_DKH, "v": maps.v_DKH, "o": maps.o_NHD}
+        self.norms = _norms(source.masks, {name: weight[...] for name, weight in weights.items()})
 
     def restore(self, source: SparsifiedAttention) -> None:
         """Put the weights back into `source`."""
@@ -343,7 +366,8 @@ def _ffn(source: SparsifiedFFN, formats: Formats, active: float | None) -> Packe
             return PackedSparsifiedFFN(source, MaskedGatedFFN(inner, masks, form), form)
     if type(inner) is PlainFFN:
         return PackedSparsifiedFFN(source, MaskedPlainFFN(inner, masks, form), form)
-    return None
+    mixture = masked_mixture(inner, masks.names, formats)
+    return None if mixture is None else PackedSparsifiedFFN(source, mixture, form)
 
 
 @packs(SparsifiedAttention)

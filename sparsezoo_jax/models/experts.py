@@ -128,6 +128,15 @@ class Named(AllChannels):
     def added(self, name: str, y: jax.Array) -> jax.Array:
         return self.width.added(self.prefix + name, y)
 
+    def of_experts(self, experts: int, weights: Mapping[str, Weight | None]) -> Channels | None:
+        channels = self.width.of_experts(experts, {self.prefix + name: weight for name, weight in weights.items()})
+        if channels is None:
+            return None
+        return channels._replace(of_maps={n.removeprefix(self.prefix): own for n, own in channels.of_maps.items()})
+
+    def experts_read(self, name: str, shares_BTK: jax.Array, taken_BTK: jax.Array) -> None:
+        self.width.experts_read(self.prefix + name, shares_BTK, taken_BTK)
+
     def read(self, x_BTD: jax.Array, weight_DO: jax.Array) -> jax.Array:
         return self.width.read(x_BTD, weight_DO)
 

@@ -176,7 +176,8 @@ class MaskedWidth(WholeWidth):
     ):
         """`bypass`: by map, `LowRank` maps of what it leaves out.
 
-        `norms`: of the weights of channels by map, [I], for layers that have laid them out; default: by the weights.
+        `norms`: of the weights of channels by map, [I] or of experts [E, I], for layers that have laid them out;
+        default: by the weights.
 
         The context is that of the layer's call.
         """
@@ -215,19 +216,22 @@ class MaskedWidth(WholeWidth):
 
     def of_experts(self, experts: int, weights: Mapping[str, Weight | None]) -> Channels | None:
         masks, ctx = self.masks, self.ctx
+        found: dict[str, OfExpert] = {}
         for name, weight in weights.items():
             if name not in masks.names:
                 continue
             norms_EI = None
             if name in masks.config.weighted:
                 assert weight is not None
-                norms_EI = jax.lax.stop_gradient(channel_norms(weight(), 2))
-            self.of_maps[name] = OfExpert(jnp.full((experts, 1), masks.cut(name)), norms_EI)
-        if not self.of_maps:
+                norms_EI = channel_norms(weight(), 2) if self.norms is None else self.norms[name]
+                norms_EI = jax.lax.stop_gradient(norms_EI.reshape(experts, -1))
+            found[name] = OfExpert(jnp.full((experts, 1), masks.cut(name)), norms_EI)
+        if not found:
             return None
+        self.of_maps |= found
         first = masks.config.dense_tokens
         whole_BT = ctx.positions_BT < first if first else None
-        return Channels(_MASKED[masks.config.gate], self.of_maps, masks.config.gate == "top_k", whole_BT)
+        return Channels(_MASKED[masks.config.gate], found, masks.config.gate == "top_k", whole_BT)
 
     def experts(
         self,

@@ -23,7 +23,7 @@ from sparsezoo_jax.models.experts import expert_channels, hidden_read, network_m
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.records import EXPERT_SCORES, FFN_GATE, FFN_HIDDEN, FFN_SCORES, GATE_SCORES
 from sparsezoo_jax.models.routers import Routing
-from sparsezoo_jax.models.width import WHOLE
+from sparsezoo_jax.models.width import WHOLE, Width
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
 from sparsezoo_jax.pallas_kernels.grouped_ffn import (
     Channels,
@@ -225,6 +225,10 @@ class MoEXFFN(FFN):
         """Both maps of all experts, [E, D, W] and [E, W, D], in the activations' dtype."""
         return self.up_EDW[...].astype(self.dtype), self.down_EWD[...].astype(self.dtype)
 
+    def channels(self, width: Width) -> Channels | None:
+        """Which channels the experts' maps leave out."""
+        return expert_channels(width, self.up_EDW[...], self.down_EWD[...])
+
     def mixed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         """The weighted sum of each token's experts, and the number of their hidden units that are not 0 [B, T]."""
         y_BTD, counts = self.product(x_BTD, routing)
@@ -234,7 +238,7 @@ class MoEXFFN(FFN):
         self, x_BTD: jax.Array, routing: Routing, ctx: CallContext
     ) -> tuple[jax.Array, jax.Array, Channels | None]:
         """As `mixed`, by the channels that `ctx.width` leaves, which is told what is read; and these."""
-        channels = expert_channels(ctx.width, self.up_EDW[...], self.down_EWD[...])
+        channels = self.channels(ctx.width)
         y_BTD, counts = self.product(x_BTD, routing, channels)
         activation, up_EDW = activation_fn(self.config.activation), self.weights()[0]
         show_experts(x_BTD, up_EDW, None, activation, routing.active_BTE, channels, counts, ctx)

@@ -31,6 +31,8 @@ OPERATIONS = (
     "relu_ffn_forward",
     "relu_ffn_backward",
     "active_rows",
+    "expert_rows",
+    "expert_products",
     "token_rows",
     "block_ffn",
     "deco_ffn",

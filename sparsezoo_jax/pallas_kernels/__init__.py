@@ -10,6 +10,7 @@ from sparsezoo_jax.pallas_kernels.block_ffn import block_ffn, block_ffn_union
 from sparsezoo_jax.pallas_kernels.block_ffn.rows import block_ffn_rows
 from sparsezoo_jax.pallas_kernels.deco_ffn.rows import deco_ffn_rows
 from sparsezoo_jax.pallas_kernels.dispatch import without_kernels
+from sparsezoo_jax.pallas_kernels.expert_rows import expert_products, expert_rows
 from sparsezoo_jax.pallas_kernels.gated_ffn import gated_ffn_rows
 from sparsezoo_jax.pallas_kernels.gemm import gemm
 from sparsezoo_jax.pallas_kernels.grouped_linear.rows import from_blocks_rows, to_blocks_rows
@@ -29,6 +30,8 @@ __all__ = [
     "block_ffn_rows",
     "block_ffn_union",
     "deco_ffn_rows",
+    "expert_products",
+    "expert_rows",
     "flash_attention",
     "from_blocks_rows",
     "gated_ffn_rows",

@@ -33,10 +33,13 @@ from sparsezoo_jax.inference.matrices import Rows
 from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
+from sparsezoo_jax.models.blockffn import BlockFFNConfig
 from sparsezoo_jax.models.common import EXACT_ZERO_ACTIVATIONS
+from sparsezoo_jax.models.deco import DECOConfig
 from sparsezoo_jax.models.ffn import GatedFFNConfig, PlainFFNConfig
 from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.moe import MoEFFNConfig
+from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
 from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
 from tests.models.conftest import CONFIGS, forward
@@ -46,6 +49,13 @@ GREEDY = Sampling(temperature=0)
 
 def mixture(**ffn):
     return dataclasses.replace(CONFIGS["llama"], layers=1, ffn=MoEFFNConfig(experts=6, expert_width=8, **ffn))
+
+
+def masked(ffn, maps=None):
+    """A layer of experts of which all maps leave channels out, or `maps`."""
+    maps = tuple(name for name in ffn.linear_maps(24) if "neurons" not in name) if maps is None else maps
+    sparsity = ActivationSparsity(maps=maps, target=0.5, weighted=() if "neurons" in maps else maps)
+    return dataclasses.replace(CONFIGS["llama"], layers=1, ffn=SparsifiedFFNConfig(of=ffn, sparsity=sparsity))
 
 
 # One layer where all are alike.
@@ -76,6 +86,12 @@ KINDS = {
             sparsity=ActivationSparsity(maps=("neurons",), target=0.5),
         ),
     ),
+    "masked experts": masked(
+        MoEFFNConfig(experts=12, expert_width=8, k=4, router="deepseek", activation="gelu_tanh", gated=True)
+    ),
+    "masked neurons": masked(BlockFFNConfig(experts=6, expert_width=8, gated=True), ("neurons",)),
+    "masked units": masked(DECOConfig(experts=6, expert_width=8, shared_width=10)),
+    "masked features": masked(MoEXFFNConfig(experts=6, expert_width=8, k=3)),
     "moe": mixture(k=4, router="deepseek", activation="gelu_tanh", gated=True),
     "remoe": mixture(k=2, router="remoe", router_std=0.3),
     "ling": dataclasses.replace(
@@ -115,6 +131,10 @@ LAID_OUT = {
     "remoe": (PackedGQA, PackedMoEFFN),
     "ling": (PackedGQA, PackedGatedFFN, PackedMoEFFN),
     "sparsified": (PackedSparsifiedAttention, PackedSparsifiedFFN),
+    "masked experts": (PackedGQA, PackedSparsifiedFFN),
+    "masked neurons": (PackedGQA, PackedSparsifiedFFN),
+    "masked units": (PackedGQA, PackedSparsifiedFFN),
+    "masked features": (PackedGQA, PackedSparsifiedFFN),
     "readme": (PackedGQA, PackedReadMEFFN),
     "cats": (PackedGQA, PackedSparsifiedFFN),
 }
@@ -246,8 +266,9 @@ def test_all_parameters_come_back_exactly(model, laid_out):
 
 
 MIXED = Formats("float32", predictor="int8", head="int8")
+INT8 = ("spark", "llama", "gpt2", "deco", "moe", "moex", "mohd", "lazy")
 PROMPTS = [("spark", MIXED), ("llama", "bfloat16"), ("blockffn", "int8")]
-STEPS = [(kind, "int8") for kind in ("spark", "llama", "gpt2", "deco", "moe", "moex", "mohd", "lazy")]
+STEPS = [(kind, "int8") for kind in (*INT8, "masked experts", "masked neurons")]
 
 
 @pytest.mark.slow
@@ -298,7 +319,7 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
 def reads_all(ffn):
     """Whether a token reads the weights of all neurons, whatever is active."""
     if ffn.kind == "sparsified":
-        return "neurons" not in ffn.sparsity.maps
+        return "neurons" not in ffn.sparsity.maps and not ffn.of.expert_maps
     return ffn.kind == "gated" or (ffn.kind == "plain" and ffn.activation not in EXACT_ZERO_ACTIVATIONS)
 
 

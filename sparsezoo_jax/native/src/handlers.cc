@@ -108,6 +108,18 @@ ffi::Error ActiveRows(ffi::ThreadPool threads, Array hidden, Array w, Array scal
   return ffi::Error::Success();
 }
 
+ffi::Error ExpertRows(ffi::ThreadPool threads, Array x, Array experts, Array w, Array scale, Result y) {
+  expert_rows(pool_of(threads), tokens(x), static_cast<const int*>(experts.untyped_data()), w.dimensions()[0],
+              matrix(w, scale), tokens(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error ExpertProducts(ffi::ThreadPool threads, Array x, Array experts, Array needed, Array w, Array scale, Result y) {
+  expert_products(pool_of(threads), tokens(x), static_cast<const int*>(experts.untyped_data()), w.dimensions()[0],
+                  tokens(needed), matrix(w, scale), tokens(*y));
+  return ffi::Error::Success();
+}
+
 // `x` has no elements where nothing is gated.
 ffi::Error TokenRows(ffi::ThreadPool threads, Array x, Array gates, Array rows, Array scale, Result y) {
   const bool gated = x.element_count() > 0;
@@ -329,6 +341,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_active_rows, ActiveRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_expert_rows, ExpertRows,
+                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_expert_products, ExpertProducts,
+                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_token_rows, TokenRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());

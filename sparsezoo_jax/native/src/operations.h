@@ -225,6 +225,15 @@ void relu_ffn_backward(const Pool& pool, const ReluLayer& layer, const float* ot
 // y = hidden w for hidden [M, F]; rows of units that are 0 in all tokens are not read.
 void active_rows(const Pool& pool, const Tokens& hidden, const Matrix& w, const Tokens& y);
 
+// y_p = x_j w_e for P results, of experts e = chosen [P] (none where there is no such number: 0), whose matrices [I, O] lie
+// one after another; of inputs x [M, I] each is that of P / M consecutive results. Rows of channels that are 0 in all
+// inputs of an expert are not read.
+void expert_rows(const Pool& pool, const Tokens& x, const int* chosen, long experts, const Matrix& w, const Tokens& y);
+
+// y_p = w_e x_j for matrices [O, I] likewise, where `needed` [P, O] is not 0, and 0 elsewhere: no other rows are read.
+void expert_products(const Pool& pool, const Tokens& x, const int* chosen, long experts, const Tokens& needed,
+                     const Matrix& w, const Tokens& y);
+
 // y = (gates * (x up^T)) down, or y = gates down where nothing is gated, for many tokens; a neuron's rows are multiplied
 // with those tokens only whose gate [M, F] is not 0. `up` and `down` are the two parts of the same rows.
 void token_rows(const Pool& pool, const Tokens& x, const Tokens& gates, const Matrix& up, const Matrix& down, bool gated,
