@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -142,22 +143,30 @@ class PackedMLA(MLA, DecodingLayout):
     """
 
     def __init__(self, source: MLA, form: WeightFormat):
-        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
-        self.q_a_norm, self.kv_a_norm = source.q_a_norm, source.kv_a_norm
+        self.lay_out_latent(source, form)
 
         def rows(weight_NK: jax.Array, *axes: str | None) -> Rows:
             return Rows(weight_NK, form, source.dtype, axes)
 
-        nope, kv_b_CNH = self.config.qk_nope_head_dim, source.kv_b_CNH[...]
         q_DF = _query_map(source)[...].reshape(source.kv_a_DC.shape[0], -1)
         self.down = rows(jnp.concatenate([q_DF, source.kv_a_DC[...]], axis=-1).T, "latent", "embed")
         q_up = source.q_b_RNH
         self.q_up = None if q_up is None else rows(q_up[...].reshape(q_up.shape[0], -1).T, "heads", "latent")
-        # An array for each head: cutting one out of a stack would copy it.
-        heads = range(self.config.heads)
-        self.key_up = nnx.List([rows(kv_b_CNH[:, head, :nope], None, None) for head in heads])
-        self.value_up = nnx.List([rows(kv_b_CNH[:, head, nope:].T, None, None) for head in heads])
         self.output_rows = rows(source.o_NHD[...].reshape(-1, source.o_NHD.shape[-1]).T, "embed", "heads")
+
+    def lay_out_latent(self, source: MLA, form: WeightFormat) -> None:
+        """Set up all but the maps from and to the stream, and to queries."""
+        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
+        self.q_a_norm, self.kv_a_norm = source.q_a_norm, source.kv_a_norm
+        nope, kv_b_CNH = self.config.qk_nope_head_dim, source.kv_b_CNH[...]
+
+        def of_heads(weights: Iterable[jax.Array]) -> nnx.List:
+            # An array for each head: cutting one out of a stack would copy it.
+            return nnx.List([Rows(weight, form, source.dtype, (None, None)) for weight in weights])
+
+        heads = range(self.config.heads)
+        self.key_up = of_heads(kv_b_CNH[:, head, :nope] for head in heads)
+        self.value_up = of_heads(kv_b_CNH[:, head, nope:].T for head in heads)
 
     def restore(self, source: MLA) -> None:
         """Put the weights back into `source`."""

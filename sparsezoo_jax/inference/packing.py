@@ -19,6 +19,7 @@ from sparsezoo_jax.inference import (  # noqa: F401  # register the layouts of t
     experts,
     ffn,
     sparsified,
+    sparsified_attention,
 )
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, laid_out
 from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign

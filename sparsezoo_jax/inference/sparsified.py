@@ -5,18 +5,19 @@ A map with a mask lies by its input channels, and a token's product is the sum o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsezoo_jax.inference.attention import PackedGQA
+from sparsezoo_jax.inference.channels import ChannelMap, biased, bytes_of, norms_of, rotation_of
+from sparsezoo_jax.inference.ffn import NEURONS as NEURON_AXES
 from sparsezoo_jax.inference.layouts import DecodingLayout, Formats, packs
-from sparsezoo_jax.inference.matrices import Packed, Rows, WeightFormat, assign, few_tokens
+from sparsezoo_jax.inference.matrices import Rows, WeightFormat, assign, few_tokens, flat
 from sparsezoo_jax.inference.sparsified_experts import (
+    Left,
     MaskedBlockFFN,
     MaskedDECOFFN,
     MaskedLayout,
@@ -25,107 +26,19 @@ from sparsezoo_jax.inference.sparsified_experts import (
     expert_matrices,
     masked_mixture,
 )
-from sparsezoo_jax.models.attention import GQA, Projections
 from sparsezoo_jax.models.common import CallContext, LayerAux
-from sparsezoo_jax.models.contract import FFN, Attention
+from sparsezoo_jax.models.contract import FFN
 from sparsezoo_jax.models.ffn import GatedFFN, PlainFFN
-from sparsezoo_jax.models.masks import DENSITY, NEURONS, MaskedWidth, Masks, channel_norms
-from sparsezoo_jax.models.sparsified import SparsifiedAttention, SparsifiedFFN
-from sparsezoo_jax.models.width import WHOLE, Width
+from sparsezoo_jax.models.masks import DENSITY, NEURONS, MaskedWidth, Masks
+from sparsezoo_jax.models.spark import SparkFFN
+from sparsezoo_jax.models.sparsified import SparsifiedFFN
+from sparsezoo_jax.models.width import Width
 from sparsezoo_jax.pallas_kernels.active_rows import active_rows
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
+from sparsezoo_jax.pallas_kernels.expert_rows import expert_products
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.pallas_kernels.thresholded_ffn import thresholded_ffn_rows
 from sparsezoo_jax.sharding import LogicalAxes
-
-
-class ChannelMap(nnx.Module):
-    """`x W` for x [B, T, I] by rows of inputs, or by rows of outputs for a map that reads all channels."""
-
-    def __init__(self, weight_IO: jax.Array, masked: bool, form: WeightFormat, dtype: jnp.dtype, axes: LogicalAxes):
-        self.masked = masked
-        laid_out, axes = (weight_IO, axes) if masked else (weight_IO.T, tuple(reversed(axes)))
-        self.rows = Rows(laid_out, form, dtype, axes)
-
-    def restored(self) -> jax.Array:
-        """W, [I, O], in the activations' dtype."""
-        return self.rows.restored() if self.masked else self.rows.restored().T
-
-    def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        """[B, T, O]."""
-        if not self.masked:
-            return self.rows.product(x_BTI)
-        x = few_tokens(x_BTI)
-        if x is None:
-            return self.rows.combination(x_BTI)
-        return active_rows(x, *self.rows.arrays).reshape(*x_BTI.shape[:2], -1)
-
-    def bytes_read(self, target: float) -> float:
-        """Bytes that a token reads which leaves out a share `target` of the channels, if this is masked."""
-        return self.rows.nbytes * (1 - target if self.masked else 1)
-
-
-def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return y if bias is None else y + bias[...].astype(y.dtype)
-
-
-def _bytes_of(*biases: nnx.Param | None) -> int:
-    return sum(bias[...].nbytes for bias in biases if bias is not None)
-
-
-class MaskedProjections(nnx.Module):
-    """`Projections` with the four maps by their channels."""
-
-    def __init__(self, source: Projections, masks: Masks, form: WeightFormat):
-        self.dtype = source.dtype
-        self.heads, self.kv_heads, self.width = source.q_DNH.shape[1], *source.k_DKH.shape[1:]
-
-        def laid_out(name: str, weight: jax.Array, axes: LogicalAxes) -> ChannelMap:
-            return ChannelMap(weight, name in masks.names, form, source.dtype, axes)
-
-        d = source.q_DNH.shape[0]
-        self.q_map = laid_out("q", source.q_DNH[...].reshape(d, -1), ("embed", "heads"))
-        self.k_map = laid_out("k", source.k_DKH[...].reshape(d, -1), ("embed", "kv_heads"))
-        self.v_map = laid_out("v", source.v_DKH[...].reshape(d, -1), ("embed", "kv_heads"))
-        self.o_map = laid_out("o", source.o_NHD[...].reshape(-1, d), ("heads", "embed"))
-        self.q_bias, self.k_bias, self.v_bias = source.q_bias, source.k_bias, source.v_bias
-        self.o_bias, self.q_norm, self.k_norm = source.o_bias, source.q_norm, source.k_norm
-
-    def restore(self, source: Projections) -> None:
-        """Put the weights back into `source`."""
-        targets = (source.q_DNH, source.k_DKH, source.v_DKH, source.o_NHD)
-        for target, map in zip(targets, (self.q_map, self.k_map, self.v_map, self.o_map), strict=True):
-            assign(target, map.restored())
-
-    def bytes_read(self, target: float) -> float:
-        """Bytes of weights that one token reads."""
-        maps = sum(map.bytes_read(target) for map in (self.q_map, self.k_map, self.v_map, self.o_map))
-        return maps + _bytes_of(self.q_bias, self.k_bias, self.v_bias, self.o_bias)
-
-    def qkv(self, x_BTD: jax.Array, stream: Width = WHOLE) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
-
-        def project(name: str, map: ChannelMap, bias: nnx.Param | None, heads: int) -> jax.Array:
-            y_BTO = map(stream.channels(name, x_BTD, map.restored))
-            y_BTO = stream.added(name, y_BTO)
-            return _biased(y_BTO.reshape(*x_BTD.shape[:2], heads, self.width), bias)
-
-        q = project("q", self.q_map, self.q_bias, self.heads)
-        k = project("k", self.k_map, self.k_bias, self.kv_heads)
-        v = project("v", self.v_map, self.v_bias, self.kv_heads)
-        return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
-
-    def output(self, y_BTNH: jax.Array, stream: Width = WHOLE) -> jax.Array:
-        """The map back to the stream, [B, T, D]."""
-        y_BTI = y_BTNH.reshape(*y_BTNH.shape[:2], -1)
-        y_BTD = self.o_map(stream.channels("o", y_BTI, self.o_map.restored))
-        return _biased(stream.added("o", y_BTD), self.o_bias)
-
-
-class MaskedGQA(PackedGQA):
-    """`GQA` over a cache by head, with its maps by their channels."""
-
-    def __init__(self, source: GQA, masks: Masks, form: WeightFormat):
-        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
-        self.projections: Any = MaskedProjections(source.projections, masks, form)
 
 
 class MaskedGatedFFN(GatedFFN):
@@ -156,18 +69,18 @@ class MaskedGatedFFN(GatedFFN):
     def bytes_read(self, target: float) -> float:
         """Bytes of weights that one token reads."""
         maps = sum(map.bytes_read(target) for map in (self.gate_map, self.up_map, self.down_map))
-        return maps + _bytes_of(self.gate_bias, self.up_bias, self.down_bias)
+        return maps + bytes_of(self.gate_bias, self.up_bias, self.down_bias)
 
     def gate_and_up(self, x_BTD: jax.Array, stream: Width) -> tuple[jax.Array, jax.Array]:
         """Gates before their non-linearity, and what they multiply: [B, T, F] each."""
         to_gate = stream.channels("gate", x_BTD, self.gate_map.restored)
         to_up = stream.channels("up", x_BTD, self.up_map.restored)
         gate = stream.added("gate", self.gate_map(to_gate))
-        return _biased(gate, self.gate_bias), _biased(stream.added("up", self.up_map(to_up)), self.up_bias)
+        return biased(gate, self.gate_bias), biased(stream.added("up", self.up_map(to_up)), self.up_bias)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return _biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
+        return biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
 
 
 class MaskedPlainFFN(PlainFFN):
@@ -192,16 +105,16 @@ class MaskedPlainFFN(PlainFFN):
     def bytes_read(self, target: float) -> float:
         """Bytes of weights that one token reads."""
         maps = self.up_map.bytes_read(target) + self.down_map.bytes_read(target)
-        return maps + _bytes_of(self.up_bias, self.down_bias)
+        return maps + bytes_of(self.up_bias, self.down_bias)
 
     def scores(self, x_BTD: jax.Array, stream: Width) -> jax.Array:
         """Neurons before their non-linearity, [B, T, F]."""
         x_BTD = stream.channels("up", x_BTD, self.up_map.restored)
-        return _biased(stream.added("up", self.up_map(x_BTD)), self.up_bias)
+        return biased(stream.added("up", self.up_map(x_BTD)), self.up_bias)
 
     def output(self, hidden_BTF: jax.Array, stream: Width) -> jax.Array:
         """The map back to the stream, [B, T, D]."""
-        return _biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
+        return biased(stream.added("down", self.down_map(hidden_BTF)), self.down_bias)
 
 
 class ThresholdedFFN(GatedFFN):
@@ -246,41 +159,80 @@ class ThresholdedFFN(GatedFFN):
         return self.rest.second_combination(hidden_BTF)
 
 
-def _norms(masks: Masks, weights: Mapping[str, jax.Array], experts: Collection[str] = ()) -> nnx.Dict:
-    """Norms of the weights of channels, by map where scores have them: making them would take as long as a token.
-
-    Of a weight for the output of heads, [N, H, D], the first two axes are channels; of those of `experts`, [E, I, O],
-    they are the experts and their channels.
+class MaskedSparkFFN(SparkFFN, MaskedLayout):
+    """`SparkFFN` with its predictor by channels, and its other maps by neurons: of the few that are selected whole rows
+    are read, whatever a mask leaves of the input that they are multiplied with.
     """
 
-    def of(name: str) -> Packed:
-        norms = channel_norms(weights[name], 2 if name == "o" or name in experts else 1)
-        norms = norms.reshape(-1) if name == "o" else norms
-        return Packed(norms, axes=(None,) * norms.ndim)
+    def __init__(self, source: SparkFFN, masks: Masks, formats: Formats):
+        self.config, self.dtype, self.masked = source.config, source.dtype, frozenset(masks.names)
+        predictor, axes = formats.predictor or formats.weights, ("predictor", "ffn")
+        self.k1_map = ChannelMap(source.k1_RF[...], "gate" in self.masked, predictor, source.dtype, axes)
+        self.k2 = Rows(source.k2_DF[...].T, formats.weights, source.dtype, NEURON_AXES)
+        self.v = Rows(source.v_FD[...], formats.weights, source.dtype, NEURON_AXES)
 
-    return nnx.Dict({name: of(name) for name in masks.names if name in masks.config.weighted})
+    @property
+    def dictionary(self) -> jax.Array:
+        """What each hidden unit adds to the output when it is 1, [F, D]."""
+        return self.v.restored()
+
+    def weight(self, name: str) -> jax.Array:
+        """The matrix of one map, in the activations' dtype."""
+        if name == "gate":
+            return self.k1_map.restored()
+        return self.k2.restored().T if name == "up" else self.v.restored()
+
+    def restore(self, source: SparkFFN) -> None:
+        """Put the weights back into `source`."""
+        for name, path in source.matrices.items():
+            assign(getattr(source, path), self.weight(name))
+
+    def read(self, density: float, left: Left) -> float:
+        """Bytes of weights that one token reads with this share of the neurons selected."""
+        neurons = min(density, left(NEURONS)) if NEURONS in self.masked else density
+        down = min(neurons, left("down")) if "down" in self.masked else neurons
+        gate = left("gate") if "gate" in self.masked else 1
+        return gate * self.k1_map.rows.nbytes + neurons * self.k2.nbytes + down * self.v.nbytes
+
+    def mapped(self, name: str, x: jax.Array, gate_BTF: jax.Array | None = None) -> jax.Array:
+        """What one map makes of its input; of neurons whose gate is 0 it may make anything that is finite."""
+        if name == "gate":
+            return self.k1_map(x)
+        few = few_tokens(x)
+        if name == "down":
+            y = None if few is None else active_rows(few, *self.v.arrays)
+            return self.v.combination(x) if y is None else y.reshape(*x.shape[:2], -1)
+        if few is None or gate_BTF is None:
+            return self.k2.product(x)
+
+        def of_rows(x: jax.Array, gate_BTF: jax.Array) -> jax.Array:
+            # The neurons are one expert's, of whose outputs the selected ones are needed.
+            rows_FD, scale_F = self.k2.arrays
+            of_one = rows_FD[None], None if scale_F is None else scale_F[None]
+            first = jnp.zeros(len(few), jnp.int32)
+            return expert_products(flat(x), first, flat(gate_BTF), *of_one, implementation="native").reshape(
+                gate_BTF.shape
+            )
+
+        implementations = [plain(lambda x, _: self.k2.product(x)), native_cpu(of_rows, native_refusal(x=x))]
+        return dispatch("experts", None, implementations)(x, gate_BTF)
+
+    def __call__(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
+        return self.by_maps(x_BTD, ctx)
 
 
-def _rotation(source: SparsifiedFFN | SparsifiedAttention, form: WeightFormat) -> ChannelMap | None:
-    """The matrix before the maps, where there is one."""
-    if source.rotation is None:
-        return None
-    weight_DD = source.rotation.rotation_DD[...]
-    dtype = getattr(source.inner, "dtype", weight_DD.dtype)
-    return ChannelMap(weight_DD, False, form, dtype, (None, None))
-
-
-Inner = MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN | MaskedMoEFFN | MaskedBlockFFN | MaskedMoEXFFN | MaskedDECOFFN
+Inner = MaskedGatedFFN | MaskedPlainFFN | ThresholdedFFN | MaskedSparkFFN
+Mixture = MaskedMoEFFN | MaskedBlockFFN | MaskedMoEXFFN | MaskedDECOFFN
 
 
 class PackedSparsifiedFFN(FFN, DecodingLayout):
     """`SparsifiedFFN` laid out for decoding."""
 
-    def __init__(self, source: SparsifiedFFN, inner: Inner, form: WeightFormat):
+    def __init__(self, source: SparsifiedFFN, inner: Inner | Mixture, form: WeightFormat):
         self.config, self.masks, self.bypass, self.inner = source.config, source.masks, source.bypass, inner
         of = source.config.of
-        self.norms = _norms(source.masks, expert_matrices(source.inner, of), of.expert_maps)
-        self.rotation = _rotation(source, form)
+        self.norms = norms_of(source.masks, expert_matrices(source.inner, of), of.expert_maps)
+        self.rotation = rotation_of(source, form)
 
     @property
     def dictionary(self) -> jax.Array | None:
@@ -320,39 +272,6 @@ class PackedSparsifiedFFN(FFN, DecodingLayout):
         return y_BTD, LayerAux(stats={"ffn_density": density, "density_neurons": density})
 
 
-class PackedSparsifiedAttention(Attention, DecodingLayout):
-    """`SparsifiedAttention` laid out for decoding."""
-
-    def __init__(self, source: SparsifiedAttention, inner: MaskedGQA, form: WeightFormat):
-        self.config, self.dtype, self.layer_type = source.config, source.dtype, source.layer_type
-        self.masks, self.bypass, self.inner = source.masks, source.bypass, inner
-        layer: Any = source.inner
-        maps = layer.projections
-        self.rotation = _rotation(source, form)
-        weights = {"q": maps.q_DNH, "k": maps.k_DKH, "v": maps.v_DKH, "o": maps.o_NHD}
-        self.norms = _norms(source.masks, {name: weight[...] for name, weight in weights.items()})
-
-    def restore(self, source: SparsifiedAttention) -> None:
-        """Put the weights back into `source`."""
-        inner: Any = source.inner
-        self.inner.restore(inner)
-
-    def bytes_read(self, density: float = 1.0) -> float:
-        """Bytes of weights that one token reads, whatever the density."""
-        rotation = 0 if self.rotation is None else self.rotation.bytes_read(0)
-        return self.inner.projections.bytes_read(self.config.sparsity.target) + rotation
-
-    def empty_cache(self, batch: int, length: int) -> Any:
-        """A cache of `length` slots."""
-        return self.inner.empty_cache(batch, length)
-
-    def __call__(self, x_BTD: jax.Array, ctx: CallContext, cache: Any = None) -> tuple[jax.Array, LayerAux, Any]:
-        x_BTD = x_BTD if self.rotation is None else self.rotation(x_BTD)
-        width = MaskedWidth(self.masks, ctx, self.bypass, {name: norm[...] for name, norm in self.norms.items()})
-        y_BTD, aux, cache = self.inner(x_BTD, replace(ctx, width=width), cache)
-        return y_BTD, width.seen(aux), cache
-
-
 @packs(SparsifiedFFN)
 def _ffn(source: SparsifiedFFN, formats: Formats, active: float | None) -> PackedSparsifiedFFN | None:
     inner, masks, form = source.inner, source.masks, formats.weights
@@ -366,12 +285,7 @@ def _ffn(source: SparsifiedFFN, formats: Formats, active: float | None) -> Packe
             return PackedSparsifiedFFN(source, MaskedGatedFFN(inner, masks, form), form)
     if type(inner) is PlainFFN:
         return PackedSparsifiedFFN(source, MaskedPlainFFN(inner, masks, form), form)
+    if type(inner) is SparkFFN:
+        return PackedSparsifiedFFN(source, MaskedSparkFFN(inner, masks, formats), form)
     mixture = masked_mixture(inner, masks.names, formats)
     return None if mixture is None else PackedSparsifiedFFN(source, mixture, form)
-
-
-@packs(SparsifiedAttention)
-def _attention(source: SparsifiedAttention, formats: Formats, active: float | None) -> PackedSparsifiedAttention | None:
-    if type(source.inner) is not GQA:
-        return None
-    return PackedSparsifiedAttention(source, MaskedGQA(source.inner, source.masks, formats.weights), formats.weights)

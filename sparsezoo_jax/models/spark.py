@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -167,20 +168,30 @@ class SparkFFN(FFN):
         stats = {"ffn_density": density(jax.lax.stop_gradient(gate), ctx)}
         return y, LayerAux(stats=stats, records=ctx.recorded(records))
 
+    def weight(self, name: str) -> jax.Array:
+        """The matrix of one map, in the activations' dtype."""
+        return getattr(self, self.matrices[name])[...].astype(self.dtype)
+
+    def mapped(self, name: str, x: jax.Array, gate_BTF: jax.Array | None = None) -> jax.Array:
+        """What one map makes of its input [B, T, ...]; the neurons' gates tell which of them "up" is needed for."""
+        del gate_BTF  # all are made
+        if name == "down":
+            return to_stream(x, self.weight(name))
+        return constrain(from_stream(x, self.weight(name)), ("batch", "length", "ffn"))
+
     def by_maps(self, x_BTD: jax.Array, ctx: CallContext) -> tuple[jax.Array, LayerAux]:
         """The same by its definition, map by map, each of which reads the channels that `ctx.width` leaves it."""
-        config, width, neurons = self.config, ctx.width, ("batch", "length", "ffn")
-        k1_RF, k2_DF, v_FD = (matrix[...].astype(self.dtype) for matrix in (self.k1_RF, self.k2_DF, self.v_FD))
-        to_gate_BTR = width.channels("gate", x_BTD[..., : config.r], lambda: k1_RF)
-        to_up = width.channels("up", x_BTD[..., config.r :], lambda: k2_DF)
-        scores_BTF = constrain(width.added("gate", from_stream(to_gate_BTR, k1_RF)), neurons)
+        config, width = self.config, ctx.width
+        to_gate_BTR = width.channels("gate", x_BTD[..., : config.r], partial(self.weight, "gate"))
+        to_up = width.channels("up", x_BTD[..., config.r :], partial(self.weight, "up"))
+        scores_BTF = width.added("gate", self.mapped("gate", to_gate_BTR))
         selected_BTF = select_neurons(
             scores_BTF, config.top_k, config.selection, ddof=config.ddof, huber_delta=config.huber_delta
         )
         gate_BTF = width.channels("neurons", jax.nn.gelu(selected_BTF, approximate=True))
-        hidden_BTF = gate_BTF * constrain(width.added("up", from_stream(to_up, k2_DF)), neurons)
-        hidden_BTF = width.channels("down", hidden_BTF, lambda: v_FD)
-        y_BTD = width.added("down", to_stream(hidden_BTF, v_FD))
+        hidden_BTF = gate_BTF * width.added("up", self.mapped("up", to_up, gate_BTF))
+        hidden_BTF = width.channels("down", hidden_BTF, partial(self.weight, "down"))
+        y_BTD = width.added("down", self.mapped("down", hidden_BTF))
         records = {FFN_SCORES: lambda: scores_BTF, FFN_GATE: lambda: gate_BTF, FFN_HIDDEN: lambda: hidden_BTF}
         stats = {"ffn_density": density(jax.lax.stop_gradient(gate_BTF), ctx)}
         return y_BTD, LayerAux(stats=stats, records=ctx.recorded(records))

@@ -30,7 +30,8 @@ from sparsezoo_jax.inference.ffn import (
     PackedSparseLMFFN,
 )
 from sparsezoo_jax.inference.matrices import Rows
-from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
+from sparsezoo_jax.inference.sparsified import PackedSparsifiedFFN
+from sparsezoo_jax.inference.sparsified_attention import PackedSparsifiedAttention
 from sparsezoo_jax.models import ATTENTION_KINDS, FFN_KINDS, Sparsity, bytes_per_token
 from sparsezoo_jax.models.accounting import abstract_decoder, reads_per_token
 from sparsezoo_jax.models.blockffn import BlockFFNConfig
@@ -41,7 +42,7 @@ from sparsezoo_jax.models.masks import ActivationSparsity
 from sparsezoo_jax.models.moe import MoEFFNConfig
 from sparsezoo_jax.models.moex import MoEXFFNConfig
 from sparsezoo_jax.models.spark import SparkFFN
-from sparsezoo_jax.models.sparsified import SparsifiedFFNConfig
+from sparsezoo_jax.models.sparsified import SparsifiedAttentionConfig, SparsifiedFFNConfig
 from tests.models.conftest import CONFIGS, forward
 
 GREEDY = Sampling(temperature=0)
@@ -56,6 +57,15 @@ def masked(ffn, maps=None):
     maps = tuple(name for name in ffn.linear_maps(24) if "neurons" not in name) if maps is None else maps
     sparsity = ActivationSparsity(maps=maps, target=0.5, weighted=() if "neurons" in maps else maps)
     return dataclasses.replace(CONFIGS["llama"], layers=1, ffn=SparsifiedFFNConfig(of=ffn, sparsity=sparsity))
+
+
+def masked_attention(kind):
+    """Layers of which all maps of attention leave channels out."""
+    attention = CONFIGS[kind].attention
+    maps = tuple(attention.linear_maps(24))
+    sparsity = ActivationSparsity(maps=maps, target=0.5, weighted=maps)
+    attention = SparsifiedAttentionConfig(of=attention, sparsity=sparsity)
+    return dataclasses.replace(CONFIGS[kind], layers=2, attention=attention)
 
 
 # One layer where all are alike.
@@ -84,6 +94,14 @@ KINDS = {
         ffn=SparsifiedFFNConfig(
             of=GatedFFNConfig(d_ff=32, activation="silu"),
             sparsity=ActivationSparsity(maps=("neurons",), target=0.5),
+        ),
+    ),
+    "masked latents": masked_attention("blockffn"),
+    "masked spark": dataclasses.replace(
+        masked_attention("spark"),
+        ffn=SparsifiedFFNConfig(
+            of=CONFIGS["spark"].ffn,
+            sparsity=ActivationSparsity(maps=("gate", "down"), target=0.5, weighted=("gate", "down")),
         ),
     ),
     "masked experts": masked(
@@ -131,6 +149,8 @@ LAID_OUT = {
     "remoe": (PackedGQA, PackedMoEFFN),
     "ling": (PackedGQA, PackedGatedFFN, PackedMoEFFN),
     "sparsified": (PackedSparsifiedAttention, PackedSparsifiedFFN),
+    "masked latents": (PackedSparsifiedAttention, PackedBlockFFN),
+    "masked spark": (PackedSparsifiedAttention, PackedSparsifiedFFN),
     "masked experts": (PackedGQA, PackedSparsifiedFFN),
     "masked neurons": (PackedGQA, PackedSparsifiedFFN),
     "masked units": (PackedGQA, PackedSparsifiedFFN),
@@ -319,7 +339,7 @@ def test_the_engine_takes_a_packed_model(model, laid_out):
 def reads_all(ffn):
     """Whether a token reads the weights of all neurons, whatever is active."""
     if ffn.kind == "sparsified":
-        return "neurons" not in ffn.sparsity.maps and not ffn.of.expert_maps
+        return ffn.of.kind in ("gated", "plain") and "neurons" not in ffn.sparsity.maps
     return ffn.kind == "gated" or (ffn.kind == "plain" and ffn.activation not in EXACT_ZERO_ACTIVATIONS)
 
 

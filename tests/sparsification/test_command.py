@@ -14,7 +14,8 @@ from sparsezoo_jax.evaluation.report.page import sparsity_after_training
 from sparsezoo_jax.evaluation.sparsified import recorded
 from sparsezoo_jax.evaluation_tables import print_sparsified
 from sparsezoo_jax.inference import packed
-from sparsezoo_jax.inference.sparsified import PackedSparsifiedAttention, PackedSparsifiedFFN
+from sparsezoo_jax.inference.sparsified import PackedSparsifiedFFN
+from sparsezoo_jax.inference.sparsified_attention import PackedSparsifiedAttention
 from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.overrides import with_values
 from sparsezoo_jax.sparsification.config import CalibrationConfig
