@@ -11,7 +11,8 @@ is made with `--domains`, corpora of its experts, and trains for `--rounds-train
 
 Small layers fit into a processor's caches, where reading fewer rows saves little; the ratio is that of the run's shape.
 `python -m benchmarks.sparsify --shape gemma2_2b --layers 8` times dense layers of that shape with random weights in
-bfloat16, whose thresholds leave out the share that is asked for; nothing is said about quality then.
+bfloat16, whose thresholds leave out the share that is asked for; nothing is said about quality then. `--arch moe
+--shape xlarge` times a mixture, `--maps up down` of it masks on experts alone.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--figure", type=Path, help="page to draw")
-    parser.add_argument("--shape", help="size of the dense preset to time with random weights, in place of a run")
+    parser.add_argument("--shape", help="size of a preset to time with random weights, in place of a run")
+    parser.add_argument("--arch", default="dense", help="architecture of --shape")
+    parser.add_argument("--maps", nargs="+", help="maps of --shape that leave channels out (default: those of teal)")
     parser.add_argument("--layers", type=int, default=8, help="of --shape")
     parser.add_argument("--vocab", type=int, default=32_000, help="of --shape")
     options = parser.parse_args()
@@ -225,18 +228,17 @@ def curves(rows: dict[tuple[str, float], Row], options: argparse.Namespace) -> s
 
 
 def time_shape(options: argparse.Namespace) -> None:
-    """Time dense layers and sparsified ones with random weights, at the first of the sparsities."""
+    """Time layers of a preset's shape and sparsified ones with random weights, at each of the sparsities."""
     changes = {"dtype": "bfloat16", "param_dtype": "bfloat16", "layers": options.layers, "vocab_size": options.vocab}
-    dense = dataclasses.replace(preset("dense", options.shape).model, **changes)
+    dense = dataclasses.replace(preset(options.arch, options.shape).model, **changes)
     tokens = jax.random.randint(jax.random.key(1), (1, 64), 0, options.vocab)
     ones = jnp.ones((1, 64), jnp.int32)
     batch = {"tokens": tokens, "segment_ids": ones, "positions": jnp.arange(64)[None]}
     variants = {"dense": variant(dense, Formats(), options.context, "native")}
-    forms = {
-        "teal": METHODS["teal"],
-        "wina": METHODS["wina"],
-        "wina, threshold": METHODS["wina"]._replace(gate="threshold"),
-    }
+    maps = METHODS["teal"].maps if options.maps is None else tuple(options.maps)
+    forms = {name: METHODS[name]._replace(maps=maps) for name in ("teal", "wina")}
+    forms["wina"] = forms["wina"]._replace(weighted=maps)
+    forms["wina, threshold"] = forms["wina"]._replace(gate="threshold")
     for name, method in forms.items():
         for sparsity in options.sparsities:
             model = drawn(sparsified_config(dense, method.sparsity(sparsity)))
@@ -250,7 +252,8 @@ def time_shape(options: argparse.Namespace) -> None:
             print(f"{name} {sparsity:g}: maps leave out {1 - np.mean(densities):.1%} of their channels", flush=True)
             variants[f"{name} {sparsity:g}"] = made
     times = in_turns(variants, options.rounds)
-    print(f"\n{options.shape}, {options.layers} layers, {options.vocab:,} words, context {options.context}, bfloat16\n")
+    shape = f"{options.arch} {options.shape}, {options.layers} layers, {options.vocab:,} words"
+    print(f"\n{shape}, context {options.context}, bfloat16\n")
     print("| variant | MB a token | ms a token | ratio | quartiles |")
     print("|---|---|---|---|---|")
     for name, made in variants.items():
