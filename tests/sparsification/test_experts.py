@@ -14,9 +14,10 @@ from sparsezoo_jax.models.records import EXPERT_SCORES, SUBLAYER_INPUT
 from sparsezoo_jax.sparsification import layers, pruning
 from sparsezoo_jax.sparsification.config import PruningConfig
 from sparsezoo_jax.sparsification.conversion import maps_taken
+from sparsezoo_jax.sparsification.progress import Progress, Stage
 from tests.models.conftest import CONFIGS, build
 from tests.sparsification.test_pruning import called
-from tests.sparsification.test_resuming import Sequences, assert_same
+from tests.sparsification.test_resuming import KilledError, Sequences, assert_same, dying
 
 FORM = MoEFFNConfig(experts=5, expert_width=8, k=3, router="deepseek", shared_experts=1, gated=True, router_std=1.0)
 MAPS = ("gate", "up", "down", "shared_gate", "shared_up", "shared_down")
@@ -108,6 +109,27 @@ def test_gradients_are_those_of_the_expert(monkeypatch, model, text):
         for e in range(FORM.routed):
             kept = pruning.kept_weights(np.abs(before[layer, e]) * found["norms"][path][layer, e], 0.5, "row")
             np.testing.assert_array_equal(after[layer, e] != 0, kept)
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "wanda"])
+def test_what_is_cut_off_goes_on_with_the_layer_where_it_was(monkeypatch, tmp_path, model, text, method):
+    """What experts have read is kept with the layer's: the same is made, bit for bit."""
+    plan = sparsify.planned(sparsify.Sparsify(directory=Path("run"), out=Path("out"), method=method))
+    expected = plan.make(model, text)
+    with monkeypatch.context() as patch:
+        dying(patch, Stage, "keep", 2)
+        with pytest.raises(KilledError):
+            plan.make(model, text, Progress(tmp_path))
+    with monkeypatch.context() as patch:
+        calls = dying(patch, Stage, "keep", None)
+        made = plan.make(model, text, Progress(tmp_path))
+    assert len(calls) == 1
+    assert made.record == expected.record
+    assert_same(made.model, expected.model)
+    if method != "wanda":
+        for name, map in expected.calibration.maps.items():
+            np.testing.assert_array_equal(made.calibration.maps[name].counts, map.counts)
+            np.testing.assert_array_equal(made.calibration.maps[name].squares, map.squares)
 
 
 def test_what_can_not_be_treated_is_named(model):
