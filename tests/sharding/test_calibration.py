@@ -48,6 +48,27 @@ def test_what_is_cut_off_on_a_mesh_goes_on_there(found):
     assert found["resumed"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moe", "blockffn"])
+def test_experts_on_two_devices_are_those_of_one(found, kind):
+    """What each expert reads of its tokens is counted once, wherever it lies, and so are weights compared."""
+    figures = found["experts"][kind]
+    assert {"up", "down", "q"} <= set(figures["maps"])
+    assert figures["tokens"] == [7 * 16] * 2
+    assert figures["counted"][::2] == figures["counted"][1::2]
+    assert min(figures["counted"]) > 0
+    assert figures["moved"] < 0.03
+    assert figures["squares"] < 1e-5
+    assert figures["cuts"] < 1e-3
+    assert figures["others"] < 1e-3
+    assert figures["zeros"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+def test_experts_that_are_cut_off_on_a_mesh_go_on_there(found):
+    assert found["experts"]["resumed"]
+
+
 def test_what_trains_runs_on_one_device(monkeypatch):
     monkeypatch.setattr(MeshFlags, "build_mesh", lambda self: type("Mesh", (), {"size": 2})())
     command = sparsify.Sparsify(directory=Path("run"), out=Path("out"), method="readme")
