@@ -43,7 +43,7 @@ PARTS = {
     "feed-forward": r"ffn|models/sparselm",
     "routed width": r"grouped_linear|models/mohd",
     "norms": r"models/norms",
-    "embedding and stream": r"models/(decoder|layers|common|embedding|residual|width)",
+    "embedding and stream": r"models/(decoder|layers|common|embedding|residual)",
     "optimizer and step": r"training/|optax",
 }
 OTHER = "other"

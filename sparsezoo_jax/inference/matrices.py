@@ -40,9 +40,9 @@ def flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-#: Sequences of a batch from which on weights are multiplied as for a prompt, though each has one token only; the second
-#: where the processor has products of bfloat16. Below, reading a row of weights at a time is faster.
-MANY_SEQUENCES, MANY_SEQUENCES_BF16 = 13, 5
+#: Sequences of a batch from which on weights are multiplied as for a prompt, though each has one token only. Below, and for
+#: tokens of bfloat16 where the processor has products of such pairs, reading a row of weights at a time is faster.
+MANY_SEQUENCES = 13
 
 
 def many_sequences(x: jax.Array) -> bool:
@@ -53,7 +53,7 @@ def many_sequences(x: jax.Array) -> bool:
     if x.ndim < 3 or not native.available():
         return False
     pairs = native.level() == "v4_bf16" and x.dtype == jnp.bfloat16
-    return x.shape[0] >= (MANY_SEQUENCES_BF16 if pairs else MANY_SEQUENCES)
+    return x.shape[0] >= MANY_SEQUENCES and not pairs
 
 
 class Packed(nnx.Variable):

@@ -49,9 +49,9 @@ def test_one_sequence_is_decoded_by_rows_and_a_prompt_or_a_batch_by_tiles(monkey
     assert used(rows, 1, 16, 20) == "linear", "drafts are judged by the numbers of single tokens"
     assert used(rows, 1, 17, 20) == used(rows, 13, 1, 20) == "gemm"
     monkeypatch.setattr(native, "level", lambda: "v4_bf16")
-    assert used(rows, 12, 1, 20) == "linear"
-    assert used(rows, 4, 1, 20, dtype=jnp.bfloat16) == "linear"
-    assert used(rows, 5, 1, 20, dtype=jnp.bfloat16) == "gemm"
+    assert used(rows, 13, 1, 20) == "gemm"
+    assert used(rows, 16, 1, 20, dtype=jnp.bfloat16) == "linear", "pairs are multiplied as they are"
+    assert used(rows, 17, 1, 20, dtype=jnp.bfloat16) == "gemm"
 
 
 def test_bfloat16_is_left_to_xla_where_it_has_units_for_it(monkeypatch):

@@ -84,13 +84,22 @@ class Product {
     for (long at = 0; at < words_; at += kBlockDepth) {
       const long words = words_ - at < kBlockDepth ? words_ - at : kBlockDepth;
       lay_out(first, rows, at * tiles_.numbers, block);
+      const Next next = after(first, at);
       for (long p = 0; p < panels_; p++) {
         const long vectors = vectors_of(p);
         tiles_.multiply(block, rows, words, packed_.get() + p * panel_ * words_ + at * vectors * lanes_, vectors,
-              sums + p * panel_, ld, at == 0);
+              sums + p * panel_, ld, at == 0, next);
       }
     }
     write(first, rows, sums, ld);
+  }
+
+  // The weights of the next block of outputs `first` and following, or of those after them, where a row holds them.
+  Next after(long first, long at) const {
+    if (!transposed_) return {nullptr, 0, 0};
+    const long size = size_of(w_.type), more = at + kBlockDepth < words_ ? (at + kBlockDepth) * tiles_.numbers : 0;
+    if (!more && first + chunk_ >= y_.width) return {nullptr, 0, 0};
+    return {w_.row(more ? first : first + chunk_) + more * size, w_.ld * size, tiles_.numbers * size};
   }
 
   void lay_out(long first, long rows, long from, unsigned* block) const {

@@ -131,6 +131,67 @@ void dot(const void* weights, long ld, long rows, long k, const float* const* x,
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same with vectors of bfloat16, which the processor multiplies in pairs. One sum for each product, so that all forms
+// round alike.
+template <int R, int M>
+INLINE void dot_pairs_of(const bfloat16* w, long ld, long k, const float* const* x, float* out, long ld_out,
+                         const char* ahead) {
+  constexpr long kNumbers = 2 * kLanes;
+  constexpr int kSums = (R * M + 3) / 4 * 4;
+  const Ahead<bfloat16, R> next(ahead, ld, k, kLine);
+  Floats sum[kSums];
+  each<kSums>(UNROLLED(t) { sum[t] = Floats{}; });
+  const auto add = [&](auto r, Words pairs, long i) __attribute__((always_inline)) {
+    each<M>(UNROLLED(j) {
+      const Words tokens = read<Words>(reinterpret_cast<const bfloat16*>(x[j]) + i);
+      sum[j * R + r] = same_bits<Floats>(
+          _mm512_dpbf16_ps(same_bits<__m512>(sum[j * R + r]), same_bits<__m512bh>(pairs), same_bits<__m512bh>(tokens)));
+    });
+  };
+  long i = 0;
+  for (; i + kNumbers <= k; i += kNumbers)
+    each<R>(UNROLLED(r) {
+      next.fetch(r, i * 2, kLine);
+      add(r, read<Words>(w + r * ld + i), i);
+    });
+  if (i < k)
+    each<R>(UNROLLED(r) {
+      alignas(64) bfloat16 rest[kNumbers] = {};
+      __builtin_memcpy(rest, w + r * ld + i, (k - i) * sizeof(bfloat16));
+      add(r, read<Words>(rest), i);
+    });
+  each<kSums / 4>(UNROLLED(f) {
+    constexpr int t = 4 * f;
+    write_sums<R, M, t>(sums_of(sum[t], sum[t + 1], sum[t + 2], sum[t + 3]), out, ld_out);
+  });
+}
+
+template <int M>
+INLINE void dot_pairs_rows(const bfloat16* w, long ld, long rows, long k, const float* const* x, float* out, long ld_out,
+                           const char* ahead) {
+  long i = 0;
+  for (; i + 4 <= rows; i += 4)
+    dot_pairs_of<4, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * ld * 2 : ahead);
+  for (; i < rows; i++) dot_pairs_of<1, M>(w + i * ld, ld, k, x, out + i, ld_out, ahead ? ahead + i * ld * 2 : ahead);
+}
+
+void dot_pairs(const void* weights, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
+               const char* ahead) {
+  const bfloat16* w = static_cast<const bfloat16*>(weights);
+  constexpr long kRows = 4;  // as in `dot`
+  for (long i = 0; i < rows; i += kRows) {
+    const long n = rows - i < kRows ? rows - i : kRows;
+    const bfloat16* at = w + i * ld;
+    const char* next = ahead ? ahead + i * ld * 2 : nullptr;
+    long j = 0;
+    for (; j + 4 <= m; j += 4, next = nullptr) dot_pairs_rows<4>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+    for (; j + 2 <= m; j += 2, next = nullptr) dot_pairs_rows<2>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+    for (; j < m; j++, next = nullptr) dot_pairs_rows<1>(at, ld, n, k, x + j, out + i + j * ld_out, ld_out, next);
+  }
+}
+#endif
+
 // y_j += sum over R rows, in the order of the rows.
 template <class W, int R, int M, class Rows, class Next>
 INLINE void axpy_of(const Rows& w, const Next& next, long k, const float* c, long ld_c, float* const* y) {
@@ -421,11 +482,14 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
                               {nullptr, pack_columns<bfloat16, true>, pack_columns<signed char, true>},
                               tiles<true>};
   const Tiles* const has_pairs = &pairs;
+  const auto dot_of_pairs = dot_pairs;
 #else
   const Tiles* const has_pairs = nullptr;
+  constexpr auto dot_of_pairs = nullptr;
 #endif
   static const Loops table = {
       {dot<float>, dot<bfloat16>, dot<signed char>},
+      dot_of_pairs,
       {axpy<float>, axpy<bfloat16>, axpy<signed char>},
       {dot_at<float>, dot_at<bfloat16>, dot_at<signed char>},
       {axpy_at<float>, axpy_at<bfloat16>, axpy_at<signed char>},

@@ -28,6 +28,12 @@ constexpr long kBlockRows = 96, kBlockDepth = 512;
 // Words from one row of a block to the next: with a power of two they would compete for the same places of the caches.
 constexpr long kBlockStride = kBlockDepth + 16;
 
+// Weights that are multiplied after those of a block: rows that are `ld` bytes apart, `word` bytes for a word; null: none.
+struct Next {
+  const char* rows;
+  long ld, word;
+};
+
 // Matrix products of many tokens in one kind of words; see tiles.h.
 struct Tiles {
   long numbers;  // in a word
@@ -38,7 +44,7 @@ struct Tiles {
                                unsigned* block);
   // `sums` [rows, tokens] of `vectors` vectors of tokens, added to unless `first`.
   void (*multiply)(const unsigned* block, long rows, long words, const unsigned* panel, long vectors, float* sums,
-                   long ld_sums, bool first);
+                   long ld_sums, bool first, const Next& next);
 };
 
 // The score of a key that a row does not see, and what is below every other score.
@@ -93,6 +99,10 @@ struct Loops {
   // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
   void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
                       const char* ahead);
+  // The same of bfloat16 for vectors of bfloat16 as they are, with zeros up to a multiple of kPadding; null where the
+  // processor can't multiply such pairs.
+  void (*dot_pairs)(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
+                    const char* ahead);
   // y_j += sum_i c[j * ld_c + i] w_i.
   void (*axpy[kTypes])(const void* w, long ld, long rows, long k, const float* c, long ld_c, long m, float* const* y,
                        const char* ahead);

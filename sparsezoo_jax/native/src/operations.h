@@ -142,6 +142,35 @@ class Vectors {
   std::vector<float*> pointers_;
 };
 
+// Tokens that all rows of a matrix are multiplied by: pairs of bfloat16 where tokens, weights and the processor have them.
+class Operand {
+ public:
+  Operand(const Tokens& x, const Matrix& w)
+      : w_(w),
+        width_(x.width),
+        count_(x.count),
+        pairs_(loops().dot_pairs && x.type == kBfloat16 && w.type == kBfloat16),
+        vectors_(pairs_ ? Vectors(x.count, x.width) : Vectors(x, w.type)) {
+    if (!pairs_) return;
+    vectors_.zero(0, x.count);
+    const long bytes = x.width * size_of(x.type);
+    for (long i = 0; i < x.count; i++) __builtin_memcpy(vectors_[i], static_cast<const char*>(x.data) + i * bytes, bytes);
+  }
+
+  // out[j * ld_out + i] = row (first + i) . x_j
+  void dot(long first, long rows, float* out, long ld_out) const {
+    const char* const ahead = w_.ahead_of(first);
+    if (!pairs_) return w_.dot(first, rows, width_, vectors_.pointers(), count_, out, ld_out, ahead);
+    loops().dot_pairs(w_.row(first), w_.ld, rows, width_, vectors_.pointers(), count_, out, ld_out, ahead);
+  }
+
+ private:
+  const Matrix& w_;
+  long width_, count_;
+  bool pairs_;
+  Vectors vectors_;
+};
+
 // Sums that several threads make together. Each part of the work has sums of its own, which are added in the order of
 // the parts, so that a result depends neither on the threads nor on how many tokens there are.
 class Partials {

@@ -22,40 +22,56 @@ INLINE Floats add_products(Floats sum, Words w, Words x) {
 
 // sums[r][t] += sum over k of w[r][k] x[k][t] for R rows and V vectors of tokens; sums begin at 0 if `first`. Each sum is
 // made in the order of k, whatever R and V are, so that a token's results do not depend on how many there are.
+// One vector of tokens takes no longer than its weights come from memory, so that the next ones are fetched meanwhile.
 template <bool kPairs, int R, int V>
-INLINE void tile(const unsigned* w, long k, const unsigned* x, float* sums, long ld_sums, bool first) {
+INLINE void tile(const unsigned* w, long k, const unsigned* x, float* sums, long ld_sums, bool first, const Next& next) {
   Floats sum[R][V];
   each<R>(UNROLLED(r) {
     each<V>(UNROLLED(v) { sum[r][v] = first ? Floats{} : load(sums + r * ld_sums + v * kLanes); });
   });
-  for (long i = 0; i < k; i++) {
+  const auto add = [&](long i) __attribute__((always_inline)) {
     Words tokens[V];
     each<V>(UNROLLED(v) { tokens[v] = read<Words>(x + (i * V + v) * kLanes); });
     each<R>(UNROLLED(r) {
       const Words weight = all_of(w + r * kBlockStride + i);
       each<V>(UNROLLED(v) { sum[r][v] = add_products<kPairs>(sum[r][v], weight, tokens[v]); });
     });
-  }
+  };
+  long i = 0;
+  if (V == 1 && next.rows)
+    for (; i + kLine / 4 <= k; i += kLine / 4) {
+      each<R>(UNROLLED(r) { __builtin_prefetch(next.rows + r * next.ld + i * next.word, 0, 2); });
+      for (long j = i; j < i + kLine / 4; j++) add(j);
+    }
+  for (; i < k; i++) add(i);
   each<R>(UNROLLED(r) {
     each<V>(UNROLLED(v) { write(sums + r * ld_sums + v * kLanes, sum[r][v]); });
   });
 }
 
 template <bool kPairs, int V>
-void tiles_of(const unsigned* w, long rows, long k, const unsigned* x, float* sums, long ld_sums, bool first) {
+void tiles_of(const unsigned* w, long rows, long k, const unsigned* x, float* sums, long ld_sums, bool first,
+              const Next& next) {
   constexpr int R = kTileRows<V>;
   static_assert(kBlockRows % R == 0, "a block has whole tiles");
-  for (long r = 0; r < rows; r += R)
-    tile<kPairs, R, V>(w + r * kBlockStride, k, x, sums + r * ld_sums, ld_sums, first);
+  // One vector of tokens and the rows of a tile should stay in the nearest cache.
+  constexpr long kDepth = V == 1 ? kBlockDepth / 2 : kBlockDepth;
+  for (long i = 0; i < k; i += kDepth)
+    for (long r = 0; r < rows; r += R) {
+      const Next own{next.rows ? next.rows + r * next.ld + i * next.word : nullptr, next.ld, next.word};
+      tile<kPairs, R, V>(w + r * kBlockStride + i, k - i < kDepth ? k - i : kDepth, x + i * V * kLanes, sums + r * ld_sums,
+                         ld_sums, first && i == 0, own);
+    }
 }
 
 template <bool kPairs>
-void tiles(const unsigned* w, long rows, long k, const unsigned* x, long vectors, float* sums, long ld_sums, bool first) {
-  if (vectors == 1) return tiles_of<kPairs, 1>(w, rows, k, x, sums, ld_sums, first);
-  if (vectors == 2) return tiles_of<kPairs, 2>(w, rows, k, x, sums, ld_sums, first);
+void tiles(const unsigned* w, long rows, long k, const unsigned* x, long vectors, float* sums, long ld_sums, bool first,
+           const Next& next) {
+  if (vectors == 1) return tiles_of<kPairs, 1>(w, rows, k, x, sums, ld_sums, first, next);
+  if (vectors == 2) return tiles_of<kPairs, 2>(w, rows, k, x, sums, ld_sums, first, next);
   if constexpr (kVectors == 4) {
-    if (vectors == 3) return tiles_of<kPairs, 3>(w, rows, k, x, sums, ld_sums, first);
-    return tiles_of<kPairs, 4>(w, rows, k, x, sums, ld_sums, first);
+    if (vectors == 3) return tiles_of<kPairs, 3>(w, rows, k, x, sums, ld_sums, first, next);
+    return tiles_of<kPairs, 4>(w, rows, k, x, sums, ld_sums, first, next);
   }
 }
 
@@ -100,7 +116,10 @@ void pack_rows(const void* w, long ld, long rows, long k, unsigned* block) {
   for (long r = 0; r < rows; r++) {
     const W* row = static_cast<const W*>(w) + r * ld;
     unsigned* to = block + r * kBlockStride;
-    if constexpr (!kPairs) {
+    if constexpr (sizeof(W) == (kPairs ? 2 : 4)) {  // words as they are stored
+      __builtin_memcpy(to, row, k / (kPairs ? 2 : 1) * sizeof(unsigned));
+      if (kPairs && k % 2) to[k / 2] = bits_of(row[k - 1]);
+    } else if constexpr (!kPairs) {
       for (long i = 0; i < k; i++) to[i] = same_bits<unsigned>(weight_of(row + i));
     } else {
       for (long i = 0; i < k / 2; i++) to[i] = bits_of(row[2 * i]) | bits_of(row[2 * i + 1]) << 16;
