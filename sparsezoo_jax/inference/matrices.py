@@ -40,8 +40,8 @@ def flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-#: Sequences of a batch from which on weights are multiplied as for a prompt, though each has one token only. Below, and for
-#: tokens of bfloat16 where the processor has products of such pairs, reading a row of weights at a time is faster.
+#: Sequences of a batch from which on weights are multiplied as for a prompt, though each has one token only. Below, and
+#: for tokens of bfloat16 where the processor has products of such pairs, reading a row of weights at a time is faster.
 MANY_SEQUENCES = 13
 
 

@@ -76,10 +76,10 @@ def token_rows(
     return dispatch("token_rows", implementation, implementations)(x, gates, rows, scale)
 
 
-#: Shares of active neurons up to which reading rows token by token is the faster form. Measured with AVX2, where both
-#: take the same time at 0.3 (`benchmarks.prefill`); the second is for processors with products of bfloat16, which take
-#: half of the time or less for all rows and do not help here, and was not measured.
-MOST_DENSITY, MOST_DENSITY_BF16 = 0.2, 0.1
+#: Shares of active neurons up to which reading rows token by token is the faster form. With AVX2 both take the same time
+#: at 0.3 (`benchmarks.prefill`); the second is for processors with products of bfloat16, which do not help here and take
+#: half of the time for all rows: there both take the same at 0.2.
+MOST_DENSITY, MOST_DENSITY_BF16 = 0.2, 0.15
 
 
 def most_density(dtype: jnp.dtype | type) -> float:
