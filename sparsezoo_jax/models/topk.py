@@ -9,6 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from sparsezoo_jax import native
+from sparsezoo_jax.pallas_kernels.dispatch import dispatch, native_cpu, plain
+from sparsezoo_jax.pallas_kernels.rows import native_refusal
 from sparsezoo_jax.sharding import mesh_is_active
 
 _BITS = {jnp.dtype(jnp.float32): jnp.int32, jnp.dtype(jnp.bfloat16): jnp.int16}
@@ -16,19 +19,34 @@ _BITS = {jnp.dtype(jnp.float32): jnp.int32, jnp.dtype(jnp.bfloat16): jnp.int16}
 _BLOCK = 2**16
 
 
-def top_k_mask(x: jax.Array, k: int | jax.Array) -> jax.Array:
+def top_k_mask(x: jax.Array, k: int | jax.Array, *, implementation: str | None = None) -> jax.Array:
     """Which entries of rows `x` [..., N] are among the k largest, bool [..., N]; has no gradient.
 
     Of equal entries at the k-th place the first ones are taken, so that exactly k are true; but where that entry is 0,
-    all zeros are: whoever keeps the entries has the same of both. Bits of floats that are not negative are ordered as
-    the floats are, so the k-th largest is found bit by bit, by counting. That is several times faster than a sort on a
-    CPU, and devices that share a row exchange a count for each bit instead of the row.
+    all zeros are: whoever keeps the entries has the same of both.
 
     Args:
       x: float32 or bfloat16, at least 0 and not NaN.
       k: from 1 to N.
+      implementation: "xla", "native" (see `dispatch`), or None: "native" on a CPU.
     """
     x, k = jax.lax.stop_gradient(x), jnp.asarray(k, jnp.int32)
+    implementations = [plain(_by_bits), native_cpu(_natively, native_refusal(x=x))]
+    return dispatch("top_k_mask", implementation, implementations)(x, k)
+
+
+def _natively(x: jax.Array, k: jax.Array) -> jax.Array:
+    # Each row has its own k, so that rows of all dimensions, mapped ones too, are rows alike.
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.bool_)]
+    return native.call("top_k_mask", results, x, jnp.broadcast_to(k, x.shape[:-1]), vmap_method="broadcast_all")[0]
+
+
+def _by_bits(x: jax.Array, k: jax.Array) -> jax.Array:
+    """Bits of floats that are not negative are ordered as the floats are, so the k-th largest is found bit by bit.
+
+    That takes a count for each bit, which is several times faster than a sort on a CPU, and devices that share a row
+    exchange counts instead of the row.
+    """
     rows = math.gcd(math.prod(x.shape[:-1]), 2 ** max(_BLOCK // (x.shape[-1] * x.dtype.itemsize), 1).bit_length() // 2)
     if rows < 2 or mesh_is_active():  # a mesh splits rows otherwise
         return _mask(x, k)

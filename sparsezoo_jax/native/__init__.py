@@ -31,6 +31,7 @@ OPERATIONS = (
     "relu_ffn_forward",
     "relu_ffn_backward",
     "active_rows",
+    "top_k_mask",
     "expert_rows",
     "expert_products",
     "token_rows",

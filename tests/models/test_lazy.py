@@ -18,8 +18,15 @@ from sparsezoo_jax.models.ffn import PlainFFNConfig
 from sparsezoo_jax.models.topk import top_k_mask
 from tests.models.conftest import CONFIGS, build, forward, with_weights_of
 
-MASK = jax.jit(top_k_mask)  # for all k
+MASK = jax.jit(top_k_mask, static_argnames="implementation")  # for all k
 VALUES = st.sampled_from([0, 0, 1e-38, 0.5, 1, 1.25, 3e38])
+
+
+def kept_of(values, k):
+    order = np.argsort(-values, kind="stable")
+    kept = np.zeros_like(values)
+    kept[order[:k]] = values[order[:k]]
+    return kept
 
 
 # Few different values: most rows have ties, some of them at 0.
@@ -27,12 +34,26 @@ VALUES = st.sampled_from([0, 0, 1e-38, 0.5, 1, 1.25, 3e38])
 @given(st.lists(VALUES, min_size=11, max_size=11), st.integers(1, 11), st.sampled_from(["float32", "bfloat16"]))
 def test_the_largest_are_kept_and_of_equal_ones_the_first(row, k, dtype):
     x = jnp.asarray([row, row[::-1]], dtype)
-    found = np.where(MASK(x, k), np.asarray(x, np.float32), 0)
-    for values, kept in zip(np.asarray(x, np.float32), found, strict=True):
-        order = np.argsort(-values, kind="stable")
-        expected = np.zeros_like(values)
-        expected[order[:k]] = values[order[:k]]
-        np.testing.assert_array_equal(kept, expected)
+    for implementation in ("xla", "native"):
+        found = np.where(MASK(x, k, implementation=implementation), np.asarray(x, np.float32), 0)
+        for values, kept in zip(np.asarray(x, np.float32), found, strict=True):
+            np.testing.assert_array_equal(kept, kept_of(values, k))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_rows_of_any_length_keep_their_largest(dtype):
+    draw = np.random.default_rng(0)
+    for shape in ((1, 3584), (3, 7, 1031), (70, 40), (5,)):
+        x = jnp.asarray(draw.exponential(size=shape) * 10.0 ** draw.integers(-6, 6, shape), dtype)
+        x = jnp.where(draw.random(shape) < 0.1, 0, x)
+        for k in {1, shape[-1] // 3, shape[-1]}:
+            found = MASK(x, k, implementation="native")
+            np.testing.assert_array_equal(found, MASK(x, k, implementation="xla"))
+            rows = np.asarray(jnp.where(found, x, 0), np.float32).reshape(-1, shape[-1])
+            for values, kept in zip(np.asarray(x, np.float32).reshape(rows.shape), rows, strict=True):
+                np.testing.assert_array_equal(kept, kept_of(values, k))
+    mapped = jax.vmap(lambda x: top_k_mask(x, 3, implementation="native"))(x[None])
+    np.testing.assert_array_equal(mapped[0], MASK(x, 3, implementation="xla"))
 
 
 def test_the_layer_and_its_gradient_by_hand():

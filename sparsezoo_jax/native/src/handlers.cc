@@ -108,6 +108,12 @@ ffi::Error ActiveRows(ffi::ThreadPool threads, Array hidden, Array w, Array scal
   return ffi::Error::Success();
 }
 
+ffi::Error TopKMask(ffi::ThreadPool threads, Array x, Array k, Result mask) {
+  top_k_mask(pool_of(threads), tokens(x), static_cast<const int*>(k.untyped_data()),
+             static_cast<bool*>(mask->untyped_data()));
+  return ffi::Error::Success();
+}
+
 ffi::Error ExpertRows(ffi::ThreadPool threads, Array x, Array experts, Array w, Array scale, Result y) {
   expert_rows(pool_of(threads), tokens(x), static_cast<const int*>(experts.untyped_data()), w.dimensions()[0],
               matrix(w, scale), tokens(*y));
@@ -341,6 +347,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_active_rows, ActiveRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_top_k_mask, TopKMask, BIND.Arg<Array>().Arg<Array>().Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_expert_rows, ExpertRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());

@@ -213,6 +213,10 @@ void linear(const Pool& pool, const Tokens& x, const Matrix& w, const Tokens& y)
 // y = x w^T for w [N, K] if `transposed`, y = x w for w [K, N] otherwise.
 void gemm(const Pool& pool, const Tokens& x, const Matrix& w, bool transposed, const Tokens& y);
 
+// Which entries of each row are among its k[row] largest, [M, N]; entries are at least 0. Of those that equal the k-th the
+// first are taken, but all where it is 0.
+void top_k_mask(const Pool& pool, const Tokens& x, const int* k, bool* out);
+
 void gated_ffn(const Pool& pool, const Tokens& x, const Matrix& gate, const Matrix& up, const Matrix& down, long neurons,
                Activation activation, const Tokens& y);
 

@@ -76,9 +76,9 @@ def token_rows(
     return dispatch("token_rows", implementation, implementations)(x, gates, rows, scale)
 
 
-#: Shares of active neurons up to which reading rows token by token is the faster form. With AVX2 both take the same time
-#: at 0.3 (`benchmarks.prefill`); the second is for processors with products of bfloat16, which do not help here and take
-#: half of the time for all rows: there both take the same at 0.2.
+#: Shares of active neurons up to which reading rows token by token is the faster form. With AVX2 both take the same
+#: time at 0.3 (`benchmarks.prefill`); the second is for processors with products of bfloat16, which do not help here
+#: and take half of the time for all rows: there both take the same at 0.2.
 MOST_DENSITY, MOST_DENSITY_BF16 = 0.2, 0.15
 
 
