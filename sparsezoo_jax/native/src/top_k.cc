@@ -9,24 +9,25 @@ namespace sparsezoo {
 namespace {
 
 // Bits of a float that is not negative are ordered as the floats are; those of a bfloat16 are the upper half of a float's.
-inline unsigned bits_at(const Tokens& x, long row, long i) {
-  const long at = row * x.width + i;
-  if (x.type == kBfloat16) return unsigned(static_cast<const unsigned short*>(x.data)[at]) << 16;
-  return static_cast<const unsigned*>(x.data)[at];
+void bits_of(const Tokens& x, long row, unsigned* bits) {
+  constexpr unsigned kSize = 0x7fffffff;  // -0 is 0
+  const long n = x.width, at = row * n;
+  if (x.type == kBfloat16) {
+    const unsigned short* const from = static_cast<const unsigned short*>(x.data) + at;
+    for (long i = 0; i < n; i++) bits[i] = unsigned(from[i]) << 16 & kSize;
+  } else {
+    const unsigned* const from = static_cast<const unsigned*>(x.data) + at;
+    for (long i = 0; i < n; i++) bits[i] = from[i] & kSize;
+  }
 }
 
 // Numbers are told apart by their upper bits first: exponent and three bits of the fraction.
 constexpr int kLower = 20;
 constexpr long kBins = 1L << (31 - kLower);
 
-void mark_largest(const Tokens& x, long row, long k, std::vector<unsigned>& bits, std::vector<unsigned>& candidates,
-                  bool* out) {
-  const long n = x.width;
+void mark_largest(const unsigned* bits, long n, long k, unsigned* candidates, bool* out) {
   unsigned counts[kBins] = {};
-  for (long i = 0; i < n; i++) {
-    bits[i] = bits_at(x, row, i) & 0x7fffffff;  // -0 is 0
-    counts[bits[i] >> kLower]++;
-  }
+  for (long i = 0; i < n; i++) counts[bits[i] >> kLower]++;
   long bin = kBins - 1, above = 0;
   while (above + counts[bin] < k) above += counts[bin--];
   long count = 0;
@@ -34,29 +35,36 @@ void mark_largest(const Tokens& x, long row, long k, std::vector<unsigned>& bits
     candidates[count] = bits[i];
     count += long(bits[i] >> kLower) == bin;
   }
-  const auto begin = candidates.begin(), end = begin + count, kth_place = begin + (k - above - 1);
-  std::nth_element(begin, kth_place, end, std::greater<unsigned>());
-  const unsigned kth = *kth_place;
-  above += std::count_if(begin, kth_place, [kth](unsigned candidate) { return candidate > kth; });
-  long room = kth ? k - above : n;  // of entries that equal the k-th; all of them where it is 0
+  unsigned* const place = candidates + (k - above - 1);
+  std::nth_element(candidates, place, candidates + count, std::greater<unsigned>());
+  const unsigned kth = *place;
+  above += std::count_if(candidates, place, [kth](unsigned candidate) { return candidate > kth; });
+  const long tied = std::count(candidates, candidates + count, kth);
+  if (!kth || above + tied == k) {
+    for (long i = 0; i < n; i++) out[i] = bits[i] >= kth;
+    return;
+  }
+  long room = k - above;  // of entries that equal the k-th
   for (long i = 0; i < n; i++) {
-    const bool tied = bits[i] == kth && room > 0;
-    room -= tied;
-    out[i] = bits[i] > kth || tied;
+    const bool first = bits[i] == kth && room > 0;
+    room -= first;
+    out[i] = bits[i] > kth || first;
   }
 }
 
 }  // namespace
 
 void top_k_mask(const Pool& pool, const Tokens& x, const int* k, bool* out) {
-  constexpr long kRows = 16;  // of an item of work
-  const long items = (x.count + kRows - 1) / kRows;
-  Team team = pool.team(items, 16 * x.count * x.width);
+  const long n = x.width, each = std::max((16L << 10) / n, 1L);  // rows of an item of work
+  const long items = (x.count + each - 1) / each;
+  Team team = pool.team(items, 32 * x.count * n);
   team.run(items, [&](long item) {
-    std::vector<unsigned> bits(x.width), candidates(x.width + 1);
-    const long last = std::min((item + 1) * kRows, x.count);
-    for (long row = item * kRows; row < last; row++)
-      mark_largest(x, row, std::clamp(long(k[row]), 1L, x.width), bits, candidates, out + row * x.width);
+    std::vector<unsigned> bits(n), candidates(n + 1);
+    const long last = std::min((item + 1) * each, x.count);
+    for (long row = item * each; row < last; row++) {
+      bits_of(x, row, bits.data());
+      mark_largest(bits.data(), n, std::clamp(long(k[row]), 1L, n), candidates.data(), out + row * n);
+    }
   });
 }
 
