@@ -1,15 +1,17 @@
 """A Llama in llama.cpp, in a process of its own: `benchmarks.peers` runs this file.
 
 It imports nothing of this project, so any Python with xllamacpp, gguf and numpy can run it. The first line of its input
-is `d_model layers d_ff heads kv_heads head_dim vocab format threads`; it writes such a model with random weights, loads
-it and answers with what llama.cpp says of the processor. Then `prompt N` reads a prompt of N tokens, and `decode N`
-makes N tokens after a context of 128, which is in the cache. Either is answered with its processor time in seconds.
+is `d_model layers d_ff heads kv_heads head_dim vocab format threads rows`; it writes such a model with random weights,
+loads it and answers with what llama.cpp says of the processor. Then `generate P N` reads a prompt of P tokens and makes
+N more, and `decode N` makes N tokens of each of `rows` sequences after contexts of 128, which are in the cache; these
+are requests that come at once, as from several users. Either is answered with its processor time in seconds.
 """
 
 import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -69,13 +71,13 @@ def write(
     file.close()
 
 
-def served(path: str, threads: int):
+def served(path: str, threads: int, rows: int):
     """llama.cpp's server with the model, in this process; messages of it go to the standard error."""
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = 4096
+    params.n_ctx = 4096 if rows == 1 else 512 * rows
     params.n_batch = params.n_ubatch = 1024
-    params.n_parallel = 1
+    params.n_parallel = rows
     params.warmup = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     return xllamacpp.Server(params)
@@ -86,29 +88,33 @@ def main() -> None:
     # Its own lines go where the answers would.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    *sizes, kind, threads = sys.stdin.readline().split()
+    *sizes, kind, threads, rows = sys.stdin.readline().split()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.gguf")
         write(path, kind, *map(int, sizes))
-        server = served(path, int(threads))
+        server = served(path, int(threads), int(rows))
     print(f"llama.cpp (xllamacpp {xllamacpp.__version__}): {xllamacpp.get_system_info()}", file=answers)
 
-    def complete(tokens: int, made: int, cached: bool) -> None:
-        asked = {"prompt": [5] * tokens, "n_predict": made, "cache_prompt": cached, "ignore_eos": True}
+    def complete(token: int, tokens: int, made: int, cached: bool) -> None:
+        asked = {"prompt": [token] * tokens, "n_predict": made, "cache_prompt": cached, "ignore_eos": True}
         found = server.handle_completions({**asked, "temperature": 0, "samplers": ["temperature"]})
         times = found["timings"]
         if times["predicted_n"] != made or not (cached or times["prompt_n"] == tokens):
             raise SystemExit(f"llama.cpp: {found}")
 
-    for line in sys.stdin:
-        what, count = line.split()
-        begun = time.process_time()
-        if what == "prompt":
-            complete(int(count), 1, False)
-        else:
-            # The last token of a prompt that is in the cache is read again, which makes the first token.
-            complete(CONTEXT, int(count), True)
-        print(time.process_time() - begun, file=answers)
+    with ThreadPoolExecutor(int(rows)) as users:
+        for line in sys.stdin:
+            what, *counts = line.split()
+            begun = time.process_time()
+            if what == "generate":
+                complete(5, int(counts[0]), int(counts[1]), False)
+            else:
+                # The last token of a prompt that is in the cache is read again, which makes the first token. Every
+                # sequence has a token of its own, by which the server finds its cache.
+                made = int(counts[0])
+                for done in [users.submit(complete, 5 + row, CONTEXT, made, True) for row in range(int(rows))]:
+                    done.result()
+            print(time.process_time() - begun, file=answers)
 
 
 if __name__ == "__main__":

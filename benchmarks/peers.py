@@ -1,11 +1,13 @@
 """Training, prompts and batches beside PyTorch and llama.cpp: `python -m benchmarks.peers`.
 
-A Llama with random weights reads a prompt, or decodes some tokens of each of several sequences, through this package's
-packed decoder, through PyTorch (eager; its own matrix products and `scaled_dot_product_attention`, where it is
-installed) and through llama.cpp's server (`--llama-cpp PYTHON`, a Python with xllamacpp and gguf, which may be another
-environment's; one sequence at a time), with as many threads. All norm, rotate, keep caches and make the logits of the
-last token only. Ours runs as `generate` runs it: natively, and with `--plain` also without kernels, which is what XLA
-makes of it. llama.cpp's int8 is Q8_0, with a factor for 32 weights; ours has one for a row.
+A Llama with random weights reads a prompt, decodes some tokens of each of several sequences, or generates from end to
+end (`--generations PROMPT:NEW`: the prompt is read and then token after token made), through this package's packed
+decoder, through PyTorch (eager; its own matrix products and `scaled_dot_product_attention`, where it is installed) and
+through llama.cpp's server (`--llama-cpp PYTHON`, a Python with xllamacpp and gguf, which may be another environment's;
+several sequences are as many requests at once), with as many threads. All norm, rotate, keep caches and make the logits
+of the last token only. Ours runs as `generate` runs it, natively, and with `--plain` also without kernels, which is
+what XLA makes of it. Programs are compiled and models loaded before. llama.cpp's int8 is Q8_0, with a factor for 32
+weights; ours has one for a row.
 
 `--train` are lengths of sequences. As many of each as make 2,048 tokens are a batch, on which a small Llama makes train
 steps in float32, with AdamW and clipping, here and in PyTorch, eager and compiled.
@@ -14,7 +16,8 @@ Sides take turns. Of every round there are two times: that of the wall, which ot
 CPU time by the number of threads, which they do less. Ratios are to PyTorch's time (without PyTorch to llama.cpp's),
 medians and quartiles over the rounds, so below 1 is faster.
 
-    python -m benchmarks.peers [--prompts 256 1024] [--batches 1 4 8 16 64] [--formats bfloat16 float32] [--rounds 9]
+    python -m benchmarks.peers [--prompts 256 1024] [--batches 1 4 8 16 64] [--generations 64:64]
+        [--formats bfloat16 float32] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
+import re
 import statistics
 import sys
 import time
@@ -39,7 +44,7 @@ from benchmarks.timing import interleaved_by, ratios
 from benchmarks.train_step import random_batch, step_of
 from benchmarks.workers import Worker
 from sparsezoo_jax import native, platforms
-from sparsezoo_jax.inference import Formats, Sampling, packed
+from sparsezoo_jax.inference import Engine, Formats, Sampling, packed
 from sparsezoo_jax.inference.generation import first_token, next_token
 from sparsezoo_jax.models import Decoder, DecoderConfig
 from sparsezoo_jax.models.attention import GQAConfig
@@ -71,6 +76,28 @@ class Shape(NamedTuple):
 SMALL = Shape(d_model=128, layers=4, d_ff=512, heads=4, kv_heads=2, head_dim=32, vocab=4096)
 
 
+class Case(NamedTuple):
+    """What one call computes: of each row a prompt is read, or is in the cache, and tokens are made."""
+
+    rows: int
+    prompt: int
+    """Tokens; 0 where `CONTEXT` tokens are in the cache."""
+    new: int
+    """Tokens of each row; the first one comes with the prompt."""
+
+    @property
+    def name(self) -> str:
+        if not self.prompt:
+            return f"a token of each of {self.rows} sequences"
+        read = f"prompt of {self.prompt:,}"
+        return read if self.new == 1 else f"{read}, {self.new} tokens generated"
+
+    @property
+    def asked(self) -> str:
+        """Of `llama_cpp_worker.py`."""
+        return f"generate {self.prompt} {self.new}" if self.prompt else f"decode {self.new}"
+
+
 def config_of(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> DecoderConfig:
     """Our decoder of this shape."""
     return DecoderConfig(
@@ -86,10 +113,31 @@ def config_of(shape: Shape, dtype: Literal["float32", "bfloat16"]) -> DecoderCon
     )
 
 
-def ours(shape: Shape, dtype: str) -> Callable[[int, int], Callable[[], None]]:
-    """`calls_of` our decoder of this shape."""
+def ours(shape: Shape, dtype: str) -> Callable[[Case], Callable[[], None]]:
+    """From a case to a call of our decoder of this shape that computes it."""
     formats = Formats("int8" if dtype == "int8" else "model")
-    return calls_of(packed(drawn(config_of(shape, "float32" if dtype == "float32" else "bfloat16")), formats))
+    model = packed(drawn(config_of(shape, "float32" if dtype == "float32" else "bfloat16")), formats)
+    single = calls_of(model)
+
+    def case(asked: Case) -> Callable[[], None]:
+        if not asked.prompt:
+            return repeated(single(asked.rows, 1), asked.new)
+        return single(asked.rows, asked.prompt) if asked.new == 1 else generations_of(model, asked)
+
+    return case
+
+
+def generations_of(model: Decoder, case: Case) -> Callable[[], None]:
+    """A call that generates as `generate` does, by its engine, token by token in Python."""
+    engine = Engine(model)
+    prompts = [[1] * case.prompt] * case.rows
+
+    def run() -> None:
+        made = list(engine.generate(prompts, max_new_tokens=case.new, sampling=Sampling(temperature=0)))
+        assert len(made) == case.new
+
+    run()  # compiles
+    return run
 
 
 def calls_of(model: Decoder) -> Callable[[int, int], Callable[[], None]]:
@@ -162,38 +210,38 @@ HEADER = """
 |---|---|---|---|---|---|---|---|"""
 
 
-def compare_inference(sides: Sides, shape: Shape, dtype: str, cases: list[tuple[int, int]], rounds: int) -> None:
-    """Print a table of one number format; of each case rows and tokens (1: decode)."""
+def compare_inference(sides: Sides, shape: Shape, dtype: str, cases: list[Case], rounds: int) -> None:
+    """Print a table of one number format."""
     s = sides._replace(torch=sides.torch and dtype != "int8")  # PyTorch has no rows of int8 here
-    with contextlib.ExitStack() as stack:
-        worker = None
-        if s.llama_cpp is not None:
-            worker = stack.enter_context(
-                Worker(s.llama_cpp, "llama_cpp_worker.py", f"{' '.join(map(str, shape))} {dtype} {s.threads}")
-            )
-            print(f"\n{worker.answer()}")
-        mine = ours(shape, dtype)
-        theirs = None
-        if s.torch:
-            from benchmarks import pytorch_llama
+    mine = ours(shape, dtype)
+    theirs = None
+    if s.torch:
+        from benchmarks import pytorch_llama
 
-            theirs = pytorch_llama.inference(shape, dtype, s.threads, CONTEXT)
-        print(f"\n{dtype}\n{HEADER.format(baseline=s.baseline)}")
-        for rows, tokens in cases:
-            prompt = tokens > 1
-            name = f"prompt of {tokens:,}" if prompt else f"a token of each of {rows} sequences"
-            times = 1 if prompt else DECODED
-            runs = {"ours": mine(rows, tokens)}
-            if theirs is not None:
-                runs[PYTORCH] = theirs(rows, tokens)
-            if s.plain and dtype != "int8":
-                with without_kernels():
-                    runs["ours, plain JAX"] = mine(rows, tokens)
-            runs = {side: repeated(run, times) for side, run in runs.items()}
-            if worker is not None and rows == 1:
-                runs[LLAMA_CPP] = partial(worker, f"prompt {tokens}" if prompt else f"decode {DECODED}")
-            baseline = s.baseline if s.baseline in runs else "ours"
-            report(name, runs, rounds, s.threads, baseline, worker, times)
+        theirs = pytorch_llama.inference(shape, dtype, s.threads, CONTEXT)
+    # llama.cpp shares its memory out among the sequences that it was started for.
+    for number, (rows, alike) in enumerate(itertools.groupby(cases, lambda case: case.rows)):
+        with contextlib.ExitStack() as stack:
+            worker = None
+            if s.llama_cpp is not None:
+                first = f"{' '.join(map(str, shape))} {dtype} {s.threads} {rows}"
+                worker = stack.enter_context(Worker(s.llama_cpp, "llama_cpp_worker.py", first))
+                said = worker.answer()
+                print("" if number else f"\n{said}\n", end="")
+            if not number:
+                print(f"\n{dtype}\n{HEADER.format(baseline=s.baseline)}")
+            for case in alike:
+                runs = {"ours": mine(case)}
+                if theirs is not None:
+                    runs[PYTORCH] = theirs(*case)
+                if s.plain and dtype != "int8":
+                    with without_kernels():
+                        runs["ours, plain JAX"] = mine(case)
+                if worker is not None:
+                    runs[LLAMA_CPP] = partial(worker, case.asked)
+                baseline = s.baseline if s.baseline in runs else "ours"
+                # Of a generation the whole is reported, of decoding one token.
+                report(case.name, runs, rounds, s.threads, baseline, worker, 1 if case.prompt else case.new)
 
 
 def compare_training(sides: Sides, lengths: list[int], rounds: int) -> None:
@@ -212,11 +260,20 @@ def compare_training(sides: Sides, lengths: list[int], rounds: int) -> None:
         report(f"{count} x {tokens:,}", runs, rounds, sides.threads, PYTORCH)
 
 
+def generation(text: str) -> Case:
+    """The case that `PROMPT:NEW` names."""
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be PROMPT:NEW, two numbers of tokens above 0")
+    prompt, new = map(int, text.split(":"))
+    return Case(1, prompt, new)
+
+
 def main() -> int:
     """Measure and print the tables; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--generations", nargs="*", type=generation, default=[], metavar="PROMPT:NEW")
     parser.add_argument("--formats", nargs="*", choices=["bfloat16", "float32", "int8"], default=["bfloat16"])
     parser.add_argument("--train", type=int, nargs="*", default=[], help="lengths of sequences to train on")
     parser.add_argument("--layers", type=int, default=Shape().layers)
@@ -241,7 +298,8 @@ def main() -> int:
     if options.train:
         compare_training(sides, options.train, options.rounds)
     shape = Shape(layers=options.layers)
-    cases = [(1, tokens) for tokens in options.prompts] + [(rows, 1) for rows in options.batches]
+    cases = [Case(1, tokens, 1) for tokens in options.prompts] + options.generations
+    cases += [Case(rows, 0, DECODED) for rows in options.batches]
     if options.formats:
         print(f"\n{shape}")
     for dtype in options.formats:

@@ -42,8 +42,9 @@ class Llama:
         return [self.embedding, self.head, self.norm, *(w for layer in self.layers for w in layer.values())]
 
     def __call__(self, ids: Any, angles: Any, caches: Any = None, first: int = 0) -> Any:
-        """The last norm's outputs [rows, tokens, d_model]; of `caches` keys and values from `first` on are written."""
+        """The last norm's outputs [rows, tokens, d_model]; its keys and values go into `caches` from `first` on."""
         s, (rows, tokens), (cos, sin) = self.shape, ids.shape, (angles.cos(), angles.sin())
+        end = first + tokens
 
         def rotated(x: Any) -> Any:
             a, b = x.float().chunk(2, -1)
@@ -59,8 +60,8 @@ class Llama:
             )
             q, k = rotated(q), rotated(k)
             if caches is not None:
-                caches[i][0][:, :, first:], caches[i][1][:, :, first:] = k, v
-                k, v = caches[i]
+                caches[i][0][:, :, first:end], caches[i][1][:, :, first:end] = k, v
+                k, v = (kept[:, :, :end] for kept in caches[i])
             y = F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
             x = x + F.linear(y.transpose(1, 2).reshape(rows, tokens, -1), layer["out"])
             y = F.rms_norm(x, (s.d_model,), layer["ffn_norm"])
@@ -68,22 +69,26 @@ class Llama:
         return F.rms_norm(x, (s.d_model,), self.norm)
 
 
-def inference(shape: Any, dtype: str, threads: int, context: int) -> Callable[[int, int], Callable[[], None]]:
-    """From rows and tokens of each (1: decode after a context) to a call that computes the next tokens."""
+def inference(shape: Any, dtype: str, threads: int, context: int) -> Callable[[int, int, int], Callable[[], None]]:
+    """From rows, tokens of a prompt (0: `context` tokens are in the caches) and new tokens to a call that computes it."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     model = Llama(shape, kind)
 
-    def case(rows: int, tokens: int) -> Callable[[], None]:
-        first = 0 if tokens > 1 else context
-        size = (rows, shape.kv_heads, first + tokens, shape.head_dim)
+    def case(rows: int, prompt: int, new: int) -> Callable[[], None]:
+        # With a prompt in the call its last token makes the first new one, else the token before that is decoded.
+        start = 0 if prompt else context
+        size = (rows, shape.kv_heads, start + prompt + new, shape.head_dim)
         caches = [[torch.zeros(size, dtype=kind) for _ in "kv"] for _ in range(shape.layers)]
-        ids = torch.ones(rows, tokens, dtype=torch.long)
-        angles = torch.arange(first, first + tokens)[:, None] * model.frequencies
+        angles = torch.arange(size[2])[:, None] * model.frequencies
 
         def run() -> None:
+            ids, first = torch.ones(rows, prompt or 1, dtype=torch.long), start
             with torch.inference_mode():
-                F.linear(model(ids, angles, caches, first)[:, -1], model.head).argmax(-1)
+                for _ in range(new):
+                    end = first + ids.shape[1]
+                    last = model(ids, angles[first:end], caches, first)[:, -1]
+                    ids, first = F.linear(last, model.head).argmax(-1)[:, None], end
 
         return run
 

@@ -1,5 +1,6 @@
 """The comparison with PyTorch: what runs of it without PyTorch, and what is said then."""
 
+import argparse
 import sys
 from functools import partial
 
@@ -40,11 +41,19 @@ def test_our_side_trains(capsys):
     assert capsys.readouterr().out.startswith("| 2 x 70 | ours | ")
 
 
-def test_our_side_reads_prompts_and_decodes_batches(capsys):
+def test_our_side_reads_prompts_decodes_batches_and_generates(capsys):
     shape = peers.Shape(d_model=32, layers=1, d_ff=48, heads=2, kv_heads=1, head_dim=16, vocab=40)
     case = peers.ours(shape, "float32")
-    sides = {"ours": case(1, 20), peers.PYTORCH: case(3, 1)}
+    case(peers.generation("20:3"))()
+    sides = {"ours": case(peers.Case(1, 20, 1)), peers.PYTORCH: case(peers.Case(3, 0, 2))}
     peers.report("both", sides, rounds=2, threads=1)
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[:2] for row in rows] == [["| both", "ours"], ["| both", "PyTorch"]]
     assert float(rows[1].split(" | ")[3]) == 1.0, "PyTorch's time by itself"
+
+
+def test_generations_are_named_by_two_numbers():
+    assert peers.generation("64:32") == peers.Case(rows=1, prompt=64, new=32)
+    for text in ("64", "64:0", "a:b", "64:32:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be PROMPT:NEW, two numbers of tokens above 0"):
+            peers.generation(text)
