@@ -70,7 +70,7 @@ class Llama:
 
 
 def inference(shape: Any, dtype: str, threads: int, context: int) -> Callable[[int, int, int], Callable[[], None]]:
-    """From rows, tokens of a prompt (0: `context` tokens are in the caches) and new tokens to a call that computes it."""
+    """From rows, tokens of a prompt (0: `context` tokens are in the caches) and new ones to a call that computes it."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     model = Llama(shape, kind)
