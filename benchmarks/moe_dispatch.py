@@ -18,6 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("tokens", 2048), ("d-model", 128), ("experts", 24), ("width", 32), ("k", 5), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    forms = ("dense", "ragged", "native")
+    parser.add_argument("--forms", nargs="+", choices=forms, default=forms, help="beside the loop over tiles")
     parser.add_argument("--tiles", type=int, nargs="*", default=[64, 128, 256])
     args = parser.parse_args()
     keys = jax.random.split(jax.random.key(0), 5)
@@ -33,12 +35,12 @@ def main() -> None:
 
         return partial(jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3))), x, weights, up, down, experts)
 
-    variants = {name: step(partial(grouped_ffn, implementation=name)) for name in ("dense", "ragged")}
+    variants = {name: step(partial(grouped_ffn, implementation=name)) for name in args.forms}
     for tile in args.tiles:
         variants[f"loop, tiles of {tile}"] = step(
             lambda x, e, w, up, down, tile=tile: loop(x, e, w, up, down, None, {}, activation=jax.nn.silu, tile=tile)[0]
         )
-    print_ratios(interleaved(variants, args.rounds), "dense")
+    print_ratios(interleaved(variants, args.rounds), args.forms[0])
 
 
 if __name__ == "__main__":

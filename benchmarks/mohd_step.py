@@ -57,7 +57,8 @@ def main() -> None:
 
     configs = {
         "masked": implemented("dense"),
-        "grouped": implemented("loop"),
+        "grouped, native": implemented("native"),
+        "grouped, a loop": implemented("loop"),
         "vanilla, whole width": twin,
         "vanilla, active width": dataclasses.replace(twin, d_model=residual.active_width(model.d_model, "ffn")),
     }

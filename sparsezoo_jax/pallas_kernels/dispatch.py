@@ -9,8 +9,8 @@ operation's docstring says which of them it has):
 - "pallas_tpu_interpret": the same kernel, interpreted. Every platform; to test and debug kernels, not to be fast.
 - "pallas_gpu", "pallas_gpu_interpret": likewise for NVIDIA GPUs.
 - "blocked": plain JAX in loops over blocks, for CPUs. Every platform.
-- "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient (attention and SparseLM's
-  layer have one); jax raises if it is lowered for another platform.
+- "native": C++ for CPUs (`sparsezoo_jax.native`), most for a few rows and without a gradient (attention, SparseLM's
+  layer and grouped products have one); jax raises if it is lowered for another platform.
 
 With `implementation=None` the choice falls when the program is lowered, not when it is traced, so that compiling for a
 TPU from a machine without one gives the TPU's program. `without_kernels` makes it "xla" everywhere.
@@ -128,10 +128,13 @@ def pallas(
 
 
 def native_cpu(
-    call: Callable[..., R] | CustomVJP[R], refusal: str | None, *, default: bool = True
+    call: Callable[..., R] | CustomVJP[R], refusal: str | None, *, default: bool = True, sharded: bool = False
 ) -> Implementation[R]:
-    """The implementation "native", in C++; `refusal` says why it can't take the arguments at hand, None if it can."""
-    return Implementation(NATIVE, call, "cpu", lambda: refusal, default, kernel=True)
+    """The implementation "native", in C++; `refusal` says why it can't take the arguments at hand, None if it can.
+
+    `default` and `sharded` as in `Implementation`.
+    """
+    return Implementation(NATIVE, call, "cpu", lambda: refusal, default, kernel=True, sharded=sharded)
 
 
 def dispatch(

@@ -1,4 +1,4 @@
-"""The matrix product of many tokens against float64, at every level of the instruction set that runs here."""
+"""Products of many tokens, and grouped ones, against float64 at every level of the instruction set that runs here."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from sparsezoo_jax import native
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels import gemm
 from tests.kernels.few_rows import STORAGE, Draw, implementation
+from tests.kernels.test_ragged import native_results
 
 # Fewer and more tokens than a vector, a panel and a block have; depths and rows that leave a rest of each, and none.
 SHAPES = [(1, 1, 1), (5, 7, 3), (17, 37, 50), (23, 1031, 97), (64, 96, 24), (70, 1100, 130)]
@@ -42,7 +43,10 @@ def error(ours, expected, x, w, scale, transposed=True):
 
 
 def cases():
-    """Errors of all shapes, storage types and orientations, and one result, of the native form in this process."""
+    """Errors of all shapes, storage types and orientations, and one result, of the native form in this process.
+
+    With those of grouped products, for processes take long to start.
+    """
     errors = {}
     for storage in STORAGE:
         for m, k, n in SHAPES:
@@ -59,7 +63,8 @@ def cases():
     y = jax.jit(partial(gemm, dtype=jnp.float32, implementation="native"))(
         draw.tokens(70, 300), draw.weights(200, 300)[0]
     )
-    return errors, np.asarray(y).tolist()
+    grouped, result = native_results()
+    return errors | grouped, [np.asarray(y).tolist(), *result]
 
 
 PROCESS = """

@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 
 from sparsezoo_jax.errors import ConfigError
-from sparsezoo_jax.pallas_kernels import ragged
+from sparsezoo_jax.pallas_kernels import ragged, without_kernels
 from sparsezoo_jax.pallas_kernels.grouped_ffn import grouped_ffn, spread, weighted_ffn
 from sparsezoo_jax.pallas_kernels.grouped_ffn.by_expert import TILE
 from sparsezoo_jax.pallas_kernels.grouped_ffn.exchange import sends_fewer_bytes
 from sparsezoo_jax.torus import use_rings
+from tests.kernels.few_rows import implementation as built
 
 
 @pytest.fixture(params=["dense", "ragged", "loop"])
-def implementation(request):
+def plain(request):
+    """Forms in plain JAX, which take every dtype."""
     return request.param
+
+
+@pytest.fixture(params=["dense", "ragged", "loop", "native"])
+def implementation(request):
+    return built(request.param)
 
 
 def arrays(tokens=37, k=3, d=10, count=7, width=5, gated=False, dtype=jnp.float32):
@@ -52,10 +59,10 @@ def gradients(implementation, x, experts, weights, maps, activation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
-def test_values_and_gradients_in_float64(implementation, gated):
+def test_values_and_gradients_in_float64(plain, gated):
     with jax.enable_x64(True):
         given = arrays(gated=gated, dtype=jnp.float64)
-        (_, y), grads = gradients(implementation, *given, jax.nn.silu)
+        (_, y), grads = gradients(plain, *given, jax.nn.silu)
         np.testing.assert_allclose(y, by_hand(*given, jax.nn.silu), atol=1e-12)
         expected = gradients("dense", *given, jax.nn.silu)[1]
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
@@ -103,9 +110,9 @@ def test_leading_axes(implementation):
     np.testing.assert_allclose(shaped.reshape(12, -1), apply(x, experts, weights, *maps), atol=1e-5)
 
 
-def test_bfloat16(implementation):
+def test_bfloat16(plain):
     given = arrays(dtype=jnp.bfloat16, d=32, width=16)
-    (_, y), grads = gradients(implementation, *given, jax.nn.silu)
+    (_, y), grads = gradients(plain, *given, jax.nn.silu)
     assert y.dtype == jnp.bfloat16
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
     expected = by_hand(*given, jax.nn.silu)
@@ -164,22 +171,38 @@ def test_shapes_are_checked():
         grouped_ffn(x, experts[:, 1:], weights, up, down)
     with pytest.raises(ConfigError, match=r"weighted_ffn.weights"):
         weighted_ffn(x, weights, up, down)
-    with pytest.raises(ConfigError, match=r"grouped_ffn.implementation=fast: must be one of dense, loop, ragged"):
+    with pytest.raises(
+        ConfigError, match=r"grouped_ffn.implementation=fast: must be one of dense, loop, native, ragged"
+    ):
         grouped_ffn(x, experts, weights, up, down, implementation="fast")
 
 
 def test_default_is_settled_where_the_program_is_lowered():
     given = arrays()
     traced = jax.jit(partial(gradients, None, activation=jax.nn.silu)).trace(*given)
-    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    native_form = built("native")
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "sparsezoo_ragged_products" in on_cpu
+    assert "sparsezoo_ragged_sums" in on_cpu
     on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "chlo.ragged_dot" in on_tpu
     assert "tpu_custom_call" in on_tpu
     (_, y), grads = gradients(None, *given, jax.nn.silu)
-    (_, expected), expected_grads = gradients("loop", *given, jax.nn.silu)
+    (_, expected), expected_grads = gradients(native_form, *given, jax.nn.silu)
     np.testing.assert_array_equal(y, expected)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_tiles_by_a_loop_where_the_native_products_can_not():
+    """In bfloat16, and without kernels."""
+    halves = jax.jit(partial(gradients, None, activation=jax.nn.silu)).trace(*arrays(dtype=jnp.bfloat16))
+    with without_kernels():
+        plain = jax.jit(partial(gradients, None, activation=jax.nn.silu)).trace(*arrays())
+    for traced in (halves, plain):
+        on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+        assert "stablehlo.while" in on_cpu
+        assert "sparsezoo_ragged" not in on_cpu
 
 
 @pytest.mark.parametrize(("sizes", "width"), [([3, 0, 200, 61], 5), ([0, 700, 0, 1], 130)])

@@ -10,14 +10,21 @@ import pytest
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.grouped_linear import Blocks, active_blocks, from_blocks, to_blocks
 from sparsezoo_jax.pallas_kernels.tiles import TILE
+from tests.kernels.few_rows import implementation as built
 
 BLOCKS = Blocks(count=6, shared=2)
 SIZE, OTHER = 3, 5
 
 
 @pytest.fixture(params=["dense", "ragged", "loop"])
-def implementation(request):
+def plain(request):
+    """Forms in plain JAX, which take every dtype."""
     return request.param
+
+
+@pytest.fixture(params=["dense", "ragged", "loop", "native"])
+def implementation(request):
+    return built(request.param)
 
 
 @pytest.fixture(params=["from", "to"])
@@ -63,10 +70,10 @@ def gradients(side, implementation, x, routed, w, blocks=BLOCKS):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(x, w)
 
 
-def test_values_and_gradients_in_float64(side, implementation):
+def test_values_and_gradients_in_float64(side, plain):
     with jax.enable_x64(True):
         x, routed, w = arrays(side, dtype=jnp.float64)
-        (_, y), (dx, dw) = gradients(side, implementation, x, routed, w)
+        (_, y), (dx, dw) = gradients(side, plain, x, routed, w)
         expected = by_hand(side, x, routed, w)
         np.testing.assert_allclose(y, expected, atol=1e-12)
         g = np.cos(expected)
@@ -89,22 +96,24 @@ def test_odd_sizes(side, tokens, routed, shared):
     given = arrays(side, tokens=tokens, routed=routed, blocks=blocks)
     expected = by_hand(side, *given, blocks)
     dense = gradients(side, "dense", *given, blocks)[1]
-    for implementation in ("ragged", "loop"):
+    for implementation in ("ragged", "loop", built("native")):
         (_, y), grads = gradients(side, implementation, *given, blocks)
         np.testing.assert_allclose(y, expected, atol=1e-4)
         for a, b in zip(grads, dense, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-3)  # sums over 265 tokens in another order
 
 
-def test_the_loop_reads_active_blocks_only(side):
+@pytest.mark.parametrize("form", ["loop", "native"])
+def test_active_blocks_only_are_read(side, form):
     """Weights of a block that no token has may be anything: 0 * nan would show (as it does for ragged_dot on a CPU)."""
     x, _, w = arrays(side, tokens=4, routed=1)
     routed = jnp.full((4, 1), 4)
     part = slice(3 * SIZE, 4 * SIZE)
     broken = w.at[part].set(jnp.nan) if side == "from" else w.at[:, part].set(jnp.nan)
-    y = jax.jit(partial(apply, side, "loop"))(x, routed, broken)
+    form = built(form)
+    y = jax.jit(partial(apply, side, form))(x, routed, broken)
     np.testing.assert_allclose(y, by_hand(side, x, routed, w), atol=1e-5)
-    assert jnp.isnan(jax.jit(partial(apply, side, "loop"))(x, routed.at[0].set(3), broken)).any()
+    assert jnp.isnan(jax.jit(partial(apply, side, form))(x, routed.at[0].set(3), broken)).any()
 
 
 def test_inactive_blocks_of_the_input_are_not_read(implementation):
@@ -114,9 +123,9 @@ def test_inactive_blocks_of_the_input_are_not_read(implementation):
     np.testing.assert_allclose(y, by_hand("from", x, routed, w), atol=1e-5)
 
 
-def test_leading_axes_and_dtype(side, implementation):
+def test_leading_axes_and_dtype(side, plain):
     x, routed, w = arrays(side, tokens=12, dtype=jnp.bfloat16)
-    call = jax.jit(partial(apply, side, implementation, dtype=jnp.float32))
+    call = jax.jit(partial(apply, side, plain, dtype=jnp.float32))
     flat = call(x, routed, w)
     shaped = call(x.reshape(3, 4, -1), routed.reshape(3, 4, -1), w)
     assert flat.dtype == jnp.float32
@@ -124,9 +133,9 @@ def test_leading_axes_and_dtype(side, implementation):
     np.testing.assert_allclose(flat, by_hand(side, x, routed, w), atol=1e-4)  # products of bfloat16 are exact
 
 
-def test_bfloat16(side, implementation):
+def test_bfloat16(side, plain):
     given = arrays(side, dtype=jnp.bfloat16, size=16, other=24)
-    (_, y), grads = gradients(side, implementation, *given)
+    (_, y), grads = gradients(side, plain, *given)
     assert {a.dtype for a in (y, *grads)} == {jnp.dtype(jnp.bfloat16)}
     expected = by_hand(side, *given)
     # Roundings of 2^-9 of each part's sum and of the total.
@@ -144,5 +153,5 @@ def test_shapes_are_checked(side):
         apply(side, None, x, routed[1:], w)
     with pytest.raises(ConfigError, match=rf"{name}.shared=7"):
         apply(side, None, x, routed, w, Blocks(6, 7))
-    with pytest.raises(ConfigError, match=rf"{name}.implementation=fast: must be one of dense, loop, ragged"):
+    with pytest.raises(ConfigError, match=rf"{name}.implementation=fast: must be one of dense, loop, native, ragged"):
         apply(side, "fast", x, routed, w)

@@ -12,6 +12,7 @@ from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.ragged import gpu, ragged_matmul
 from sparsezoo_jax.pallas_kernels.ragged.gpu import fitted, row_tiles
 from sparsezoo_jax.pallas_kernels.tuning import Launch, compiling_for, trying
+from tests.kernels.few_rows import implementation as built
 
 SMALL = {"ragged_rows": Launch((16, 32, 16)), "ragged_weights": Launch((32, 16, 16))}
 """Tiles that small arrays have several of, in every direction."""
@@ -79,18 +80,37 @@ def test_values_and_gradients(implementation, case, dtype):
         close(a, b)
 
 
+#: Rows that fill several tiles and tasks with a rest, columns that end within a vector of every width, a depth of more
+#: than one turn.
+NATIVE_CASES = {**CASES, "several tasks": ([0, 211, 97, 1], 133, 300, 4), "a column": ([20, 6], 7, 1, 0)}
+
+
+def native_results():
+    """Of the native form in this process: errors, in units of the sums of products' magnitudes, and one result."""
+    errors, results = {}, []
+    for case, (sizes, inner, outer, left) in NATIVE_CASES.items():
+        given = arrays(sizes, inner, outer, jnp.float32, left)
+        results = all_three("native", *given)
+        sizes_of = by_hand(*(np.abs(a) for a in given))
+        for name, a, b, size in zip(("y", "dx", "dw"), results, by_hand(*given), sizes_of, strict=True):
+            errors[f"{case} {name}"] = float(np.max(np.abs(np.asarray(a, np.float64) - b) / np.maximum(size, 1e-30)))
+    return errors, [np.asarray(a).tolist() for a in results]
+
+
 def test_tiles_of_the_table():
     given = arrays([300, 0, 5, 95], 200, 130, jnp.bfloat16)
     for a, b in zip(all_three("pallas_gpu_interpret", *given), by_hand(*given), strict=True):
         close(a, b)
 
 
-def test_nothing_crosses_from_group_to_group():
+@pytest.mark.parametrize("form", ["pallas_gpu_interpret", "native"])
+def test_nothing_crosses_from_group_to_group(form):
     """Groups that end within a tile of rows, and matrices that end within a tile of terms: 0 * nan would show."""
+    form = built(form)
     x, w, g, sizes = arrays([5, 0, 20], 24, 24, jnp.float32)
     broken = x.at[5:].set(jnp.nan), w.at[1].set(jnp.nan), g.at[5:].set(jnp.nan), sizes
     with trying(**SMALL):
-        found = all_three("pallas_gpu_interpret", *broken)
+        found = all_three(form, *broken)
     for a, b, clean in zip(found, by_hand(x, w, g, sizes), (5, 5, 2), strict=True):
         assert jnp.isnan(a[clean:]).all()
         close(a[:clean], b[:clean])

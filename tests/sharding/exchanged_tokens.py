@@ -31,7 +31,7 @@ def main():
     meshes = {"expert 4, tensor 2": {"expert": 4, "tensor": 2}, "data 2, expert 4": {"data": 2, "expert": 4}}
     report = {}
     for (choice, experts), (name, axes) in zip(choices.items(), meshes.items(), strict=True):
-        for form in ("loop", "ragged"):
+        for form in ("ragged", "native"):
 
             def loss(x, weights, up, down, gate, experts=experts, form=form):
                 y, active = grouped_ffn(

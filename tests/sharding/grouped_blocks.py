@@ -23,7 +23,7 @@ def main():
     mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     place = named_sharding(mesh)
     report = {}
-    for implementation in ("loop", "ragged"):
+    for implementation in ("loop", "ragged", "native"):
 
         def loss(x, w, v, implementation=implementation):
             hidden = jnp.sin(from_blocks(x, routed, w, BLOCKS, implementation=implementation))

@@ -1,42 +1,11 @@
-// The operations as XLA's typed foreign functions. Shapes and types are checked in Python, where errors are readable.
+// The operations as XLA's typed foreign functions; those that train are in training_handlers.cc. Shapes and types are
+// checked in Python, where errors are readable.
 #include <cstring>
 
-#include "operations.h"
-#include "xla/ffi/api/ffi.h"
-
+#include "handlers.h"
 
 namespace sparsezoo {
 namespace {
-
-namespace ffi = xla::ffi;
-using Array = ffi::AnyBuffer;
-using Result = ffi::Result<Array>;
-
-Type type_of(ffi::DataType type) {
-  return type == ffi::DataType::F32 ? kFloat32 : type == ffi::DataType::BF16 ? kBfloat16 : kInt8;
-}
-
-long rows_of(const Array& a) {
-  long rows = 1;
-  for (size_t i = 0; i + 1 < a.dimensions().size(); i++) rows *= a.dimensions()[i];
-  return rows;
-}
-
-long width_of(const Array& a) { return a.dimensions().back(); }
-
-Tokens tokens(Array a) { return {a.untyped_data(), type_of(a.element_type()), rows_of(a), width_of(a)}; }
-
-// Columns from `offset` on of an array of rows; `scale` has no elements where there is none, and `scales` a row.
-Matrix matrix(Array a, Array scale, long offset = 0, long scales = 1) {
-  const Type type = type_of(a.element_type());
-  const bool scaled = scale.element_count() > 0;
-  const float* factors = scaled ? static_cast<const float*>(scale.untyped_data()) + (offset ? 1 : 0) : nullptr;
-  return {static_cast<const char*>(a.untyped_data()) + offset * size_of(type), type, width_of(a), factors, scales};
-}
-
-Pool pool_of(ffi::ThreadPool& threads) {
-  return {[&threads](std::function<void()> task) { threads.Schedule(std::move(task)); }, threads.num_threads()};
-}
 
 ffi::Error Linear(ffi::ThreadPool threads, Array x, Array w, Array scale, Result y) {
   linear(pool_of(threads), tokens(x), matrix(w, scale), tokens(*y));
@@ -82,24 +51,6 @@ ffi::Error ThresholdedFfn(ffi::ThreadPool threads, Array x, Array gate, Array ro
                   matrix(rows, rows_scale, width_of(x), 2), rows_of(gate), Activation(activation),
                   *static_cast<const float*>(bound.untyped_data()), tokens(*y),
                   static_cast<int*>(active->untyped_data()));
-  return ffi::Error::Success();
-}
-
-float* floats(Array a) { return a.element_count() ? static_cast<float*>(a.untyped_data()) : nullptr; }
-
-ffi::Error ReluFfnForward(ffi::ThreadPool threads, Array x, Array z, Array up, Array down, Result y, Result l1,
-                          Result other) {
-  const ReluLayer layer{floats(x), floats(z), nullptr, floats(up), floats(down), rows_of(x), width_of(x), width_of(z)};
-  relu_ffn_forward(pool_of(threads), layer, floats(*y), floats(*l1), floats(*other));
-  return ffi::Error::Success();
-}
-
-ffi::Error ReluFfnBackward(ffi::ThreadPool threads, Array x, Array z, Array other, Array first, Array up, Array down,
-                           Array dy, Array dl1, Result dx, Result d_first, Result d_up, Result d_down) {
-  const ReluLayer layer{floats(x), floats(z), floats(first), floats(up), floats(down),
-                        rows_of(x), width_of(x), width_of(z)};
-  relu_ffn_backward(pool_of(threads), layer, floats(other), floats(dy), floats(dl1), floats(*dx), floats(*d_first),
-                    floats(*d_up), floats(*d_down));
   return ffi::Error::Success();
 }
 
@@ -165,12 +116,6 @@ ffi::Error AttentionRows(ffi::ThreadPool threads, Array q, Array k, Array v, Arr
   return ffi::Error::Success();
 }
 
-SparkAttention spark_form(int64_t r, double top_k, int64_t ddof, double predictor_scale, double value_scale,
-                          double softcap, double softcap_values, bool softplus) {
-  return {long(r), top_k, long(ddof), float(predictor_scale), float(value_scale), float(softcap), float(softcap_values),
-          softplus};
-}
-
 ffi::Error SparkAttentionRows(ffi::ThreadPool threads, Array q, Array k1, Array rest, Array mask, Array none, Result y,
                               Result attended, double top_k, int64_t ddof, double predictor_scale, double value_scale,
                               double softcap, double softcap_values, bool softplus) {
@@ -179,48 +124,6 @@ ffi::Error SparkAttentionRows(ffi::ThreadPool threads, Array q, Array k1, Array 
       spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
   spark_attention(pool_of(threads), heads_of(q, k1, mask), form, tokens(q), matrix(k1, none), matrix(rest, none),
                   matrix(rest, none, width_of(q) - r), tokens(*y), static_cast<int*>(attended->untyped_data()));
-  return ffi::Error::Success();
-}
-
-int* ints(Array a) { return static_cast<int*>(a.untyped_data()); }
-
-// Positions of queries and keys, then segments of them.
-struct Sight {
-  Array query_positions, key_positions, query_segments, key_segments;
-};
-
-WholeAttention whole_attention(const Array& q, const Array& k, const Array& v, const Sight& sight, int64_t window,
-                               const SparkAttention& form, bool selects) {
-  return {q.dimensions()[0],           q.dimensions()[1],         k.dimensions()[1], q.dimensions()[2],
-          k.dimensions()[2],           width_of(q),               width_of(v),       ints(sight.query_positions),
-          ints(sight.key_positions),   ints(sight.query_segments), ints(sight.key_segments), long(window),
-          form,                        selects};
-}
-
-ffi::Error AttentionForward(ffi::ThreadPool threads, Array q, Array k, Array v, Array q_positions, Array k_positions,
-                            Array q_segments, Array k_segments, Result y, Result threshold, Result normaliser,
-                            Result attended, int64_t window, bool selects, int64_t r, double top_k, int64_t ddof,
-                            double predictor_scale, double value_scale, double softcap, double softcap_values,
-                            bool softplus) {
-  const SparkAttention form =
-      spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
-  const Sight sight{q_positions, k_positions, q_segments, k_segments};
-  attention_forward(pool_of(threads), whole_attention(q, k, v, sight, window, form, selects), tokens(q), tokens(k),
-                    tokens(v), tokens(*y), {floats(*threshold), floats(*normaliser), ints(*attended)});
-  return ffi::Error::Success();
-}
-
-ffi::Error AttentionBackward(ffi::ThreadPool threads, Array q, Array k, Array v, Array q_positions, Array k_positions,
-                             Array q_segments, Array k_segments, Array threshold, Array normaliser, Array dy, Array delta,
-                             Result dq, Result dk, Result dv, int64_t window, bool selects, int64_t r, double top_k,
-                             int64_t ddof, double predictor_scale, double value_scale, double softcap,
-                             double softcap_values, bool softplus) {
-  const SparkAttention form =
-      spark_form(r, top_k, ddof, predictor_scale, value_scale, softcap, softcap_values, softplus);
-  const Sight sight{q_positions, k_positions, q_segments, k_segments};
-  attention_backward(pool_of(threads), whole_attention(q, k, v, sight, window, form, selects), tokens(q), tokens(k),
-                     tokens(v), tokens(dy), floats(delta), {floats(threshold), floats(normaliser), nullptr}, tokens(*dq),
-                     tokens(*dk), tokens(*dv));
   return ffi::Error::Success();
 }
 
@@ -261,10 +164,8 @@ ffi::Error Stream(ffi::ThreadPool threads, Array data, Result sums) {
 
 }  // namespace
 
-// The only names that the library shows.
+// Only these names, with those of training_handlers.cc, does the library show.
 #pragma GCC visibility push(default)
-
-#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_linear, Linear, BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
 
@@ -321,29 +222,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_thresholded_ffn, ThresholdedFfn,
                                   .Ret<Array>()
                                   .Ret<Array>()
                                   .Attr<int64_t>("activation"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_forward, ReluFfnForward,
-                              BIND.Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_relu_ffn_backward, ReluFfnBackward,
-                              BIND.Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_active_rows, ActiveRows,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
@@ -410,42 +288,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_spark_attention, SparkAttentionRows,
                                   .Attr<double>("softcap")
                                   .Attr<double>("softcap_values")
                                   .Attr<bool>("softplus"));
-
-#define SIGHT Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>()
-#define WHOLE_ATTENTION                 \
-  Attr<int64_t>("window")               \
-      .Attr<bool>("selects")            \
-      .Attr<int64_t>("r")               \
-      .Attr<double>("top_k")            \
-      .Attr<int64_t>("ddof")            \
-      .Attr<double>("predictor_scale")  \
-      .Attr<double>("value_scale")      \
-      .Attr<double>("softcap")          \
-      .Attr<double>("softcap_values")   \
-      .Attr<bool>("softplus")
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention_forward, AttentionForward,
-                              BIND.Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .SIGHT.Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .WHOLE_ATTENTION);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention_backward, AttentionBackward,
-                              BIND.Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .SIGHT.Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Arg<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .Ret<Array>()
-                                  .WHOLE_ATTENTION);
 
 #define BIND_BLOCKS \
   BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<int64_t>("count").Attr<int64_t>("shared")

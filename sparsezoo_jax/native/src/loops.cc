@@ -470,6 +470,8 @@ unsigned stream(const void* data, long bytes) {
 
 #include "score_tiles.h"
 
+#include "grouped_tiles.h"
+
 }  // namespace
 }  // namespace CONCAT(level_, SPARSEZOO_LEVEL)
 
@@ -517,6 +519,7 @@ const Loops* CONCAT(loops_, SPARSEZOO_LEVEL)() {
       transpose_sums,
       {kPanel, score_products, cap_scores, hide, exponentials_so_far, exponentials_of, multiply_rows, measure, weigh,
        multiply_softplus, score_gradients},
+      {grouped_products, grouped_sums},
       TEXT(SPARSEZOO_LEVEL),
   };
   return &table;

@@ -95,6 +95,16 @@ struct ScoreTiles {
   void (*gradients)(const Gradients& g, long n);
 };
 
+// Products of rows that belong to groups; see grouped_tiles.h.
+struct GroupedTiles {
+  // y[places[r]] (+)= sum over k of a[r][k] w[k] for `rows` rows and so many columns; `places` null: one after another.
+  void (*products)(const float* a, long ld_a, long rows, long k, const float* w, long ld_w, long columns, float* y,
+                   long ld_y, const int* places, bool add);
+  // sums[r][c] (+)= sum over i of a[i][r] x[i][first_column + c], for n rows of each, wherever they lie.
+  void (*sums)(const float* const* a, const float* const* x, long n, long rows, long first_column, long columns,
+               float* sums, long ld, bool add);
+};
+
 struct Loops {
   // out[j * ld_out + i] = w_i . x_j for `rows` rows w_i of length k that are `ld` elements apart, and m vectors.
   void (*dot[kTypes])(const void* w, long ld, long rows, long k, const float* const* x, long m, float* out, long ld_out,
@@ -145,6 +155,7 @@ struct Loops {
   // out[t * ld_out + r] = sums[r * ld_sums + t] for `rows` rows and one vector of tokens.
   void (*transpose_sums)(const float* sums, long ld_sums, long rows, float* out, long ld_out);
   ScoreTiles scores;
+  GroupedTiles grouped;
   const char* level;
 };
 

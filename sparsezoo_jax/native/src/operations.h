@@ -343,6 +343,21 @@ void from_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const 
 // w [D, I]: rows of outputs.
 void to_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y);
 
+// The rest trains, in float32. Rows x [A, I] sorted by group, of which each has `sizes[e]`, times their group's matrix w
+// [E, I, O]: y [A, O], with zeros in rows of no group.
+void ragged_products(const Pool& pool, const Tokens& x, const int* sizes, long groups, const float* w, const Tokens& y);
+// w_e = x_e^T g_e, [E, I, O], for rows x [A, I] and g [A, O].
+void ragged_sums(const Pool& pool, const Tokens& x, const Tokens& g, const int* sizes, long groups, float* w);
+
+// y [M, O]: the sum over each token's blocks of x [M, D] times their rows of w [D, O].
+void sum_of_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const float* w, const Tokens& y);
+// y [M, D]: x [M, O] times `shared` [O, shared blocks] and, of the others, `routed` [count - shared, O, D / count], in the
+// blocks of each token; zeros elsewhere.
+void products_by_block(const Pool& pool, const Blocks& blocks, const Tokens& x, const float* shared, const float* routed,
+                       const Tokens& y);
+// w [D, O]: for each block x_b^T g over the tokens that have it, for x [M, D] and g [M, O].
+void sums_by_block(const Pool& pool, const Blocks& blocks, const Tokens& x, const Tokens& g, float* w);
+
 }  // namespace sparsezoo
 
 #endif  // SPARSEZOO_OPERATIONS_H_

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch
-from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, reference
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch, native_cpu
+from sparsezoo_jax.pallas_kernels.grouped_linear import by_block, by_token, reference
 from sparsezoo_jax.pallas_kernels.grouped_linear.reference import Blocks, active_blocks, only_active
+from sparsezoo_jax.pallas_kernels.ragged import native_refusal
 from sparsezoo_jax.sharding import shard_map, sum_shards
 
-Grouping = Literal["dense", "ragged", "loop"]
+Grouping = Literal["dense", "ragged", "loop", "native"]
 
 __all__ = ["Blocks", "Grouping", "active_blocks", "from_blocks", "only_active", "to_blocks"]
 
@@ -40,10 +41,10 @@ def from_blocks(
       blocks: how D is cut.
       dtype: of the result; None: that of x.
       implementation: "dense" multiplies all blocks by a mask and is the definition; "ragged" sorts the tokens by block
-        and multiplies by `ragged_matmul`; "loop" sorts them into tiles of one block and loops over these. Both
-        multiply the shared blocks in one product. None: "loop" where the program is lowered for a CPU, "ragged"
-        elsewhere. On a mesh the sorting two sort each device's tokens by themselves, and O stays split where the mesh
-        splits FFN neurons.
+        and multiplies by `ragged_matmul`; "loop" sorts them into tiles of one block and loops over these; "native"
+        takes a few tokens at a time through all blocks. All multiply the shared blocks in one product. None: for a CPU
+        "native" in float32 and "loop" otherwise, "ragged" elsewhere. On a mesh all but "dense" see each device's tokens
+        by themselves, and O stays split where the mesh splits FFN neurons.
 
     Returns:
       [..., O].
@@ -58,6 +59,7 @@ def from_blocks(
         Implementation("dense", partial(reference.from_blocks, blocks=blocks, dtype=dtype), default=False),
         Implementation("ragged", partial(by_block.ragged_from_blocks, blocks=blocks, dtype=dtype)),
         Implementation("loop", partial(by_block.loop_from_blocks, blocks=blocks, dtype=dtype), "cpu"),
+        native_cpu(partial(by_token.from_blocks, blocks=blocks), native_refusal(x, w, dtype), sharded=True),
     ]
     apply = dispatch("from_blocks", implementation, implementations, recompute=True)
     if implementation == "dense":
@@ -99,6 +101,7 @@ def to_blocks(
         Implementation("dense", partial(reference.to_blocks, blocks=blocks, dtype=dtype), default=False),
         Implementation("ragged", partial(by_block.ragged_to_blocks, blocks=blocks, dtype=dtype)),
         Implementation("loop", partial(by_block.loop_to_blocks, blocks=blocks, dtype=dtype), "cpu"),
+        native_cpu(partial(by_token.to_blocks, blocks=blocks), native_refusal(x, w, dtype), sharded=True),
     ]
     apply = dispatch("to_blocks", implementation, implementations, recompute=True)
     if implementation == "dense":

@@ -1,8 +1,9 @@
 """Grouped matrix products: `jax.lax.ragged_dot`, and kernels where XLA multiplies all rows for every group.
 
 XLA for TPUs computes `ragged_dot` and its input's gradient group by group, but the weights' gradient as a product of
-all rows for every group, E times the work; jax's megablox (`tgmm`) does it group by group. For GPUs it makes such
-products in all three directions, and `gpu` has kernels for them. (Figures in docs/kernels.md.)
+all rows for every group, E times the work; jax's megablox (`tgmm`) does it group by group. For GPUs and CPUs it makes
+such products in all three directions; `gpu` has kernels for the former, the native library products for the latter.
+(Figures in docs/kernels.md.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, pallas, plain
+from sparsezoo_jax import native
+from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.ragged import gpu
 
 
@@ -31,8 +33,8 @@ def ragged_matmul(
       w: [E, I, O], of the dtype of x.
       sizes: int32 [E], how many rows each group has. Rows past their sum belong to none: the result there is 0.
       dtype: of the result; None: that of x.
-      implementation: "xla", "megablox" (TPU: for the weights' gradient), "pallas_gpu", "pallas_gpu_interpret"; None:
-        the platform's kernels for bfloat16 and float32.
+      implementation: "xla", "megablox" (TPU: for the weights' gradient), "pallas_gpu", "pallas_gpu_interpret", "native"
+        (float32 only); None: the platform's kernels for what they take.
 
     Returns:
       [A, O].
@@ -55,8 +57,34 @@ def ragged_matmul(
             "megablox", CustomVJP(forward, partial(_backward, megablox_weight_gradient)), "tpu", refusal, kernel=True
         ),
         *pallas("cuda", kernels, refusal),
+        native_cpu(CustomVJP(_native_forward, _native_backward), native_refusal(x, w, dtype)),
     ]
     return dispatch("ragged_matmul", implementation, implementations)(x, w, sizes)
+
+
+def native_refusal(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> str | None:
+    """Why the native library can't multiply these; None if it can."""
+    if any(kind != jnp.float32 for kind in (x.dtype, w.dtype, dtype or x.dtype)):
+        return f"takes float32 throughout, not {x.dtype} and {w.dtype} for {jnp.dtype(dtype or x.dtype)}"
+    return None if x.size and w.size else "needs at least one row, one group and one column"
+
+
+def _native_forward(x, w, sizes):
+    return _native_products(x, w, sizes), ()
+
+
+def _native_backward(arrays, residuals, g):
+    del residuals
+    x, w, sizes = arrays
+    arrays, result = (x, g, sizes.astype(jnp.int32)), jax.ShapeDtypeStruct(w.shape, w.dtype)
+    (dw,) = native.call("ragged_sums", (result,), *arrays, vmap_method="sequential")
+    return _native_products(g, jnp.swapaxes(w, 1, 2), sizes), dw, None
+
+
+def _native_products(x, w, sizes):
+    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
+    arrays = (x, w, sizes.astype(jnp.int32))
+    return native.call("ragged_products", (result,), *arrays, vmap_method="sequential")[0]
 
 
 def _forward(x, w, sizes, *, dtype):
