@@ -103,6 +103,19 @@ def test_all_tokens_to_one_expert(implementation, only):
         assert jnp.abs(grad[only]).max() > 0
 
 
+def test_an_expert_chosen_twice_counts_twice(implementation):
+    x, experts, weights, maps = arrays(tokens=9)
+    experts = experts.at[4].set(2)
+    (_, y), grads = gradients(implementation, x, experts, weights, maps, jax.nn.silu)
+    np.testing.assert_allclose(y, by_hand(x, experts, weights, maps, jax.nn.silu), atol=1e-4)
+    for a, b in zip(
+        jax.tree.leaves(grads),
+        jax.tree.leaves(gradients("dense", x, experts, weights, maps, jax.nn.silu)[1]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 def test_leading_axes(implementation):
     x, experts, weights, maps = arrays(tokens=12)
     apply = jax.jit(partial(grouped_ffn, implementation=implementation))
@@ -182,8 +195,9 @@ def test_default_is_settled_where_the_program_is_lowered():
     traced = jax.jit(partial(gradients, None, activation=jax.nn.silu)).trace(*given)
     native_form = built("native")
     on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "sparsezoo_ragged_products" in on_cpu
-    assert "sparsezoo_ragged_sums" in on_cpu
+    assert "sparsezoo_products_by_expert" in on_cpu
+    assert "sparsezoo_sum_of_experts" in on_cpu
+    assert "sparsezoo_sums_by_expert" in on_cpu
     on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "chlo.ragged_dot" in on_tpu
     assert "tpu_custom_call" in on_tpu
@@ -202,7 +216,7 @@ def test_tiles_by_a_loop_where_the_native_products_can_not():
     for traced in (halves, plain):
         on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
         assert "stablehlo.while" in on_cpu
-        assert "sparsezoo_ragged" not in on_cpu
+        assert "sparsezoo_" not in on_cpu
 
 
 @pytest.mark.parametrize(("sizes", "width"), [([3, 0, 200, 61], 5), ([0, 700, 0, 1], 130)])

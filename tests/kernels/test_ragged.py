@@ -1,5 +1,6 @@
 """The contract of grouped products, for every implementation that a CPU can run."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from sparsezoo_jax.errors import ConfigError
 from sparsezoo_jax.pallas_kernels.ragged import gpu, ragged_matmul
+from sparsezoo_jax.pallas_kernels.ragged.chosen import sum_of_experts
 from sparsezoo_jax.pallas_kernels.ragged.gpu import fitted, row_tiles
 from sparsezoo_jax.pallas_kernels.tuning import Launch, compiling_for, trying
 from tests.kernels.few_rows import implementation as built
@@ -40,13 +42,15 @@ def by_hand(x, w, g, sizes):
 
 
 def all_three(implementation, x, w, g, sizes):
-    @jax.jit
-    def apply(x, w, g):
-        y, pull = jax.vjp(lambda x, w: ragged_matmul(x, w, sizes, implementation=implementation), x, w)
-        dx, dw = pull(g)
-        return y, dx, dw
+    def multiply(x, w):
+        return ragged_matmul(x, w, sizes, implementation=implementation)
 
-    return apply(x, w, g)
+    return jax.jit(partial(_with_gradients, multiply))(x, w, g)
+
+
+def _with_gradients(function, x, w, g):
+    y, pull = jax.vjp(function, x, w)
+    return y, *pull(g)
 
 
 def close(found, expected):
@@ -93,8 +97,43 @@ def native_results():
         results = all_three("native", *given)
         sizes_of = by_hand(*(np.abs(a) for a in given))
         for name, a, b, size in zip(("y", "dx", "dw"), results, by_hand(*given), sizes_of, strict=True):
-            errors[f"{case} {name}"] = float(np.max(np.abs(np.asarray(a, np.float64) - b) / np.maximum(size, 1e-30)))
-    return errors, [np.asarray(a).tolist() for a in results]
+            errors[f"{case} {name}"] = _in_units(a, b, size)
+    given = choices()
+    summed = jax.jit(lambda x, chosen, w, g: _with_gradients(lambda x, w: sum_of_experts(x, chosen, w), x, w, g))(
+        *given
+    )
+    sizes_of = sums_by_hand(*(np.abs(a) for a in given))
+    for name, a, b, size in zip(("y", "dx", "dw"), summed, sums_by_hand(*given), sizes_of, strict=True):
+        errors[f"several choices {name}"] = _in_units(a, b, size)
+    return errors, [np.asarray(a).tolist() for a in (*results, *summed)]
+
+
+def _in_units(a, b, size):
+    return float(np.max(np.abs(np.asarray(a, np.float64) - b) / np.maximum(size, 1e-30)))
+
+
+def choices():
+    """Rows of tokens' three choices of seven experts, of which the last is none; more tokens than a task takes."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    chosen = jnp.argsort(jax.random.normal(keys[1], (515, 7)), axis=-1)[:, :3].astype(jnp.int32)
+    return (
+        jax.random.normal(keys[0], (3 * 515, 20)),
+        chosen.at[7].set(4),  # three times the same one
+        jax.random.normal(keys[2], (6, 20, 37)),
+        jax.random.normal(keys[3], (515, 37)),
+    )
+
+
+def sums_by_hand(x, chosen, w, g):
+    """The sum over choices, and its gradients, in float64."""
+    x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
+    of = np.asarray(chosen).reshape(-1)
+    y, dx, dw = np.zeros_like(g), np.zeros_like(x), np.zeros_like(w)
+    for e in range(len(w)):
+        rows = np.flatnonzero(of == e)
+        np.add.at(y, rows // 3, x[rows] @ w[e])
+        dx[rows], dw[e] = g[rows // 3] @ w[e].T, x[rows].T @ g[rows // 3]
+    return y, dx, dw
 
 
 def test_tiles_of_the_table():

@@ -1,5 +1,5 @@
-// Products of rows with the matrix of their group while layers train: experts, whose rows are sorted, and the blocks of a
-// width of which each token has some (MoHD, arXiv 2412.05644). All float32. What a task writes no other one does, and
+// Products of rows with the matrix of their group while layers train: experts that each token has chosen, and the blocks of
+// a width of which it has some (MoHD, arXiv 2412.05644). All float32. What a task writes no other one does, and
 // every sum is made in the order of its rows, so that results do not depend on the threads.
 #include <algorithm>
 #include <cstring>
@@ -22,31 +22,29 @@ long pieces(long n, long size) { return (n + size - 1) / size; }
 const float* row(const Tokens& x, long i) { return static_cast<const float*>(x.data) + i * x.width; }
 float* place(const Tokens& x, long i) { return static_cast<float*>(x.data) + i * x.width; }
 
-// A part of the rows of one group.
-struct Part {
-  long group, first, count;
-};
+// For each of `count` groups from `base` on the users among choices [from, to), counted from there; every `each` choices
+// are one user's.
+std::vector<std::vector<int>> users_of(const int* chosen, long base, long count, long from, long to, long each) {
+  std::vector<std::vector<int>> users(count);
+  for (long i = from; i < to; i++) {
+    const long group = chosen[i] - base;
+    if (group >= 0 && group < count) users[group].push_back(int((i - from) / each));
+  }
+  return users;
+}
 
-// The first row of each group, and the end of the last one; sizes that name more rows than there are count as far as they go.
-std::vector<long> begins(const int* sizes, long groups, long rows) {
-  std::vector<long> begin(groups + 1);
-  for (long e = 0; e < groups; e++) begin[e + 1] = std::min(rows, begin[e] + std::max(0, sizes[e]));
-  return begin;
+// Those of tokens [first, first + count) that have each routed block, counted from `first`.
+std::vector<std::vector<int>> users_of(const Blocks& b, long first, long count) {
+  return users_of(b.chosen, b.shared, b.count - b.shared, first * b.routed, (first + count) * b.routed, b.routed);
+}
+
+// The choices of tokens [first, first + count) that are of each expert, counted from the first of them.
+std::vector<std::vector<int>> choices_of(const Experts& e, long first, long count) {
+  return users_of(e.chosen, 0, e.count, first * e.each, (first + count) * e.each, 1);
 }
 
 // Tokens of a task over blocks.
 long chunk_of(const Pool& pool, long tokens) { return std::clamp(tokens / (4 * pool.threads), 48L, kTokens); }
-
-// For each routed block those of tokens [first, first + count) that have it, counted from `first`.
-std::vector<std::vector<int>> users_of(const Blocks& blocks, long first, long count) {
-  std::vector<std::vector<int>> users(blocks.count - blocks.shared);
-  for (long t = 0; t < count; t++)
-    for (long k = 0; k < blocks.routed; k++) {
-      const long block = blocks.chosen[(first + t) * blocks.routed + k] - blocks.shared;
-      if (block >= 0 && block < blocks.count - blocks.shared) users[block].push_back(int(t));
-    }
-  return users;
-}
 
 // `width` floats from `column` on of each of these rows after `first`, one after another.
 void gather(const Tokens& x, long first, const std::vector<int>& users, long column, long width, std::vector<float>& to) {
@@ -57,36 +55,70 @@ void gather(const Tokens& x, long first, const std::vector<int>& users, long col
 
 }  // namespace
 
-void ragged_products(const Pool& pool, const Tokens& x, const int* sizes, long groups, const float* w, const Tokens& y) {
-  const std::vector<long> begin = begins(sizes, groups, x.count);
+void products_by_expert(const Pool& pool, const Experts& experts, const Tokens& x, const float* w, const Tokens& y) {
+  struct Part {
+    long expert, first, count;
+  };
+  const auto users = choices_of(experts, 0, x.count);
   std::vector<Part> parts;
-  for (long e = 0; e < groups; e++)
-    for (long at = begin[e]; at < begin[e + 1]; at += kRows) parts.push_back({e, at, std::min(kRows, begin[e + 1] - at)});
-  if (begin[groups] < x.count) parts.push_back({-1, begin[groups], x.count - begin[groups]});
-  Team team = pool.team(parts.size(), x.count * x.width * y.width);
+  for (long e = 0; e < experts.count; e++)
+    for (long at = 0, n = users[e].size(); at < n; at += kRows) parts.push_back({e, at, std::min(kRows, n - at)});
+  for (long i = 0; i < y.count; i++)
+    if (experts.chosen[i] < 0 || experts.chosen[i] >= experts.count) std::memset(place(y, i), 0, y.width * sizeof(float));
+  Team team = pool.team(parts.size(), y.count * x.width * y.width);
   team.run(parts.size(), [&](long i) {
     const Part& p = parts[i];
-    if (p.group < 0)
-      std::memset(place(y, p.first), 0, p.count * y.width * sizeof(float));
-    else
-      loops().grouped.products(row(x, p.first), x.width, p.count, x.width, w + p.group * x.width * y.width, y.width,
-                               y.width, place(y, p.first), y.width, nullptr, false);
+    const int* const places = users[p.expert].data() + p.first;
+    std::vector<int> tokens(places, places + p.count);
+    for (int& t : tokens) t /= experts.each;
+    // Rows that were sorted by expert lie one after another already.
+    const bool sorted = experts.each == 1 && tokens.back() - tokens.front() == p.count - 1;
+    std::vector<float> own;
+    if (!sorted) gather(x, 0, tokens, 0, x.width, own);
+    loops().grouped.products(sorted ? row(x, tokens.front()) : own.data(), x.width, p.count, x.width,
+                             w + p.expert * x.width * y.width, y.width, y.width, place(y, 0), y.width, places, false);
   });
 }
 
-void ragged_sums(const Pool& pool, const Tokens& x, const Tokens& g, const int* sizes, long groups, float* w) {
-  const std::vector<long> begin = begins(sizes, groups, x.count);
-  std::vector<const float*> from(x.count), beside(x.count);
-  for (long i = 0; i < x.count; i++) from[i] = row(x, i), beside[i] = row(g, i);
+void sum_of_experts(const Pool& pool, const Experts& experts, const Tokens& x, const float* w, const Tokens& y) {
+  // Of every expert a task has some rows, on average, so that it is worth reading; but no thread is to be left out.
+  const long rows = std::max(chunk_of(pool, y.count), 48 * experts.count / experts.each);
+  const long chunk = std::max(1L, std::min(rows, pieces(y.count, pool.threads))), chunks = pieces(y.count, chunk);
+  Team team = pool.team(chunks, x.count * x.width * y.width);
+  team.run(chunks, [&](long i) {
+    const long first = i * chunk, count = std::min(chunk, y.count - first);
+    std::memset(place(y, first), 0, count * y.width * sizeof(float));
+    const auto users = choices_of(experts, first, count);
+    std::vector<float> own;
+    for (long e = 0; e < experts.count; e++) {
+      gather(x, first * experts.each, users[e], 0, x.width, own);
+      std::vector<int> tokens = users[e];
+      for (int& t : tokens) t /= experts.each;
+      // A token that chose the expert twice begins another product: within one, every row is added to once.
+      for (size_t at = 0, end; at < tokens.size(); at = end) {
+        for (end = at + 1; end < tokens.size() && tokens[end] != tokens[end - 1];) end++;
+        loops().grouped.products(own.data() + at * x.width, x.width, end - at, x.width, w + e * x.width * y.width, y.width,
+                                 y.width, place(y, first), y.width, tokens.data() + at, true);
+      }
+    }
+  });
+}
+
+void sums_by_expert(const Pool& pool, const Experts& experts, const Tokens& x, const Tokens& g, float* w) {
+  const long tokens = std::min(x.count, g.count), of_x = x.count / tokens, of_g = g.count / tokens;
+  const auto users = choices_of(experts, 0, tokens);
   const long slices = pieces(x.width, kGradientRows), columns = pieces(g.width, kGradientColumns), each = slices * columns;
-  Team team = pool.team(groups * each, x.count * x.width * g.width);
-  team.run(groups * each, [&](long i) {
+  Team team = pool.team(experts.count * each, tokens * experts.each * x.width * g.width);
+  team.run(experts.count * each, [&](long i) {
     const long e = i / each, r = i % each / columns * kGradientRows, c = i % columns * kGradientColumns;
-    const long n = begin[e + 1] - begin[e], height = std::min(kGradientRows, x.width - r);
-    std::vector<const float*> rows(from.begin() + begin[e], from.begin() + begin[e + 1]);
-    for (const float*& at : rows) at += r;
-    loops().grouped.sums(rows.data(), beside.data() + begin[e], n, height, c, std::min(kGradientColumns, g.width - c),
-                         w + (e * x.width + r) * g.width + c, g.width, false);
+    const long n = users[e].size();
+    std::vector<const float*> from(n), beside(n);
+    for (long j = 0; j < n; j++) {
+      from[j] = row(x, of_x > 1 ? users[e][j] : users[e][j] / experts.each) + r;
+      beside[j] = row(g, of_g > 1 ? users[e][j] : users[e][j] / experts.each);
+    }
+    loops().grouped.sums(from.data(), beside.data(), n, std::min(kGradientRows, x.width - r), c,
+                         std::min(kGradientColumns, g.width - c), w + (e * x.width + r) * g.width + c, g.width, false);
   });
 }
 

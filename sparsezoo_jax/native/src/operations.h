@@ -343,11 +343,20 @@ void from_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const 
 // w [D, I]: rows of outputs.
 void to_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const Matrix& w, const Tokens& y);
 
-// The rest trains, in float32. Rows x [A, I] sorted by group, of which each has `sizes[e]`, times their group's matrix w
-// [E, I, O]: y [A, O], with zeros in rows of no group.
-void ragged_products(const Pool& pool, const Tokens& x, const int* sizes, long groups, const float* w, const Tokens& y);
-// w_e = x_e^T g_e, [E, I, O], for rows x [A, I] and g [A, O].
-void ragged_sums(const Pool& pool, const Tokens& x, const Tokens& g, const int* sizes, long groups, float* w);
+// The rest trains, in float32.
+
+struct Experts {
+  long count, each;   // `each` of a token, M tokens
+  const int* chosen;  // [M, each]; numbers that no expert has choose none
+};
+
+// y [M each, O]: x [M, I] times the matrix of each choice of w [count, I, O]; zeros for none.
+void products_by_expert(const Pool& pool, const Experts& experts, const Tokens& x, const float* w, const Tokens& y);
+// y [M, O]: the sum over a token's choices of x [M each, I] times their matrix of w [count, I, O].
+void sum_of_experts(const Pool& pool, const Experts& experts, const Tokens& x, const float* w, const Tokens& y);
+// w [count, I, O]: for each expert x^T g over its choices, where x and g have a row of each token, [M, I], or choice,
+// [M each, I].
+void sums_by_expert(const Pool& pool, const Experts& experts, const Tokens& x, const Tokens& g, float* w);
 
 // y [M, O]: the sum over each token's blocks of x [M, D] times their rows of w [D, O].
 void sum_of_blocks(const Pool& pool, const Blocks& blocks, const Tokens& x, const float* w, const Tokens& y);

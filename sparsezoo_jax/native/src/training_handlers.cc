@@ -60,13 +60,22 @@ ffi::Error AttentionBackward(ffi::ThreadPool threads, Array q, Array k, Array v,
   return ffi::Error::Success();
 }
 
-ffi::Error RaggedProducts(ffi::ThreadPool threads, Array x, Array w, Array sizes, Result y) {
-  ragged_products(pool_of(threads), tokens(x), ints(sizes), long(sizes.element_count()), floats(w), tokens(*y));
+Experts experts_of(const Array& chosen, const Array& w) {
+  return {w.dimensions()[0], width_of(chosen), ints(chosen)};
+}
+
+ffi::Error ProductsByExpert(ffi::ThreadPool threads, Array x, Array chosen, Array w, Result y) {
+  products_by_expert(pool_of(threads), experts_of(chosen, w), tokens(x), floats(w), tokens(*y));
   return ffi::Error::Success();
 }
 
-ffi::Error RaggedSums(ffi::ThreadPool threads, Array x, Array g, Array sizes, Result w) {
-  ragged_sums(pool_of(threads), tokens(x), tokens(g), ints(sizes), long(sizes.element_count()), floats(*w));
+ffi::Error SumOfExperts(ffi::ThreadPool threads, Array x, Array chosen, Array w, Result y) {
+  sum_of_experts(pool_of(threads), experts_of(chosen, w), tokens(x), floats(w), tokens(*y));
+  return ffi::Error::Success();
+}
+
+ffi::Error SumsByExpert(ffi::ThreadPool threads, Array x, Array chosen, Array g, Result w) {
+  sums_by_expert(pool_of(threads), experts_of(chosen, *w), tokens(x), tokens(g), floats(*w));
   return ffi::Error::Success();
 }
 
@@ -155,19 +164,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_attention_backward, AttentionBackward,
                                   .Ret<Array>()
                                   .WHOLE_ATTENTION);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_ragged_products, RaggedProducts,
-                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_ragged_sums, RaggedSums,
-                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>());
+#define THREE Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_products_by_expert, ProductsByExpert, BIND.THREE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sum_of_experts, SumOfExperts, BIND.THREE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sums_by_expert, SumsByExpert, BIND.THREE);
 
 #define CUT .Attr<int64_t>("count").Attr<int64_t>("shared")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sum_of_blocks, SumOfBlocks,
-                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>() CUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sum_of_blocks, SumOfBlocks, BIND.THREE CUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_products_by_block, ProductsByBlock,
                               BIND.Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>() CUT);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sums_by_block, SumsByBlock,
-                              BIND.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>() CUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparsezoo_sums_by_block, SumsByBlock, BIND.THREE CUT);
 
 #pragma GCC visibility pop
 

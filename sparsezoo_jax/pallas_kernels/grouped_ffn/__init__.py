@@ -10,8 +10,8 @@ import jax
 
 from sparsezoo_jax.errors import require
 from sparsezoo_jax.pallas_kernels.checkpoint_names import product
-from sparsezoo_jax.pallas_kernels.dispatch import NATIVE, Implementation, dispatch, native_cpu
-from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, reference
+from sparsezoo_jax.pallas_kernels.dispatch import Implementation, dispatch, native_cpu
+from sparsezoo_jax.pallas_kernels.grouped_ffn import by_expert, by_token, reference
 from sparsezoo_jax.pallas_kernels.grouped_ffn.channels import Channels, Reads, of_tokens, unmasked
 from sparsezoo_jax.pallas_kernels.grouped_ffn.exchange import exchanged, sends_fewer_bytes
 from sparsezoo_jax.pallas_kernels.grouped_ffn.reference import (
@@ -73,12 +73,12 @@ def grouped_ffn(
       activation: pointwise.
       return_active: also return how many hidden units of each chosen expert are not 0.
       implementation: "dense" computes every expert for every token and is the definition; "ragged" sorts the tokens by
-        expert and multiplies by `ragged_matmul`; "native" does so by its native form; "loop" sorts them into tiles of
-        one expert and loops over these. None: for a CPU "native" in float32 and "loop" otherwise, "ragged" elsewhere,
-        all computing the hidden layer again in the backward pass. On a mesh the sorting ones sort each device's tokens
-        by themselves. Each device has of W only its part where the mesh splits FFN neurons, and the parts of the sum
-        are added up.
-      moved: what devices that split the experts send each other, for the sorting ones: "weights" gathers all experts to
+        expert and multiplies by `ragged_matmul`; "loop" sorts them into tiles of one expert and loops over these;
+        "native" gathers and adds up rows within products of each expert. None: for a CPU "native" in float32 and
+        "loop" otherwise, "ragged" elsewhere, all computing the hidden layer again in the backward pass. On a mesh all
+        but "dense" see each device's tokens by themselves. Each device has of W only its part where the mesh splits
+        FFN neurons, and the parts of the sum are added up.
+      moved: what devices that split the experts send each other, for all but "dense": "weights" gathers all experts to
         each device's tokens; "tokens" sends these to their experts' devices and back (`exchange.exchanged`). None:
         whichever are fewer bytes (`exchange.sends_fewer_bytes`).
       channels: which channels of their inputs the maps leave out. A mask that needs all channels of a row lets devices
@@ -130,7 +130,7 @@ def _grouped(
         Implementation("dense", partial(reference.grouped_ffn, **form), default=False),
         Implementation("ragged", partial(by_expert.ragged, **form)),
         Implementation("loop", partial(by_expert.loop, **form), "cpu"),
-        native_cpu(partial(by_expert.ragged, **form, products=NATIVE), native_refusal(x, up, None), sharded=True),
+        native_cpu(partial(by_token.unsorted, **form), native_refusal(x, up, None), sharded=True),
     ]
     # The hidden units are the largest arrays of the layer: a choice between two must not keep those of both.
     apply = dispatch("grouped_ffn", implementation, implementations, recompute=True)

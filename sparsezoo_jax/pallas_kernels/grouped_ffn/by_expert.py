@@ -32,28 +32,25 @@ def ragged(
     *,
     activation: Activation,
     masked: Masked = unmasked,
-    products: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sort the assignments by expert, multiply by `ragged_matmul`, put the rows back and add them up.
-
-    `products` is the implementation of `ragged_matmul`.
 
     Returns the sums [N, D] and counts of each assignment by name, float32 [N, k]: "hidden", the units that are not 0,
     and what the maps of `of_maps` read.
     """
-    k, multiply = experts_NK.shape[1], partial(ragged_matmul, implementation=products)
+    k = experts_NK.shape[1]
     order_A = jnp.argsort(experts_NK.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_NK.reshape(-1), length=up_EDW.shape[0])
     x_AD = x_ND[order_A // k]
     sorted_A = experts_NK.reshape(-1)[order_A]
     reads = Reads(masked, jax.tree.map(lambda own: own[sorted_A], dict(of_maps)))
-    hidden_AW = hidden_of(x_AD, up_EDW, gate_EDW, activation, reads, lambda x, w: multiply(x, w, sizes_E))
+    hidden_AW = hidden_of(x_AD, up_EDW, gate_EDW, activation, reads, lambda x, w: ragged_matmul(x, w, sizes_E))
     counts = {"hidden": count_nonzero(hidden_AW)}
     hidden_AW = reads("down", hidden_AW)
     back_A = jnp.argsort(order_A)
     counts = {name: count_A[back_A].reshape(-1, k) for name, count_A in (counts | reads.counts).items()}
     hidden_AW = hidden_AW * weights_NK.reshape(-1)[order_A][:, None].astype(hidden_AW.dtype)
-    y_AD = multiply(hidden_AW, down_EWD, sizes_E)
+    y_AD = ragged_matmul(hidden_AW, down_EWD, sizes_E)
     return jnp.sum(y_AD[back_A].reshape(-1, k, x_ND.shape[1]), axis=1), counts
 
 

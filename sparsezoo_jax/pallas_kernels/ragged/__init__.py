@@ -13,9 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sparsezoo_jax import native
 from sparsezoo_jax.pallas_kernels.dispatch import CustomVJP, Implementation, dispatch, native_cpu, pallas, plain
 from sparsezoo_jax.pallas_kernels.ragged import gpu
+from sparsezoo_jax.pallas_kernels.ragged.chosen import products_by_expert
 
 
 def ragged_matmul(
@@ -57,7 +57,7 @@ def ragged_matmul(
             "megablox", CustomVJP(forward, partial(_backward, megablox_weight_gradient)), "tpu", refusal, kernel=True
         ),
         *pallas("cuda", kernels, refusal),
-        native_cpu(CustomVJP(_native_forward, _native_backward), native_refusal(x, w, dtype)),
+        native_cpu(_native, native_refusal(x, w, dtype)),
     ]
     return dispatch("ragged_matmul", implementation, implementations)(x, w, sizes)
 
@@ -69,22 +69,10 @@ def native_refusal(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> str |
     return None if x.size and w.size else "needs at least one row, one group and one column"
 
 
-def _native_forward(x, w, sizes):
-    return _native_products(x, w, sizes), ()
-
-
-def _native_backward(arrays, residuals, g):
-    del residuals
-    x, w, sizes = arrays
-    arrays, result = (x, g, sizes.astype(jnp.int32)), jax.ShapeDtypeStruct(w.shape, w.dtype)
-    (dw,) = native.call("ragged_sums", (result,), *arrays, vmap_method="sequential")
-    return _native_products(g, jnp.swapaxes(w, 1, 2), sizes), dw, None
-
-
-def _native_products(x, w, sizes):
-    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
-    arrays = (x, w, sizes.astype(jnp.int32))
-    return native.call("ragged_products", (result,), *arrays, vmap_method="sequential")[0]
+def _native(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    # Rows past those of the last group are of no group.
+    group_A = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    return products_by_expert(x, group_A[:, None].astype(jnp.int32), w)
 
 
 def _forward(x, w, sizes, *, dtype):
