@@ -108,6 +108,22 @@ def test_noted_trip_count_and_unknown_bound():
     assert unknown.runs()[0]["body"] == 1
 
 
+def test_metadata_of_a_kernel_takes_lines_of_its_own():
+    text = """HloModule one
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"tiling":"{\\"rows\\": 128}"
+}}, backend_config={"cost_estimate":{"bytes_accessed":"640"}}
+  ROOT %z = f32[8]{0} add(%y, %y)
+}
+"""
+    instructions = parse(text).computations["main"].instructions
+    assert list(instructions) == ["x", "y", "z"]
+    assert '"bytes_accessed":"640"' in instructions["y"].attributes
+
+
 def test_no_module():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("nothing")
