@@ -4,12 +4,15 @@ For each generation and heads, of the loops over tiles in which every query sees
 512 x 512 scores of one head on one core, forward and backward, beside the cycles that the products take at the matrix
 unit's peak; the sum of the larger ones, for bundles leave out waits; and temporaries of both passes over a whole
 sequence. With --splash the same of the splash attention that comes with jax, of whole kernels, start and end of a tile
-included; with --spark of Spark attention, whose forward pass takes two kernels. Nothing is measured on a device.
+included; with --spark of Spark attention, whose forward pass takes two kernels. With --tokamax PYTHON, another
+environment's, of that library's kernels, again in blocks that every query sees. Nothing is measured on a device.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.compiled_worker import Job
 from benchmarks.shapes import TPUS
 
 #: Heads of queries and of keys, their width, soft cap: Gemma-2 2B's and Llama 3 8B's.
@@ -33,6 +37,8 @@ KERNELS = ("all_keys", "moments", "mix", "backward")
 SPARK: dict[str, Any] = {"r": 128, "top_k": 256}
 #: Side of a block, and whether one kernel makes all gradients (with sums of the queries' for every block of keys).
 SPLASH = {"two backward kernels": (512, False), "fused backward": (1024, True)}
+#: Sides of tokamax's blocks: its choice without a device to tune on, and the least of its search at this length.
+TOKAMAX = (128, 1024)
 
 
 class Loop(NamedTuple):
@@ -135,13 +141,18 @@ def _splash(form: str, length: int, group: int, softcap: float | None) -> Callab
 
 def dumped(generation: str, heads: str, length: int, form: str | None, folder: str) -> float:
     """Compile in a process of its own, with the schedules dumped into `folder`; megabytes of temporaries."""
+    command = [sys.executable, "-m", "benchmarks.attention_bundles", "--compile-only", generation, heads, form or ""]
+    return int(_dumping([*command, "--length", str(length)], folder).split()[-1]) / 1e6
+
+
+def _dumping(command: list[str], folder: str) -> str:
+    """What a command prints that compiles with the schedules dumped into `folder`."""
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
     environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, "-m", "benchmarks.attention_bundles", "--compile-only", generation, heads, form or ""]
-    done = subprocess.run([*command, "--length", str(length)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return int(done.stdout.split()[-1]) / 1e6
+    return done.stdout
 
 
 def row(generation: str, heads: str, length: int, form: str | None = None) -> str:
@@ -186,12 +197,55 @@ def splash_row(generation: str, heads: str, length: int, form: str) -> str:
     )
 
 
+def regions(path: Path) -> list[int]:
+    """Bundles between the places of a schedule that a skipped part (`pl.when`) goes on at."""
+    found = [0]
+    for line in path.read_text().splitlines():
+        if label := re.match(r"\s*0x[0-9a-f]+\s+(\w*)\s*:", line):
+            if label[1] == "PF":
+                found.append(0)
+            found[-1] += 1
+    return found
+
+
+def tokamax_row(python: str, generation: str, heads: str, length: int, block: int) -> str:
+    """The line of tokamax's kernels, which have a body for blocks without a mask and, after it, one with."""
+    from sparsezoo_jax.compilation.topologies import prepare_environment
+
+    prepare_environment()
+    queries, keys, width, softcap = HEADS[heads]
+    target = {"platform": "tpu", "topology_name": TPUS[generation], "chips_per_host_bounds": (1, 1, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        shape = (length, queries, keys, width)
+        job = Job("tokamax mosaic", shape, softcap, True, target, str(answer), attention=True, tiles=(block,))
+        worker = str(Path(__file__).parent / "compiled_worker.py")
+        _dumping([python, worker, json.dumps(dataclasses.asdict(job))], folder)
+        found = json.loads(answer.read_text())
+        if "failed" in found:
+            return f"| {generation} | {heads}, tokamax | {block} x {block} | {found['failed']} |"
+        passes = []
+        for name in ("fwd", "dkv"):
+            (path,) = Path(folder).glob(f"*splash*_{name}_*-final_bundles.txt")
+            sizes = regions(path)
+            bodies = sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:2])
+            passes.append(sizes[bodies[0]] * (512 / block) ** 2)
+    forward, backward = passes
+    product = 512 * 512 * width / MATRIX_UNITS[generation]
+    least = max(forward, 2 * product) + max(backward, 5 * product)
+    return (
+        f"| {generation} | {heads}, tokamax | {block} x {block} | {forward:,.0f} | {backward:,.0f} | {least:,.0f} | "
+        f"{found['temporaries'] / 1e6:,.0f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192, help="tokens of the sequence")
     parser.add_argument("--tpu", nargs="*", default=list(TPUS), choices=list(TPUS))
     parser.add_argument("--splash", action="store_true", help="splash attention's kernels, too")
     parser.add_argument("--spark", action="store_true", help="Spark attention's kernels, too")
+    parser.add_argument("--tokamax", metavar="PYTHON", help="a Python with tokamax: its kernels, too")
     parser.add_argument("--compile-only", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile_only:
@@ -207,6 +261,8 @@ def main() -> None:
                 print(row(generation, heads, options.length, "spark"), flush=True)
             for form in SPLASH if options.splash else ():
                 print(splash_row(generation, heads, options.length, form), flush=True)
+            for block in TOKAMAX if options.tokamax else ():
+                print(tokamax_row(options.tokamax, generation, heads, options.length, block), flush=True)
 
 
 if __name__ == "__main__":
