@@ -29,17 +29,25 @@ def as_python(value: Any) -> Any:
 
 
 def union_kinds(config: Any) -> dict[str, dict[str, Any]]:
-    """For each dotted field that holds a union of kinds: the kinds' names and classes."""
-    members = {path: _members(hint) for path, hint in _hints(config).items()}
+    """For each dotted field that holds a union of kinds: the kinds' names and classes.
+
+    A part that may be lacking (`model.first_ffn`) is one where it is there.
+    """
+    hints = _hints(config).items()
+    members = {path: _members(hint if _at(config, path) is None else _without_none(hint)) for path, hint in hints}
     return {path: found for path, found in members.items() if found}
 
 
 def has_plain_kind(config: Any, path: str) -> bool:
     """Whether the part at `path` is no member of a union and has a field "kind" as any other (`model.init`, say)."""
-    part = config
+    return hasattr(_at(config, path), "kind") and path not in union_kinds(config)
+
+
+def _at(config: Any, path: str) -> Any:
+    """What `config` has at a dotted path; None where it has nothing."""
     for name in path.split("."):
-        part = getattr(part, name, None)
-    return hasattr(part, "kind") and path not in union_kinds(config)
+        config = getattr(config, name, None)
+    return config
 
 
 def _members(hint: Any) -> dict[str, Any]:
@@ -82,9 +90,7 @@ def local_fields(config: Any) -> dict[str, Any]:
     """Dotted fields marked `Local` and their values, those left out that are not given or name nothing here."""
     found = {}
     for path, hint in _hints(config).items():
-        value = config
-        for name in path.split("."):
-            value = getattr(value, name)
+        value = _at(config, path)
         for mark in getattr(hint, "__metadata__", ()):
             if isinstance(mark, Local) and value is not None and value not in mark.harmless:
                 found[path] = value

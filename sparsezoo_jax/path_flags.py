@@ -1,4 +1,4 @@
-"""Paths among the flags of commands: parsed so that a scheme survives, and refused where it can't be used."""
+"""How flags become values where tyro's own rules are not enough: paths, and parts that a configuration may lack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
 from sparsezoo_jax import storage
 
@@ -37,6 +37,14 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+@PATHS.struct_rule
+def _part(info: StructTypeInfo) -> Any:
+    """The fields of a part that may be None, and is not here: flags as those of any other part."""
+    if type(None) in typing.get_args(info.type) and dataclasses.is_dataclass(info.default):
+        return PATHS.get_struct_spec(dataclasses.replace(info, type=type(info.default)))
+    return None
 
 
 def check_paths(command: Any) -> None:

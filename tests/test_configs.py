@@ -212,6 +212,22 @@ def test_exchanging_kinds():
         with_kind(preset("dense"), "model.ffn", "spark")
 
 
+def test_parts_that_may_be_lacking_have_flags_where_they_are_there():
+    from sparsezoo_jax import cli
+    from sparsezoo_jax.config import RunConfig
+
+    def parsed(arch, *flags):
+        return cli.parse_with_preset(RunConfig, ["--arch", arch, *flags], prog="train", description="").model
+
+    deco = parsed("deco", "--model.first-ffn.d-ff", "310", "--model.first-ffn.activation", "relu")
+    assert (deco.first_ffn.kind, deco.first_ffn.d_ff, deco.first_ffn.activation) == ("gated", 310, "relu")
+    assert deco.ffn == preset("deco").model.ffn
+    assert parsed("deco", "--model.first-ffn.kind", "sparselm").first_ffn.kind == "sparselm"
+    assert "model.first_ffn" not in union_kinds(preset("spark"))
+    with pytest.raises(UserError, match=r"--model.first-ffn.d-ff"):
+        parsed("spark", "--model.first-ffn.d-ff", "310")
+
+
 def test_lists_of_objects():
     config = with_list(preset("spark"), "train.groups", '[{"pattern": "embedding", "lr_multiplier": 0.5}]')
     assert (config.train.groups[0].pattern, config.train.groups[0].lr_multiplier) == ("embedding", 0.5)
