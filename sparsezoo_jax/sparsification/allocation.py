@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sparsezoo_jax.models import Decoder, DecoderConfig
+from sparsezoo_jax.models.contract import MapSize
 from sparsezoo_jax.models.decoder import call_context
 from sparsezoo_jax.models.layers import Block, Passed
 from sparsezoo_jax.models.masks import Masks
@@ -40,21 +42,27 @@ def _distance(last: float, dense_BTD: jax.Array, sparse_BTD: jax.Array, segments
 
 
 def greedy_shares(
-    weights: Mapping[str, float], target: float, step: float, error: Callable[[dict[str, float]], float]
+    weights: Mapping[str, float],
+    target: float,
+    step: float,
+    error: Callable[[dict[str, float]], float],
+    unread: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Shares of a layer's maps whose mean, weighted by the maps' sizes, is `target`.
+    """Shares of a layer's maps by which a token needs `target` less of their weights.
 
-    All start at 0. In each step every map is tried `step / size` further, and the one with the least error stays so.
-    No share exceeds 1, and the last step is as long as is left.
+    Each starts at what is not read anyway. In each step every map is tried `step / size` further, and the one with the
+    least error stays so. No share exceeds 1, and the last step is as long as is left.
 
     Args:
       weights: size of each map.
-      target: of the whole, in [0, 1).
+      target: of what is read of all, in [0, 1).
       step: for a map of size 1.
       error: of a layer with these shares.
+      unread: shares of maps that are not read without masks either; 0 where it has none.
     """
-    shares = dict.fromkeys(weights, 0.0)
-    total, left = sum(weights.values()), target * sum(weights.values())
+    shares = {name: unread.get(name, 0.0) for name in weights}
+    total = sum(size * (1 - shares[name]) for name, size in weights.items())
+    left = target * total
     while left > 1e-9 * total:
         tried = {}
         for name, size in weights.items():
@@ -67,15 +75,24 @@ def greedy_shares(
     return shares
 
 
-def map_sizes(block: Block, d_model: int) -> dict[str, float]:
-    """Weights of each map that a sparsified layer masks, as multiples of d_model^2."""
-    sizes: dict[str, float] = {}
+def masked_maps(block: Block, d_model: int) -> dict[str, MapSize]:
+    """The maps that a sparsified layer masks."""
+    found: dict[str, MapSize] = {}
     for sublayer in ("attention", "ffn"):
         masks = getattr(getattr(block, sublayer), "masks", None)
         if isinstance(masks, Masks):
             maps = getattr(block.spec, sublayer).of.linear_maps(d_model)
-            sizes |= {name: maps[name].channels * maps[name].weights / d_model**2 for name in masks.names}
-    return sizes
+            found |= {name: maps[name] for name in masks.names}
+    return found
+
+
+def sizes_of(maps: Mapping[str, MapSize], d_model: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights of each map, as multiples of d_model^2, and the share of its channels that is not read anyway.
+
+    What a layer is sparse in by itself (Spark's neurons) saves nothing where it is left out once more.
+    """
+    sizes = {name: map.channels * map.weights / d_model**2 for name, map in maps.items()}
+    return sizes, {name: 1 - map.read / map.channels for name, map in maps.items()}
 
 
 def set_cuts(block: Block, cuts: Mapping[str, float]) -> None:
@@ -103,7 +120,7 @@ def greedy(
       model: sparsified layers with cuts of 0.
       calibration: its histograms.
       batches: of the sequences that are looked at.
-      target: the share of each layer's weights.
+      target: the share of what is read of each layer's weights.
       config: step, and which tokens count.
       threshold: of a histogram and a share; None: the shares are what cuts are (top_k).
       stage: where what is found is kept (`layers.layer_by_layer`).
@@ -132,7 +149,9 @@ def greedy(
                 distance += float(_distance(config.last, dense_BTD, sparse_BTD, batch["segment_ids"]))
             return distance
 
-        shares = greedy_shares(map_sizes(block, model.config.d_model), target, config.step, error)
+        maps = masked_maps(block, model.config.d_model)
+        sizes, unread = sizes_of(maps, model.config.d_model)
+        shares = greedy_shares(sizes, target, config.step, error, unread)
         return outputs, {name: np.asarray(share) for name, share in shares.items()}
 
     layers = layer_by_layer(model, batches, visit, stage)

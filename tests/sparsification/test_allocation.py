@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsezoo_jax import run_dir, sparsify
+from sparsezoo_jax.configs import preset
 from sparsezoo_jax.sparsification import METHODS, allocation, calibrate, layers, sparsified_config, wrapped
 from sparsezoo_jax.sparsification.calibration import threshold
 from sparsezoo_jax.sparsification.config import AllocationConfig, CalibrationConfig
@@ -47,10 +48,29 @@ def sparse(dense, batches):
 
 def test_sizes_are_weights(sparse):
     (_, block), _ = layers.layers_of(sparse[0])
-    assert allocation.map_sizes(block, 32) == {
+    sizes, unread = allocation.sizes_of(allocation.masked_maps(block, 32), 32)
+    assert sizes == {
         **{"q": 1.0, "k": 0.5, "v": 0.5, "o": 1.0},
         **dict.fromkeys(("gate", "up", "down"), 1.5),
     }
+    assert unread == dict.fromkeys(sizes, 0.0)
+
+
+def test_what_is_not_read_anyway_is_left_out_first_and_saves_nothing():
+    sizes, unread = {"q": 1.0, "down": 2.0}, {"down": 0.75}
+    shares = allocation.greedy_shares(sizes, 0.5, 0.05, lambda shares: sum(shares.values()), unread)
+    assert shares["down"] >= 0.75
+    # Of 1 + 2 / 4 that are read.
+    assert shares["q"] + 2 * (shares["down"] - 0.75) == pytest.approx(0.5 * 1.5)
+    assert allocation.greedy_shares(sizes, 0.0, 0.05, lambda shares: 0.0, unread) == {"q": 0.0, "down": 0.75}
+
+
+def test_neurons_that_spark_leaves_out_are_not_read_anyway():
+    """Of the tiny preset's 768 neurons a token has 61, and of these rows of both maps."""
+    model = preset("spark", "tiny").model
+    sizes, unread = allocation.sizes_of(model.ffn.linear_maps(model.d_model), model.d_model)
+    assert unread == pytest.approx({"gate": 0, "up": 0, "down": 1 - 61 / 768, "neurons": 1 - 61 / 768})
+    assert sizes["up"] == pytest.approx((1 - model.ffn.r / model.d_model) * 61 / model.d_model)
 
 
 def test_layers_with_arrays_of_their_own_are_those_of_the_stack(sparse):
@@ -71,7 +91,7 @@ def test_a_layers_output_changes_no_more_than_with_equal_shares(sparse, batches)
         outputs = [allocation._output(model.config, graphdef, state, x, b) for x, b in zip(streams, held, strict=True)]
         errors = []
         for own in ({name: float(values[place.layer]) for name, values in shares.items()}, dict.fromkeys(shares, 0.5)):
-            sizes = allocation.map_sizes(block, 32)
+            sizes, _ = allocation.sizes_of(allocation.masked_maps(block, 32), 32)
             assert sum(sizes[name] * own[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()))
             cuts = {name: threshold(calibration.maps[name].counts[place.layer], share) for name, share in own.items()}
             allocation.set_cuts(block, cuts)
