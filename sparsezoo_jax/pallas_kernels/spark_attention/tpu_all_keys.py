@@ -28,7 +28,15 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import NEGATIVE, Problem
 from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles
-from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import ROWS, Grid, Places, Step, over_rows, product, to_rows
+from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import (
+    ROWS,
+    Grid,
+    Places,
+    Step,
+    over_rows,
+    product,
+    to_rows,
+)
 
 
 class Scratch(NamedTuple):
@@ -66,9 +74,17 @@ def _all_keys_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def work(rows, visible):
+        def products(g):
+            return product(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], (1, 1))
+
+        # The compiler schedules operations about as they follow each other here. Where a head has to wait for its best
+        # score, the matrix unit makes the next head's products meanwhile.
+        early = scratch.best is not None
+        following = products(0) if early else None
         for g in heads:
-            scores = capped(product(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], (1, 1)), p.softcap)
-            scores = where(visible, scores, NEGATIVE)
+            scores = following if early else products(g)
+            following = products(g + 1) if early and g + 1 in heads else None
+            scores = where(visible, capped(scores, p.softcap), NEGATIVE)
             if scratch.best is not None:
                 before = scratch.best[g, rows, :]
                 best = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
