@@ -13,6 +13,7 @@ from benchmarks.gpu_kernels import attention, cases, compile_case
 from benchmarks.shapes import BLOCK_FFN, FFN_SCORES, MOE_FFN, SPARK_ATTENTION
 from sparsezoo_jax.compilation.ptx import kernels
 from sparsezoo_jax.compilation.topologies import lowering_for, open_topology
+from sparsezoo_jax.compilation.traffic import hbm_bytes
 from sparsezoo_jax.pallas_kernels import (
     block_ffn_rows,
     block_ffn_union,
@@ -266,6 +267,37 @@ def test_default_of_attention_holds_no_scores():
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs]
     assert temporaries[0] < 1e9 / 4.1
     assert temporaries[1] < 4.1 * temporaries[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "gradient", "made", "queries", "keys"),
+    [
+        (256, False, False, 2, 2),
+        (256, True, False, 9, 8),
+        (128, False, False, 4, 2),
+        (128, False, True, 4, 2),
+        (128, True, False, 11, 8),
+    ],
+)
+def test_attention_moves_each_array_as_often_as_kernels_need_it(width, gradient, made, queries, keys):
+    """In the model's layout: of the arrays of so many heads, forward two and two, backward seven and six.
+
+    Queries are read and written once more where their scale is no power of two, unless something `made` them.
+    """
+    heads, kv_heads, length = 8, 4, 2048
+
+    def forward(q, k, v):
+        visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
+        return flash_attention(jnp.cos(q) if made else q, k, v, visible)
+
+    def both(q, k, v, g):
+        y, pull = jax.vjp(forward, q, k, v)
+        return y, pull(g)
+
+    shapes = [((1, length, n, width), jnp.bfloat16) for n in (heads, kv_heads, kv_heads, heads)]
+    moved = hbm_bytes(compiled(both, *shapes) if gradient else compiled(forward, *shapes[:3]))
+    assert moved < 1.02 * 2 * length * width * (queries * heads + keys * kv_heads)
 
 
 #: Programs of `benchmarks.gpu_kernels` with the number of our kernels in each and the least occupancy of any of them.

@@ -1,4 +1,4 @@
-"""What the kernels for TPUs and GPUs share: arrays by head in whole tiles, and the formulas for one tile of scores.
+"""What the kernels share: arrays by head in whole tiles (GPUs have their own), and the formulas for one tile of scores.
 
 Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N/K queries per key/value head,
 H head width, R = r of it the predictor's, V width of values, I queries and J keys of a tile of scores [I, J]. What

@@ -20,43 +20,38 @@ from sparsezoo_jax.pallas_kernels.lazy_pallas import plgpu
 from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     accumulator_dtype,
     chosen,
-    from_heads,
-    joined,
     name_of,
     tile_gradients,
-    to_heads,
     where,
 )
-from sparsezoo_jax.pallas_kernels.spark_attention.gpu import (
+from sparsezoo_jax.pallas_kernels.spark_attention.gpu import Call, exp, launch_for, over_tiles, scores_of
+from sparsezoo_jax.pallas_kernels.spark_attention.gpu_arrays import (
     TILES,
-    Call,
+    Arrays,
     Parts,
     Places,
     arrange,
     columns,
-    exp,
-    launch_for,
+    factors,
+    joined_heads,
     lines,
     load_numbers,
-    load_tiles,
-    merge_heads,
-    over_tiles,
+    parts_of,
     places_of,
-    scores_of,
-    tile_ref,
+    whole_tiles,
+    widths_of,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Bounds, Tiles, bounds, padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Bounds, Tiles, bounds, padded, padded_visibility
 from sparsezoo_jax.pallas_kernels.spark_attention.visibility import Visibility
 from sparsezoo_jax.pallas_kernels.triton import product
-from sparsezoo_jax.pallas_kernels.tuning import Launch
 
 
 class Statistics(NamedTuple):
-    """Numbers of each query: arrays [X, T], references to them, or those of a tile, as columns or lines."""
+    """Numbers of each query: arrays [B, N, T], references to them, or those of a tile, as columns or lines."""
 
     threshold: Any
-    """The score from which on keys are selected."""
+    """The score from which on keys are selected; None: all are."""
     normaliser: Any
     """Logarithm of the softmax's sum."""
     delta: Any
@@ -69,12 +64,12 @@ def _of_tile(own: Parts, others: Parts, of_queries: Statistics, visible, p: Prob
     The program's `own` tile makes the rows of the scores, the `others` of its loop the columns: so the rows lie where
     the next product wants them.
     """
-    scores = scores_of(own.predictor, others.predictor, p.softcap)
+    scores = scores_of(own.predictor, others.predictor, p.softcap, p.predictor_scale)
     selected = chosen(scores, visible, of_queries.threshold, p)
     softmax = where(selected, exp(scores - of_queries.normaliser), 0)
     arguments = None
     if own.rest is not None:
-        arguments = scores_of(own.rest, others.rest, p.softcap_values)
+        arguments = scores_of(own.rest, others.rest, p.softcap_values, p.value_scale)
     dweights = product(own.values, others.values, (1, 1))
     weights, dscores, darguments = tile_gradients(softmax, scores, arguments, dweights, of_queries.delta, p)
     dtype = own.predictor.dtype
@@ -87,35 +82,45 @@ def _add_products(sums: Parts, left: Parts, right: Parts) -> Parts:
     return Parts(*(s if s is None else s + product(a, b, (1, 0)) for s, a, b in zip(sums, left, right, strict=True)))
 
 
+def _zeros(results: Parts) -> Parts:
+    """What the sums of these results start from."""
+    return jax.tree.map(lambda ref: jnp.zeros(ref.shape, accumulator_dtype(ref)), results)
+
+
+def _store(results: Parts, sums: Parts, *scales: float) -> None:
+    """Write sums, times their scale those of a head's two parts."""
+    for ref, total, scale in zip(results, sums, (*scales, 1.0), strict=True):
+        if ref is not None:
+            plgpu.store(ref, (total if scale == 1 else scale * total).astype(ref.dtype))
+
+
 def _queries_kernel(
     keys_seen: Bounds,
     q_places: Places,
     k_places: Places,
     statistics: Statistics,
-    queries: Parts,
-    keys: Parts,
-    dq: Parts,
+    queries: Arrays,
+    keys: Arrays,
+    dq: Arrays,
     *,
     call: Call,
 ):
     """Gradients of a tile of queries."""
     (size, k_size), p = call.launch.tiles, call.p
-    sequence, head, k_head, tile = call.query_program()
-    own = load_tiles(queries, head, tile, size)
-    of_queries, numbers = load_numbers(q_places, sequence, tile, size), load_numbers(statistics, head, tile, size)
+    head, k_head, tile = call.query_program()
+    own = call.load(queries, head, tile, size)
+    of_queries, numbers = load_numbers(q_places, head[:1], tile, size), load_numbers(statistics, head, tile, size)
 
     def step(j, sums, masked):
-        others = load_tiles(keys, k_head, j, k_size)
+        others = call.load(keys, k_head, j, k_size)
         visible = None
         if masked:
-            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, sequence, j, k_size)))
+            visible = call.sees(columns(of_queries), lines(load_numbers(k_places, k_head[:1], j, k_size)))
         return _add_products(sums, _of_tile(own, others, columns(numbers), visible, p), others)
 
-    start = jax.tree.map(lambda ref: jnp.zeros((size, ref.shape[-1]), accumulator_dtype(ref)), dq)
-    sums = over_tiles(keys_seen, sequence, tile, step, start)
-    for ref, total, scale in zip(dq[:2], sums[:2], (p.predictor_scale, p.value_scale), strict=True):
-        if ref is not None:
-            plgpu.store(tile_ref(ref, head, tile, size), (scale * total).astype(ref.dtype))
+    results = parts_of(dq, head, tile, size, call.widths)
+    sums = over_tiles(keys_seen, head.sequence, tile, step, _zeros(results))
+    _store(results, sums, p.predictor_scale, p.value_scale)
 
 
 def _keys_kernel(
@@ -123,75 +128,68 @@ def _keys_kernel(
     q_places: Places,
     k_places: Places,
     statistics: Statistics,
-    queries: Parts,
-    keys: Parts,
-    gradients: Parts,
+    queries: Arrays,
+    keys: Arrays,
+    gradients: Arrays,
     *,
     call: Call,
 ):
     """Gradients of a tile of keys and values."""
     q_size, size = call.launch.tiles
     head, tile = call.program()
-    sequence = jax.lax.div(head, jnp.int32(call.heads // call.group))
-    own = load_tiles(keys, head, tile, size)
-    of_keys = load_numbers(k_places, sequence, tile, size)
+    own = call.load(keys, head, tile, size)
+    of_keys = load_numbers(k_places, head[:1], tile, size)
 
     def step(q_head, i, sums):
-        others = load_tiles(queries, q_head, i, q_size)
-        visible = call.sees(lines(load_numbers(q_places, sequence, i, q_size)), columns(of_keys))
+        others = call.load(queries, q_head, i, q_size)
+        visible = call.sees(lines(load_numbers(q_places, q_head[:1], i, q_size)), columns(of_keys))
         numbers = lines(load_numbers(statistics, q_head, i, q_size))
         return _add_products(sums, _of_tile(own, others, numbers, visible, call.p), others)
 
     # Everything is masked: registers don't suffice for what a second loop keeps from one head to the next.
     def of_head(g, sums):
-        of_one = partial(step, head * call.group + g)
-        return jax.lax.fori_loop(seen_by.first[sequence, tile], seen_by.stop[sequence, tile], of_one, sums)
+        of_one = partial(step, head._replace(number=head.number * call.group + g))
+        loop = (seen_by.first[head.sequence, tile], seen_by.stop[head.sequence, tile])
+        return jax.lax.fori_loop(*loop, of_one, sums)
 
-    start = jax.tree.map(lambda ref: jnp.zeros((size, ref.shape[-1]), accumulator_dtype(ref)), gradients)
-    sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(call.group), of_head, start)
-    for ref, total in zip(gradients, sums, strict=True):
-        if ref is not None:
-            plgpu.store(tile_ref(ref, head, tile, size), total.astype(ref.dtype))
+    results = parts_of(gradients, head, tile, size, call.widths)
+    sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(call.group), of_head, _zeros(results))
+    # What queries were multiplied by before is in the sums.
+    _store(results, sums, factors(call.p.predictor_scale)[1], factors(call.p.value_scale)[1])
 
 
 def backward(
-    q, k, v, visibility: Visibility, y, statistics: tuple[jax.Array, jax.Array], dy, p: Problem, interpret: Any
+    q, k, v, visibility: Visibility, y, statistics: tuple[jax.Array | None, jax.Array], dy, p: Problem, interpret: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned."""
-    (batch, length, heads, _), (_, k_length, kv_heads, _) = q.shape, k.shape
+    """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned.
+
+    `q` must be `scaled`; its gradient is that of the queries before.
+    """
+    (batch, _, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = arrange(q, k, v, p)
-    queries = queries._replace(values=merge_heads(to_heads(dy, kv_heads, TILES)))
+    queries = queries._replace(values=whole_tiles(dy, TILES.queries))
     pairs = visibility.pairs
     visibility = padded_visibility(visibility, TILES)
     dtype = accumulator_dtype(y)
-    delta = jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True)
-    numbers = Statistics(*statistics, to_heads(delta, kv_heads, TILES).reshape(statistics[0].shape))
+    delta_BTN = jnp.sum(dy.astype(dtype) * y.astype(dtype), -1)
+    numbers = Statistics(*statistics, padded(delta_BTN.swapaxes(1, 2), TILES.queries, 2))
+    widths, values = widths_of(width, p), queries.values.shape[-1]
 
-    def run(kernel: Callable, launch: Launch, like: Parts, *, queries_own: bool) -> Parts:
+    def run(kernel: Callable, like: Arrays, products: int, *, queries_own: bool) -> Arrays:
+        columns = sum(widths) + values
+        launch = launch_for(f"{name_of(p)}_{'queries' if queries_own else 'keys'}", q, columns, columns)
         tiles = Tiles(*launch.tiles)
         loops = bounds(visibility, tiles)[0 if queries_own else 1]
         inputs = [loops, *places_of(visibility), numbers, queries, keys]
-        all_heads, padded_length, _ = like.predictor.shape
-        count = padded_length // (tiles.queries if queries_own else tiles.keys)
-        call = Call(p, visibility.window, heads, heads // kv_heads, launch, all_heads, queries_own, count, pairs)
-        # Both make the scores and the gradients of weights; then follow those of queries, or of keys and values.
-        width, values = p.r if p.weighting == "none" else q.shape[-1], v.shape[-1]
-        products = 2 * width + values if queries_own else 2 * (width + values)
+        count = like.heads.shape[1] // (tiles.queries if queries_own else tiles.keys)
+        call = Call(p, visibility.window, heads, heads // kv_heads, widths, launch, batch, queries_own, count, pairs)
         results = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)]
         (gradients,) = call.run(kernel, inputs, results, products, interpret)
         return gradients
 
-    launches = (launch_for(f"{name_of(p)}_{part}", q, queries, keys) for part in ("queries", "keys"))
-    dq = run(_queries_kernel, next(launches), queries._replace(values=None), queries_own=True)
-    dk = run(_keys_kernel, next(launches), keys, queries_own=False)
-
-    def of_queries(x_XTH: jax.Array, width: int) -> jax.Array:
-        return from_heads(x_XTH.reshape(batch, kv_heads, -1, *x_XTH.shape[1:])[..., :width], length)
-
-    def of_keys(x_YSH: jax.Array, width: int) -> jax.Array:
-        return x_YSH.reshape(batch, kv_heads, *x_YSH.shape[1:])[:, :, :k_length, :width].swapaxes(1, 2)
-
-    widths = (p.r, q.shape[-1] - p.r)
-    dq_parts = [of_queries(x, width) for x, width in zip(dq[:2], widths, strict=True) if x is not None]
-    dk_parts = [of_keys(x, width) for x, width in zip(dk[:2], widths, strict=True) if x is not None]
-    return joined(dq_parts, q), joined(dk_parts, k), of_keys(dk.values, v.shape[-1])
+    # Both make the scores and the gradients of weights; then follow those of queries, or of keys and values.
+    read = p.r if p.weighting == "none" else width
+    dq = run(_queries_kernel, queries._replace(values=None), 2 * read + v.shape[-1], queries_own=True)
+    dk = run(_keys_kernel, keys, 2 * (read + v.shape[-1]), queries_own=False)
+    dv = dk.values[:, : v.shape[1], :, : v.shape[-1]]
+    return joined_heads(dq.heads, q, p), joined_heads(dk.heads, k, p), dv

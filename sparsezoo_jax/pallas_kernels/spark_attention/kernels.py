@@ -15,6 +15,7 @@ from sparsezoo_jax.pallas_kernels.dispatch import BLOCKED, NATIVE, Implementatio
 from sparsezoo_jax.pallas_kernels.spark_attention import (
     blocked,
     gpu,
+    gpu_arrays,
     gpu_backward,
     native_tiles,
     tpu,
@@ -137,6 +138,7 @@ def _attend_on_gpu(p: Problem, q, k, v, visibility, interpret):
 
 
 def _forward_on_gpu(p: Problem, q, k, v, visibility, interpret):
+    q = gpu_arrays.scaled(q, p)  # once for both passes
     return _named(q, k, v, visibility, *gpu.forward(q, k, v, visibility, p, interpret))
 
 
