@@ -80,10 +80,11 @@ def _all_keys_kernel(
         # The compiler schedules operations about as they follow each other here. Where a head has to wait for its best
         # score, the matrix unit makes the next head's products meanwhile.
         early = scratch.best is not None
-        following = products(0) if early else None
+        following = products(0)
         for g in heads:
-            scores = following if early else products(g)
-            following = products(g + 1) if early and g + 1 in heads else None
+            scores = following
+            if early and g + 1 in heads:
+                following = products(g + 1)
             scores = where(visible, capped(scores, p.softcap), NEGATIVE)
             if scratch.best is not None:
                 before = scratch.best[g, rows, :]
@@ -98,6 +99,8 @@ def _all_keys_kernel(
                 arguments = capped(product(q2_ref[0, 0, g, rows, :], k2_ref[0, 0], (1, 1)), p.softcap_values)
                 weights = weights * softplus_and_slope(arguments)[0]
             scratch.mixed[g, rows, :] += product(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
+            if not early and g + 1 in heads:
+                following = products(g + 1)
 
     over_rows(step, places, tiles, window, work)
 
