@@ -1,7 +1,7 @@
 """How stable training is, architecture by architecture: `python -m benchmarks.stability`.
 
 Every architecture's tiny preset trains at five learning rates, from a quarter of its preset's to four times it, on the
-same batches of text, and logs each step:
+same batches of `--dataset`, and logs each step:
 
 1. Sensitivity: the validation loss at each rate, less that at the best of them.
 2. Spikes: the share of steps whose training loss is far above the steps before, as the spike score of OLMo 2 (arXiv
@@ -11,8 +11,9 @@ same batches of text, and logs each step:
 3. Death: neurons and experts of the run at the best rate that no token of `--batches` batches of validation text
    makes active, at checkpoints over the run.
 
-Runs are resumed and not repeated; figures are kept in `benchmarks/results/stability.json` (`--record`), from which the
-tables are made where a run's directory is gone.
+The best rates are printed as `benchmarks.curves --rates` takes them. Runs are resumed and not repeated; figures are
+kept in `benchmarks/results/stability.json` (`--record`), from which the tables are made where a run's directory is
+gone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,11 +94,22 @@ def dead(workdir: Path, batches: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def named(arch: str, rate: float, options: argparse.Namespace) -> str:
+    """What the run of a rate is called."""
+    corpus = re.sub(r"\W", "_", options.dataset)
+    return f"{corpus}-{arch}-lr{rate:g}-seed{options.seed}-steps{options.steps}"
+
+
 def trained(arch: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run, which is made where the record has none."""
-    name = f"{arch}-lr{rate:g}-seed{options.seed}-steps{options.steps}"
-    flags = {"train.steps": options.steps, "train.schedule.learning-rate": rate, "train.log-every": 1}
-    flags |= {"train.seed": options.seed, "data.seed": options.seed, "eval.no-report": True}
+    name = named(arch, rate, options)
+    flags = {"data.dataset": options.dataset, "train.steps": options.steps, "train.log-every": 1}
+    flags |= {
+        "train.schedule.learning-rate": rate,
+        "train.seed": options.seed,
+        "data.seed": options.seed,
+        "eval.no-report": True,
+    }
     flags |= {"train.checkpoint-every": math.ceil(options.steps / CHECKPOINTS), "train.keep-last": CHECKPOINTS}
 
     def figures() -> dict[str, Any]:
@@ -104,10 +117,23 @@ def trained(arch: str, rate: float, options: argparse.Namespace) -> dict[str, An
         found = figures_of(workdir, arch, flags)
         train = read_config(workdir / run_dir.CONFIG).train
         warmup = steps_of(train.schedule.warmup_steps, train.steps)
-        kept = {"loss": found["loss"], **of_training(workdir, warmup, options.window, options.deviations)}
-        return {**kept, "dead": dead(workdir, options.batches)}
+        return {"loss": found["loss"], **of_training(workdir, warmup, options.window, options.deviations)}
 
     return records.recorded(options.record, name, figures)
+
+
+def best_rate(runs: Mapping[float, dict[str, Any]]) -> float:
+    """The rate of the lowest loss."""
+    return min(runs, key=lambda rate: _comparable(runs[rate]["loss"]))
+
+
+def with_death(arch: str, runs: dict[float, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Add to the run at the best rate, and to its figures in the record, what died in it."""
+    rate = best_rate(runs)
+    if "dead" not in runs[rate]:
+        name = named(arch, rate, options)
+        runs[rate] = {**runs[rate], "dead": dead(options.runs / name, options.batches)}
+        records.write(options.record, name, runs[rate])
 
 
 def print_tables(found: Mapping[str, Mapping[float, dict[str, Any]]]) -> None:
@@ -116,7 +142,7 @@ def print_tables(found: Mapping[str, Mapping[float, dict[str, Any]]]) -> None:
     print(" spikes at the best rate; all rates | largest gradient over the median, best rate; all |")
     print("|---" * (len(FACTORS) + 4) + "|")
     for arch, runs in found.items():
-        best = min(runs, key=lambda rate: _comparable(runs[rate]["loss"]))
+        best = best_rate(runs)
         cells = [f"{run['loss'] - runs[best]['loss']:+.3f}" if run is not runs[best] else f"{run['loss']:.3f}"
                  for _, run in sorted(runs.items())]  # fmt: skip
         shares = [runs[best]["spikes"], max(run["spikes"] for run in runs.values())]
@@ -126,13 +152,14 @@ def print_tables(found: Mapping[str, Mapping[float, dict[str, Any]]]) -> None:
     print("\nLosses in nats a token: that of the best rate, and how much more others have.\n")
     print("| dead at the best rate, over the run | neurons | experts |\n|---|---|---|")
     for arch, runs in found.items():
-        over = runs[min(runs, key=lambda rate: _comparable(runs[rate]["loss"]))]["dead"]
+        over = runs[best_rate(runs)].get("dead", {})
         steps = sorted(over, key=int)
         shown = [
             ", ".join(f"{over[step][of]:.1%}" for step in steps if of in over[step]) or "–"
             for of in ("neurons", "experts")
         ]
         print(f"| {arch}, steps {', '.join(steps)} | {' | '.join(shown)} |")
+    print("\nBest rates:", json.dumps({arch: best_rate(runs) for arch, runs in found.items()}))
 
 
 def _comparable(loss: float) -> float:
@@ -143,6 +170,7 @@ def main() -> None:
     """Train what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", choices=zoo.ARCHS, default=zoo.ARCHS)
+    parser.add_argument("--dataset", default="pysource", help="corpus")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=int, default=32)
@@ -158,10 +186,11 @@ def main() -> None:
         own = preset(arch, "tiny").train.schedule.learning_rate
         rates = [own * factor for factor in FACTORS]
         if options.table:
-            names = {rate: f"{arch}-lr{rate:g}-seed{options.seed}-steps{options.steps}" for rate in rates}
+            names = {rate: named(arch, rate, options) for rate in rates}
             runs = {rate: known[name] for rate, name in names.items() if name in known}
         else:
             runs = {rate: trained(arch, rate, options) for rate in rates}
+            with_death(arch, runs, options)
             print(f"{arch}: {', '.join(format(run['loss'], '.4f') for run in runs.values())}", flush=True)
         if len(runs) == len(rates):
             found[arch] = runs

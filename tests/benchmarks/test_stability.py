@@ -36,9 +36,10 @@ def test_tables_are_of_the_record(tmp_path, monkeypatch, capsys):
     own, record = preset("spark", "tiny").train.schedule.learning_rate, {}
     for factor, loss in zip(stability.FACTORS, (5.5, 5.0, 4.9, 5.2, math.nan), strict=True):
         run = {"loss": loss, "spikes": 0.01 * factor, "largest_gradient": factor}
-        run["dead"] = {"80": {"neurons": 0.25}, "160": {"neurons": 0.5}}
-        record[f"spark-lr{own * factor:g}-seed0-steps150"] = run
-    record["dense-lr0.001-seed0-steps150"] = run  # not all rates: not shown
+        if factor == 1.0:
+            run["dead"] = {"80": {"neurons": 0.25}, "160": {"neurons": 0.5}}
+        record[f"pysource-spark-lr{own * factor:g}-seed0-steps150"] = run
+    record["pysource-dense-lr0.001-seed0-steps150"] = run  # not all rates: not shown
     (tmp_path / "stability.json").write_text(json.dumps(record))
     command = ["stability", "--archs", "dense", "spark", "--record", str(tmp_path / "stability.json"), "--table"]
     monkeypatch.setattr(sys, "argv", command)
@@ -46,4 +47,5 @@ def test_tables_are_of_the_record(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"| spark | {own:g} | +0.600 | +0.100 | 4.900 | +0.300 | +nan | 1.0%; 4.0% | 1.0; 4.0 |" in shown
     assert "| spark, steps 80, 160 | 25.0%, 50.0% | – |" in shown
+    assert f'Best rates: {{"spark": {own:g}}}' in shown
     assert "dense" not in shown
