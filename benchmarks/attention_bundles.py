@@ -27,8 +27,12 @@ import jax
 from benchmarks.compiled_worker import Job
 from benchmarks.shapes import TPUS
 
-#: Heads of queries and of keys, their width, soft cap: Gemma-2 2B's and Llama 3 8B's.
-HEADS = {"8/4 x 256, cap 50": (8, 4, 256, 50.0), "32/8 x 128": (32, 8, 128, None)}
+#: Heads of queries and of keys, their width, soft cap: Gemma-2 2B's, Llama 3 8B's, and heads with keys of their own.
+HEADS = {
+    "8/4 x 256, cap 50": (8, 4, 256, 50.0),
+    "32/8 x 128": (32, 8, 128, None),
+    "16/16 x 128": (16, 16, 128, None),
+}
 #: Multiply-adds a cycle of the matrix units of one core.
 MATRIX_UNITS = {"v5e": 4 * 128**2, "v5p": 4 * 128**2, "v6e": 4 * 256**2, "tpu7x": 4 * 256**2}
 #: In the names of the kernels of a pass.
@@ -46,25 +50,38 @@ class Loop(NamedTuple):
 
     kernel: str
     bundles: int
+    whole: bool
+    """All queries of a tile take one trip, for which the compiler makes no loop."""
 
 
 def loops(folder: Path) -> list[Loop]:
-    """The long innermost loops of the dumped kernels; of two in one kernel the first is that of full tiles."""
+    """The long innermost loops of the dumped kernels; of two in one kernel the first is that of full tiles.
+
+    In a kernel without a loop these are the two longest parts, without a mask and with one.
+    """
     found = []
     for path in sorted(folder.glob("*-final_bundles.txt")):
         if "schedule" in path.name or "attention" not in path.name:
             continue
         lines = [line for line in path.read_text().splitlines() if re.match(r"\s*0x[0-9a-f]+", line)]
         inner = [line.split("{")[0].count(">") >= 2 for line in lines]
-        start = None
+        sizes, start = [], None
         for i, inside in enumerate([*inner, False]):
             if inside and start is None:
                 start = i
             elif not inside and start is not None:
                 if i - start > 200:
-                    found.append(Loop(next(x for x in KERNELS if x in path.name), i - start))
+                    sizes.append(i - start)
                 start = None
+        kernel = next(x for x in KERNELS if x in path.name)
+        found += [Loop(kernel, size, whole=not sizes) for size in sizes or bodies(path)]
     return found
+
+
+def bodies(path: Path) -> list[int]:
+    """Bundles of the two longest parts of a schedule, in its order."""
+    sizes = regions(path)
+    return [sizes[i] for i in sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:2])]
 
 
 def compile_one(generation: str, heads: str, length: int, form: str | None) -> None:
@@ -163,13 +180,13 @@ def row(generation: str, heads: str, length: int, form: str | None = None) -> st
     kernel = "flash_attention_tpu" if form is None else "spark_attention_tpu"
     target = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}[generation]
     lines = (TABLE.get(Key(kernel, target=target, columns=columns)) for columns in (width, None))
-    _, tile_keys, rows = next((line for line in lines if line is not None), TABLE[Key(kernel)]).tiles
+    tile_queries, tile_keys, rows = next((line for line in lines if line is not None), TABLE[Key(kernel)]).tiles
     tile_keys = min(tile_keys, max(512, length // 4))
     with tempfile.TemporaryDirectory() as folder:
         temporaries, found = dumped(generation, heads, length, form, folder), loops(Path(folder))
     # Of the loops of a kernel the first one is that of full tiles; a trip has `rows` queries of all heads on the keys.
-    first = {loop.kernel: loop.bundles for loop in reversed(found)}
-    each = {name: n * 512 / rows * 512 / tile_keys / (queries // keys) for name, n in first.items()}
+    first = {loop.kernel: loop.bundles / (tile_queries if loop.whole else rows) for loop in reversed(found)}
+    each = {name: n * 512 * 512 / tile_keys / (queries // keys) for name, n in first.items()}
     backward = each.pop("backward")
     forward, product = sum(each.values()), 512 * 512 * width / MATRIX_UNITS[generation]
     # Both forms multiply whole heads with keys and with values; Spark's makes the predictor's scores twice.
@@ -227,9 +244,7 @@ def tokamax_row(python: str, generation: str, heads: str, length: int, block: in
         passes = []
         for name in ("fwd", "dkv"):
             (path,) = Path(folder).glob(f"*splash*_{name}_*-final_bundles.txt")
-            sizes = regions(path)
-            bodies = sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:2])
-            passes.append(sizes[bodies[0]] * (512 / block) ** 2)
+            passes.append(bodies(path)[0] * (512 / block) ** 2)
     forward, backward = passes
     product = 512 * 512 * width / MATRIX_UNITS[generation]
     least = max(forward, 2 * product) + max(backward, 5 * product)

@@ -86,7 +86,7 @@ def _moments_kernel(
             for ref, value in zip(moments, merged, strict=True):
                 ref[g, rows, :] = value
 
-    over_rows(step, places, tiles, window, work)
+    over_rows(step, places, tiles, window, lambda slices: work(*slices[0]))
 
     @pl.when(step.last)
     def _():
@@ -157,7 +157,7 @@ def _mix_kernel(
                 weights = weights * softplus_and_slope(arguments)[0]
             mixed_ref[g, rows, :] += product(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
 
-    over_rows(step, places, tiles, window, work)
+    over_rows(step, places, tiles, window, lambda slices: work(*slices[0]))
 
     @pl.when(step.last)
     def _():

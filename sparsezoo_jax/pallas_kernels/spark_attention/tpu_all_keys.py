@@ -38,6 +38,10 @@ from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import (
     to_rows,
 )
 
+#: Below so many heads that share their keys, two slices of queries are worked on together: alone, a head of a slice has
+#: nothing to make products of while it waits. With four heads a second slice changes nothing.
+FEW_HEADS = 4
+
 
 class Scratch(NamedTuple):
     """What the kernel holds of a tile of queries while it goes through the keys: [G, I, 1], and `mixed` [G, I, V]."""
@@ -64,7 +68,7 @@ def _all_keys_kernel(
 ):
     """Values mixed by the weights of all visible keys, and the logarithm of the softmax's sum."""
     q1_ref, q2_ref, k1_ref, k2_ref, v_ref = operands
-    heads = range(q1_ref.shape[2])
+    heads, early = range(q1_ref.shape[2]), scratch.best is not None
 
     @pl.when(step.first)
     def _():
@@ -73,18 +77,18 @@ def _all_keys_kernel(
         for ref in (scratch.total, scratch.mixed):
             ref[...] = jnp.zeros_like(ref)
 
-    def work(rows, visible):
-        def products(g):
+    def work(slices):
+        def products(g, rows):
             return product(q1_ref[0, 0, g, rows, :], k1_ref[0, 0], (1, 1))
 
         # The compiler schedules operations about as they follow each other here. Where a head has to wait for its best
-        # score, the matrix unit makes the next head's products meanwhile.
-        early = scratch.best is not None
-        following = products(0)
-        for g in heads:
+        # score, the matrix unit makes the products of the next head, or slice of queries, meanwhile.
+        pieces = [(g, rows, visible) for rows, visible in slices for g in heads]
+        following = products(*pieces[0][:2])
+        for i, (g, rows, visible) in enumerate(pieces):
             scores = following
-            if early and g + 1 in heads:
-                following = products(g + 1)
+            if early and i + 1 < len(pieces):
+                following = products(*pieces[i + 1][:2])
             scores = where(visible, capped(scores, p.softcap), NEGATIVE)
             if scratch.best is not None:
                 before = scratch.best[g, rows, :]
@@ -99,10 +103,10 @@ def _all_keys_kernel(
                 arguments = capped(product(q2_ref[0, 0, g, rows, :], k2_ref[0, 0], (1, 1)), p.softcap_values)
                 weights = weights * softplus_and_slope(arguments)[0]
             scratch.mixed[g, rows, :] += product(weights.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
-            if not early and g + 1 in heads:
-                following = products(g + 1)
+            if not early and i + 1 < len(pieces):
+                following = products(*pieces[i + 1][:2])
 
-    over_rows(step, places, tiles, window, work)
+    over_rows(step, places, tiles, window, work, slices=2 if early and len(heads) < FEW_HEADS else 1)
 
     @pl.when(step.last)
     def _():

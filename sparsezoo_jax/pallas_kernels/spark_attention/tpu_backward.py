@@ -117,7 +117,7 @@ def _backward_kernel(
             _add(dscores, q1, operands.k1, scratch.gradients.q1, gradients.k1, g, rows, keys)
             gradients.v[0, 0, keys, :] += product(weights.astype(dy.dtype), dy, (0, 0))
 
-    over_rows(step, places, tiles, window, work)
+    over_rows(step, places, tiles, window, lambda slices: work(*slices[0]))
 
     @pl.when(step.last)
     def _():

@@ -93,20 +93,28 @@ class Step(NamedTuple):
 
 
 def over_rows(
-    step: Step, places: Places, tiles: Tiles, window: int | None, body: Callable[[Any, jax.Array | None], None]
+    step: Step,
+    places: Places,
+    tiles: Tiles,
+    window: int | None,
+    body: Callable[[list[tuple[Any, jax.Array | None]]], None],
+    slices: int = 1,
 ) -> None:
-    """Call `body(rows, visible)` for one slice of `tiles.rows` queries after another, if the step's tile is visible.
+    """Call `body` for `slices` slices of `tiles.rows` queries after another, if the step's tile is visible.
 
-    `visible` are booleans [rows, J]; None where all queries of the tile see all its keys, as in most tiles.
+    It gets the queries and, as `visible`, booleans [rows, J] of each slice; None where all queries of the tile see all
+    its keys, as in most tiles.
     """
+    slices = math.gcd(slices, tiles.queries // tiles.rows)
 
     def loop(full: bool) -> None:
         def of_slice(i, carry):
-            rows = pl.ds(pl.multiple_of(i * tiles.rows, tiles.rows), tiles.rows)
-            body(rows, None if full else places.visible(rows, window))
+            starts = [pl.multiple_of((i * slices + j) * tiles.rows, tiles.rows) for j in range(slices)]
+            taken = [pl.ds(start, tiles.rows) for start in starts]
+            body([(rows, None if full else places.visible(rows, window)) for rows in taken])
             return carry
 
-        jax.lax.fori_loop(0, tiles.queries // tiles.rows, of_slice, 0)
+        jax.lax.fori_loop(0, tiles.queries // (tiles.rows * slices), of_slice, 0)
 
     pl.when(step.full)(lambda: loop(True))
     pl.when(step.visible & ~step.full)(lambda: loop(False))
