@@ -12,6 +12,10 @@ gives a dense model of equal x, at the sparsity that was measured on the run's v
 where its own loss is below. The last column is how many times its bytes a dense model of equal loss would read: what
 decoding gains at equal quality, as far as reading is what takes the time.
 
+With `--rounds` the packed models decode in turns, in float32 after 128 tokens of validation text, the output projection
+included. A line through the dense models' times over their bytes gives that of one whose loss is equal by the law. Only
+runs whose directories are there take part.
+
 Runs are resumed and not repeated; figures are kept in `benchmarks/results/curves.json` (`--record`), from which the
 table is made. All of it takes most of a day on two cores: `--archs`, `--sizes` and `--budgets` take a part.
 """
@@ -31,7 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from benchmarks import records, zoo
+from benchmarks import decode, records, zoo
+from benchmarks.timing import interleaved
 from benchmarks.training_runs import figures_of
 from sparsezoo_jax import data, platforms, run_dir
 from sparsezoo_jax.config import RunConfig, flatten
@@ -202,6 +207,41 @@ def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
             print(f"{arch}: {spread:.4f} ({len(losses)} seeds, mean {statistics.mean(losses):.4f})")
 
 
+def print_times(kept: Mapping[Run, dict[str, Any]], runs: Path, rounds: int) -> None:
+    """Time a token of the models of the first seed, and print it beside that of a dense model of equal loss.
+
+    Raises:
+      UserError: fewer than three of the dense runs are there.
+    """
+    timed = {run.name: run for run in kept if run.seed == 0 and (runs / run.name).is_dir()}
+    found = interleaved({name: zoo.decoding(runs / name) for name in timed}, rounds)
+    ms = {name: [1e3 * seconds / decode.TURN for seconds in times] for name, times in found.items()}
+    print(
+        "\n| run | bytes of layers, MB | ms a token | dense of equal loss, ms | its time / this | at most, by bytes |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, run in timed.items():
+        dense = {other: kept[of] for other, of in timed.items() if (of.arch, of.steps) == ("dense", run.steps)}
+        law = as_dense(kept, run.steps, "bytes")
+        if law is None or len(dense) < 3:
+            raise UserError(
+                f"{runs}: times at equal loss need three dense runs of {run.steps} steps, found {len(dense)}"
+            )
+        figures = kept[run]
+        equal = law.at(figures["loss"])
+        # Round by round, for a disturbance hits all of a round alike.
+        lines = [
+            np.polyfit([of["bytes"] for of in dense.values()], [ms[other][i] for other in dense], 1)
+            for i in range(rounds)
+        ]
+        at_equal = [float(np.polyval(line, equal)) for line in lines]
+        gains = [other / own for other, own in zip(at_equal, ms[name], strict=True)]
+        low, middle, high = statistics.quantiles(gains, n=4)
+        cells = [f"{figures['bytes'] / 1e6:.2f}", f"{statistics.median(ms[name]):.3f}"]
+        cells += [f"{statistics.median(at_equal):.3f}", f"{middle:.2f} ({low:.2f} .. {high:.2f})"]
+        print(f"| {name} | {' | '.join(cells)} | {equal / figures['bytes']:.2f} |")
+
+
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """What is to be trained, small and short runs first."""
     rates = json.loads(options.rates)
@@ -229,6 +269,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="of the validation split, for the sparsity")
     parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
     parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--rounds", type=int, default=0, help="of times of a token, in which all take turns; 0: none")
     parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
     options = parser.parse_args()
     platforms.keep_freed_memory()
@@ -241,6 +282,8 @@ def main() -> None:
             kept[run] = trained(run, options)
             print(f"{run.name}: {kept[run]['loss']:.4f} nats/token", flush=True)
     print_table(kept)
+    if options.rounds:
+        print_times(kept, options.runs, options.rounds)
 
 
 if __name__ == "__main__":

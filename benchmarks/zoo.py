@@ -169,9 +169,9 @@ def density(figures: dict[str, Any]) -> float:
     return statistics.fmean(shares) if shares else 1.0
 
 
-def decoding(trained: Trained) -> Callable[[], None]:
-    """Decode a few tokens after validation text with the packed model, in float32."""
-    model, tokens, segments = validation_text(trained.first, 8)
+def decoding(run: Path) -> Callable[[], None]:
+    """Decode `decode.TURN` tokens after validation text with a run's packed model, in float32."""
+    model, tokens, segments = validation_text(run, 8)
     text = decode.Trained(model, tokens[segments > 0])
     return decode.variant(model.config, Formats(), CONTEXT, "native", text).turn
 
@@ -211,7 +211,10 @@ def main() -> None:
         return
     times: list[dict[str, tuple[float, float, float]]] = []
     if options.rounds:
-        steps, tokens = {arch: training(arch) for arch in archs}, {arch: decoding(of) for arch, of in runs.items()}
+        steps, tokens = (
+            {arch: training(arch) for arch in archs},
+            {arch: decoding(of.first) for arch, of in runs.items()},
+        )
         times += [ratios(interleaved(turns, options.rounds), BASELINE) for turns in (steps, tokens)]
     print(
         "| architecture | parameters | learning rate | validation loss, mean (spread) | against dense | FFN active | "

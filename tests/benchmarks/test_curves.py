@@ -62,3 +62,29 @@ def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(
     # The dense law against bytes is that against parameters, of four times as many.
     assert row.split("|")[12].strip() == f"{4 * law.at(half['loss']) / 3e6:.2f}"
     assert f"spark: 0.0200 (2 seeds, mean {half['loss'] + 0.01:.4f})" in shown
+
+
+def test_times_are_compared_at_equal_loss(tmp_path, monkeypatch, capsys):
+    law, kept, ms = curves.Law(2.0, 50.0, 0.3), {}, {}
+    for size, x in zip("sml", (4e5, 1.5e6, 6e6), strict=True):
+        run = curves.Run("dense", size, 300, 0.008, 0, "pysource")
+        kept[run], ms[run.name] = {"bytes": 4 * x, "loss": law(x)}, 0.1 + 4e-7 * x
+    spark = curves.Run("spark", "l", 300, 0.008, 0, "pysource")
+    kept[spark], ms[spark.name] = {"bytes": 1e7, "loss": law(4e6)}, 1.0
+    gone = curves.Run("moe", "l", 300, 0.008, 0, "pysource")
+    kept[gone] = kept[spark]
+    for name in ms:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(curves.zoo, "decoding", lambda run: run.name)
+    turns = curves.decode.TURN
+    # The second round takes twice as long for all.
+    monkeypatch.setattr(
+        curves, "interleaved", lambda of, rounds: {name: [t * ms[name] * turns / 1e3 for t in (1, 2, 1)] for name in of}
+    )
+    curves.print_times(kept, tmp_path, 3)
+    shown = capsys.readouterr().out
+    assert f"| {spark.name} | 10.00 | 1.000 | 1.700 | 1.70 (1.70 .. 1.70) | 1.60 |" in shown
+    assert gone.name not in shown
+    (tmp_path / "pysource-dense-s-steps300-lr0.008-seed0").rmdir()
+    with pytest.raises(UserError, match="need three dense runs of 300 steps, found 2"):
+        curves.print_times(kept, tmp_path, 3)
