@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 from jax.interpreters import partial_eval
 
@@ -13,9 +14,18 @@ from jax.interpreters import partial_eval
 def live(jaxpr: Any) -> Any:
     """The jaxpr without equations whose results nothing reads, as compilers leave them out.
 
-    Rematerialisation traces some: a kernel within a choice by platform runs again for results that were kept.
+    Rematerialisation traces some: kernels run again for results that were kept.
     """
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    # By jax's own rule every kernel stays.
+    kernels = {primitive: _unread for primitive in partial_eval.dce_rules if primitive.name == "pallas_call"}
+    with mock.patch.dict(partial_eval.dce_rules, kernels):
+        return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _unread(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """Which arguments of a kernel are needed, and its equation; None where nothing reads its results."""
+    needed = any(used) or bool(eqn.effects)
+    return [needed] * len(eqn.invars), eqn if needed else None
 
 
 def matmul_flops(jaxpr: Any, platform: str) -> float:

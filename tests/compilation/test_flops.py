@@ -106,6 +106,8 @@ def test_kernels(declared):
     moved = 4 * (ROWS * INNER + INNER * OUT + ROWS * OUT)
     expected = {"halves": KernelCall(ONE, moved) if declared is None else KernelCall(7, 9)}
     traced = jax.make_jaxpr(chosen)(x, w).jaxpr
+    read = jax.make_jaxpr(jax.checkpoint(lambda x, w: (call(x, w), call(x, w))[0]))(x, w).jaxpr
+    assert matmul_flops(live(read), "cpu") == matmul_flops(read, "cpu") / 2
     assert kernel_calls(traced, "tpu") == kernel_calls(traced, "cuda") == expected
     only_on_tpus = jax.make_jaxpr(lambda x, w: jax.lax.platform_dependent(x, w, tpu=call, default=jnp.matmul))(x, w)
     assert kernel_calls(only_on_tpus.jaxpr, "tpu") == expected
