@@ -22,8 +22,9 @@ _flags = ["--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
-# Several tests, test processes and commands compile the same ones: they share a cache, which is gone after the run.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Several tests, test processes and commands compile the same large ones: they share a cache, which is gone after the
+# run. To write small ones takes longer than to compile the few again that are wanted again.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1.0")
 _xla_cache = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _xla_cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsezoo-xla-")

@@ -212,13 +212,15 @@ def test_spark_attention(size, dtype, window, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("r", "dtype"), [(100, jnp.float32), (160, jnp.float32), (160, jnp.bfloat16)])
-def test_shared_memory_suffices_for_the_widest_heads(r, dtype):
-    """Of 256 columns, in parts that fill up to 384: the compiler refuses what a multiprocessor has no memory for."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shared_memory_suffices_for_the_widest_heads(dtype):
+    """Of 256 columns, in parts of 160 and 96 that fill up to 256 and 128: the compiler refuses what a multiprocessor
+    has no memory for.
+    """
 
     def both(q, k, v, g):
         visible = Visibility.of_tokens(jnp.ones(q.shape[:2], jnp.int32))
-        attention = lambda *x: spark_attention(*x, visible, r=r, top_k=64, implementation="pallas_gpu")[0]  # noqa: E731
+        attention = lambda *x: spark_attention(*x, visible, r=160, top_k=64, implementation="pallas_gpu")[0]  # noqa: E731
         y, pull = jax.vjp(attention, q, k, v)
         return y, pull(g)
 
