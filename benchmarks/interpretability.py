@@ -37,16 +37,16 @@ def names(arch: str, steps: int, judge: str) -> Names:
 
 
 def run_of(arch: str, options: argparse.Namespace) -> Path:
-    """The directory of an architecture's best run of the comparison.
+    """The directory of an architecture's best run of the comparison; it is trained again where it is gone.
 
     Raises:
-      UserError: there is none, or it is gone.
+      UserError: the comparison has none.
     """
     found = zoo.best_runs(read_json(options.zoo) if options.zoo.exists() else {}, options.steps).get(arch)
-    directory = None if found is None else options.runs / found.first
-    if directory is None or not directory.is_dir():
-        raise UserError(f"{directory or arch}: no run; {zoo.command(arch, options.steps)} makes it")
-    return directory
+    if found is None:
+        raise UserError(f"{options.zoo}: no run of {arch}; {zoo.command(arch, options.steps)} makes it")
+    zoo.made(options.runs / found.first)
+    return options.runs / found.first
 
 
 def explained(directory: Path, options: argparse.Namespace, autoencoder: Path | None = None) -> dict[str, Any]:

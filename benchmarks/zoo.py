@@ -44,6 +44,8 @@ FACTORS = (0.5, 1.0, 2.0)
 #: Further ones at most, while the best is the outermost.
 FURTHER = 3
 CONTEXT = 128
+#: What a run is called.
+NAME = re.compile(r"(?P<arch>.+)-lr(?P<rate>.+)-seed(?P<seed>\d+)-steps(?P<steps>\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +70,10 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
         return options.runs / f"{arch}-lr{rate:g}-seed{seed}-steps{options.steps}"
 
     def run(rate: float, seed: int) -> dict[str, Any]:
-        flags = {"train.steps": options.steps, "train.schedule.learning-rate": rate}
-        flags |= {"train.seed": seed, "data.seed": seed, "eval.no-report": True}
         own = folder(rate, seed)
 
         def figures() -> dict[str, Any]:
-            found = figures_of(own, arch, flags)
+            found = made(own)
             kept = {"loss": found["loss"], "density": density(found), "seconds": found["seconds"]}
             return {**kept, **measured(own, options.batches)}
 
@@ -89,6 +89,19 @@ def train(arch: str, options: argparse.Namespace) -> Trained:
     best = searched([own * factor for factor in options.factors], loss)
     found = [run(best, seed) for seed in options.seeds]
     return Trained(best, [figures["loss"] for figures in found], found[0], folder(best, options.seeds[0]))
+
+
+def made(run: Path) -> dict[str, Any]:
+    """What `evaluation.json` of a run of the comparison holds, which is trained unless it is there.
+
+    Args:
+      run: its directory, whose name tells architecture, learning rate, seed and steps.
+    """
+    match = NAME.fullmatch(run.name)
+    assert match is not None, run
+    flags = {"train.steps": match["steps"], "train.schedule.learning-rate": match["rate"]}
+    flags |= {"train.seed": match["seed"], "data.seed": match["seed"], "eval.no-report": True}
+    return figures_of(run, match["arch"], flags)
 
 
 def searched(rates: list[float], loss: Callable[[float], float], further: int = FURTHER) -> float:
@@ -120,9 +133,9 @@ def best_runs(kept: Mapping[str, dict[str, Any]], steps: int) -> dict[str, BestR
     """Of each architecture in a record the runs at the rate of the first seed's lowest loss, as `train` finds it."""
     found: dict[str, dict[str, dict[int, str]]] = {}
     for name in kept:
-        match = re.fullmatch(r"(.+)-lr(.+)-seed(\d+)-steps(\d+)", name)
-        if match is not None and int(match[4]) == steps:
-            found.setdefault(match[1], {}).setdefault(match[2], {})[int(match[3])] = name
+        match = NAME.fullmatch(name)
+        if match is not None and int(match["steps"]) == steps:
+            found.setdefault(match["arch"], {}).setdefault(match["rate"], {})[int(match["seed"])] = name
     best = {}
     for arch, rates in found.items():
         first = min(seed for seeds in rates.values() for seed in seeds)

@@ -131,9 +131,8 @@ def test_files_that_hold_something_else(results, capsys, content, message):
 
 def test_autoencoders_have_the_l0_of_the_sparse_model(results, tmp_path, monkeypatch, capsys):
     """Each is trained on the dense run with as many features as the sparse run's FFN has, and measured there."""
-    runs, asked, trained = tmp_path / "runs", [], []
-    for name in ("dense-lr0.008-seed0-steps300", "spark-lr0.016-seed0-steps300"):
-        (runs / name).mkdir(parents=True)
+    runs, asked, trained, again = tmp_path / "runs", [], [], {}
+    monkeypatch.setattr(interpretability.zoo, "figures_of", lambda run, arch, flags: again.update({run: (arch, flags)}))
 
     def interpret(command):
         asked.append((command.directory.name, command.interpret.sae))
@@ -148,6 +147,10 @@ def test_autoencoders_have_the_l0_of_the_sparse_model(results, tmp_path, monkeyp
     args += ["--record", str(results / "interpretability.json")]
     interpretability.main(args)
     place = runs / "topk-at-spark-steps300"
+    # Both runs are there, or are trained again as they were.
+    assert list(again) == [runs / "dense-lr0.008-seed0-steps300", runs / "spark-lr0.016-seed0-steps300"]
+    arch, flags = again[runs / "spark-lr0.016-seed0-steps300"]
+    assert (arch, flags["train.schedule.learning-rate"], flags["train.steps"]) == ("spark", "0.016", "300")
     assert asked == [("spark-lr0.016-seed0-steps300", None), ("dense-lr0.008-seed0-steps300", str(place))]
     assert [(t.sae.k, t.directory.name, t.workdir) for t in trained] == [(42, asked[1][0], place)]
     assert "| dense, topk at spark's L0 | 42.0 | 0.700 (0.600 .. 0.750) |" in capsys.readouterr().out
@@ -155,6 +158,6 @@ def test_autoencoders_have_the_l0_of_the_sparse_model(results, tmp_path, monkeyp
     assert len(asked) == 2, "figures in the record are not measured again"
     assert cells(made(results, capsys)[0], "spark")[-3] == "41.7"
     with pytest.raises(
-        UserError, match=r"moex: no run; python -m benchmarks.zoo --archs moex --steps 300 --only-train"
+        UserError, match=r"no run of moex; python -m benchmarks.zoo --archs moex --steps 300 --only-train"
     ):
         interpretability.main([*args[:-3], "moex", *args[-2:]])
