@@ -10,7 +10,8 @@ A power law `L = limit + factor * x^-exponent` goes through the dense models of 
 embeddings, the FLOPs of a token, or the bytes that decoding it reads. For each run the table has the loss that this law
 gives a dense model of equal x, at the sparsity that was measured on the run's validation text. A sparse model pays
 where its own loss is below. The last column is how many times its bytes a dense model of equal loss would read: what
-decoding gains at equal quality, as far as reading is what takes the time.
+decoding gains at equal quality, as far as reading is what takes the time; in brackets between which numbers nine of ten
+come to lie where the losses of the run and of the law's models are drawn again with the noise that seeds have.
 
 With `--rounds` the packed models decode in turns, in float32 after 128 tokens of validation text, the output projection
 included. A line through the dense models' times over their bytes gives that of one whose loss is equal by the law. Only
@@ -51,6 +52,8 @@ SIZES = {"s": 0.625, "m": 1.25, "l": 2.5}
 BUDGETS = (150, 300, 600)
 #: Size and budget that train on all seeds.
 NOISE = ("m", 300)
+#: How often losses are drawn for an interval.
+DRAWS = 200
 #: What grows with the width; numbers of heads, experts, blocks and layers stay, and so does the context.
 WIDTHS = re.compile(
     r"model\.(d_model|(first_)?ffn\.(d_ff|r|top_k|expert_width|shared_width|dense_twin_d_ff)"
@@ -148,8 +151,11 @@ def needed(directory: Path, batches: int) -> dict[str, float]:
     }
 
 
-def fitted(x: Sequence[float], losses: Sequence[float]) -> Law:
+def fitted(x: Sequence[float], losses: Sequence[float], near: Law | None = None) -> Law:
     """The law of losses at three or more different x, by least squares of their logarithms.
+
+    Args:
+      near: where to look for it; everywhere by default.
 
     Raises:
       UserError: fewer than three.
@@ -162,29 +168,59 @@ def fitted(x: Sequence[float], losses: Sequence[float]) -> Law:
     def residuals(p: np.ndarray) -> np.ndarray:
         return np.log(seen) - np.log(np.exp(p[0]) + np.exp(p[1]) * (at / middle) ** -np.exp(p[2]))
 
-    tried = [
-        optimize.least_squares(
-            residuals, [math.log(share * seen.min()), math.log((1 - share) * np.median(seen)), math.log(exponent)]
-        )
-        for share in (0.1, 0.5, 0.9)
-        for exponent in (0.1, 0.3, 0.6)
-    ]
+    if near is None:
+        starts = [
+            (share * seen.min(), (1 - share) * np.median(seen), exponent)
+            for share in (0.1, 0.5, 0.9)
+            for exponent in (0.1, 0.3, 0.6)
+        ]
+    else:
+        starts = [(near.limit, near.factor / middle**near.exponent, near.exponent)]
+    tried = [optimize.least_squares(residuals, np.log(start)) for start in starts]
     limit, factor, exponent = np.exp(min(tried, key=lambda found: found.cost).x)
     return Law(float(limit), float(factor * middle**exponent), float(exponent))
 
 
-def as_dense(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str) -> Law | None:
+def as_dense(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str, near: Law | None = None) -> Law | None:
     """The law of dense models at one budget against parameters, flops or bytes; None: too few of them."""
     dense = [figures for run, figures in kept.items() if run.arch == "dense" and run.steps == steps and run.seed == 0]
     if len(dense) < 3:
         return None
-    return fitted([figures[measure_of] for figures in dense], [figures["loss"] for figures in dense])
+    return fitted([figures[measure_of] for figures in dense], [figures["loss"] for figures in dense], near)
+
+
+def noise(kept: Mapping[Run, dict[str, Any]]) -> float | None:
+    """Standard deviation of a loss over seeds, relative to it: of the runs of `NOISE`, all architectures together.
+
+    None: no architecture has two seeds.
+    """
+    squares, freedom = 0.0, 0
+    for arch in {run.arch for run in kept}:
+        logs = [math.log(of["loss"]) for run, of in kept.items() if (run.arch, run.size, run.steps) == (arch, *NOISE)]
+        if len(logs) > 1:
+            squares += statistics.variance(logs) * (len(logs) - 1)
+            freedom += len(logs) - 1
+    return math.sqrt(squares / freedom) if freedom else None
+
+
+def drawn_laws(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str, relative: float) -> list[Law | None]:
+    """`as_dense` of losses that are drawn again `DRAWS` times, with `relative` noise; the same draws every time."""
+    draw, found = np.random.default_rng(0), []
+    dense = {run: of for run, of in kept.items() if (run.arch, run.steps) == ("dense", steps)}
+    near = as_dense(dense, steps, measure_of)
+    for _ in range(DRAWS):
+        again = {
+            run: {**of, "loss": of["loss"] * math.exp(relative * draw.standard_normal())} for run, of in dense.items()
+        }
+        found.append(as_dense(again, steps, measure_of, near))
+    return found
 
 
 def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
     """Print every run beside what a dense model of equal parameters, FLOPs and bytes would come to."""
     print("| architecture | size | steps | parameters, M | MFLOP a token | MB a token | FFN active | loss |", end="")
     print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes | bytes at equal loss |\n|" + "---|" * 12)
+    relative, laws, draw = noise(kept), dict[int, list[Law | None]](), np.random.default_rng(1)
     for run, figures in kept.items():
         if run.seed != 0:
             continue
@@ -196,7 +232,16 @@ def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
             dense = math.nan if law is None else law(figures[name])
             cells.append("–" if law is None else f"{dense:.4f} ({figures['loss'] - dense:+.4f})")
         law = as_dense(kept, run.steps, "bytes")
-        cells.append("–" if law is None else f"{law.at(figures['loss']) / figures['bytes']:.2f}")
+        equal = "–" if law is None else f"{law.at(figures['loss']) / figures['bytes']:.2f}"
+        if law is not None and relative is not None and run.arch != "dense":
+            if run.steps not in laws:
+                laws[run.steps] = drawn_laws(kept, run.steps, "bytes", relative)
+            losses = figures["loss"] * np.exp(relative * draw.standard_normal(DRAWS))
+            pairs = zip(laws[run.steps], losses, strict=True)
+            found = [of.at(float(loss)) / figures["bytes"] for of, loss in pairs if of is not None]
+            low, high = np.quantile(found, [0.05, 0.95], method="nearest")
+            equal += f" ({low:.2f} .. {high:.2f})"
+        cells.append(equal)
         print("| " + " | ".join(cells) + " |")
     print("\nIn brackets: the run's loss less the dense one's. Spread over seeds, middle size and budget:")
     for arch in dict.fromkeys(run.arch for run in kept):

@@ -1,8 +1,11 @@
 """`benchmarks.curves`: widths, learning rates, the law of dense models and the table."""
 
 import json
+import math
+import re
 import sys
 
+import numpy as np
 import pytest
 
 from benchmarks import curves
@@ -51,6 +54,7 @@ def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(
     record["pysource-spark-m-steps300-lr0.008-seed0"] = half
     record["pysource-spark-m-steps300-lr0.008-seed1"] = {**half, "loss": half["loss"] + 0.02}
     (tmp_path / "curves.json").write_text(json.dumps(record))
+    monkeypatch.setattr(curves, "DRAWS", 50)
     command = ["curves", "--archs", "dense", "spark", "--record", str(tmp_path / "curves.json"), "--table"]
     monkeypatch.setattr(sys, "argv", command)
     curves.main()
@@ -60,8 +64,26 @@ def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(
     for cell, expected in zip(row.split("|")[9:12], dense, strict=True):
         assert cell.strip() == f"{expected:.4f} ({half['loss'] - expected:+.4f})"
     # The dense law against bytes is that against parameters, of four times as many.
-    assert row.split("|")[12].strip() == f"{4 * law.at(half['loss']) / 3e6:.2f}"
+    gain, low, high = map(float, re.findall(r"[\d.]+\d", row.split("|")[12]))
+    assert gain == pytest.approx(4 * law.at(half["loss"]) / 3e6, abs=0.005)
+    assert 0.5 < low < gain < high
     assert f"spark: 0.0200 (2 seeds, mean {half['loss'] + 0.01:.4f})" in shown
+
+
+def test_intervals_come_of_the_noise_of_seeds():
+    law, kept = curves.Law(2.0, 50.0, 0.3), {}
+    for size, x in zip("sml", (4e5, 1.5e6, 6e6), strict=True):
+        kept[curves.Run("dense", size, 300, 0.008, 0, "pysource")] = {"bytes": x, "loss": law(x)}
+    assert curves.noise(kept) is None
+    for seed, factor in ((1, 1.01), (2, 1.01**2)):
+        kept[curves.Run("dense", "m", 300, 0.008, seed, "pysource")] = {"bytes": 1.5e6, "loss": law(1.5e6) * factor}
+    assert curves.noise(kept) == pytest.approx(math.log(1.01))
+    exact = curves.drawn_laws(kept, 300, "bytes", 0.0)
+    assert len(exact) == curves.DRAWS
+    assert exact[0] == exact[-1] == pytest.approx(law, rel=1e-4)
+    (low, high) = np.quantile([of(1.5e6) for of in curves.drawn_laws(kept, 300, "bytes", 0.01)], [0.16, 0.84])
+    # One standard deviation of 1 % to either side.
+    assert (high - low) / law(1.5e6) == pytest.approx(0.02, rel=0.25)
 
 
 def test_times_are_compared_at_equal_loss(tmp_path, monkeypatch, capsys):
