@@ -26,8 +26,8 @@ class ZipfFit:
     """s."""
     offset: float
     """q, at least 0."""
-    scale: float
-    """A."""
+    log_scale: float
+    """log A; A itself has no bound where densities fall about exponentially, so that s and q are large."""
     r_squared: float
     """Share of the variance of the log densities that the law explains, over the fitted ranks."""
     ranks: int
@@ -35,7 +35,7 @@ class ZipfFit:
 
     def __call__(self, rank: ArrayLike) -> np.ndarray:
         """Density at ranks, from 1, float64 of the same shape."""
-        return self.scale * (np.asarray(rank, np.float64) + self.offset) ** -self.exponent
+        return np.exp(self.log_scale - self.exponent * np.log(np.asarray(rank, np.float64) + self.offset))
 
 
 class _Line(NamedTuple):
@@ -78,4 +78,4 @@ def zipf_fit(density: ArrayLike, *, share: float = 0.9) -> ZipfFit | None:
     candidates: list[float] = [float(grid[best]), float(getattr(found, "x"))]  # noqa: B009
     offset = min(candidates, key=lambda q: line(q).error)
     law = line(offset)
-    return ZipfFit(law.exponent, offset, math.exp(law.intercept), 1 - law.error / float(np.var(log_R)), len(log_R))
+    return ZipfFit(law.exponent, offset, law.intercept, 1 - law.error / float(np.var(log_R)), len(log_R))

@@ -34,12 +34,21 @@ def test_without_an_offset_it_is_the_line_of_least_squares():
     found = zipf_fit(density, share=1.0)
     slope, intercept = np.polyfit(np.log(ranks + found.offset), np.log(density), 1)
     assert found.exponent == pytest.approx(-slope)
-    assert found.scale == pytest.approx(np.exp(intercept))
+    assert found.log_scale == pytest.approx(intercept)
     errors = np.log(density) - np.log(found(ranks))
     assert found.r_squared == pytest.approx(1 - errors.var() / np.log(density).var())
     for offset in (0, 0.5, 5):
         other = np.polynomial.Polynomial.fit(np.log(ranks + offset), np.log(density), 1)
         assert np.square(other(np.log(ranks + offset)) - np.log(density)).sum() >= np.square(errors).sum() - 1e-9
+
+
+def test_densities_that_fall_exponentially():
+    """A has more digits than a float64 then."""
+    density = 0.4 * np.exp(-0.1 * np.arange(1, 201.0))
+    found = zipf_fit(density, share=1.0)
+    assert found.log_scale > 800
+    assert found.r_squared > 0.99
+    np.testing.assert_allclose(found(np.arange(1, 201)), density, rtol=0.2)
 
 
 @pytest.mark.parametrize("density", [[], [0.0] * 50, [0.1] * 50, np.geomspace(1e-3, 1, 10)])
