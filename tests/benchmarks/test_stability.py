@@ -1,5 +1,6 @@
 """`benchmarks.stability`: spikes, what logged steps say, the tables."""
 
+import argparse
 import json
 import math
 import sys
@@ -49,3 +50,17 @@ def test_tables_are_of_the_record(tmp_path, monkeypatch, capsys):
     assert "| spark, steps 80, 160 | 25.0%, 50.0% | – |" in shown
     assert f'Best rates: {{"spark": {own:g}}}' in shown
     assert "dense" not in shown
+
+
+def test_what_died_is_measured_once_and_of_the_best_run(tmp_path, monkeypatch):
+    options = argparse.Namespace(
+        record=tmp_path / "stability.json", runs=tmp_path, dataset="text", seed=0, steps=150, batches=8
+    )
+    runs, measured = {0.1: {"loss": 5.0}, 0.2: {"loss": 4.0}, 0.4: {"loss": math.nan}}, []
+    monkeypatch.setattr(stability, "dead", lambda run, batches: measured.append(run) or {"150": {"neurons": 0.5}})
+    for _ in range(2):
+        stability.with_death("spark", runs, options)
+    assert measured == [tmp_path / "text-spark-lr0.2-seed0-steps150"]
+    assert "dead" not in runs[0.1]
+    (kept,) = json.loads(options.record.read_text()).values()
+    assert (kept["loss"], kept["dead"]) == (4.0, {"150": {"neurons": 0.5}})
