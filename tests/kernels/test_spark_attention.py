@@ -305,11 +305,20 @@ def test_bfloat16_over_several_tiles(kernel):
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_keys_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setattr(tpu_backward, "CHUNK", 0)
+    """Two tiles of keys in each chunk, of which the last one has no keys; and a part of a sequence, as in zigzag."""
+    monkeypatch.setattr(tpu_backward, "CHUNK", 2 * (2 * 3 * 128 * 4 * 128))
     q, k, v, _ = inputs(queries=LONG)
     g = jax.random.normal(jax.random.key(5), q.shape)
     visible = Visibility.of_tokens(DOCUMENTS, 140)
     assert_alike(both_passes(q, k, v, visible, g, "pallas_tpu_interpret"), definition(q, k, v, visible, g))
+
+    q, k, v, _ = inputs(queries=512)
+    segments = (jnp.arange(512) > 200).astype(jnp.int32)[None].repeat(2, 0)
+    whole, middle = Visibility.of_tokens(segments), slice(128, 384)
+    arrays = whole.query_positions_BT[:, middle], whole.key_positions_BS, segments[:, middle], segments
+    part = whole.replaced(*arrays, ordered=False).part_of(((0, 384), (128, 256)), jnp.int32(1))
+    q, g = q[:, middle], jax.random.normal(jax.random.key(6), (2, 256, *q.shape[2:]))
+    assert_alike(both_passes(q, k, v, part, g, "pallas_tpu_interpret"), definition(q, k, v, part, g))
 
 
 @pytest.mark.slow

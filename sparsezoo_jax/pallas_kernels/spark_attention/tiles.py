@@ -63,6 +63,18 @@ def walk(tiles: Tiles, queries: int, keys: range, visibility: Visibility) -> Wal
     return Walk(*jnp.asarray(np.stack(filled))[visibility.part_B[0]])
 
 
+def walks(tiles: Tiles, queries: int, keys: Sequence[range], visibility: Visibility) -> tuple[Walk, list[int]]:
+    """The walks over several ranges of tiles of keys, arrays [ranges, P] filled up with `IDLE` steps; their lengths."""
+    found = [walk(tiles, queries, each, visibility) for each in keys]
+    lengths = [len(each.key_P) for each in found]
+
+    def filled(x_P: Any, idle: int | None = None) -> jax.Array:
+        return padded(jnp.asarray(x_P), max(lengths), 0, idle)
+
+    rows = [Walk(filled(each.query_P, None), filled(each.key_P, None), filled(each.ends_P, IDLE)) for each in found]
+    return jax.tree.map(lambda *x: jnp.stack(x), *rows), lengths
+
+
 def _starts(parts: Sequence[Sequence[int]], tiles: Tiles, queries: int) -> list[list[int | None]] | None:
     """For each part the place at which each of its tiles of queries begins; None if pieces are no whole tiles."""
     each, left = divmod(queries, len(parts[0]))

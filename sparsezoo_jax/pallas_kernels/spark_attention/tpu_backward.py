@@ -26,7 +26,7 @@ from sparsezoo_jax.pallas_kernels.spark_attention.common import (
     where,
 )
 from sparsezoo_jax.pallas_kernels.spark_attention.reference import Problem
-from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, padded, padded_visibility
+from sparsezoo_jax.pallas_kernels.spark_attention.tiles import Tiles, Walk, padded, padded_visibility, walks
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu import selected
 from sparsezoo_jax.pallas_kernels.spark_attention.tpu_grid import (
     ROWS,
@@ -76,9 +76,12 @@ def _backward_kernel(
     p: Problem,
     tiles: Tiles,
     window: int | None,
-    first_tile: int,
+    chunk: int,
 ):
-    """Gradients of one tile of scores; the queries' start from those of `earlier` chunks of keys, if there are any."""
+    """Gradients of one tile of scores; the queries' start from those of `earlier` chunks of keys, if there are any.
+
+    A chunk is of so many tiles, and begins at a multiple of that.
+    """
     heads = range(dy_ref.shape[2])
 
     @pl.when(step.start)
@@ -98,7 +101,8 @@ def _backward_kernel(
                 ref[...] = jnp.zeros_like(ref) if earlier is None else earlier[i][0, 0]
 
     def work(rows, visible):
-        keys = pl.ds(pl.multiple_of((step.tile - first_tile) * tiles.keys, tiles.keys), tiles.keys)
+        within = jax.lax.rem(step.tile, jnp.asarray(chunk, step.tile.dtype))
+        keys = pl.ds(pl.multiple_of(within * tiles.keys, tiles.keys), tiles.keys)
         for g in heads:
             q1 = operands.q1[0, 0, g, rows, :]
             scores, keep = selected(q1, operands.k1[0, 0], visible, scratch.threshold[g, rows, :], p)
@@ -139,8 +143,12 @@ def backward(
     """Gradients of q, k and v from that of y [B, T, N, V] and the `statistics` that `forward` returned."""
     (batch, queries, heads, _), (_, length, kv_heads, _) = q.shape, k.shape
     group, dtype, tiles = heads // kv_heads, accumulator_dtype(q), tiles_for(p, q, k, v)
-    operands = arrange(q, k, v, p, tiles)
-    visibility = padded_visibility(visibility, tiles)
+    width, widths = v.shape[-1], [p.r] if p.weighting == "none" else [p.r, q.shape[-1] - p.r]
+    chunk, chunks = _chunks(-(-length // tiles.keys), sum(in_lanes(x) for x in [*widths, width]), tiles, dtype)
+    # Keys are filled up to whole chunks, of which the tiles that no query sees are not visited.
+    filled = tiles._replace(keys=chunk * tiles.keys)
+    operands = arrange(q, k, v, p, filled)
+    visibility = padded_visibility(visibility, filled)
     delta_BKGT = to_heads(jnp.sum(dy.astype(dtype) * y.astype(dtype), -1, keepdims=True), kv_heads, tiles)[..., 0]
     of_queries = jnp.concatenate([statistics, delta_BKGT[..., None, :]], axis=-2)
     rows = padded(of_queries, ROWS, 3)
@@ -150,27 +158,20 @@ def backward(
     sums = QueryGradients(
         *(x if x is None else pltpu.VMEM((group, tiles.queries, x.shape[-1]), dtype) for x in operands[:2])
     )
-    width, widths = v.shape[-1], [x.shape[-1] for x in operands[:2] if x is not None]
-    count = operands.v.shape[2] // tiles.keys
-    lanes = sum(in_lanes(x) for x in [*widths, width])
-    chunk = max(1, CHUNK // (2 * lanes * jnp.dtype(dtype).itemsize * tiles.keys))
-    earlier: QueryGradients | None = None
-    of_chunks: list[Operands] = []
-    for start in range(0, count, chunk):
-        keys = (min(start + chunk, count) - start) * tiles.keys
-        grid = Grid.over(visibility, tiles, range(start, start + keys // tiles.keys))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), operands)
+    k1, k2, values = (
+        x if x is None else jax.ShapeDtypeStruct((batch, kv_heads, filled.keys, x.shape[-1]), dtype)
+        for x in operands[2:]
+    )
+
+    def chunk_block(x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, filled.keys, x.shape[-1]), lambda b, h, s, *_: (b, h, 0, 0))
+
+    def of_chunk(grid: Grid, earlier: QueryGradients | None) -> tuple[QueryGradients, tuple[jax.Array, jax.Array]]:
         # Tiles of queries that a chunk does not need to visit keep the gradient that they have.
         blocks = grid.operands(operands)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), operands)
-        k1, k2, values = (
-            x if x is None else jax.ShapeDtypeStruct((batch, kv_heads, keys, x.shape[-1]), dtype) for x in operands[2:]
-        )
-
-        def chunk_block(x: jax.ShapeDtypeStruct, keys: int = keys) -> pl.BlockSpec:
-            return pl.BlockSpec((1, 1, keys, x.shape[-1]), lambda b, h, s, *_: (b, h, 0, 0))
-
         (gradients,) = grid.call(
-            partial(_backward_kernel, p=p, tiles=tiles, window=visibility.window, first_tile=start),
+            partial(_backward_kernel, p=p, tiles=tiles, window=visibility.window, chunk=chunk),
             [*inputs, earlier],
             [
                 grid.places(),
@@ -187,13 +188,32 @@ def backward(
             interpret,
             aliases={len(jax.tree.leaves(inputs)) + i: i for i in range(len(jax.tree.leaves(earlier)))},
         )
-        earlier, of_chunks = QueryGradients(gradients.q1, gradients.q2), [*of_chunks, gradients]
+        # In the layout and dtype of the results, in which they take least memory until all chunks are there.
+        *dk, dv = (x.swapaxes(1, 2) for x in gradients[2:] if x is not None)
+        return QueryGradients(*gradients[:2]), (joined(dk, k), dv.astype(v.dtype))
 
-    def joined_keys(*parts: jax.Array) -> jax.Array:
-        return jnp.concatenate(parts, axis=2)[:, :, :length].swapaxes(1, 2)
+    if chunks == 1:
+        dqs, of_keys = of_chunk(Grid.over(visibility, tiles, range(chunk)), None)
+    else:
+        # A loop, so that the compiler's time does not grow with the length; the kernel takes as many steps as its chunk
+        # has, for later keys have fewer queries.
+        ranges = [range(i * chunk, (i + 1) * chunk) for i in range(chunks)]
+        steps, lengths = walks(tiles, operands.q1.shape[3] // tiles.queries, ranges, visibility)
 
-    assert earlier is not None, "there is at least one tile of keys"
+        def in_turn(earlier: QueryGradients, taken: tuple[Walk, jax.Array]):
+            return of_chunk(Grid.taking(*taken, sum(lengths) / chunks, tiles, visibility), earlier)
+
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), QueryGradients(like.q1, like.q2))
+        dqs, stacked = jax.lax.scan(in_turn, none, (steps, jnp.asarray(lengths, jnp.int32)))
+        of_keys = [jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:]) for x in stacked]
     scales = (p.predictor_scale, p.value_scale)
-    dq = [from_heads(scale * part, queries) for scale, part in zip(scales, earlier, strict=True) if part is not None]
-    *dk, dv = jax.tree.leaves(jax.tree.map(joined_keys, *(gradients[2:] for gradients in of_chunks)))
-    return joined(dq, q), joined(dk, k), dv.astype(v.dtype)
+    dq = [from_heads(scale * part, queries) for scale, part in zip(scales, dqs, strict=True) if part is not None]
+    dk, dv = (x[:, :length] for x in of_keys)
+    return joined(dq, q), dk, dv
+
+
+def _chunks(count: int, lanes: int, tiles: Tiles, dtype: Any) -> tuple[int, int]:
+    """Tiles of keys of a chunk, and the number of chunks of nearly equal size, of `count` tiles of so many lanes."""
+    most = max(1, CHUNK // (2 * lanes * jnp.dtype(dtype).itemsize * tiles.keys))
+    size = -(-count // -(-count // most))
+    return size, -(-count // size)

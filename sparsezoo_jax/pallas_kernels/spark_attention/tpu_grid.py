@@ -127,12 +127,21 @@ class Grid(NamedTuple):
     tiles: Tiles
     read_BP: jax.Array
     """The tile of keys that each step reads, as `reads` returns it."""
+    steps: Any
+    """How many steps of the walk are taken: its length, or a number that is known when the kernel starts."""
+    estimated: float
+    """As many as estimates of its work count."""
 
     @classmethod
     def over(cls, visibility: Visibility, tiles: Tiles, keys: range) -> Grid:
         """The grid over all queries and the tiles `keys` of keys; the visibility must be padded to whole tiles."""
         steps = walk(tiles, visibility.query_positions_BT.shape[1] // tiles.queries, keys, visibility)
-        return cls(steps, tiles, reads(steps, tiles, visibility))
+        return cls.taking(steps, len(steps.key_P), len(steps.key_P), tiles, visibility)
+
+    @classmethod
+    def taking(cls, steps: Walk, count: Any, estimated: float, tiles: Tiles, visibility: Visibility) -> Grid:
+        """The grid over the first `count` steps of a walk; the visibility must be padded to whole tiles."""
+        return cls(steps, tiles, reads(steps, tiles, visibility), count, estimated)
 
     def queries(self, group: int, width: int) -> pl.BlockSpec:
         """The block of an array [B, K, G, T, width]: the step's tile of queries, of all heads that share the keys."""
@@ -179,13 +188,13 @@ class Grid(NamedTuple):
           interpret: as in `pl.pallas_call`.
           aliases: inputs that become outputs, by their numbers among all arrays of the inputs and outputs.
         """
-        steps, batch = len(self.walk.key_P), jax.tree.leaves(inputs)[0].shape[0]
-        scores = batch * heads[1] * steps * self.tiles.queries * self.tiles.keys
+        listed, batch = len(self.walk.key_P), jax.tree.leaves(inputs)[0].shape[0]
+        scores = round(batch * heads[1] * self.estimated * self.tiles.queries * self.tiles.keys)
         # Every step reads a tile of keys and values; everything else moves once.
         moved = 0
         for x, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(in_specs), strict=True):
             streamed = len(spec.block_shape) == 4
-            size = batch * heads[0] * steps * math.prod(spec.block_shape) if streamed else x.size
+            size = round(batch * heads[0] * self.estimated * math.prod(spec.block_shape)) if streamed else x.size
             moved += size * x.dtype.itemsize
         moved += sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(out_shapes))
 
@@ -193,14 +202,14 @@ class Grid(NamedTuple):
             del query_ref  # the block specs have used it
             b, s = pl.program_id(0), pl.program_id(2)
             ends = ends_ref[s]
-            read = Read.of(read_ref[b * steps + s])
+            read = Read.of(read_ref[b * listed + s])
             kernel(Step(read.visible, read.full, ends & FIRST != 0, ends & LAST != 0, s == 0, read.tile), *refs)
 
         return pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=3,
-                grid=(batch, heads[0], steps),
+                grid=(batch, heads[0], self.steps),
                 in_specs=in_specs,
                 out_specs=out_specs,
                 scratch_shapes=scratch,
