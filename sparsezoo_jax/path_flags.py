@@ -1,4 +1,4 @@
-"""How flags become values where tyro's own rules are not enough: paths, and parts that a configuration may lack."""
+"""How flags become values where tyro's own rules are not enough: paths, none, and parts that may be lacking."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         instance_from_str=lambda args: storage.path(args[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@PATHS.primitive_rule
+def _none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
+    """None is written as `--help` shows it, or as Python does."""
+    if info.type is not type(None):
+        return None
+
+    def of_text(args: list[str]) -> None:
+        if args[0] not in ("none", "None"):
+            raise ValueError(f"{args[0]!r} is not none")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none",
+        instance_from_str=of_text,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: ["none"],
     )
 
 

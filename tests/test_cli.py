@@ -27,6 +27,11 @@ BAD_FLAGS = [
     (["--arch", "spark", "--model.ffn.r", "128"], "model.ffn.r=128: must be below model.d_model=128"),
     (["--arch", "spark", "--model.attention.kv-heads", "3"], "model.attention.kv_heads=3: must divide"),
     (["--arch", "spark", "--model.attention.r", "32"], "model.attention.r=32: must be between 1 and 31"),
+    *(
+        (["--arch", "spark", "--model.attention.window", none], "model.attention.window=None: must be set")
+        for none in ("none", "None")
+    ),
+    (["--arch", "spark", "--model.attention.window", "nil"], "'nil' is not none"),
     (["--arch", "spark", "--data.seq-len", "4096"], "data.seq_len=4096: must be at most model.max_seq_len=1024"),
     (["--arch", "ling", "--model.mtp-layers", "256"], "model.mtp_layers=256: must be below data.seq_len=256"),
     (["--arch", "spark", "--train.accumulation", "3"], "train.accumulation=3: must divide data.batch_size=8"),
