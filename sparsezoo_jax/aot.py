@@ -114,6 +114,8 @@ def print_report(report: Report) -> None:
     cli.print_table("Work of each device in a step (static)", ("figure", "value", "meaning"), [*flops, *times, *rest])
     if report.traffic is not None:
         print_estimates(report)
+        rows = [(name, f"{size / 1e9:,.2f}") for name, size in report.traffic_by_part.items()]
+        cli.print_table("HBM traffic of each device in a step (estimated)", ("part", "GB"), rows)
     if report.collectives:
         rows = [
             (x["kind"], x["axes"], f"{x['count']:,.0f}", f"{x['payload'] / 1e9:.3f}", f"{x['moved'] / 1e9:.3f}")

@@ -53,6 +53,8 @@ def test_train_step(monkeypatch, capsys):
     parts, seconds = report["parts"], report["seconds"]
     assert parts["compute"] == pytest.approx(report["bounds"]["compute"] / 0.5)
     assert parts["hbm"] == pytest.approx(report["traffic"] / 0.819e12)
+    named = {"embedding", "attention", "ffn", "attention, backward", "ffn, backward", "loss", "optimizer"}
+    assert named <= set(report["traffic_by_part"])
     assert seconds["none"] == pytest.approx(sum(parts.values()))
     assert seconds["none"] > seconds["half"] > seconds["full"]
     assert report["mfu"]["dense"]["none"] > report["mfu"]["sparse"]["none"] > 0

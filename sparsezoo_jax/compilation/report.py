@@ -70,6 +70,8 @@ class Report:
     """Scheduled by the TPU compiler for its own operations, without kernels; 0 on GPUs."""
     traffic: float | None = None
     """Bytes to and from HBM, estimated from the compiled program (`traffic.step_traffic`); None if there is none."""
+    traffic_by_part: dict[str, float] = field(default_factory=dict)
+    """The same by part of the model and the step, largest first."""
     parts: dict[str, float] = field(default_factory=dict)
     """Estimated seconds of each part by itself: compute (traced FLOPs at `matmul_efficiency` of the peak), hbm (the
     traffic at the datasheet's bandwidth) and interconnect (as in `bounds`)."""
@@ -131,7 +133,7 @@ def compile_report(
         xla_flops=costs.get("flops"),
         kernels=[asdict(found) for found in find_kernels(module, lowered.kernels)],
         cycles=scheduled_cycles(module),
-        traffic=step_traffic(module),
+        traffic_by_part=step_traffic(module),
         matmul_efficiency=matmul_efficiency,
         xla_bytes=costs.get("bytes accessed"),
         compile_seconds=seconds,
@@ -153,7 +155,7 @@ def _report(
     unknown_loops: list[str] | None = None,
     xla_flops: float | None = None,
     compile_seconds: float = 0.0,
-    traffic: float | None = None,
+    traffic_by_part: dict[str, float] | None = None,
     matmul_efficiency: float = 1.0,
     **compiled: Any,
 ) -> Report:
@@ -175,6 +177,7 @@ def _report(
         / (chip.interconnect / chip.devices),
     }
     estimated_time: dict[str, Any] = {}
+    traffic = None if traffic_by_part is None else sum(traffic_by_part.values())
     if traffic is not None:
         parts = {**bounds, "compute": bounds["compute"] / matmul_efficiency, "hbm": traffic / bandwidth}
         seconds = step_seconds(parts)
@@ -215,6 +218,7 @@ def _report(
         lower_seconds=lowered.seconds,
         compile_seconds=compile_seconds,
         traffic=traffic,
+        traffic_by_part=traffic_by_part or {},
         matmul_efficiency=matmul_efficiency,
         **estimated_time,
         **compiled,

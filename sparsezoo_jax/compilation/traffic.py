@@ -41,8 +41,16 @@ _CALLS = ("while", "call", "conditional")
 _DONE = ("-done", "-update")
 
 
-def step_traffic(module: Module) -> float:
-    """An estimate of the bytes that one call of a compiled module reads from and writes to HBM, on one device.
+#: Scopes of a model and its train step (`jax.named_scope`), which the names of their operations hold.
+PARTS = ("embedding", "layers", "attention", "ffn", "logits", "loss", "optimizer")
+
+
+def step_traffic(module: Module) -> dict[str, float]:
+    """Estimates of the bytes that one call of a compiled module reads from and writes to HBM, on one device, by part.
+
+    A part is the innermost of `PARTS` that an operation's name holds, and "NAME, backward" what is its gradient or
+    recomputed for it; "rest" has none. A fusion has one name, and belongs to one part. An operation without a name is
+    the part's whose loop it is in.
 
     Trips of loops are multiplied in. Every operation reads its operands and writes its result once, as far as they are
     in HBM; of an array that it slices, or updates in place, only the part. Kernels count what they declare. It is no
@@ -56,12 +64,38 @@ def step_traffic(module: Module) -> float:
         for item in computation.instructions.values()
         if item.opcode in ("fusion", "async-start")
     }
-    reader, total = _Reader(module), 0.0
+    loops = {
+        item.attribute("body"): (item, computation.name)
+        for computation in module.computations.values()
+        for item in computation.instructions.values()
+        if item.opcode == "while"
+    }
+
+    def part(item: Instruction, computation: str) -> str:
+        found = _part_of(item)
+        if found is None and computation in loops:
+            return part(*loops[computation])
+        return found or "rest"
+
+    reader, totals = _Reader(module), defaultdict[str, float](float)
     for name, times in runs.items():
         if name not in fused:
             computation = module.computations[name]
-            total += times * sum(reader.moved(item, computation) for item in computation.instructions.values())
-    return total
+            for item in computation.instructions.values():
+                moved = times * reader.moved(item, computation)
+                if moved:
+                    totals[part(item, name)] += moved
+    return dict(sorted(totals.items(), key=lambda entry: -entry[1]))
+
+
+def _part_of(item: Instruction) -> str | None:
+    """The part of an operation by its name; None: it has none, or none of a part."""
+    found = re.search(r'op_name="([^"]*)"', item.attributes)
+    words = re.findall(r"[\w\-]+", found[1]) if found else []
+    parts = [word for word in words if word in PARTS]
+    if not parts:
+        return None
+    return f"{parts[-1]}, backward" if {"transpose", "rematted_computation"} & set(words) else parts[-1]
 
 
 class _Reader:

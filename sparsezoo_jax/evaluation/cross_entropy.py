@@ -211,7 +211,8 @@ def model_loss(
         out = call_model(model, batch, **arguments)
         own = model.loss_sums(out, batch) if hasattr(model, "loss_sums") else None
         if own is None:
-            sums = token_loss(out.logits, batch["targets"], batch["mask"])
+            with jax.named_scope("loss"):
+                sums = token_loss(out.logits, batch["targets"], batch["mask"])
         else:
             sums = TokenLoss(cross_entropy_sum=own[0], z_sum=jnp.float32(0.0), count=own[1])
         return objective(sums, z_loss), jax.lax.stop_gradient(sums), out
@@ -224,7 +225,8 @@ def model_loss(
         sums = token_loss(logits_of(hidden_BTD), targets_BT, mask_BT)
         return objective(sums, z_loss), jax.lax.stop_gradient(sums)
 
-    total, sums = loss(out.hidden, batch["targets"], batch["mask"], z_loss)
+    with jax.named_scope("loss"):
+        total, sums = loss(out.hidden, batch["targets"], batch["mask"], z_loss)
     if not ahead:
         return total, sums, out
     if further_targets is None:

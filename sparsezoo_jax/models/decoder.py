@@ -141,7 +141,8 @@ class Decoder(nnx.Module):
         if self.pre_gate is not None:
             held = None if cache is None else cache.pre_gate
             ctx.experts, routers_cache = self.pre_gate(tokens_BT, segment_ids, positions, held)
-        x_BTD, tables = self.embedded(tokens_BT, ctx, self._tables() if cache is None else None)
+        with jax.named_scope("embedding"):
+            x_BTD, tables = self.embedded(tokens_BT, ctx, self._tables() if cache is None else None)
 
         vectors_LBTP = None if self.per_layer is None else self.per_layer(tokens_BT, x_BTD)
         passed = Passed(x_BTD if self.altup is None else self.altup.spread(x_BTD))
@@ -152,9 +153,10 @@ class Decoder(nnx.Module):
         if scan and config.kv_shared_layers:
             passed = passed._replace(kept=self._nothing_kept(tokens_BT))
         held = None if cache is None else cache.layers
-        passed, auxes, caches = run_segments(
-            self.segments, passed, ctx, held, vectors_LBTP, scan=scan, remat=config.remat
-        )
+        with jax.named_scope("layers"):
+            passed, auxes, caches = run_segments(
+                self.segments, passed, ctx, held, vectors_LBTP, scan=scan, remat=config.remat
+            )
         x_BTD = passed.x if self.altup is None else self.altup.join(passed.x)
         hidden_BTD, head_aux = self.head(x_BTD, self.final_norm, ctx)
         ahead, extra, head_auxes = (), [], [head_aux]
@@ -250,6 +252,10 @@ class Decoder(nnx.Module):
         `tables`: those of the call that made the states. On a mesh they were gathered once, for lookups, logits and all
         chunks of these; without them the compiler moves the output projection or the states, which is for few tokens.
         """
+        with jax.named_scope("logits"):
+            return self._logits_of(hidden_BTD, tables)
+
+    def _logits_of(self, hidden_BTD: jax.Array, tables: Tables | None) -> jax.Array:
         if self.config.logit_divisor != 1.0:
             hidden_BTD = hidden_BTD / jnp.asarray(self.config.logit_divisor, hidden_BTD.dtype)
         logits = constrain(self._project(hidden_BTD, tables), ("batch", "length", "words"))

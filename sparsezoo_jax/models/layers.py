@@ -155,11 +155,13 @@ class Block(nnx.Module):
         attention = adapted(watch.attention(self.attention, held.attention), self.attention_adapter)
         ffn = adapted(watch.ffn(self.ffn, held.ffn), self.ffn_adapter)
         blocks = (AttentionBlocks(self.attention_residual, self.attention), FFNBlocks(self.ffn_residual, self.ffn))
-        attended = blocks[0].connected(x_BTD, ctx, attention)
+        with jax.named_scope("attention"):
+            attended = blocks[0].connected(x_BTD, ctx, attention)
         if ctx.elimination is not None and ctx.elimination.observes:
             watch.records |= observed_blocks(blocks, (x_BTD, attended.stream_BTD), ctx)
         x_BTD, (attention_aux, cache) = constrain(attended.stream_BTD, STREAM), attended.extra
-        fed = blocks[1].connected(x_BTD, replace(ctx, routing=attended.routing), ffn)
+        with jax.named_scope("ffn"):
+            fed = blocks[1].connected(x_BTD, replace(ctx, routing=attended.routing), ffn)
         x_BTD, (ffn_aux, ffn_cache) = constrain(fed.stream_BTD, STREAM), fed.extra
         aux = attention_aux.merged(ffn_aux).merged(attended.aux.averaged(fed.aux))
         parts = {

@@ -183,8 +183,9 @@ def build_train_step(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
         metrics, observed = jax.tree.map(lambda value: value / total, sums)
         raw_grads = grads
-        grads, grad_norm = clip_gradients(grads, config)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        with jax.named_scope("optimizer"):
+            grads, grad_norm = clip_gradients(grads, config)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         objectives = tuple(
             objective.update(objective_state, metrics, state.step)
             for objective, objective_state in zip(config.objectives, state.objectives, strict=True)
@@ -204,7 +205,8 @@ def build_train_step(
             norms |= norms_by_layer("grad_norms_by_layer", raw_grads, stacked)
             norms |= norms_by_layer("param_norms_by_layer", state.params, stacked)
             norms |= norms_by_layer("update_norms_by_layer", updates, stacked)
-        params: Any = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            params: Any = optax.apply_updates(state.params, updates)
         if jax.tree.leaves(observed):
             model = model_of(params, state.frozen, model_state)
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)

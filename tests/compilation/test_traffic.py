@@ -94,12 +94,24 @@ ENTRY %main (a: f32[3,1000], b: f32[3,2000]) -> f32[3,2000] {
 
 def test_a_loop_moves_what_its_trips_slice_and_update():
     row_in, row_out, index, all_rows = 4000, 8000, 4, 24_000
-    assert step_traffic(parse(LOOP)) == 3 * (row_in + index) + 3 * (row_out + index) + 2 * all_rows
+    moved = 3 * (row_in + index) + 3 * (row_out + index) + 2 * all_rows
+    assert step_traffic(parse(LOOP)) == {"rest": moved}
     in_hbm = LOOP.replace(":S(1)", "")
-    assert step_traffic(parse(in_hbm)) - step_traffic(parse(LOOP)) == 3 * 2 * row_out, "written, and read again"
+    assert step_traffic(parse(in_hbm))["rest"] - moved == 3 * 2 * row_out, "written, and read again"
+
+
+def test_traffic_is_told_by_the_names_of_operations():
+    def named(text, line, name):
+        return text.replace(line, f'{line}, metadata={{op_name="jit(step)/{name}/mul"}}')
+
+    text = named(LOOP, "calls=%row", "transpose(jvp(layers))/while/body/ffn")
+    # The update has no name, and is a part of what the loop around it is.
+    text = named(text, "body=%body", "jvp(layers)/while")
+    found = step_traffic(parse(named(text, "negate(%g)", "optimizer")))
+    assert found == {"optimizer": 2 * 24_000, "layers": 3 * (8000 + 4), "ffn, backward": 3 * (4000 + 4)}
 
 
 def test_prefetches_and_kernels_count_as_in_the_entry():
-    assert step_traffic(parse(SLICES)) == hbm_bytes(SLICES)
+    assert step_traffic(parse(SLICES)) == {"rest": hbm_bytes(SLICES)}
     # Of the copy in VMEM nothing is read again, and fusions read a tenth of what they slice.
-    assert step_traffic(parse(TEXT)) == hbm_bytes(TEXT)
+    assert step_traffic(parse(TEXT)) == {"rest": hbm_bytes(TEXT)}
