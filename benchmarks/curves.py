@@ -3,8 +3,9 @@
 Tiny presets are made 0.625, 1.25 and 2.5 times as wide (about 0.4, 1.5 and 6 million parameters in the layers of dense
 and Spark; others as their presets are to these) and trained on `--budgets` steps of the same batches of text. The
 learning rate is that of `--rates` for the preset's own width and goes over to others as in muP: matrices of layers
-train at it divided by the width, all else at it itself. The middle size trains on `--seeds` at the middle budget: their
-spread is the noise of every other figure.
+train at it divided by the width, all else at it itself. Of several rates each size and budget has its best, by the
+seeds that were trained at all of them. The middle size trains on `--seeds` at the middle budget, and counts with their
+mean: their spread is the noise of every other figure.
 
 A power law `L = limit + factor * x^-exponent` goes through the dense models of one budget; x is the parameters without
 embeddings, the FLOPs of a token, or the bytes that decoding it reads. For each run the table has the loss that this law
@@ -29,7 +30,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,10 @@ class Law(NamedTuple):
     def at(self, loss: float) -> float:
         """The x of a loss; infinite where that is not above the limit."""
         return ((loss - self.limit) / self.factor) ** (-1 / self.exponent) if loss > self.limit else math.inf
+
+
+Kept = Mapping[Run, Mapping[str, Any]]
+"""Figures of runs."""
 
 
 def widened(config: RunConfig, times: float) -> dict[str, Any]:
@@ -181,50 +186,82 @@ def fitted(x: Sequence[float], losses: Sequence[float], near: Law | None = None)
     return Law(float(limit), float(factor * middle**exponent), float(exponent))
 
 
-def as_dense(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str, near: Law | None = None) -> Law | None:
+def best(kept: Kept) -> dict[Run, dict[str, Any]]:
+    """Of each architecture, size and budget the run of the first seed at its best rate.
+
+    Its loss is the mean of all `seeds` at that rate, whose number is added. Rates are compared by the seeds that all of
+    them have.
+    """
+    found: dict[Run, dict[str, Any]] = {}
+    for same in dict.fromkeys((run.arch, run.size, run.steps) for run in kept):
+        by_rate: dict[float, dict[int, Run]] = {}
+        for run in kept:
+            if (run.arch, run.size, run.steps) == same:
+                by_rate.setdefault(run.rate, {})[run.seed] = run
+        shared = set.intersection(*(set(runs) for runs in by_rate.values()))
+
+        def loss(runs: dict[int, Run], seeds: Iterable[int]) -> float:
+            return statistics.fmean(kept[runs[seed]]["loss"] for seed in seeds)
+
+        runs = min(by_rate.values(), key=lambda runs, shared=shared: loss(runs, shared))
+        first = runs[min(runs)]
+        found[first] = {**kept[first], "loss": loss(runs, runs), "seeds": len(runs)}
+    return found
+
+
+def as_dense(kept: Kept, steps: int, measure_of: str, near: Law | None = None) -> Law | None:
     """The law of dense models at one budget against parameters, flops or bytes; None: too few of them."""
-    dense = [figures for run, figures in kept.items() if run.arch == "dense" and run.steps == steps and run.seed == 0]
+    dense = [figures for run, figures in kept.items() if (run.arch, run.steps) == ("dense", steps)]
     if len(dense) < 3:
         return None
     return fitted([figures[measure_of] for figures in dense], [figures["loss"] for figures in dense], near)
 
 
-def noise(kept: Mapping[Run, dict[str, Any]]) -> float | None:
+def noise(kept: Kept) -> float | None:
     """Standard deviation of a loss over seeds, relative to it: of the runs of `NOISE`, all architectures together.
 
-    None: no architecture has two seeds.
+    None: no architecture has two seeds at one rate.
     """
     squares, freedom = 0.0, 0
-    for arch in {run.arch for run in kept}:
-        logs = [math.log(of["loss"]) for run, of in kept.items() if (run.arch, run.size, run.steps) == (arch, *NOISE)]
+    for arch, rate in {(run.arch, run.rate) for run in kept}:
+        same = (arch, *NOISE, rate)
+        logs = [math.log(of["loss"]) for run, of in kept.items() if (run.arch, run.size, run.steps, run.rate) == same]
         if len(logs) > 1:
             squares += statistics.variance(logs) * (len(logs) - 1)
             freedom += len(logs) - 1
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def drawn_laws(kept: Mapping[Run, dict[str, Any]], steps: int, measure_of: str, relative: float) -> list[Law | None]:
-    """`as_dense` of losses that are drawn again `DRAWS` times, with `relative` noise; the same draws every time."""
+def drawn_laws(kept: Kept, steps: int, measure_of: str, relative: float) -> list[Law | None]:
+    """`as_dense` of losses that are drawn again `DRAWS` times, with `relative` noise; the same draws every time.
+
+    The mean of several `seeds` has less of it.
+    """
     draw, found = np.random.default_rng(0), []
     dense = {run: of for run, of in kept.items() if (run.arch, run.steps) == ("dense", steps)}
     near = as_dense(dense, steps, measure_of)
     for _ in range(DRAWS):
-        again = {
-            run: {**of, "loss": of["loss"] * math.exp(relative * draw.standard_normal())} for run, of in dense.items()
-        }
+        again = {run: {**of, "loss": of["loss"] * float(noisy(draw, of, relative))} for run, of in dense.items()}
         found.append(as_dense(again, steps, measure_of, near))
     return found
 
 
-def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
-    """Print every run beside what a dense model of equal parameters, FLOPs and bytes would come to."""
-    print("| architecture | size | steps | parameters, M | MFLOP a token | MB a token | FFN active | loss |", end="")
-    print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes | bytes at equal loss |\n|" + "---|" * 12)
-    relative, laws, draw = noise(kept), dict[int, list[Law | None]](), np.random.default_rng(1)
+def noisy(draw: np.random.Generator, figures: Mapping[str, Any], relative: float, size: int | None = None) -> Any:
+    """Factors by which the noise of seeds moves a loss that is a mean of so many."""
+    return np.exp(relative / math.sqrt(figures["seeds"]) * draw.standard_normal(size))
+
+
+def print_table(every: Kept) -> None:
+    """Print the best runs beside what a dense model of equal parameters, FLOPs and bytes would come to."""
+    print(
+        "| architecture | size | steps | rate | parameters, M | MFLOP a token | MB a token | FFN active | loss |",
+        end="",
+    )
+    print(" dense, equal parameters | dense, equal FLOPs | dense, equal bytes | bytes at equal loss |\n|" + "---|" * 13)
+    kept, relative = best(every), noise(every)
+    laws, draw = dict[int, list[Law | None]](), np.random.default_rng(1)
     for run, figures in kept.items():
-        if run.seed != 0:
-            continue
-        cells = [run.arch, run.size, f"{run.steps}", f"{figures['parameters'] / 1e6:.2f}"]
+        cells = [run.arch, run.size, f"{run.steps}", f"{run.rate:g}", f"{figures['parameters'] / 1e6:.2f}"]
         cells += [f"{figures['flops'] / 1e6:.2f}", f"{figures['bytes'] / 1e6:.2f}", f"{figures['density']:.1%}"]
         cells.append(f"{figures['loss']:.4f}")
         for name in ("parameters", "flops", "bytes"):
@@ -236,7 +273,7 @@ def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
         if law is not None and relative is not None and run.arch != "dense":
             if run.steps not in laws:
                 laws[run.steps] = drawn_laws(kept, run.steps, "bytes", relative)
-            losses = figures["loss"] * np.exp(relative * draw.standard_normal(DRAWS))
+            losses = figures["loss"] * noisy(draw, figures, relative, DRAWS)
             pairs = zip(laws[run.steps], losses, strict=True)
             found = [of.at(float(loss)) / figures["bytes"] for of, loss in pairs if of is not None]
             low, high = np.quantile(found, [0.05, 0.95], method="nearest")
@@ -244,21 +281,22 @@ def print_table(kept: Mapping[Run, dict[str, Any]]) -> None:
         cells.append(equal)
         print("| " + " | ".join(cells) + " |")
     print("\nIn brackets: the run's loss less the dense one's. Spread over seeds, middle size and budget:")
-    for arch in dict.fromkeys(run.arch for run in kept):
-        same = [run for run in kept if (run.arch, run.size, run.steps) == (arch, *NOISE)]
-        losses = [kept[run]["loss"] for run in same]
+    for arch, rate in dict.fromkeys((run.arch, run.rate) for run in every):
+        same = (arch, *NOISE, rate)
+        losses = [of["loss"] for run, of in every.items() if (run.arch, run.size, run.steps, run.rate) == same]
         if len(losses) > 1:
             spread = max(losses) - min(losses)
-            print(f"{arch}: {spread:.4f} ({len(losses)} seeds, mean {statistics.mean(losses):.4f})")
+            print(f"{arch} at {rate:g}: {spread:.4f} ({len(losses)} seeds, mean {statistics.mean(losses):.4f})")
 
 
-def print_times(kept: Mapping[Run, dict[str, Any]], runs: Path, rounds: int) -> None:
-    """Time a token of the models of the first seed, and print it beside that of a dense model of equal loss.
+def print_times(every: Kept, runs: Path, rounds: int) -> None:
+    """Time a token of the best runs, first seed, and print it beside that of a dense model of equal loss.
 
     Raises:
       UserError: fewer than three of the dense runs are there.
     """
-    timed = {run.name: run for run in kept if run.seed == 0 and (runs / run.name).is_dir()}
+    kept = best(every)
+    timed = {run.name: run for run in kept if (runs / run.name).is_dir()}
     found = interleaved({name: zoo.decoding(runs / name) for name in timed}, rounds)
     ms = {name: [1e3 * seconds / decode.TURN for seconds in times] for name, times in found.items()}
     print(
@@ -287,17 +325,33 @@ def print_times(kept: Mapping[Run, dict[str, Any]], runs: Path, rounds: int) -> 
         print(f"| {name} | {' | '.join(cells)} | {equal / figures['bytes']:.2f} |")
 
 
+def rates_of(arch: str, options: argparse.Namespace) -> list[float]:
+    """Learning rates to try, for the preset's own width."""
+    given = json.loads(options.rates).get(arch) or preset(arch, "tiny").train.schedule.learning_rate
+    return given if isinstance(given, list) else [given]
+
+
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """What is to be trained, small and short runs first."""
-    rates = json.loads(options.rates)
-    found = []
-    for steps in sorted(options.budgets):
-        for size in options.sizes:
-            for arch in options.archs:
-                rate = rates.get(arch) or preset(arch, "tiny").train.schedule.learning_rate
-                seeds = options.seeds if (size, steps) == NOISE else options.seeds[:1]
-                found += [Run(arch, size, steps, rate, seed, options.dataset) for seed in seeds]
-    return found
+    """What is to be trained on the first seed, small and short runs first."""
+    return [
+        Run(arch, size, steps, rate, options.seeds[0], options.dataset)
+        for steps in sorted(options.budgets)
+        for size in options.sizes
+        for arch in options.archs
+        for rate in rates_of(arch, options)
+    ]
+
+
+def further_seeds(kept: Kept, known: Collection[str], options: argparse.Namespace) -> list[Run]:
+    """Runs of the other seeds: at the best rate of the first, and those that are there."""
+    chosen = set(best(kept))
+    return [
+        other
+        for run in kept
+        if (run.size, run.steps) == NOISE
+        for other in (run._replace(seed=seed) for seed in options.seeds[1:])
+        if run in chosen or other.name in known
+    ]
 
 
 def main() -> None:
@@ -308,7 +362,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="steps")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="the first of them trains everywhere")
     parser.add_argument(
-        "--rates", default="{}", help='learning rates of presets, JSON: {"spark": 0.016}; else their own'
+        "--rates", default="{}", help='learning rates of presets, JSON: {"spark": [0.008, 0.016]}; else their own'
     )
     parser.add_argument("--dataset", default="pysource", help="corpus")
     parser.add_argument("--batches", type=int, default=8, help="of the validation split, for the sparsity")
@@ -319,13 +373,18 @@ def main() -> None:
     options = parser.parse_args()
     platforms.keep_freed_memory()
     known = records.read(options.record)
-    kept = {}
-    for run in runs_of(options):
-        if run.name in known:
-            kept[run] = known[run.name]
-        elif not options.table:
-            kept[run] = trained(run, options)
-            print(f"{run.name}: {kept[run]['loss']:.4f} nats/token", flush=True)
+    kept: dict[Run, Mapping[str, Any]] = {}
+
+    def make(runs: Iterable[Run]) -> None:
+        for run in runs:
+            if run.name in known:
+                kept[run] = known[run.name]
+            elif not options.table:
+                kept[run] = trained(run, options)
+                print(f"{run.name}: {kept[run]['loss']:.4f} nats/token", flush=True)
+
+    make(runs_of(options))
+    make(further_seeds(kept, known, options))
     print_table(kept)
     if options.rounds:
         print_times(kept, options.runs, options.rounds)

@@ -51,23 +51,28 @@ def test_a_run_is_compared_with_a_dense_one_of_equal_parameters_flops_and_bytes(
         figures = {"parameters": x, "flops": 2 * x, "bytes": 4 * x, "density": 1.0, "loss": law(x)}
         record[f"pysource-dense-{size}-steps300-lr0.008-seed0"] = figures
     half = {"parameters": 1.5e6, "flops": 1.5e6, "bytes": 3e6, "density": 0.08, "loss": law(1.5e6) + 0.01}
-    record["pysource-spark-m-steps300-lr0.008-seed0"] = half
-    record["pysource-spark-m-steps300-lr0.008-seed1"] = {**half, "loss": half["loss"] + 0.02}
+    record["pysource-spark-m-steps300-lr0.016-seed0"] = half
+    record["pysource-spark-m-steps300-lr0.016-seed1"] = {**half, "loss": half["loss"] + 0.02}
+    # The best of the first seed, which all rates have, counts with the mean of all its seeds, however others fare.
+    record["pysource-spark-m-steps300-lr0.008-seed0"] = {**half, "loss": half["loss"] + 0.001}
+    half = {**half, "loss": half["loss"] + 0.01}
     (tmp_path / "curves.json").write_text(json.dumps(record))
     monkeypatch.setattr(curves, "DRAWS", 50)
     command = ["curves", "--archs", "dense", "spark", "--record", str(tmp_path / "curves.json"), "--table"]
+    command += ["--rates", '{"spark": [0.008, 0.016]}']
     monkeypatch.setattr(sys, "argv", command)
     curves.main()
     shown = capsys.readouterr().out
     (row,) = [line for line in shown.splitlines() if line.startswith("| spark")]
     dense = law(1.5e6), law(7.5e5), law(7.5e5)
-    for cell, expected in zip(row.split("|")[9:12], dense, strict=True):
+    assert row.split("|")[4].strip() == "0.016"
+    for cell, expected in zip(row.split("|")[10:13], dense, strict=True):
         assert cell.strip() == f"{expected:.4f} ({half['loss'] - expected:+.4f})"
     # The dense law against bytes is that against parameters, of four times as many.
-    gain, low, high = map(float, re.findall(r"[\d.]+\d", row.split("|")[12]))
+    gain, low, high = map(float, re.findall(r"[\d.]+\d", row.split("|")[13]))
     assert gain == pytest.approx(4 * law.at(half["loss"]) / 3e6, abs=0.005)
     assert 0.5 < low < gain < high
-    assert f"spark: 0.0200 (2 seeds, mean {half['loss'] + 0.01:.4f})" in shown
+    assert f"spark at 0.016: 0.0200 (2 seeds, mean {half['loss']:.4f})" in shown
 
 
 def test_intervals_come_of_the_noise_of_seeds():
@@ -78,12 +83,17 @@ def test_intervals_come_of_the_noise_of_seeds():
     for seed, factor in ((1, 1.01), (2, 1.01**2)):
         kept[curves.Run("dense", "m", 300, 0.008, seed, "pysource")] = {"bytes": 1.5e6, "loss": law(1.5e6) * factor}
     assert curves.noise(kept) == pytest.approx(math.log(1.01))
-    exact = curves.drawn_laws(kept, 300, "bytes", 0.0)
+    one = {run: {**figures, "seeds": 1} for run, figures in kept.items() if run.seed == 0}
+    exact = curves.drawn_laws(one, 300, "bytes", 0.0)
     assert len(exact) == curves.DRAWS
     assert exact[0] == exact[-1] == pytest.approx(law, rel=1e-4)
-    (low, high) = np.quantile([of(1.5e6) for of in curves.drawn_laws(kept, 300, "bytes", 0.01)], [0.16, 0.84])
+    (low, high) = np.quantile([of(1.5e6) for of in curves.drawn_laws(one, 300, "bytes", 0.01)], [0.16, 0.84])
     # One standard deviation of 1 % to either side.
     assert (high - low) / law(1.5e6) == pytest.approx(0.02, rel=0.25)
+    three = curves.best(kept)
+    assert [figures["seeds"] for figures in three.values()] == [1, 3, 1]
+    (low, high) = np.quantile([of(1.5e6) for of in curves.drawn_laws(three, 300, "bytes", 0.01)], [0.16, 0.84])
+    assert (high - low) / law(1.5e6) == pytest.approx(0.02 / 3**0.5, rel=0.25)
 
 
 def test_times_are_compared_at_equal_loss(tmp_path, monkeypatch, capsys):
