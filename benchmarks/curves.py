@@ -290,13 +290,17 @@ def print_table(every: Kept) -> None:
 
 
 def print_times(every: Kept, runs: Path, rounds: int) -> None:
-    """Time a token of the best runs, first seed, and print it beside that of a dense model of equal loss.
+    """Time a token of the best runs, and print it beside that of a dense model of equal loss.
+
+    Of several seeds the first is timed whose directory is there.
 
     Raises:
       UserError: fewer than three of the dense runs are there.
     """
     kept = best(every)
-    timed = {run.name: run for run in kept if (runs / run.name).is_dir()}
+    alike = {run: [other for other in every if other._replace(seed=run.seed) == run] for run in kept}
+    there = {run: [other.name for other in others if (runs / other.name).is_dir()] for run, others in alike.items()}
+    timed = {names[0]: run for run, names in there.items() if names}
     found = interleaved({name: zoo.decoding(runs / name) for name in timed}, rounds)
     ms = {name: [1e3 * seconds / decode.TURN for seconds in times] for name, times in found.items()}
     print(
